@@ -1,0 +1,41 @@
+# make quickstart   environment, install, and the main jobs on real handwritten digits
+# make test         environment, install, and all fast tests
+# make slow         the tests that take minutes
+# make lint         ruff
+# make clean        removes the environment, caches and runs/quickstart
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+export JAX_PLATFORMS := cpu
+export EPATH_USE_TF := 0
+export TF_CPP_MIN_LOG_LEVEL := 3
+export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
+
+.PHONY: setup quickstart test slow lint clean
+
+setup: $(INSTALLED)
+
+# The stamp is newer than what it was made from, so a second run needs no network.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	touch $@
+
+quickstart: setup
+	launch/quickstart.sh $(VENV)/bin/python runs/quickstart
+
+test: setup
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+slow: setup
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) .cache runs/quickstart .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,21 @@
+"""iGPT-S of the paper: 76M parameters, 32x32 pixels.
+
+    python -m igpt_jax pretrain --config=configs/igpt_s.py --workdir=DIR --config.data.store=STORE
+
+STORE: ImageNet at 32x32, with OpenAI's 512 colours and 4% of the training images held out.
+Paper (Sections 3.3 and 3.4): batch 128, 1M steps, Adam (0.9, 0.95), one epoch of warm-up, then cosine to 0, float32,
+no weight decay, dropout or clipping. The learning rate 0.003 is quoted from the paper by later work.
+Figures: 2.0895 nats per pixel on the ImageNet test split (OpenAI's released checkpoint), 41.9% by linear probe.
+Left open: Adam's epsilon, how images are reduced to 32x32, the images that the palette was fitted on.
+"""
+
+from igpt_jax.config import base_config, override
+
+
+def get_config(arguments: str = ""):
+    config = base_config("pretrain")
+    config.model.name = "igpt_s"
+    config.optimizer.learning_rate = 0.003
+    config.batch_size = 128
+    config.steps = 1_000_000
+    return override(config, arguments)

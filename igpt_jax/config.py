@@ -1,0 +1,350 @@
+"""Every configuration key, with its default and its unit. No JAX is imported here.
+
+A job's configuration is one frozen dataclass. `base_config(job)` turns it into a locked `ConfigDict` for
+config files and the command line; `parse` turns that back into the dataclass. Both reject unknown keys and
+name the nearest known one. `python -m igpt_jax JOB --help` prints a job's keys.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+
+class UserError(Exception):
+    """Something the user typed or gave cannot work. The message says what, the rule and the fix, in one line."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' Did you mean ...?' with the nearest of `known`, or the list of all of them."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
+def key(default: Any, doc: str) -> Any:
+    """A configuration key: its default, and what it means with its unit."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def section(cls: type) -> Any:
+    """A nested group of configuration keys."""
+    return dataclasses.field(default_factory=cls)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    _require(value in known, f"{name}={value!r} is not known. {nearest(value, known)}")
+
+
+# Layers, embedding width, heads. Sources: the paper, Section 3.3 and Table 2; the heads of S, M and L from
+# OpenAI's released code. No source gives the heads of XL: 24 heads of 128 suit matrix units.
+MODELS: Mapping[str, tuple[int, int, int]] = types.MappingProxyType({
+    "igpt_tiny": (6, 128, 4),
+    "igpt_10m": (12, 256, 8),
+    "igpt_s": (24, 512, 8),
+    "igpt_m": (36, 1024, 8),
+    "igpt_l": (48, 1536, 16),
+    "igpt_xl": (60, 3072, 24),
+})
+
+PRECISIONS = ("bfloat16", "float32", "float64")
+ATTENTION_BACKENDS = ("auto", "reference", "blocked")
+JOBS: Mapping[str, str] = types.MappingProxyType({
+    "prepare": "any image source -> pixel store; fits or imports a palette",
+    "pretrain": "autoregressive pretraining, sharded; resumes where it stopped",
+    "evaluate": "exact nats per pixel of one or many checkpoints over a whole split",
+    "sample": "unconditional samples, and completions of given pictures",
+})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    name: str = key("igpt_s", f"row of the model table: {', '.join(MODELS)}")
+    layers: int = key(0, "blocks; 0: as in the model table")
+    embed: int = key(0, "width of the residual stream; 0: as in the model table")
+    heads: int = key(0, "attention heads; 0: as in the model table")
+    mlp: int = key(0, "width of the MLP's hidden layer; 0: 4 x embed")
+    init: str = key("released", "released: as OpenAI's code; paper: as Sparse Transformers (paper, Section 3.3)")
+    dropout: float = key(0.0, "share of residual activations dropped while training; the paper uses none")
+    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
+    remat: str = key("attention", "what the backward pass recomputes: none (nothing), attention (all but what "
+                                  "attention gives), full (each whole block)")
+
+    def __post_init__(self):
+        _one_of("model.name", self.name, list(MODELS))
+        _one_of("model.init", self.init, ["released", "paper"])
+        _one_of("model.attention", self.attention, ATTENTION_BACKENDS)
+        _one_of("model.remat", self.remat, ["none", "attention", "full"])
+        _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1).")
+        for name, row in zip(("layers", "embed", "heads"), MODELS[self.name], strict=True):
+            size = getattr(self, name)
+            _require(size >= 0, f"model.{name}={size} must be positive, or 0 for the model table's.")
+            object.__setattr__(self, name, size or row)
+        object.__setattr__(self, "mlp", self.mlp or 4 * self.embed)
+        _require(self.embed % self.heads == 0,
+                 f"model.embed={self.embed} is not a multiple of model.heads={self.heads}. Choose a divisor.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = key(0.003, "peak learning rate (paper: 0.003 for S, about 0.001 for L, 0.0003 for XL)")
+    schedule: str = key("cosine", "after warm-up: cosine (to 0 at the last step) or constant")
+    warmup_steps: int = key(-1, "steps of linear warm-up from 0; -1: one epoch, as in the paper")
+    beta1: float = key(0.9, "Adam's decay of the first moment")
+    beta2: float = key(0.95, "Adam's decay of the second moment (0.999 gave loss spikes in the paper)")
+    epsilon: float = key(1e-8, "Adam's epsilon, added outside the root; the paper does not state one")
+    weight_decay: float = key(0.0, "decoupled weight decay of matrices; the paper uses none")
+    clip_norm: float = key(0.0, "global gradient norm above which gradients are scaled down; 0: off, as in the paper")
+
+    def __post_init__(self):
+        _one_of("optimizer.schedule", self.schedule, ["cosine", "constant"])
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        _require(self.warmup_steps >= -1, f"optimizer.warmup_steps={self.warmup_steps} must be -1 (one epoch) or more.")
+        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1,
+                 f"optimizer.beta1={self.beta1} and optimizer.beta2={self.beta2} must lie in [0, 1).")
+        for name in ("epsilon", "weight_decay", "clip_norm"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The named mesh axes. Their sizes multiply to the number of devices; one of them may be -1: all that is left."""
+    data: int = key(1, "copies of the state; the batch is split over data x fsdp")
+    fsdp: int = key(-1, "devices that share one copy of the state (fully sharded data parallel)")
+    tensor: int = key(1, "devices that share each layer's heads and MLP")
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name}={size} must be positive, or -1 for all devices left.")
+        _require(list(sizes.values()).count(-1) <= 1, f"mesh={sizes}: only one axis may be -1.")
+
+    def resolve(self, devices: int) -> "MeshConfig":
+        """The mesh with -1 replaced, for `devices` devices. Raises UserError where the sizes do not multiply to it."""
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        filled = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
+        typed = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        _require(math.prod(filled.values()) == devices,
+                 f"mesh {typed} does not multiply to the {devices} devices here. "
+                 f"Set mesh.fsdp=-1 to use all that are left, with axes that divide {devices}.")
+        return MeshConfig(**filled)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    store: str = key("", "pixel store: a workdir of the prepare job (a local path, gs:// or s3://)")
+    split: str = key("train", "split to train on; several joined with +")
+    held_out: str = key("held_out", "split to evaluate on while training")
+    reader: str = key("auto", "tfdata: stream from the store; resident: hold all tokens on the devices (no TensorFlow);"
+                              " auto: resident up to 256 MiB of tokens")
+    prefetch: int = key(4, "batches read ahead")
+
+    def __post_init__(self):
+        _one_of("data.reader", self.reader, ["auto", "tfdata", "resident"])
+        _require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1.")
+
+
+def _check_job(config: Any) -> None:
+    """The rules that hold for any job that has the key."""
+    for name in ("steps", "batch_size", "log_every_steps", "keep_newest", "max_skipped_updates"):
+        value = getattr(config, name, 1)
+        _require(value >= 1, f"{name}={value} must be at least 1.")
+    for name in ("image_size", "checkpoint_every_steps", "eval_every_steps", "seed"):
+        value = getattr(config, name, 0)
+        _require(value >= 0, f"{name}={value} must not be negative.")
+    _one_of("precision", getattr(config, "precision", "float32"), PRECISIONS)
+    for step in getattr(config, "keep_steps", ()):
+        _require(isinstance(step, int) and step > 0, f"keep_steps: {step!r} must be a positive number of steps.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    job: str = key("prepare", "the job that this configuration is for")
+    source: str = key("digits", "training images: digits | synthetic[:COUNT] | npz:PATH (a glob: several files)")
+    test_source: str = key("", "test images, same syntax; empty: no test split")
+    image_size: int = key(0, "height and width of the stored images, pixels; 0: the source's own")
+    palette: str = key("", "fit:K (k-means, K colours), or a palette's .npy; empty: fit:17 for digits, else fit:512")
+    held_out: float = key(0.1, "share of the training images held out (paper: 0.04 for ImageNet, 0.1 for others)")
+    seed: int = key(0, "chooses the held-out images and the palette's start")
+
+    def __post_init__(self):
+        _check_job(self)
+        _require(0 <= self.held_out < 1, f"held_out={self.held_out} must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    job: str = key("pretrain", "the job that this configuration is for")
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    image_size: int = key(0, "height and width, pixels; 0: the store's (others are refused: prepare resizes)")
+    palette: str = key("", "a palette's .npy; empty: the store's own")
+    steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)")
+    batch_size: int = key(128, "images per step over all devices (paper: 128; 64 for XL)")
+    seed: int = key(0, "chooses initial weights, data order and dropout")
+    precision: str = key("bfloat16", "of activations and matrix products (parameters are float32): bfloat16 or float32;"
+                                     " float64: everything, for tests")
+    max_skipped_updates: int = key(20, "updates in a row skipped for a loss or gradient that is not finite, then "
+                                       "the run stops as diverged")
+    log_every_steps: int = key(50, "steps between metrics lines")
+    eval_every_steps: int = key(5000, "steps between evaluations of data.held_out; 0: only at the end")
+    checkpoint_every_steps: int = key(1000, "steps between checkpoints; 0: only at the end")
+    keep_newest: int = key(2, "newest checkpoints kept; the best by held-out loss is kept besides")
+    keep_steps: tuple[int, ...] = key((65536, 131072, 262144, 524288, 1000000),
+                                      "steps whose checkpoints are saved and never deleted (paper, Figure 3)")
+
+    def __post_init__(self):
+        _check_job(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    job: str = key("evaluate", "the job that this configuration is for")
+    checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob")
+    data: DataConfig = section(lambda: DataConfig(split="held_out"))
+    mesh: MeshConfig = section(MeshConfig)
+    batch_size: int = key(128, "images per step over all devices; any size gives the same figures")
+    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
+    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
+
+    def __post_init__(self):
+        _check_job(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    job: str = key("sample", "the job that this configuration is for")
+    checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
+    data: DataConfig = section(lambda: DataConfig(split="held_out"))
+    mesh: MeshConfig = section(MeshConfig)
+    count: int = key(64, "unconditional samples; 0: none")
+    images: int = key(16, "images of data.split to complete, where data.store is given; 0: none")
+    rows: int = key(-1, "rows given of each image to complete; -1: the upper half")
+    completions: int = key(4, "completions of each image")
+    temperature: float = key(1.0, "divides the logits; 0: the most likely colour always")
+    top_k: int = key(0, "sample from the k most likely colours; 0: all")
+    top_p: float = key(1.0, "sample from the most likely colours that hold this share of the probability")
+    batch_size: int = key(64, "images decoded at once over all devices; any size gives the same samples")
+    seed: int = key(0, "each image's stream is the seed folded with its index")
+    precision: str = key("float32", "of activations, matrix products and the cache: bfloat16 or float32")
+
+    def __post_init__(self):
+        _check_job(self)
+        _require(self.temperature >= 0, f"temperature={self.temperature} must not be negative.")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1].")
+        for name in ("count", "images", "top_k"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
+        _require(self.completions >= 1, f"completions={self.completions} must be at least 1.")
+        _require(self.rows >= -1, f"rows={self.rows} must be -1 (the upper half) or more.")
+
+
+JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig,
+               "evaluate": EvaluateConfig, "sample": SampleConfig}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A job's dataclass as nested plain dicts, for config.json and checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def _unresolved(cls: type) -> dict[str, Any]:
+    """Defaults as declared, before __post_init__ fills any in."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        else:
+            default = field.default_factory()
+            inner = _unresolved(type(default))
+            for name in inner:  # a section may start from other defaults than its class
+                if not isinstance(default, ModelConfig):
+                    inner[name] = getattr(default, name)
+            values[field.name] = inner
+    return values
+
+
+def base_config(job: str = "pretrain", arguments: str = "") -> ml_collections.ConfigDict:
+    """The locked ConfigDict of `job`'s keys with the paper's defaults.
+
+    Args:
+      job: name of a job.
+      arguments: what follows the colon in `--config=FILE:key=value,key=value`; `model` stands for `model.name`.
+
+    Raises:
+      UserError: an unknown job or key, or a value of the wrong type.
+    """
+    if job not in JOB_CONFIGS:
+        raise UserError(f"job {job!r} is not known. {nearest(job, list(JOB_CONFIGS))}")
+    config = ml_collections.ConfigDict(_unresolved(JOB_CONFIGS[job])).lock()
+    return override(config, arguments)
+
+
+def override(config: ml_collections.ConfigDict, arguments: str) -> ml_collections.ConfigDict:
+    """Sets `key=value,key=value` in a base config, which it also returns; `base_config` says more."""
+    for argument in filter(None, (arguments or "").split(",")):
+        name, equals, text = argument.partition("=")
+        _require(bool(equals), f"config argument {argument!r} must read key=value.")
+        _set(config, "model.name" if name == "model" else name, text)
+    return config
+
+
+def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    *path, last = name.split(".")
+    parent: Any = config
+    for part in (*path, last):
+        if not isinstance(parent, ml_collections.ConfigDict) or part not in parent:
+            raise UserError(f"config key {name!r} is not known. {nearest(name, [n for n, *_ in keys(config.job)])}")
+        parent = parent if part is last else parent[part]
+    default = parent[last]
+    try:
+        value = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError):
+        raise UserError(f"config key {name}={text!r} must be of type {type(default).__name__}.") from None
+    parent[last] = value
+
+
+def keys(job: str) -> Iterator[tuple[str, Any, str]]:
+    """Each key of a job as (dotted name, default, meaning with unit)."""
+    def walk(cls: type, defaults: Mapping[str, Any], prefix: str):
+        for field in dataclasses.fields(cls):
+            if "doc" in field.metadata:
+                yield prefix + field.name, defaults[field.name], field.metadata["doc"]
+            else:
+                yield from walk(field.type, defaults[field.name], f"{prefix}{field.name}.")
+    return walk(JOB_CONFIGS[job], _unresolved(JOB_CONFIGS[job]), "")
+
+
+def parse(job: str, config: Mapping[str, Any]) -> Any:
+    """The validated dataclass of `job` from a ConfigDict or a config.json's dict.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a value outside its range, another job's config.
+    """
+    given = config.get("job", job)
+    if given != job:
+        raise UserError(f"this config is for the job {given!r}, not {job!r}: pass it to `igpt_jax {given}`.")
+
+    def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise UserError(f"config key {prefix + name!r} is not known. {nearest(name, list(fields))}")
+        return cls(**{
+            name: build(fields[name].type, value, f"{prefix}{name}.") if isinstance(value, Mapping) else
+            tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()})
+
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    return build(JOB_CONFIGS[job], values, "")

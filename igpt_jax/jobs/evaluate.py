@@ -1,0 +1,49 @@
+"""Exact nats per pixel of one or many checkpoints over a whole split, each over any mesh and at any batch size.
+
+Writes evaluation.json, a row per checkpoint.
+"""
+
+import json
+import math
+from typing import Any
+
+import jax
+
+from igpt_jax import checkpoint, evaluation, palette, sharding, storage, telemetry
+from igpt_jax.config import EvaluateConfig, UserError
+from igpt_jax.data.store import open_split
+
+
+def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
+    """Evaluates each checkpoint. Returns `nats_per_pixel` by checkpoint, and the number of `examples`.
+
+    Raises:
+      UserError: a checkpoint or the data is missing, or they do not fit each other or the mesh.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch_size, mesh)
+    rows = []
+    for where in _checkpoints(config.checkpoints):
+        model, params, record = checkpoint.load_model(where, mesh, config.precision, config.attention)
+        split = open_split(config.data.store or record.config.data.store, config.data.split, record.image_size)
+        table = palette.lookup_table(record.palette_VC)
+        nats = evaluation.make_evaluate(model, mesh, config.batch_size, table)(params, split)
+        rows.append({"checkpoint": where, "steps": record.steps_done, "split": config.data.split,
+                     "examples": split.count, "nats_per_pixel": nats, "bits_per_pixel": nats / math.log(2)})
+        telemetry.say(f"{where}: step {record.steps_done:,}, {nats:.6f} nats per pixel over {split.count:,} images")
+    if jax.process_index() == 0:
+        storage.publish(storage.path(workdir) / "evaluation.json", json.dumps(rows, indent=2) + "\n")
+    return {"nats_per_pixel": {row["checkpoint"]: row["nats_per_pixel"] for row in rows},
+            "examples": {row["checkpoint"]: row["examples"] for row in rows}}
+
+
+def _checkpoints(typed: str) -> list[str]:
+    """DIR/checkpoints/STEP of all that a comma list of workdirs, steps and globs names, each once."""
+    if not typed:
+        raise UserError("checkpoints is empty. Set --config.checkpoints to workdirs of pretrain or steps of one.")
+    found = {}
+    for pattern in filter(None, typed.split(",")):
+        for path in storage.matching(pattern):
+            folder, step = checkpoint.locate(str(path))
+            found[str(storage.path(folder) / str(step))] = None
+    return list(found)

@@ -1,0 +1,12 @@
+"""Autoregressive pretraining on a pixel store, over any mesh; started again on its workdir, it goes on.
+
+Writes checkpoints/, metrics.jsonl, tensorboard/ and figures/loss.png.
+"""
+
+from igpt_jax import loop
+from igpt_jax.config import PretrainConfig
+
+
+def run(config: PretrainConfig, workdir: str) -> dict[str, float]:
+    """Trains to the end. Returns the metrics for result.json; see `loop.train` for the errors."""
+    return loop.train(config, workdir)

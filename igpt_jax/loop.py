@@ -1,0 +1,148 @@
+"""THE training loop. It computes nothing itself: it puts the parts together, in this order, and turns the crank."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from igpt_jax import checkpoint, evaluation, palette, sharding, steps, storage, telemetry, topology
+from igpt_jax.config import PretrainConfig, UserError
+from igpt_jax.data import train_batches
+from igpt_jax.data.store import Store
+from igpt_jax.model import Model, count_parameters
+from igpt_jax.optimizer import warmup_steps_for
+from igpt_jax.runtime import Diverged, Preempted, StopSignal
+
+log = logging.getLogger(__name__)
+
+
+def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
+    """Trains to `config.steps`, from the newest checkpoint in `workdir` where there is one.
+
+    Returns:
+      The metrics for result.json: parameters, steps, train and eval nats per pixel, images per second.
+
+    Raises:
+      UserError: the data, mesh or checkpoint do not fit the config.
+      Preempted: asked to stop; the state is saved.
+      Diverged: `max_skipped_updates` updates in a row were not finite; nothing is saved since.
+    """
+    # Mesh.
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch_size, mesh)
+    sharding.check_heads(config.model.heads, mesh)
+
+    # Data.
+    store = Store.open(config.data.store)
+    if config.image_size not in (0, store.image_size):
+        raise UserError(f"image_size={config.image_size}: the store {config.data.store} holds images of "
+                        f"{store.image_size} pixels. Prepare a store of that size, or leave image_size=0.")
+    train_split = store.split(config.data.split)
+    held_out = store.split(config.data.held_out) if config.data.held_out else None
+    palette_VC = palette.load(config.palette) if config.palette else store.palette
+    table = palette.lookup_table(palette_VC)
+
+    # Model, optimizer and state, in shapes only.
+    model = Model(config.model, len(palette_VC), store.image_size, config.precision,
+                  mesh.devices.flat[0].platform)
+    warmup_steps = warmup_steps_for(config.optimizer, config.steps, train_split.count, config.batch_size)
+    abstract = steps.abstract_state(model, config, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        stop = stack.enter_context(StopSignal())
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
+
+        # Restore or initialise.
+        def record(steps_done: int) -> checkpoint.Record:
+            return checkpoint.Record(config, palette_VC, store.image_size, store.fingerprint, steps_done)
+
+        start = checkpoints.latest_step or 0
+        if start:
+            state = checkpoints.restore(abstract, record(start))
+            telemetry.say(f"goes on from step {start:,} of {config.steps:,}")
+        else:
+            state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(key)
+
+        # Compiled steps, input, output.
+        train_step = jax.jit(steps.make_train_step(model, config, warmup_steps), donate_argnums=0,
+                             out_shardings=(places, None))
+        evaluate = evaluation.make_evaluate(model, mesh, config.batch_size, table)
+        throughput = _throughput(config, model, mesh)
+        metrics = telemetry.Metrics(workdir, config.steps, start)
+        stack.callback(metrics.close)
+        parameters = count_parameters(abstract["params"])
+        telemetry.say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of {len(palette_VC)} "
+                      f"colours, {train_split.count:,} images, mesh {dict(mesh.shape)}, "
+                      f"{model.config.attention} attention, {config.precision}")
+        batches: Iterator[Any] = iter(())
+        if start < config.steps:
+            batches = train_batches(train_split, table, reader=config.data.reader, seed=config.seed,
+                                    batch_size=config.batch_size, start_step=start,
+                                    sharding=sharding.batch_sharding(mesh), prefetch=config.data.prefetch)
+            stack.callback(batches.close)
+
+        # The loop. A step's metrics are read after the next step is under way, so that devices never wait.
+        evaluated: dict[str, float] = {}
+        late: tuple[int, dict[str, jax.Array]] | None = None
+        for step in range(start + 1, config.steps + 1):
+            with jax.transfer_guard("disallow"):
+                state, measured = train_step(state, next(batches).tokens, key)
+            throughput.step()
+            if late:
+                _report(*late, config, metrics, throughput)
+            late = step, measured
+
+            last, stopping = step == config.steps, stop.should_stop(step)
+            eval_now = last or _due(step, config.eval_every_steps)
+            save_now = last or stopping or _due(step, config.checkpoint_every_steps) or step in config.keep_steps
+            if not (eval_now or save_now):
+                continue
+            _report(*late, config, metrics, throughput)
+            late, evaluated = None, {}
+            with throughput.paused():
+                if eval_now and held_out and not (stopping and not last):
+                    evaluated = {"eval/nats_per_pixel": evaluate(state["params"], held_out)}
+                    metrics.log(step, evaluated)
+                if save_now:
+                    checkpoints.save(state, record(step), evaluated)
+            if stopping and not last:
+                raise Preempted(f"stopped after step {step:,} of {config.steps:,}, saved.")
+
+        if start >= config.steps and held_out:
+            evaluated = {"eval/nats_per_pixel": evaluate(state["params"], held_out)}
+
+    lines = telemetry.load_metrics(workdir)
+    if jax.process_index() == 0:
+        telemetry.loss_curve(storage.path(workdir) / "figures" / "loss.png", lines, len(palette_VC))
+    losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]
+    return {"parameters": parameters, "steps": max(start, config.steps),
+            "train/nats_per_pixel": losses[-1] if losses else None,
+            **evaluated, **throughput.overall()}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _throughput(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -> telemetry.Throughput:
+    flops = telemetry.train_flops_per_image(model.dims.L, model.dims.D, model.dims.F, model.dims.V, model.dims.T)
+    chip = topology.chip_for(mesh.devices.flat[0].device_kind)
+    return telemetry.Throughput(config.batch_size, model.dims.T, flops, mesh.size, chip and chip.peak_bf16_flops)
+
+
+def _report(step: int, measured: dict[str, jax.Array], config: PretrainConfig, metrics: telemetry.Metrics,
+            throughput: telemetry.Throughput) -> None:
+    """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay non-finite."""
+    values = {name: float(np.asarray(value)) for name, value in jax.device_get(measured).items()}
+    in_a_row = int(values.pop("train/skipped_in_a_row"))
+    if step in (1, config.steps) or _due(step, config.log_every_steps) or in_a_row:
+        metrics.log(step, {**values, **throughput.read()})
+    if in_a_row >= config.max_skipped_updates:
+        raise Diverged(f"{in_a_row} updates in a row up to step {step:,} were not finite and were skipped. The newest "
+                       "checkpoint is older and good: lower optimizer.learning_rate or set optimizer.clip_norm.")

@@ -1,0 +1,121 @@
+"""From the letters in a name to where its array lives. The only file besides config that names mesh axes.
+
+A dim is known by its letter: B batch, T tokens, D embed, N heads, H head dim, F mlp hidden, V palette, L layers.
+A parameter's letters end its name (`query_DNH`); blocks are stacked, so theirs begin with an L that the name omits.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from igpt_jax.config import MeshConfig, UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Which mesh axes split a dim. A letter that is absent is never split.
+PARAMETER_RULES: Mapping[str, tuple[str, ...]] = {"D": ("fsdp",), "N": ("tensor",), "F": ("tensor",)}
+ACTIVATION_RULES: Mapping[str, tuple[str, ...]] = {"B": BATCH_AXES, "N": ("tensor",), "F": ("tensor",)}
+
+log = logging.getLogger(__name__)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all). Raises UserError where the sizes do not multiply to them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.resolve(len(devices))
+    return jax.make_mesh(tuple(getattr(sizes, axis) for axis in AXES), AXES,
+                         axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def letters_for(name: str, ndim: int) -> str:
+    """The letters of a parameter's dims, from its name: ('query_DNH', 4) -> 'LDNH'."""
+    letters = name.rsplit("_", 1)[-1]
+    return letters if len(letters) == ndim else "L" + letters
+
+
+def spec_for(letters: str, rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+    """The partition of dims `letters` under `rules`."""
+    return PartitionSpec(*(rules.get(letter) for letter in letters))
+
+
+@functools.cache
+def _warn_unsplit(name: str, letter: str, size: int, axes: tuple[str, ...], parts: int) -> None:
+    log.warning("%s: its dim %s of %d does not divide over %s of %d devices and stays whole on each of them.",
+                name, letter, size, " x ".join(axes), parts)
+
+
+def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of a parameter; a dim that does not divide stays whole, with a warning that names the tensor."""
+    letters = letters_for(name, len(shape))
+    parts = []
+    for letter, size in zip(letters, shape, strict=True):
+        axes = PARAMETER_RULES.get(letter)
+        devices = math.prod(mesh.shape[axis] for axis in axes or ())
+        if axes and size % devices:
+            _warn_unsplit(name, letter, size, axes, devices)
+            axes = None
+        parts.append(axes)
+    return PartitionSpec(*parts)
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree of (abstract) parameters, by their names."""
+    def sharding(path, leaf):
+        return NamedSharding(mesh, parameter_spec(path[-1].key, leaf.shape, mesh))
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays that begin with the batch dim."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError where the global batch does not divide over data x fsdp."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % parts:
+        raise UserError(f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {parts} devices. "
+                        f"Choose a multiple of {parts}, such as {max(1, round(batch_size / parts)) * parts}.")
+
+
+def check_heads(heads: int, mesh: Mesh) -> None:
+    """Raises UserError where the heads do not divide over the tensor axis."""
+    if heads % mesh.shape["tensor"]:
+        raise UserError(f"model.heads={heads} does not divide over mesh.tensor={mesh.shape['tensor']}. "
+                        f"Choose mesh.tensor among {[n for n in range(1, heads + 1) if heads % n == 0]}.")
+
+
+def constrain(x: jax.Array, letters: str, rules: Mapping[str, tuple[str, ...]] = ACTIVATION_RULES) -> jax.Array:
+    """Pins the layout of an activation inside a jitted function; no effect where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(letters, rules))
+
+
+def gather_weight(weight: jax.Array, letters: str, dtype: Any) -> jax.Array:
+    """A parameter in the compute dtype, cast while still split, so that what travels between devices is `dtype`."""
+    return constrain(weight.astype(dtype), letters, PARAMETER_RULES)
+
+
+def table(params: Any, mesh: Mesh) -> str:
+    """One line per parameter: name, shape, partition, bytes on each device."""
+    rows, total = [], 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sharding = NamedSharding(mesh, parameter_spec(path[-1].key, leaf.shape, mesh))
+        size = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        total += size
+        name = "/".join(key.key for key in path)
+        rows.append(f"{name:32} {str(leaf.shape):24} {str(tuple(sharding.spec)):40} {size:>14,}")
+    return "\n".join([*rows, f"{'total bytes on each device':98} {total:>14,}"])

@@ -1,0 +1,89 @@
+"""The training and evaluation steps: pure functions of plain arrays, ready for jax.jit.
+
+B batch, T tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from igpt_jax import objectives, sharding
+from igpt_jax.config import PretrainConfig
+from igpt_jax.model import Model
+from igpt_jax.optimizer import learning_rate, make_optimizer
+
+# step, skipped (bad updates so far) and skipped_in_a_row: int32; params: a dict; optimizer: optax's state.
+State = dict[str, Any]
+
+
+def init_state(model: Model, config: PretrainConfig, key: jax.Array) -> State:
+    """The state before step 0."""
+    params = model.init(key)
+    return {"step": jnp.int32(0), "skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0), "params": params,
+            "optimizer": make_optimizer(config.optimizer).init(params)}
+
+
+def state_shardings(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
+    """Where each array of the state lives: moments where their parameters do, the rest everywhere."""
+    abstract = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
+    everywhere = sharding.replicated(mesh)
+    params = sharding.parameter_shardings(abstract["params"], mesh)
+    moments = optax.tree_map_params(
+        make_optimizer(config.optimizer), lambda _, place: place, abstract["optimizer"], params,
+        transform_non_params=lambda _: everywhere)
+    return {"step": everywhere, "skipped": everywhere, "skipped_in_a_row": everywhere, "params": params,
+            "optimizer": moments}
+
+
+def abstract_state(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state, for restoring and for compiling without data."""
+    shapes = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                        shapes, state_shardings(model, config, mesh))
+
+
+def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> Callable:
+    """(state, tokens_BT, key) -> (state, metrics).
+
+    A loss or gradient that is not finite leaves parameters and moments exactly as they were and is counted in
+    `skipped`; the step counter, and with it data order and schedule, goes on.
+    """
+    optimizer = make_optimizer(config.optimizer)
+    uses_dropout = config.model.dropout > 0
+
+    def train_step(state: State, tokens_BT: jax.Array, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        step_key = jax.random.fold_in(key, state["step"]) if uses_dropout else None
+
+        def loss_fn(params):
+            return objectives.autoregressive(model.logits(params, tokens_BT, step_key), tokens_BT)
+
+        loss, gradients = jax.value_and_grad(loss_fn)(state["params"])
+        gradient_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
+        directions, moments = optimizer.update(gradients, state["optimizer"], state["params"])
+        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state["params"], directions)
+
+        def unless_bad(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = {"step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(finite, 0, 1),
+                 "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+                 "params": unless_bad(params, state["params"]), "optimizer": unless_bad(moments, state["optimizer"])}
+        return state, {"train/nats_per_pixel": loss, "train/gradient_norm": gradient_norm,
+                       "train/learning_rate": rate, "train/skipped_updates": state["skipped"],
+                       "train/skipped_in_a_row": state["skipped_in_a_row"]}
+
+    return train_step
+
+
+def make_eval_step(model: Model) -> Callable:
+    """(params, tokens_BT) -> mean nats per pixel of each image, [B]."""
+    def eval_step(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
+        return objectives.nats_per_token(model.logits(params, tokens_BT), tokens_BT).mean(axis=1)
+
+    return eval_step

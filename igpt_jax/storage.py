@@ -1,0 +1,277 @@
+"""Paths of users, local or in a bucket (gs://, s3://), and the things that differ there. No JAX is imported here.
+
+A bucket has no rename, no append and no locks: an object appears whole when its write ends. `publish`, `LineWriter`
+and `lock` give both kinds of storage the same meaning.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+from igpt_jax.config import UserError
+
+SCHEMES = ("gs://", "s3://")
+LOCK = ".lock"
+HEARTBEAT_SECONDS = 20.0
+PART_SECONDS = 60.0
+
+
+def path(text: str | os.PathLike) -> epath.Path:
+    """The path that a user typed, with ~ expanded.
+
+    Raises:
+      UserError: an empty path, or a scheme other than gs:// and s3://.
+    """
+    text = os.fspath(text)
+    if not text:
+        raise UserError("a path is empty. Give a local path, gs://BUCKET/... or s3://BUCKET/...")
+    if "://" in text and not text.startswith(SCHEMES):
+        raise UserError(f"path {text!r}: storage is a local path, gs:// or s3://.")
+    return epath.Path(text).expanduser()
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether `path` lies on a file system of this machine, not in a bucket."""
+    return not os.fspath(path).startswith(SCHEMES)
+
+
+@contextlib.contextmanager
+def _readable(path: epath.Path) -> Iterator[None]:
+    """Turns the errors of reading what a user named into one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist. Check the path.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, where a file is needed.") from None
+    except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read(path: epath.Path) -> bytes:
+    """The content of a file that the user named.
+
+    Raises:
+      UserError: it is missing or cannot be read.
+    """
+    with _readable(path):
+        return path.read_bytes()
+
+
+def children(path: epath.Path) -> list[epath.Path]:
+    """What lies in a folder that the user named, sorted by name.
+
+    Raises:
+      UserError: it is missing or cannot be read.
+    """
+    with _readable(path):
+        return sorted(path.iterdir(), key=lambda child: child.name)
+
+
+def matching(pattern: str) -> list[epath.Path]:
+    """The existing paths that a path or glob pattern of the user stands for, sorted; none raises UserError."""
+    given = path(pattern)
+    plain = [part for part in given.parts if not glob.has_magic(part)]
+    with _readable(given):
+        if len(plain) == len(given.parts):
+            found = [given] if given.exists() else []
+        else:
+            first = next(i for i, part in enumerate(given.parts) if glob.has_magic(part))
+            root = epath.Path(*given.parts[:first]) if first else epath.Path(".")
+            found = sorted(root.glob("/".join(given.parts[first:])))
+    if not found:
+        raise UserError(f"{pattern!r} matches nothing. Check the path.")
+    return found
+
+
+def publish(path: epath.Path, data: bytes | str) -> None:
+    """Writes a file so that a reader sees its old content or its new one, never a part; makes its folder."""
+    data = data.encode() if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class LineWriter:
+    """Appends lines of text to a file, over any number of runs.
+
+    On a local disk each line is written at once. In a bucket, where nothing can be appended, lines go to numbered
+    parts beside it (`metrics-00001.jsonl` for `metrics.jsonl`), one a minute at most, and on `flush` and `close`.
+    `read_lines` reads both.
+    """
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._lines: list[str] = []
+        self._flushed = time.monotonic()
+        self._file = None
+        if is_local(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+            self._file = open(path, "a", encoding="utf-8")
+            if torn:  # a full disk can cut the last line of an earlier run
+                self._file.write("\n")
+        else:
+            numbers = [int(part.stem.rpartition("-")[2]) for part in _parts(path)]
+            self._next_part = max(numbers, default=0) + 1
+
+    def write(self, line: str) -> None:
+        """Appends one line; `line` comes without its newline."""
+        if self._file:
+            self._file.write(line + "\n")
+            self._file.flush()
+            return
+        self._lines.append(line + "\n")
+        if time.monotonic() - self._flushed >= PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._lines:
+            name = f"{self._path.stem}-{self._next_part:05d}{self._path.suffix}"
+            publish(self._path.parent / name, "".join(self._lines))
+            self._next_part += 1
+            self._lines.clear()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.close()
+
+
+def _parts(path: epath.Path) -> list[epath.Path]:
+    if not path.parent.exists():
+        return []
+    return sorted(path.parent.glob(f"{path.stem}-[0-9][0-9][0-9][0-9][0-9]{path.suffix}"))
+
+
+def read_lines(path: epath.Path) -> list[str]:
+    """All lines that a `LineWriter` wrote to `path`, in order, without newlines.
+
+    Raises:
+      UserError: there is neither the file nor a part of it.
+    """
+    files = [path] if path.exists() else _parts(path)
+    if not files:
+        raise UserError(f"{path} does not exist. Check the path.")
+    return [line for file in files for line in read(file).decode().splitlines()]
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+    """Holds `workdir` (made where missing) for one job.
+
+    Local: an flock on `workdir/.lock`; the kernel lets go of it when its process ends, however it ends. Bucket: an
+    object that its holder writes anew every 20 seconds and deletes at the end; one that stays the same for a minute,
+    or whose process on this host is gone, belonged to a dead job and is taken over. No clocks are compared.
+
+    Raises:
+      UserError: another job holds it; names its host, process and start.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with _local_lock(workdir, mine) if is_local(workdir) else _bucket_lock(workdir, mine):
+        yield
+
+
+def _in_use(workdir: epath.Path, text: str) -> UserError:
+    try:
+        holder = "host {host}, process {pid}, since {start}".format(**json.loads(text))
+    except (ValueError, KeyError):
+        holder = "a job that is just starting"
+    return UserError(f"workdir {workdir} is in use by {holder}. Wait for it, stop it, or give another --workdir.")
+
+
+@contextlib.contextmanager
+def _local_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
+    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _in_use(workdir, file.read()) from None
+        # The file stays when the job ends: deleting it would let two jobs lock two files of one name.
+        file.truncate(0)
+        file.write(json.dumps(mine))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
+    file = workdir / LOCK
+
+    def content() -> str:
+        try:
+            return file.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def beat(count: int) -> str:
+        text = json.dumps({**mine, "beat": count})
+        publish(file, text)
+        return text
+
+    found = content()
+    if found and not _gone(found):
+        time.sleep(3 * HEARTBEAT_SECONDS)
+        if content() not in ("", found):
+            raise _in_use(workdir, content())
+    text = beat(0)
+    time.sleep(HEARTBEAT_SECONDS / 10)  # of two that start at once, the later write wins
+    if content() != text:
+        raise _in_use(workdir, content())
+    done = threading.Event()
+
+    def keep() -> None:
+        count = 0
+        while not done.wait(HEARTBEAT_SECONDS):
+            count += 1
+            with contextlib.suppress(OSError):  # a beat may be missed: two more come before others take over
+                beat(count)
+
+    thread = threading.Thread(target=keep, name="lock heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+
+
+def _gone(text: str) -> bool:
+    """Whether a lock's text names a process of this host that no longer runs."""
+    try:
+        holder = json.loads(text)
+        if holder["host"] != socket.gethostname():
+            return False
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, PermissionError):
+        return False
+    return False

@@ -1,0 +1,337 @@
+"""What a run tells about itself: metrics lines, TensorBoard, progress, throughput and figures.
+
+Dimensions: B batch, Y rows, X columns, C channels.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from igpt_jax import storage
+
+# What the progress bar and the log lines show, in this order: metric, label, format.
+SHOWN = (
+    ("train/nats_per_pixel", "loss", ".4f"),
+    ("eval/nats_per_pixel", "held-out", ".4f"),
+    ("images_per_second", "images/s", ",.0f"),
+    ("mfu", "MFU", ".1%"),
+)
+TENSORBOARD_FLUSH_SECONDS = 30.0
+
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, above the progress bar where there is one."""
+    with contextlib.suppress(OSError):  # Ctrl-C also ends a `| tee`: nobody may be listening, and the run must save
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+# Speed.
+
+def train_flops_per_image(layers: int, embed: int, mlp: int, palette_size: int, tokens: int) -> float:
+    """Model FLOPs of one image in training, forward and backward, with the causal half of attention.
+
+        forward = 2 x matrix parameters x tokens + 2 x layers x tokens^2 x embed
+        train   = 3 x forward
+
+    Matrix parameters: 4 embed^2 + 2 embed x mlp per layer, and the head's palette_size x embed. The second term is
+    half of the 4 x layers x tokens^2 x embed of q k^T and of the weighted sum of v: the causal mask needs only that
+    half, whatever the kernel computes. The backward pass costs twice the forward. Embedding look-ups, norms and
+    anything that the backward pass recomputes count as nothing (PaLM, arXiv 2204.02311, Appendix B, with causal half).
+    """
+    matrices = layers * (4 * embed**2 + 2 * embed * mlp) + palette_size * embed
+    forward = 2 * matrices * tokens + 2 * layers * tokens**2 * embed
+    return 3 * forward
+
+
+def mfu(flops_per_second: float, peak_flops: float) -> float:
+    """Model FLOPs utilisation: model FLOP/s per device (causal half) over the chip's peak dense bf16 FLOP/s."""
+    return flops_per_second / peak_flops
+
+
+class Throughput:
+    """Speed of training, without compilation, evaluation and checkpoints.
+
+    The first `step` starts the clock, since that step compiles. What runs inside `paused()` does not count; let the
+    pending steps finish before it (read their metrics), or they run on time that is not counted.
+
+    Args:
+      batch_size: images per step over all devices.
+      tokens: tokens per image.
+      flops_per_image: `train_flops_per_image`.
+      devices: number of devices over all processes.
+      peak_flops: of one device; None leaves MFU out.
+      clock: seconds.
+    """
+
+    def __init__(self, batch_size: int, tokens: int, flops_per_image: float, devices: int,
+                 peak_flops: float | None = None, clock: Callable[[], float] = time.perf_counter):
+        self._batch_size, self._tokens = batch_size, tokens
+        self._flops_per_image, self._devices, self._peak_flops = flops_per_image, devices, peak_flops
+        self._clock = clock
+        self._since: float | None = None
+        self._steps = 0
+        self._earlier_steps, self._earlier_seconds = 0, 0.0
+
+    def step(self) -> None:
+        """Counts one finished step."""
+        if self._since is None:
+            self._since = self._clock()
+        else:
+            self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time inside: `with throughput.paused(): evaluate(...)`."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            if self._since is not None:
+                self._since += self._clock() - start
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last `read`; empty before two steps are done."""
+        if not self._steps:
+            return {}
+        now = self._clock()
+        steps, seconds = self._steps, now - self._since
+        self._since, self._steps = now, 0
+        self._earlier_steps += steps
+        self._earlier_seconds += seconds
+        return self._rates(steps, seconds)
+
+    def overall(self) -> dict[str, float]:
+        """Rates of the whole run up to the last `read`; empty where nothing was measured."""
+        return self._rates(self._earlier_steps, self._earlier_seconds) if self._earlier_steps else {}
+
+    def _rates(self, steps: int, seconds: float) -> dict[str, float]:
+        images = steps * self._batch_size / max(seconds, 1e-9)
+        flops = images * self._flops_per_image / self._devices
+        rates = {"images_per_second": images, "tokens_per_second": images * self._tokens,
+                 "model_tflops_per_second_per_device": flops / 1e12}
+        if self._peak_flops:
+            rates["mfu"] = mfu(flops, self._peak_flops)
+        return rates
+
+
+# Metrics.
+
+class Metrics:
+    """Writes a run's metrics: metrics.jsonl, TensorBoard, and a progress bar or log lines. Process 0 only.
+
+    `step` counts finished optimizer steps: the line of step s tells about the model after s updates. A run that goes
+    on after step s drops the lines after s that an interrupted run has left, and so writes each of them once. In a
+    bucket, where lines cannot be taken back, they stay and `load_metrics` takes the later ones.
+
+    Args:
+      workdir: the job's folder.
+      total_steps: where the run will end.
+      start_step: finished steps that the run goes on from; 0 for a new run.
+    """
+
+    def __init__(self, workdir: str, total_steps: int, start_step: int = 0):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._total_steps, self._start_step, self._started = total_steps, start_step, time.time()
+        path = storage.path(workdir) / "metrics.jsonl"
+        if storage.is_local(path) and path.exists():
+            _drop_lines_after(path, start_step)
+        self._lines = storage.LineWriter(path)
+        self._tensorboard = TensorBoard(os.fspath(storage.path(workdir) / "tensorboard"))
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                         disable=not sys.stderr.isatty())
+        self._latest: dict[str, float] = {}
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Records `values` of a step. In metrics.jsonl NaN and infinities are null, as JSON has no word for them."""
+        if not self._active:
+            return
+        now = time.time()
+        values = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}, allow_nan=False))
+        self._tensorboard.write(step, now, values)
+        self._latest.update(values)
+        if self._bar.disable:
+            say(self._line(step, now, values))
+        else:
+            self._bar.set_postfix_str(_describe(self._latest), refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Ends the bar and writes out what is buffered."""
+        if self._active:
+            self._bar.close()
+            self._lines.close()
+            self._tensorboard.close()
+
+    def _line(self, step: int, now: float, values: Mapping[str, float]) -> str:
+        line = f"step {step:,}/{self._total_steps:,}  {_describe(values)}"
+        done, left = step - self._start_step, self._total_steps - step
+        if done > 0 and left > 0:
+            line += f"  ETA {tqdm.format_interval((now - self._started) * left / done)}"
+        return line
+
+
+def _describe(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{label} {values[name]:{form}}" for name, label, form in SHOWN if name in values)
+
+
+def _drop_lines_after(path: storage.epath.Path, step: int) -> None:
+    lines = storage.read_lines(path)
+    kept = [line for line in lines if step and _parse_line(line).get("step", math.inf) <= step]
+    if kept != lines:
+        storage.publish(path, "".join(line + "\n" for line in kept))
+
+
+def _parse_line(line: str) -> dict[str, float | None]:
+    try:
+        return json.loads(line)
+    except ValueError:  # a run that was killed, or whose disk was full, may leave part of a line
+        return {}
+
+
+def load_metrics(workdir: str) -> list[dict[str, float | None]]:
+    """The metrics of a run: one dict per step, in order; what was logged twice for a step counts as logged last.
+
+    Raises:
+      UserError: the workdir has no metrics.
+    """
+    by_step: dict[int, dict[str, float | None]] = {}
+    for line in storage.read_lines(storage.path(workdir) / "metrics.jsonl"):
+        values = _parse_line(line)
+        if "step" in values:
+            by_step.setdefault(values["step"], {}).update(values)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+class _BucketFile:
+    """tensorboardX's idea of a file, for gs:// and s3://: what was written is published whole on each flush."""
+
+    def __init__(self, path: str):
+        self._path, self._data = storage.path(path), io.BytesIO()
+
+    def write(self, data: bytes) -> None:
+        self._data.write(data)
+
+    def flush(self) -> None:
+        storage.publish(self._path, self._data.getvalue())
+
+    close = flush
+
+
+class TensorBoard:
+    """TensorBoard scalars in `folder`. Training never suffers from it: the first failure says so and ends it.
+
+    Events are written by the caller's thread. tensorboardX's SummaryWriter hands them to a thread of its own; when
+    that dies, on a full disk for one, its queue fills and the training loop waits for ever.
+    """
+
+    def __init__(self, folder: str):
+        self._writer = None
+        self._flushed = time.monotonic()
+        with self._harmless():
+            from tensorboardX import event_file_writer, record_writer, summary
+            from tensorboardX.proto import event_pb2
+
+            bucket = types.SimpleNamespace(open=_BucketFile, directory_check=lambda folder: None)
+            for scheme in storage.SCHEMES:
+                record_writer.register_writer_factory(scheme.removesuffix("://"), bucket)
+            record_writer.directory_check(folder)
+            self._event, self._scalar = event_pb2.Event, summary.scalar
+            self._writer = event_file_writer.EventsWriter(f"{folder}/events")
+
+    def write(self, step: int, unix_time: float, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            return
+        with self._harmless():
+            for name, value in values.items():
+                scalar = self._scalar(name, value)
+                self._writer.write_event(self._event(wall_time=unix_time, step=step, summary=scalar))
+            if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._harmless():
+                self._writer.close()
+            self._writer = None
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._writer = None
+            say(f"TensorBoard is off for this run: {error}. metrics.jsonl goes on.")
+
+
+# Figures.
+
+def loss_curve(path: storage.epath.Path, metrics: Sequence[Mapping[str, float | None]], palette_size: int) -> None:
+    """Draws training and held-out loss over steps as a PNG, with the loss of guessing, ln V, as a dashed line.
+
+    Args:
+      path: of the PNG.
+      metrics: what `load_metrics` gives; reads `train/nats_per_pixel` and `eval/nats_per_pixel`.
+      palette_size: V, colours.
+    """
+    import matplotlib.figure  # the object interface keeps no global state and needs no display
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(math.log(palette_size), color="0.6", linestyle="--", linewidth=1,
+                 label=f"guessing: ln {palette_size} = {math.log(palette_size):.3f}")
+    curves = (("train/nats_per_pixel", "train", {"color": "tab:blue", "linewidth": 1.2}),
+              ("eval/nats_per_pixel", "held-out", {"color": "tab:orange", "linewidth": 1.6, "marker": "o",
+                                                   "markersize": 3.5}))
+    for name, label, style in curves:
+        points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=f"{label}: {points[-1][1]:.3f} at the end", **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per pixel")
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    storage.publish(path, png.getvalue())
+
+
+def image_grid(images_BYXC: np.ndarray, columns: int, scale: int = 4, gap: int = 2) -> Image.Image:
+    """The images in rows of `columns`, each pixel drawn as a sharp square of `scale` pixels, white gaps between.
+
+    Args:
+      images_BYXC: uint8, RGB.
+    """
+    big = images_BYXC.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = big.shape
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, image in enumerate(big):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        grid[top:top + height, left:left + width] = image
+    return Image.fromarray(grid)
+
+
+def save_png(path: storage.epath.Path, image: Image.Image) -> None:
+    """Writes a Pillow image as PNG, to a local path or a bucket."""
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    storage.publish(path, png.getvalue())

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Runs one job as N processes on this machine:  launch/local.sh N JOB ARGUMENTS...
+#
+#   launch/local.sh 2 pretrain --config=configs/pretrain.py --workdir=runs/two --config.data.store=runs/digits
+#
+# Each process sees one GPU where there are GPUs. SIGINT and SIGTERM let all save and stop at one step (exit code 75).
+# When one fails the others are stopped; the first failure's exit code is returned. Needs bash 5.1.
+set -uo pipefail
+
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: $0 N JOB ARGUMENTS..." >&2
+  exit 2
+fi
+count=$1
+shift
+python=${PYTHON:-python3}
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+
+label() {
+  trap '' INT TERM  # Ctrl-C must not end the labelling before the processes have reported
+  sed -u "s/^/[$1] /"
+}
+
+declare -A running  # process id -> process number
+for ((i = 0; i < count; i++)); do
+  if ((count > 1)); then
+    export IGPT_COORDINATOR=127.0.0.1:$port IGPT_PROCESSES=$count IGPT_PROCESS_ID=$i
+    export CUDA_VISIBLE_DEVICES=$i
+  fi
+  "$python" -m igpt_jax "$@" > >(label "$i") 2> >(label "$i" >&2) &
+  running[$!]=$i
+done
+
+trap 'kill -TERM "${!running[@]}" 2>/dev/null' INT TERM
+code=0
+while ((${#running[@]})); do
+  wait -n -p ended "${!running[@]}"
+  status=$?
+  [[ -z ${ended:-} ]] && continue  # a signal woke us, not the end of a process
+  number=${running[$ended]}
+  unset "running[$ended]"
+  ((status == 0)) && continue
+  ((code == 0)) && code=$status
+  # A process that was asked to stop ends with 75, and so will the others. After any other failure they would wait for
+  # it in a collective, deaf to SIGTERM; they get a moment to report an error of their own.
+  if ((status != 75 && ${#running[@]})); then
+    echo "process $number ended with exit code $status: stopping the others" >&2
+    sleep 3
+    kill -KILL "${!running[@]}" 2>/dev/null
+    break
+  fi
+done
+wait 2>/dev/null  # for the last lines
+exit "$code"

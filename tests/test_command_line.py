@@ -1,0 +1,229 @@
+"""The command line and what surrounds a job: mistakes, its workdir's records, exit codes, signals."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from igpt_jax import runtime, storage
+from igpt_jax.config import UserError, base_config, parse
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = """
+from igpt_jax.config import base_config
+
+
+def get_config(arguments=""):
+    config = base_config("pretrain", arguments)
+    {line}
+    return config
+"""
+
+
+def test_job_list_is_fast(run_job):
+    start = time.monotonic()
+    done = run_job()
+    assert time.monotonic() - start < 2, "the list of jobs must not wait for JAX or TensorFlow"
+    assert done.returncode == 0
+    assert all(job in done.stdout for job in ("prepare", "pretrain", "evaluate", "sample"))
+
+
+def test_help_lists_every_key_without_jax(run_job):
+    done = run_job("pretrain", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0
+    assert "--config.optimizer.learning_rate=0.003" in done.stdout
+    assert not imports_jax(done)
+
+
+def imports_jax(done) -> bool:
+    return re.search(r"\| +jax$", done.stderr, re.MULTILINE) is not None
+
+
+# What is typed after `igpt_jax`, and what the one line must say.
+MISTAKES = {
+    "pretran": "Did you mean 'pretrain'?",
+    "pretrain": "--workdir is missing",
+    "pretrain --workdir=W --wrong=1": "flag '--wrong' is not known",
+    "pretrain --workdir=W word": "'word' is not a flag",
+    "pretrain --workdir=W --config.stepz=3": "Did you mean 'steps'?",
+    "pretrain --workdir=W --config.optimizer=3": "Set optimizer.learning_rate or",
+    "pretrain --workdir=W --config.steps=abc": "steps='abc' must be of type int",
+    "pretrain --workdir=W --config.steps=0": "steps=0 must be at least 1",
+    "pretrain --workdir=W --config.keep_steps=a": "'a' must be a positive number",
+    "pretrain --workdir=W --config.model.name=igpt_z": "Did you mean 'igpt_s'?",
+    "pretrain --workdir=W --config=missing.py": "missing.py does not exist",
+    "pretrain --workdir=W --config=configs/pretrain": "must name a Python file",
+    "pretrain --workdir=W --config=configs/sample.py": "for the job 'sample', not 'pretrain'",
+    "pretrain --workdir=W --config=configs/pretrain.py:stepz=1": "Did you mean 'steps'?",
+    "pretrain --workdir=W --config=configs/pretrain.py:steps": "must read key=value",
+}
+
+
+def one_line(done) -> str:
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(lines) == 1 and lines[0].startswith("igpt_jax "), done.stderr
+    assert not imports_jax(done), "JAX was imported before the mistake was found"
+    return lines[0]
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_mistake_is_one_line(run_job, typed):
+    done = run_job(*typed.split(), env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert MISTAKES[typed] in one_line(done)
+
+
+@pytest.mark.parametrize("line, says", [
+    ("config.optimizer.learning_rat = 0.1", "line 7: config key 'learning_rat' is not known. Did you mean"),
+    ("config.steps = config.stepz", "line 7: config key 'stepz' is not known. Did you mean 'steps'?"),
+    ("config.steps = 'many'", "line 7: config key 'steps' must be of type int, not str"),
+    ("config.model.heads = 3", "is not a multiple of model.heads=3"),
+    ("unknown", "line 7: NameError"),
+    ("return", "get_config() must return a ConfigDict"),
+    ("if", "line 7: SyntaxError"),
+])
+def test_mistake_in_a_config_file_names_its_line(run_job, tmp_path, line, says):
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(line=line))
+    done = run_job("pretrain", f"--config={file}", f"--workdir={tmp_path}", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert says in one_line(done)
+
+
+def test_settings_are_applied_in_order(tmp_path, monkeypatch):
+    """The file's settings, then what follows its colon, then the flags. Seen to fail without `override` in `_load`."""
+    from igpt_jax.__main__ import _parse
+
+    monkeypatch.chdir(ROOT)
+    config, workdir = _parse("pretrain", ["--config=configs/igpt_l.py:steps=7,batch_size=2", "--workdir", "w",
+                                          "--config.batch_size", "4", "--config.keep_steps=(1,2)"])
+    assert (config.model.embed, config.steps, config.batch_size, workdir) == (1536, 7, 4, "w")
+    assert config.keep_steps == (1, 2)
+
+
+@pytest.fixture
+def config():
+    return parse("prepare", base_config("prepare"))
+
+
+def record(workdir, name):
+    return json.loads((workdir / name).read_text())
+
+
+def test_a_job_leaves_its_config_and_its_result(config, tmp_path):
+    def run(config, workdir):
+        assert record(tmp_path, "config.json")["source"] == "digits"
+        assert not (tmp_path / "result.json").exists(), "an unfinished job must not look finished"
+        with pytest.raises(UserError, match="in use"), storage.lock(storage.path(workdir)):
+            pass
+        return {"examples": 3, "images_per_second": float("nan")}
+
+    for _ in range(2):
+        assert runtime.run_job(run, config, str(tmp_path)) == 0
+    result = record(tmp_path, "result.json")
+    assert (result["job"], result["status"]) == ("prepare", "done")
+    assert result["metrics"] == {"examples": 3, "images_per_second": None}
+    assert result["device"]["platform"] == "cpu" and result["device"]["processes"] == 1
+    assert result["versions"]["jax"] and result["wall_seconds"] >= 0
+
+
+@pytest.mark.parametrize("error, code, status", [
+    (runtime.Preempted("stopped after step 3."), 75, "preempted"),
+    (runtime.Diverged("non-finite since step 3."), 77, "diverged"),
+    (UserError("no."), 2, None),
+    (ZeroDivisionError("a bug"), 1, None),
+])
+def test_each_end_has_its_exit_code(config, tmp_path, capsys, error, code, status):
+    def run(config, workdir):
+        raise error
+
+    assert runtime.run_job(run, config, str(tmp_path)) == code
+    assert (status is not None) == (tmp_path / "result.json").exists()
+    assert status is None or record(tmp_path, "result.json")["status"] == status
+    printed = capsys.readouterr().err
+    assert str(error) in printed and ("Traceback" in printed) == (code == 1)
+
+
+def test_a_refused_config_leaves_the_former_one(config, tmp_path, capsys):
+    """Seen to fail without the restoring branch of `_config_file`."""
+    def refuse(config, workdir):
+        raise UserError("this workdir was made with another source.")
+
+    assert runtime.run_job(lambda config, workdir: {}, config, str(tmp_path)) == 0
+    other = parse("prepare", base_config("prepare", "source=synthetic"))
+    assert runtime.run_job(refuse, other, str(tmp_path)) == 2
+    assert record(tmp_path, "config.json")["source"] == "digits"
+    assert runtime.run_job(refuse, parse("sample", base_config("sample")), str(tmp_path)) == 2
+    assert "belongs to the job 'prepare'" in capsys.readouterr().err
+
+
+def test_a_signal_asks_to_stop_and_a_second_ctrl_c_ends_the_process(python, capsys):
+    """Handlers return to what they were at the end. Seen to fail without re-raising."""
+    former = signal.getsignal(signal.SIGTERM)
+    with runtime.StopSignal() as stop:
+        assert not stop.should_stop(1)
+        for _ in range(2):  # a scheduler may send it twice
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.should_stop(2)
+    assert signal.getsignal(signal.SIGTERM) == former
+    assert "saving, then stopping" in capsys.readouterr().err
+    python("""
+import signal, subprocess, sys
+script = "import os, signal; from igpt_jax import runtime; stop = runtime.StopSignal();" \
+         "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]; print('still here')"
+done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+assert done.returncode == -signal.SIGINT and not done.stdout, done
+""", devices=1)
+
+
+LAUNCHED = """#!{python}
+import os, signal, sys, time
+if sys.argv[1] == "-c":
+    exec(sys.argv[2])
+    sys.exit()
+import jax
+from igpt_jax import runtime
+from igpt_jax.config import UserError, base_config, parse
+
+
+def run(config, workdir):
+    assert jax.process_count() == 2
+    with runtime.StopSignal() as stop:
+        for step in range(1, 500):
+            time.sleep(0.02)
+            if step == 5 and jax.process_index() == 1:
+                if sys.argv[3] == "sample":
+                    raise UserError("only process 1 sees this.")
+                os.kill(os.getpid(), signal.SIGINT)
+            if stop.should_stop(step):
+                print(f"stops at {{step}}", flush=True)
+                raise runtime.Preempted("stopped.")
+
+
+sys.exit(runtime.run_job(run, parse("prepare", base_config("prepare")), sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("job, code", [("prepare", 75), ("sample", 2)])
+def test_launched_processes_stop_together(tmp_path, job, code):
+    """Ctrl-C in one process stops both at one step; a failure of one ends both. Seen to fail without passing SIGINT on
+    as SIGTERM, with a SIGTERM handler of Python's beside JAX's, and with `should_stop` that asks only its own process.
+    """
+    stand_in = tmp_path / "python"  # started by the launcher as `stand_in -m igpt_jax JOB WORKDIR`
+    stand_in.write_text(LAUNCHED.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    done = subprocess.run([ROOT / "launch" / "local.sh", "2", job, tmp_path / "workdir"], text=True,
+                          capture_output=True, timeout=120, env={**os.environ, "PYTHON": str(stand_in)})
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "workdir" / "config.json").exists()
+    if code == 75:
+        first, second = re.findall(r"stops at (\d+)", done.stdout)
+        assert first == second
+        assert record(tmp_path / "workdir", "result.json")["device"]["processes"] == 2
+    else:
+        assert "[1] igpt_jax prepare: only process 1 sees this." in done.stderr

@@ -1,0 +1,79 @@
+"""The layout is a total order: a file imports only from files above it in this list."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "igpt_jax"
+ORDER = [
+    "config", "storage", "palette", "topology", "sharding", "attention", "model", "objectives", "features", "decode",
+    "linear_probe", "optimizer", "steps", "planner", "data.order", "data.sources", "data.store", "data",
+    "data.resident", "data.pipeline", "checkpoint", "weights", "telemetry", "runtime", "evaluation", "loop", "report",
+    "jobs", "__main__",
+]
+MAY_IMPORT_TENSORFLOW = {"data.pipeline", "weights"}
+WITHOUT_JAX = {"config", "storage", "palette", "topology"}
+
+
+def place(module: str) -> str:
+    """The entry of ORDER that a module of the package belongs to."""
+    parts = module.split(".")
+    if parts[0] in ("jobs", "report"):
+        return parts[0]
+    return module
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> dict[str, ast.AST]:
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = list(file.relative_to(PACKAGE).with_suffix("").parts)
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)
+        found[name] = ast.parse(file.read_text())
+    return found
+
+
+def ours(name: str, known: dict[str, ast.AST]) -> str | None:
+    """The module of the package that an imported name lies in; None where it is not ours."""
+    parts = name.split(".")[1:] if name.startswith("igpt_jax.") else []
+    while parts and ".".join(parts) not in known:
+        parts.pop()
+    return ".".join(parts) or None
+
+
+def test_imports_only_go_up_the_list():
+    """Seen to fail with `from igpt_jax import loop` in config.py."""
+    known = modules()
+    known.pop("__init__")
+    for module, tree in known.items():
+        assert place(module) in ORDER, f"{module} has no place in the order"
+        for name in imported(tree):
+            target = ours(name, known)
+            if target is None or target.startswith(f"{module}.") or target == module:
+                continue  # not ours; or a package's front door, which opens the package's own files
+            assert ORDER.index(place(target)) <= ORDER.index(place(module)), f"{module} imports {target}, below it"
+            if place(target) == place(module) == "jobs":
+                assert target == "jobs", f"{module} imports another job, {target}"
+
+
+def test_tensorflow_is_imported_in_two_files_only():
+    """Seen to fail with `import tensorflow` in data/store.py."""
+    for module, tree in modules().items():
+        names = {name.split(".")[0] for name in imported(tree)}
+        assert "tensorflow" not in names or module in MAY_IMPORT_TENSORFLOW, module
+
+
+def test_what_runs_before_jax_does_not_import_it():
+    """Seen to fail with `import jax` in storage.py. __main__ reaches JAX only through runtime and the jobs."""
+    for module, tree in modules().items():
+        if module in WITHOUT_JAX or module == "__main__":
+            assert not {"jax", "flax"} & {name.split(".")[0] for name in imported(tree)}, module

@@ -1,0 +1,137 @@
+"""The model is the published one: sizes, initial weights, and logits against a NumPy forward written from the paper."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igpt_jax import objectives
+from igpt_jax.config import ModelConfig
+from igpt_jax.model import Model, count_parameters
+
+SMALL = {"name": "igpt_tiny", "layers": 3, "embed": 24, "heads": 2}
+
+
+def random_parameters(model, seed=0, scale=0.3):
+    """Weights of no special structure, so that every term of the forward pass shows in the logits."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(1.0 if leaf.ndim == 1 else 0.0, scale, leaf.shape),
+                                                 leaf.dtype), model.abstract_parameters())
+
+
+def numpy_logits(params, tokens_BT, heads):
+    """The forward pass in float64, one image, layer and head at a time."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    blocks = params["blocks"]
+
+    def norm(x, gain):
+        return gain * x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5)
+
+    out = []
+    for tokens in tokens_BT:
+        h = np.stack([params["start_D"], *params["token_embed_VD"][tokens[:-1]]])
+        h = h + params["position_embed_TD"][:len(tokens)]
+        for layer in range(len(blocks["query_DNH"])):
+            n = norm(h, blocks["attention_norm_D"][layer])
+            for head in range(heads):
+                q, k, v = (n @ blocks[name][layer][:, head] for name in ("query_DNH", "key_DNH", "value_DNH"))
+                scores = q @ k.T / math.sqrt(q.shape[1])
+                scores[np.triu_indices(len(tokens), 1)] = -np.inf
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                h = h + weights / weights.sum(-1, keepdims=True) @ v @ blocks["out_NHD"][layer][head]
+            m = norm(h, blocks["mlp_norm_D"][layer]) @ blocks["up_DF"][layer]
+            h = h + (m / (1 + np.exp(-1.702 * m))) @ blocks["down_FD"][layer]
+        out.append(norm(h, params["final_norm_D"]) @ params["head_VD"].T)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize(("name", "image_size", "parameters"), [
+    ("igpt_s", 32, 76_571_648), ("igpt_m", 32, 455_157_760), ("igpt_l", 32, 1_362_250_752),
+    ("igpt_xl", 64, 6_810_875_904)])
+def test_parameter_counts_of_the_paper(name, image_size, parameters):
+    """Seen to fail with a bias added to the MLP. No weights are made: shapes only."""
+    model = Model(ModelConfig(name), palette_size=512, image_size=image_size, precision="float32")
+    assert count_parameters(model.abstract_parameters()) == parameters == model.dims.parameter_count
+
+
+@pytest.mark.parametrize("attention", ["reference", "blocked"])
+def test_logits_equal_a_numpy_forward(attention):
+    """Seen to fail with 1.702 changed to 1.7, with a mean subtracted in the norm, and with the mask off by one."""
+    model = Model(ModelConfig(**SMALL, attention=attention), palette_size=11, image_size=5, precision="float32")
+    params = random_parameters(model)
+    tokens_BT = np.random.default_rng(1).integers(0, 11, (2, 25))
+    np.testing.assert_allclose(model.logits(params, tokens_BT), numpy_logits(params, tokens_BT, heads=2), atol=1e-4)
+
+
+def test_bfloat16_stays_near_float32():
+    """Computation in bfloat16 gives float32 logits within its rounding. Seen to fail with float16 weights x 2."""
+    tokens_BT = np.random.default_rng(1).integers(0, 11, (2, 25))
+    logits = {}
+    for precision in ("float32", "bfloat16"):
+        model = Model(ModelConfig(**SMALL), palette_size=11, image_size=5, precision=precision)
+        logits[precision] = model.logits(random_parameters(model, scale=0.1), tokens_BT)
+    assert logits["bfloat16"].dtype == jnp.float32
+    np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.05)
+    assert not np.array_equal(logits["bfloat16"], logits["float32"])
+
+
+def test_first_loss_is_ln_of_the_palette():
+    """The head starts at zero, so every colour is as likely: ln 512 = 6.238325. Seen to fail with a random head."""
+    model = Model(ModelConfig(**SMALL), palette_size=512, image_size=4, precision="float32")
+    tokens_BT = np.random.default_rng(0).integers(0, 512, (2, 16))
+    loss = objectives.autoregressive(model.logits(model.init(jax.random.key(0)), tokens_BT), tokens_BT)
+    assert float(loss) == pytest.approx(math.log(512), abs=5e-6)
+
+
+@pytest.mark.parametrize("init", ["released", "paper"])
+def test_initial_weights_have_the_stated_deviations(init):
+    """Seen to fail with the attention output not divided by the depth."""
+    model = Model(ModelConfig(name="igpt_10m", init=init), palette_size=512, image_size=16, precision="float32")
+    params = model.init(jax.random.key(0))
+    D, F, L = 256, 1024, 12
+    expected = {
+        "released": {"query_DNH": D ** -0.5, "out_NHD": (D * L) ** -0.5, "up_DF": 0.02, "down_FD": 0.02},
+        "paper": {"query_DNH": 0.125 / D ** 0.5, "out_NHD": 0.125 / (D * 2 * L) ** 0.5, "up_DF": 0.125 / D ** 0.5,
+                  "down_FD": 0.125 / (F * 2 * L) ** 0.5}}[init]
+    for name, deviation in expected.items():
+        assert float(params["blocks"][name].std()) == pytest.approx(deviation, rel=0.01), name
+    position = {"released": 0.01, "paper": 0.125 / D ** 0.5}[init]
+    assert float(params["position_embed_TD"].std()) == pytest.approx(position, rel=0.01)
+    assert not params["head_VD"].any()
+
+
+def test_gradients_equal_finite_differences(python):
+    """Every parameter, in float64, both attention back-ends, with and without remat.
+
+    Seen to fail with the gradient of the blocked back-end's row sum stopped.
+    """
+    python("""
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from igpt_jax import objectives
+from igpt_jax.config import ModelConfig
+from igpt_jax.model import Model
+rng = np.random.default_rng(0)
+tokens = rng.integers(0, 7, (2, 9))
+for attention, remat in (("reference", "none"), ("blocked", "none"), ("blocked", "full")):
+    config = ModelConfig("igpt_tiny", layers=2, embed=8, heads=2, mlp=12, attention=attention, remat=remat)
+    model = Model(config, 7, 3, "float64")
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape)), model.abstract_parameters())
+    loss = jax.jit(lambda p: objectives.autoregressive(model.logits(p, tokens), tokens))
+    gradients = jax.jit(jax.grad(loss))(params)
+    flat, unflatten = jax.flatten_util.ravel_pytree(params)
+    for _ in range(8):
+        direction = jnp.asarray(rng.normal(size=flat.shape))
+        numeric = (loss(unflatten(flat + 1e-6 * direction)) - loss(unflatten(flat - 1e-6 * direction))) / 2e-6
+        exact = jax.flatten_util.ravel_pytree(gradients)[0] @ direction
+        assert abs(numeric - exact) < 1e-7, (attention, remat, numeric, exact)
+    # One parameter of each tensor by itself, so that none hides behind the others.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        index = tuple(rng.integers(0, n) for n in leaf.shape)
+        def moved(by):
+            return loss(jax.tree_util.tree_map_with_path(lambda p, x: x.at[index].add(by) if p == path else x, params))
+        numeric = (moved(1e-6) - moved(-1e-6)) / 2e-6
+        assert abs(numeric - leaf[index]) < 1e-8, (attention, path, numeric, leaf[index])
+""", devices=1)

@@ -1,0 +1,170 @@
+"""The prepare job: sources, resizing, the held-out rule, starting again, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_jax import palette
+from igpt_jax.config import PrepareConfig, UserError
+from igpt_jax.data import order, sources, store
+from igpt_jax.jobs import prepare
+
+
+def run(workdir, **keys):
+    return prepare.run(PrepareConfig(**{"palette": "fit:4", **keys}), str(workdir))
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+def random_images(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def test_digits(tmp_path):
+    """Its defaults: 17 grey levels, which the palette holds exactly; a tenth held out."""
+    metrics = prepare.run(PrepareConfig(), str(tmp_path))
+    assert metrics["examples"] == 1797 and metrics["quarantined"] == 0 and metrics["images_per_second"] > 0
+    opened = store.Store.open(tmp_path)
+    train, held_out = opened.split("train"), opened.split("held_out")
+    assert (train.count, held_out.count, opened.classes, len(opened.palette)) == (1617, 180, 10, 17)
+    images = train.read(np.arange(train.count))
+    assert palette.psnr(images, palette.build_lookup_table(opened.palette), opened.palette) == np.inf
+    for figure in ("palette.png", "before_after.png"):
+        assert np.asarray(Image.open(tmp_path / "figures" / figure)).std() > 0
+
+
+def test_held_out_rule(tmp_path):
+    """The manifest's rule, and every image in exactly one split with its own label. Seen to fail with `<=` for `<` in
+    prepare.run."""
+    images = random_images(101, 4, 4, 3)
+    source = save(tmp_path / "a.npz", images=images, labels=np.arange(101))
+    run(tmp_path / "store", source=source, held_out=0.25, seed=5)
+    opened = store.Store.open(tmp_path / "store")
+    out = order.permute(np.arange(101), 101, 5, 0) < 25
+    for name, chosen in (("train", ~out), ("held_out", out)):
+        split = opened.split(name)
+        assert split.count == chosen.sum()
+        np.testing.assert_array_equal(split.read(np.arange(split.count)), images[chosen])
+        np.testing.assert_array_equal(split.labels(np.arange(split.count)), np.flatnonzero(chosen))
+
+
+def test_several_files_grey_and_a_test_split(tmp_path):
+    grey = random_images(7, 6, 6)
+    for i, part in enumerate((grey[:4], grey[4:])):
+        save(tmp_path / f"part_{i}.npz", images=part)
+    run(tmp_path / "store", source=f"npz:{tmp_path}/part_*.npz", held_out=0.0, image_size=3,
+        test_source=save(tmp_path / "test.npz", images=random_images(2, 9, 9, 3), labels=np.array([1, 0])))
+    opened = store.Store.open(tmp_path / "store")
+    means = grey.reshape(7, 3, 2, 3, 2).astype(float).mean((2, 4))
+    train = opened.split("train").read(np.arange(7))
+    np.testing.assert_allclose(train, np.repeat(means[..., None], 3, -1), atol=1)
+    assert opened.split("test").count == 2 and opened.split("test").labels(np.arange(2)).tolist() == [1, 0]
+    assert "BOX" in opened.manifest["resize"]
+
+
+def test_resize_takes_the_mean_of_an_area():
+    """Against NumPy's mean, 64 to 16 pixels; Pillow rounds twice, after columns and after rows. Seen to fail with
+    Pillow's NEAREST and BILINEAR."""
+    images = random_images(3, 64, 64, 3)
+    means = images.reshape(3, 16, 4, 16, 4, 3).astype(float).mean((2, 4))
+    np.testing.assert_allclose(sources.resize(images, 16), means, atol=1)
+
+
+def test_synthetic_is_seeded_and_differs_in_test(tmp_path):
+    one, same = (next(sources.open_source("synthetic:20", 16, 3).chunks()) for _ in range(2))
+    other = next(sources.open_source("synthetic:20", 16, 4).chunks())
+    np.testing.assert_array_equal(one[0], same[0])
+    assert one[0].shape == (20, 16, 16, 3) and not np.array_equal(one[0], other[0]) and set(one[1]) <= set(range(10))
+    run(tmp_path, source="synthetic:20", test_source="synthetic:20", image_size=8, held_out=0.0)
+    opened = store.Store.open(tmp_path)
+    train, test = (opened.split(name).read(np.arange(20)) for name in ("train", "test"))
+    assert not np.array_equal(train, test)
+
+
+def test_imported_palette(tmp_path):
+    palette_VC = np.random.default_rng(0).uniform(-1, 1, (9, 3)).astype(np.float32)
+    np.save(tmp_path / "mine.npy", palette_VC)
+    run(tmp_path / "store", palette=str(tmp_path / "mine.npy"))
+    np.testing.assert_array_equal(store.Store.open(tmp_path / "store").palette, palette_VC)
+
+
+def test_prepare_again(tmp_path):
+    """Complete: nothing is done, or another config is refused. Interrupted: it starts over. Same input, same store."""
+    run(tmp_path)
+    manifest = (tmp_path / "manifest.json").read_text()
+    assert run(tmp_path)["examples"] == 1797
+    with pytest.raises(UserError, match=r"another config: .*seed=1 \(there: 0\)"):
+        run(tmp_path, seed=1)
+    (tmp_path / "manifest.json").unlink()
+    run(tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == manifest
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"source": "digit"}, "Did you mean 'digits'"),
+    ({"source": "digits:3"}, "no argument"),
+    ({"source": "synthetic:many"}, "whole number"),
+    ({"source": "npz"}, "needs a path"),
+    ({"source": "npz:/nowhere/*.npz"}, "matches nothing"),
+    ({"image_size": 28}, "never enlarged"),
+    ({"palette": "fit:18"}, "only 17 distinct colours"),
+    ({"palette": "fit:some"}, "whole number"),
+    ({"palette": "/nowhere.npy"}, "does not exist"),
+    ({"held_out": 0.9999}, "leaves none"),
+])
+def test_bad_config(tmp_path, keys, message):
+    with pytest.raises(UserError, match=message) as raised:
+        run(tmp_path, **keys)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({"pictures": np.zeros(3)}, "needs an array `images`; it holds pictures"),
+    ({"images": np.zeros((2, 4, 4, 3), np.float32)}, "float32"),
+    ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, r"\[2, 4, 4, 4\]"),
+    ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, "empty"),
+    ({"images": np.zeros((2, 4, 5, 3), np.uint8)}, "square"),
+    ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3, int)}, "labels"),
+    ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, -1])}, "labels"),
+    ({"images": np.array([{}, {}], object)}, "object"),
+])
+def test_bad_archives(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=message) as raised:
+        run(tmp_path / "store", source=save(tmp_path / "bad.npz", **arrays))
+    assert "bad.npz" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_archives_that_are_none(tmp_path):
+    save(tmp_path / "good.npz", images=random_images(40, 8, 8, 3))
+    whole = (tmp_path / "good.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for name, content in (("text", b"text"), ("empty", b""), ("cut", whole[:len(whole) // 2]), ("flipped", flipped)):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.npz is not a readable"):
+            run(tmp_path / "store", source=f"npz:{tmp_path}/{name}.npz")
+
+
+def test_files_that_do_not_go_together(tmp_path):
+    save(tmp_path / "a.npz", images=random_images(2, 8, 8, 3))
+    save(tmp_path / "b.npz", images=random_images(2, 6, 6, 3))
+    with pytest.raises(UserError, match="Set image_size"):
+        run(tmp_path / "store", source=f"npz:{tmp_path}/?.npz")
+    run(tmp_path / "store", source=f"npz:{tmp_path}/?.npz", image_size=4)
+    save(tmp_path / "b.npz", images=random_images(2, 8, 8, 3), labels=np.arange(2))
+    with pytest.raises(UserError, match="Both or neither"):
+        run(tmp_path / "other", source=f"npz:{tmp_path}/?.npz")
+
+
+def test_the_command(tmp_path, run_job):
+    done = run_job("prepare", f"--workdir={tmp_path}", "--config=configs/prepare.py:seed=4")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["examples"] == 1797
+    done = run_job("prepare", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "seed=0 (there: 4)" in done.stderr

@@ -1,0 +1,134 @@
+"""Paths, publishing, appended lines and locks, on a local disk and under a bucket's rules."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from igpt_jax import storage
+from igpt_jax.config import UserError
+
+HOLD = """
+import sys, time
+from igpt_jax import storage
+with storage.lock(storage.path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def as_bucket(monkeypatch):
+    """A local folder under a bucket's rules: no rename, no append, no flock."""
+    monkeypatch.setattr(storage, "is_local", lambda path: False)
+    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 0.02)
+
+
+@pytest.mark.parametrize(("typed", "local"), [("a/b", True), ("/a", True), ("gs://b/a", False), ("s3://b/a", False)])
+def test_kind_of_path(typed, local):
+    assert storage.is_local(storage.path(typed)) is local
+    assert os.fspath(storage.path(typed)) == typed
+
+
+@pytest.mark.parametrize("typed", ["", "ftp://host/a"])
+def test_impossible_path(typed):
+    with pytest.raises(UserError):
+        storage.path(typed)
+
+
+def test_what_the_user_named_is_missing(tmp_path):
+    for read in (storage.read, storage.children, storage.read_lines):
+        with pytest.raises(UserError, match="nowhere"):
+            read(storage.path(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="folder"):
+        storage.read(storage.path(tmp_path))
+    with pytest.raises(UserError, match="matches nothing"):
+        storage.matching(str(tmp_path / "*.npz"))
+
+
+def test_matching_is_sorted(tmp_path):
+    for name in ("b/2.npz", "b/1.npz", "a/3.npz", "a/3.txt"):
+        storage.publish(storage.path(tmp_path / name), "")
+    found = storage.matching(str(tmp_path / "*" / "*.npz"))
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["a/3.npz", "b/1.npz", "b/2.npz"]
+
+
+def test_publish_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    """Seen to fail with a plain write_bytes in publish."""
+    path = storage.path(tmp_path / "folder" / "file.json")
+    storage.publish(path, "old")
+
+    def full(handle):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        storage.publish(path, b"new")
+    assert path.read_text() == "old"
+    assert [child.name for child in storage.children(path.parent)] == ["file.json"]
+
+
+def test_lines_over_two_runs(tmp_path):
+    path = storage.path(tmp_path / "metrics.jsonl")
+    for run in (["a", "b"], ["c"]):
+        writer = storage.LineWriter(path)
+        for line in run:
+            writer.write(line)
+        assert path.read_text().endswith(f"{run[-1]}\n"), "a line is on disk when write returns"
+        writer.close()
+    assert storage.read_lines(path) == ["a", "b", "c"]
+
+
+def test_a_torn_last_line_does_not_swallow_the_next(tmp_path):
+    path = storage.path(tmp_path / "metrics.jsonl")
+    path.write_text('{"step": 1}\n{"st')
+    writer = storage.LineWriter(path)
+    writer.write('{"step": 2}')
+    writer.close()
+    assert storage.read_lines(path) == ['{"step": 1}', '{"st', '{"step": 2}']
+
+
+def test_lines_in_a_bucket_are_numbered_parts(tmp_path, as_bucket):
+    path = storage.path(tmp_path / "metrics.jsonl")
+    for run in (["a", "b"], ["c"]):
+        writer = storage.LineWriter(path)
+        for line in run:
+            writer.write(line)
+        writer.close()
+    names = [child.name for child in storage.children(storage.path(tmp_path))]
+    assert names == ["metrics-00001.jsonl", "metrics-00002.jsonl"]
+    assert storage.read_lines(path) == ["a", "b", "c"]
+
+
+def test_lock_refuses_a_second_job_and_dies_with_the_first(tmp_path):
+    """Seen to fail without the flock, and with a lock that is only a file."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, env=environment)
+    try:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"in use by host .*, process {first.pid}, since"):
+            with storage.lock(storage.path(tmp_path)):
+                pass
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    with storage.lock(storage.path(tmp_path)):
+        assert json.loads((tmp_path / storage.LOCK).read_text())["pid"] == os.getpid()
+    with storage.lock(storage.path(tmp_path)):
+        pass
+
+
+def test_lock_in_a_bucket(tmp_path, as_bucket):
+    """Seen to fail where a lock that beats is not looked at twice."""
+    workdir, lock = storage.path(tmp_path), tmp_path / storage.LOCK
+    with storage.lock(workdir):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"):
+            with storage.lock(workdir):
+                pass
+    assert not lock.exists()
+    lock.write_text(json.dumps({"host": "another", "pid": 1, "start": "long ago"}))
+    with storage.lock(workdir):  # it has stayed the same: its job is dead
+        assert json.loads(lock.read_text())["pid"] == os.getpid()

@@ -1,0 +1,133 @@
+"""FLOPs and speed, metrics lines over resumed runs, TensorBoard that fails, figures, and the chip table."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_jax import storage, telemetry, topology
+from igpt_jax.config import MODELS
+
+
+@pytest.mark.parametrize("name, tokens, teraflops", [
+    ("igpt_s", 1024, 0.543), ("igpt_m", 1024, 3.02), ("igpt_l", 1024, 8.82), ("igpt_l", 2304, 21.1),
+    ("igpt_xl", 4096, 186),
+])
+def test_train_flops(name, tokens, teraflops):
+    """Against figures worked out by hand for the paper's models. Seen to fail with full instead of causal attention."""
+    layers, embed, _ = MODELS[name]
+    flops = telemetry.train_flops_per_image(layers, embed, 4 * embed, 512, tokens)
+    assert flops / 1e12 == pytest.approx(teraflops, rel=3e-3)
+
+
+def test_throughput_leaves_out_compilation_and_pauses():
+    """Seen to fail when the first step is counted, and when `paused` does nothing."""
+    now = [0.0]
+    throughput = telemetry.Throughput(batch_size=8, tokens=64, flops_per_image=1e12, devices=2, peak_flops=8e12,
+                                      clock=lambda: now[0])
+    now[0] += 100  # compilation
+    throughput.step()
+    assert throughput.read() == {} == throughput.overall()
+    for _ in range(4):
+        now[0] += 2
+        throughput.step()
+    with throughput.paused():
+        now[0] += 50
+    rates = throughput.read()
+    assert rates == {"images_per_second": 4, "tokens_per_second": 256, "model_tflops_per_second_per_device": 2,
+                     "mfu": 0.25}
+    now[0] += 4
+    throughput.step()
+    assert throughput.read()["images_per_second"] == 2
+    assert throughput.overall()["images_per_second"] == pytest.approx(40 / 12)
+
+
+def run(workdir, start, stop):
+    metrics = telemetry.Metrics(workdir, total_steps=10, start_step=start)
+    for step in range(start + 1, stop + 1):
+        metrics.log(step, {"train/nats_per_pixel": 1 / step})
+    metrics.close()
+
+
+def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
+    """A run reaches step 5, its newest checkpoint is of step 3. Seen to fail without dropping lines."""
+    run(tmp_path, 0, 5)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "ti')  # a killed run's last line
+    run(tmp_path, 3, 7)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(line["time"] > 1.7e9 for line in lines)
+    assert telemetry.load_metrics(tmp_path) == lines
+    run(tmp_path, 0, 2)
+    assert [line["step"] for line in telemetry.load_metrics(tmp_path)] == [1, 2]
+    printed = capsys.readouterr().err
+    assert "step 7/10  loss 0.1429" in printed and "\r" not in printed and "\x1b" not in printed
+
+
+def test_non_finite_values_are_null(tmp_path):
+    metrics = telemetry.Metrics(tmp_path, total_steps=1)
+    metrics.log(1, {"a": math.nan, "b": math.inf, "c": np.float32(1.5)})
+    metrics.close()
+    (line,) = telemetry.load_metrics(tmp_path)
+    assert (line["a"], line["b"], line["c"]) == (None, None, 1.5)
+
+
+def test_lines_of_one_step_are_merged_and_later_ones_win(tmp_path):
+    """As a bucket's parts are read, where nothing can be dropped."""
+    lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b": 5.0}, {"step": 2, "a": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert telemetry.load_metrics(tmp_path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0, "b": 5.0}]
+
+
+def test_tensorboard_writes_scalars_and_its_failure_is_harmless(tmp_path, capsys, monkeypatch):
+    run(tmp_path, 0, 2)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"train/nats_per_pixel") == 2
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tensorboard").write_text("a file, where TensorBoard needs a folder")
+    run(tmp_path / "other", 0, 20)  # more lines than tensorboardX's own queue holds
+    assert capsys.readouterr().err.count("TensorBoard is off") == 1
+    assert len(telemetry.load_metrics(tmp_path / "other")) == 20
+
+
+def test_tensorboard_in_a_bucket_is_published_whole(monkeypatch):
+    published = {}
+    monkeypatch.setattr(storage, "publish", lambda path, data: published.update({str(path): data}))
+    board = telemetry.TensorBoard("gs://bucket/run/tensorboard")
+    for step in (1, 2):
+        board.write(step, 1.8e9, {"train/nats_per_pixel": 2.0})
+    board.close()
+    ((name, data),) = published.items()
+    assert name.startswith("gs://bucket/run/tensorboard/events") and data.count(b"train/nats_per_pixel") == 2
+
+
+def test_figures(tmp_path):
+    """Seen to fail with rows of images that overlap the gap."""
+    metrics = [{"step": step, "train/nats_per_pixel": 3 / step} for step in (1, 2, 4)] + [
+        {"step": 4, "eval/nats_per_pixel": 1.0}, {"step": 5, "train/nats_per_pixel": None}]
+    telemetry.loss_curve(storage.path(tmp_path / "figures" / "loss.png"), metrics, palette_size=17)
+    with Image.open(tmp_path / "figures" / "loss.png") as image:
+        assert image.width > 800
+
+    images = np.arange(5 * 2 * 2 * 3, dtype=np.uint8).reshape(5, 2, 2, 3)
+    grid = telemetry.image_grid(images, columns=3, scale=4, gap=2)
+    assert grid.size == (3 * 8 + 2 * 2, 2 * 8 + 2)
+    pixels = np.asarray(grid)
+    np.testing.assert_array_equal(pixels[10:18, 10:18], images[4].repeat(4, axis=0).repeat(4, axis=1))
+    assert (pixels[:, 8:10] == 255).all() and (pixels[10:, 20:] == 255).all()
+    telemetry.save_png(storage.path(tmp_path / "grid.png"), grid)
+    with Image.open(tmp_path / "grid.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_chips_are_found_by_jax_names():
+    assert topology.chip_for("TPU v5 lite").peak_bf16_flops == 197e12
+    assert topology.chip_for("TPU v5p") is topology.chip_for("TPU v5")
+    assert topology.chip_for("NVIDIA H200").hbm_bytes == 141e9
+    assert topology.chip_for("NVIDIA H100 PCIe") is None and topology.chip_for("cpu") is None
+    kinds = [kind for chip in topology.CHIPS for kind in chip.device_kinds]
+    assert len(kinds) == len(set(kinds))
