@@ -38,11 +38,12 @@ class Record:
     image_size: int
     data_fingerprint: str
     steps_done: int
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # those of an evaluation at this step
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "config": to_dict(self.config), "palette": self.palette_VC.tolist(),
                 "image_size": self.image_size, "data_fingerprint": self.data_fingerprint,
-                "steps_done": self.steps_done}
+                "steps_done": self.steps_done, "metrics": dict(self.metrics)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Record":
@@ -51,7 +52,7 @@ class Record:
                             "the one that this version knows. Use the version that wrote it.")
         return cls(config=parse("pretrain", value["config"]), palette_VC=np.asarray(value["palette"], np.float32),
                    image_size=value["image_size"], data_fingerprint=value["data_fingerprint"],
-                   steps_done=value["steps_done"])
+                   steps_done=value["steps_done"], metrics=value["metrics"])
 
     def check_continues(self, new: "Record", where: str) -> None:
         """Raises UserError, naming each difference, where the run `new` is not the one that wrote this checkpoint."""
@@ -98,31 +99,34 @@ class Checkpoints:
         """Finished steps of the newest checkpoint, or None."""
         return self._orbax.latest.step if self._orbax.latest else None
 
-    def save(self, state: State, record: Record, metrics: Mapping[str, float]) -> None:
+    def save(self, state: State, record: Record) -> None:
         """Starts to save; returns once the arrays are copied, so that the next step may overwrite them.
 
         Args:
           state: the state after `record.steps_done` steps.
-          record: written beside it.
-          metrics: of this step; `eval/nats_per_pixel` decides which checkpoint is the best.
+          record: written beside it; its metric `eval/nats_per_pixel` decides which checkpoint is the best.
         """
         if self.latest_step == record.steps_done:
             return
         params, training = _split(state)
         response = self._orbax.save_checkpointables_async(
             record.steps_done, {"params": params, "training": training}, force=True,
-            metrics=dict(metrics) or None, custom_metadata=record.to_json())
+            metrics=dict(record.metrics) or None, custom_metadata=record.to_json())
         if response is None:
             raise RuntimeError(f"Orbax declined to save step {record.steps_done} in {self._where}.")
 
-    def restore(self, abstract: State, record: Record) -> State:
-        """The newest state, in the shardings of `abstract`. Raises UserError where `record` contradicts it."""
+    def restore(self, abstract: State, record: Record) -> tuple[State, Record]:
+        """The newest state, in the shardings of `abstract`, and its record.
+
+        Raises:
+          UserError: the run that `record` describes is not the one that wrote it.
+        """
         step = self.latest_step
-        Record.from_json(self._orbax.checkpointables_metadata(step).custom_metadata).check_continues(
-            record, self._where)
+        stored = Record.from_json(self._orbax.checkpointables_metadata(step).custom_metadata)
+        stored.check_continues(record, self._where)
         params, training = _split(abstract)
         trees = self._orbax.load_checkpointables(step, {"params": params, "training": training})
-        return {"params": trees["params"], **trees["training"]}
+        return {"params": trees["params"], **trees["training"]}, stored
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -38,8 +38,8 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     # Data.
     store = Store.open(config.data.store)
     if config.image_size not in (0, store.image_size):
-        raise UserError(f"image_size={config.image_size}: the store {config.data.store} holds images of "
-                        f"{store.image_size} pixels. Prepare a store of that size, or leave image_size=0.")
+        raise UserError(f"image_size={config.image_size}: the store {store.path} holds images of {store.image_size} "
+                        "pixels. Prepare a store of that size, or leave image_size=0.")
     train_split = store.split(config.data.split)
     held_out = store.split(config.data.held_out) if config.data.held_out else None
     palette_VC = palette.load(config.palette) if config.palette else store.palette
@@ -59,12 +59,14 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
 
         # Restore or initialise.
-        def record(steps_done: int) -> checkpoint.Record:
-            return checkpoint.Record(config, palette_VC, store.image_size, store.fingerprint, steps_done)
+        def record(steps_done: int, evaluated: dict[str, float]) -> checkpoint.Record:
+            return checkpoint.Record(config, palette_VC, store.image_size, train_split.fingerprint, steps_done,
+                                     metrics=evaluated)
 
-        start = checkpoints.latest_step or 0
+        start, evaluated = checkpoints.latest_step or 0, {}
         if start:
-            state = checkpoints.restore(abstract, record(start))
+            state, stored = checkpoints.restore(abstract, record(start, {}))
+            evaluated = dict(stored.metrics)
             telemetry.say(f"goes on from step {start:,} of {config.steps:,}")
         else:
             state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(key)
@@ -72,7 +74,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         # Compiled steps, input, output.
         train_step = jax.jit(steps.make_train_step(model, config, warmup_steps), donate_argnums=0,
                              out_shardings=(places, None))
-        evaluate = evaluation.make_evaluate(model, mesh, config.batch_size, table)
+        measure = evaluation.make_evaluate(model, mesh, config.batch_size, table)
         throughput = _throughput(config, model, mesh)
         metrics = telemetry.Metrics(workdir, config.steps, start)
         stack.callback(metrics.close)
@@ -87,8 +89,17 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
                                     sharding=sharding.batch_sharding(mesh), prefetch=config.data.prefetch)
             stack.callback(batches.close)
 
+        def evaluate(step: int) -> dict[str, float]:
+            if not held_out:
+                return {}
+            evaluated = {"eval/nats_per_pixel": measure(state["params"], held_out)}
+            metrics.log(step, evaluated)
+            return evaluated
+
+        if start and not evaluated and (start == config.steps or _due(start, config.eval_every_steps)):
+            evaluated = evaluate(start)  # the run was stopped before it could
+
         # The loop. A step's metrics are read after the next step is under way, so that devices never wait.
-        evaluated: dict[str, float] = {}
         late: tuple[int, dict[str, jax.Array]] | None = None
         for step in range(start + 1, config.steps + 1):
             with jax.transfer_guard("disallow"):
@@ -106,24 +117,20 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             _report(*late, config, metrics, throughput)
             late, evaluated = None, {}
             with throughput.paused():
-                if eval_now and held_out and not (stopping and not last):
-                    evaluated = {"eval/nats_per_pixel": evaluate(state["params"], held_out)}
-                    metrics.log(step, evaluated)
+                if eval_now and not (stopping and not last):  # who asks to stop does not wait for it
+                    evaluated = evaluate(step)
                 if save_now:
-                    checkpoints.save(state, record(step), evaluated)
+                    checkpoints.save(state, record(step, evaluated))
             if stopping and not last:
                 raise Preempted(f"stopped after step {step:,} of {config.steps:,}, saved.")
 
-        if start >= config.steps and held_out:
-            evaluated = {"eval/nats_per_pixel": evaluate(state["params"], held_out)}
-
-    lines = telemetry.load_metrics(workdir)
+    figures = {"parameters": parameters, "steps": max(start, config.steps), **evaluated, **throughput.overall()}
     if jax.process_index() == 0:
+        lines = telemetry.load_metrics(workdir)
+        losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]
+        figures["train/nats_per_pixel"] = losses[-1] if losses else None
         telemetry.loss_curve(storage.path(workdir) / "figures" / "loss.png", lines, len(palette_VC))
-    losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]
-    return {"parameters": parameters, "steps": max(start, config.steps),
-            "train/nats_per_pixel": losses[-1] if losses else None,
-            **evaluated, **throughput.overall()}
+    return figures
 
 
 def _due(step: int, every: int) -> bool:
