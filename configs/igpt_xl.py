@@ -6,6 +6,7 @@ STORE: the paper used ImageNet and 100M web images that are not public; ImageNet
 Paper (Sections 3.3 and 3.4): batch 64, 2M steps, Adam (0.9, 0.95), one epoch of warm-up, then cosine to 0, float32,
 no weight decay, dropout or clipping. The learning rate 0.0003 is quoted second-hand.
 Figures: 68.7% by linear probe on ImageNet, 72.0% on the features of five layers. No loss was published.
+Ours: products and activations in bfloat16 over float32 parameters; --config.precision=float32 is the paper's.
 Left open: the number of heads (24 of 128 here, for matrix units), what one epoch is on 101M images, Adam's epsilon.
 Memory: parameters and Adam's moments take 82 GB, split over mesh.fsdp; on more than 64 devices a batch of 64 leaves
 none for some, so share each image between devices with mesh.tensor.

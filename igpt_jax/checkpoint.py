@@ -22,10 +22,11 @@ from igpt_jax.steps import State
 FORMAT = 1
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every kind of storage
 # Keys that may differ between a checkpoint and the run that goes on from it: they change neither the model nor what
-# it sees. `steps` may differ too where no schedule depends on it.
+# it sees. `steps` may differ too where neither the schedule nor the warm-up depends on it. (The record compares image
+# size and palette themselves.)
 FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefetch", "model.attention", "model.remat",
-                       "palette", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_newest",
-                       "keep_steps", "max_skipped_updates"})
+                       "image_size", "palette", "log_every_steps", "eval_every_steps", "checkpoint_every_steps",
+                       "keep_newest", "keep_steps", "max_skipped_updates"})
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,14 @@ class Record:
 
     def check_continues(self, new: "Record", where: str) -> None:
         """Raises UserError, naming each difference, where the run `new` is not the one that wrote this checkpoint."""
-        free = FREE_KEYS | ({"steps"} if self.config.optimizer.schedule == "constant" else set())
+        optimizer = self.config.optimizer
+        independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
+        free = FREE_KEYS | ({"steps"} if independent else set())
         mine, others = _flat(to_dict(self.config)), _flat(to_dict(new.config))
         differences = [f"{key}={others[key]!r} (checkpoint: {mine[key]!r})" for key in mine
                        if mine[key] != others[key] and key not in free and not key.startswith("mesh.")]
+        if self.image_size != new.image_size:
+            differences.append(f"images of {new.image_size} pixels (checkpoint: {self.image_size})")
         if not np.array_equal(self.palette_VC, new.palette_VC):
             differences.append("another palette")
         if self.data_fingerprint != new.data_fingerprint:
@@ -152,6 +157,14 @@ def locate(typed: str) -> tuple[str, int]:
         raise UserError(f"checkpoint {typed!r} holds no checkpoint. "
                         "Name a workdir of pretrain, or one step of it (DIR/checkpoints/STEP).")
     return str(folder), steps[-1]
+
+
+def is_checkpoint(typed: str) -> bool:
+    """Whether `locate` finds a finished step."""
+    try:
+        return bool(locate(typed))
+    except UserError:
+        return False
 
 
 def steps_in(folder: Any) -> list[int]:

@@ -6,9 +6,11 @@ name the nearest known one. `python -m igpt_jax JOB --help` prints a job's keys.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -89,6 +91,7 @@ class ModelConfig:
             size = getattr(self, name)
             _require(size >= 0, f"model.{name}={size} must be positive, or 0 for the model table's.")
             object.__setattr__(self, name, size or row)
+        _require(self.mlp >= 0, f"model.mlp={self.mlp} must be positive, or 0 for 4 x model.embed.")
         object.__setattr__(self, "mlp", self.mlp or 4 * self.embed)
         _require(self.embed % self.heads == 0,
                  f"model.embed={self.embed} is not a multiple of model.heads={self.heads}. Choose a divisor.")
@@ -97,7 +100,7 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = key(0.003, "peak learning rate (paper: 0.003 for S, about 0.001 for L, 0.0003 for XL)")
-    schedule: str = key("cosine", "after warm-up: cosine (to 0 at the last step) or constant")
+    schedule: str = key("cosine", "after warm-up: cosine (towards 0 at the end) or constant")
     warmup_steps: int = key(-1, "steps of linear warm-up from 0; -1: one epoch, as in the paper")
     beta1: float = key(0.9, "Adam's decay of the first moment")
     beta2: float = key(0.95, "Adam's decay of the second moment (0.999 gave loss spikes in the paper)")
@@ -141,10 +144,16 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SplitConfig:
+    store: str = key("", "pixel store; empty: the one that the checkpoint was trained on")
+    split: str = key("held_out", "split of it; several joined with +")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     store: str = key("", "pixel store: a workdir of the prepare job (a local path, gs:// or s3://)")
     split: str = key("train", "split to train on; several joined with +")
-    held_out: str = key("held_out", "split to evaluate on while training")
+    held_out: str = key("held_out", "split to evaluate on while training; empty: none")
     reader: str = key("auto", "tfdata: stream from the store; resident: hold all tokens on the devices (no TensorFlow);"
                               " auto: resident up to 256 MiB of tokens")
     prefetch: int = key(4, "batches read ahead")
@@ -152,6 +161,9 @@ class DataConfig:
     def __post_init__(self):
         _one_of("data.reader", self.reader, ["auto", "tfdata", "resident"])
         _require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1.")
+        seen = set(self.split.split("+")) & set(self.held_out.split("+"))
+        _require(not seen, f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
+                           "Evaluate on another split, or on none with --config.data.held_out=")
 
 
 def _check_job(config: Any) -> None:
@@ -159,9 +171,11 @@ def _check_job(config: Any) -> None:
     for name in ("steps", "batch_size", "log_every_steps", "keep_newest", "max_skipped_updates"):
         value = getattr(config, name, 1)
         _require(value >= 1, f"{name}={value} must be at least 1.")
-    for name in ("image_size", "checkpoint_every_steps", "eval_every_steps", "seed"):
+    for name in ("image_size", "checkpoint_every_steps", "eval_every_steps"):
         value = getattr(config, name, 0)
         _require(value >= 0, f"{name}={value} must not be negative.")
+    seed = getattr(config, "seed", 0)
+    _require(0 <= seed < 2**32, f"seed={seed} must lie in [0, 2^32).")
     _one_of("precision", getattr(config, "precision", "float32"), PRECISIONS)
     for step in getattr(config, "keep_steps", ()):
         _require(isinstance(step, int) and step > 0, f"keep_steps: {step!r} must be a positive number of steps.")
@@ -199,7 +213,7 @@ class PretrainConfig:
     max_skipped_updates: int = key(20, "updates in a row skipped for a loss or gradient that is not finite, then "
                                        "the run stops as diverged")
     log_every_steps: int = key(50, "steps between metrics lines")
-    eval_every_steps: int = key(5000, "steps between evaluations of data.held_out; 0: only at the end")
+    eval_every_steps: int = key(5000, "steps between evaluations of data.held_out, each saved too; 0: only at the end")
     checkpoint_every_steps: int = key(1000, "steps between checkpoints; 0: only at the end")
     keep_newest: int = key(2, "newest checkpoints kept; the best by held-out loss is kept besides")
     keep_steps: tuple[int, ...] = key((65536, 131072, 262144, 524288, 1000000),
@@ -213,7 +227,7 @@ class PretrainConfig:
 class EvaluateConfig:
     job: str = key("evaluate", "the job that this configuration is for")
     checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob")
-    data: DataConfig = section(lambda: DataConfig(split="held_out"))
+    data: SplitConfig = section(SplitConfig)
     mesh: MeshConfig = section(MeshConfig)
     batch_size: int = key(128, "images per step over all devices; any size gives the same figures")
     precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
@@ -227,10 +241,10 @@ class EvaluateConfig:
 class SampleConfig:
     job: str = key("sample", "the job that this configuration is for")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
-    data: DataConfig = section(lambda: DataConfig(split="held_out"))
+    data: SplitConfig = section(SplitConfig)
     mesh: MeshConfig = section(MeshConfig)
     count: int = key(64, "unconditional samples; 0: none")
-    images: int = key(16, "images of data.split to complete, where data.store is given; 0: none")
+    images: int = key(16, "images of data.split to complete; 0: none")
     rows: int = key(-1, "rows given of each image to complete; -1: the upper half")
     completions: int = key(4, "completions of each image")
     temperature: float = key(1.0, "divides the logits; 0: the most likely colour always")
@@ -261,18 +275,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _unresolved(cls: type) -> dict[str, Any]:
     """Defaults as declared, before __post_init__ fills any in."""
-    values = {}
-    for field in dataclasses.fields(cls):
-        if field.default is not dataclasses.MISSING:
-            values[field.name] = field.default
-        else:
-            default = field.default_factory()
-            inner = _unresolved(type(default))
-            for name in inner:  # a section may start from other defaults than its class
-                if not isinstance(default, ModelConfig):
-                    inner[name] = getattr(default, name)
-            values[field.name] = inner
-    return values
+    return {field.name: _unresolved(field.type) if field.default is dataclasses.MISSING else field.default
+            for field in dataclasses.fields(cls)}
 
 
 def base_config(job: str = "pretrain", arguments: str = "") -> ml_collections.ConfigDict:
@@ -293,7 +297,7 @@ def base_config(job: str = "pretrain", arguments: str = "") -> ml_collections.Co
 
 def override(config: ml_collections.ConfigDict, arguments: str) -> ml_collections.ConfigDict:
     """Sets `key=value,key=value` in a base config, which it also returns; `base_config` says more."""
-    for argument in filter(None, (arguments or "").split(",")):
+    for argument in filter(None, re.split(r",(?![^()]*\))", arguments or "")):  # a tuple's commas stay with it
         name, equals, text = argument.partition("=")
         _require(bool(equals), f"config argument {argument!r} must read key=value.")
         _set(config, "model.name" if name == "model" else name, text)
@@ -308,11 +312,23 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
             raise UserError(f"config key {name!r} is not known. {nearest(name, [n for n, *_ in keys(config.job)])}")
         parent = parent if part is last else parent[part]
     default = parent[last]
-    try:
-        value = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError):
-        raise UserError(f"config key {name}={text!r} must be of type {type(default).__name__}.") from None
-    parent[last] = value
+    if isinstance(default, ml_collections.ConfigDict):
+        raise UserError(f"config key {name!r} is a group. Set one of {', '.join(f'{name}.{key}' for key in default)}.")
+    value: Any = text
+    if not isinstance(default, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+    parent[last] = _typed(name, value, default)
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """`value` where it has the type of `default` (whole numbers do for fractional ones). Raises UserError."""
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    _require(type(value) is type(default), f"config key {name}={value!r} must be of type {type(default).__name__}.")
+    return value
 
 
 def keys(job: str) -> Iterator[tuple[str, Any, str]]:
@@ -336,15 +352,17 @@ def parse(job: str, config: Mapping[str, Any]) -> Any:
     if given != job:
         raise UserError(f"this config is for the job {given!r}, not {job!r}: pass it to `igpt_jax {given}`.")
 
-    def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in fields:
-                raise UserError(f"config key {prefix + name!r} is not known. {nearest(name, list(fields))}")
-        return cls(**{
-            name: build(fields[name].type, value, f"{prefix}{name}.") if isinstance(value, Mapping) else
-            tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()})
+    def build(cls: type, values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Any:
+        types_of = {field.name: field.type for field in dataclasses.fields(cls)}
+        built = {}
+        for name, value in values.items():
+            if name not in defaults:
+                raise UserError(f"config key {prefix + name!r} is not known. {nearest(name, list(defaults))}")
+            if isinstance(defaults[name], Mapping) and isinstance(value, Mapping):
+                built[name] = build(types_of[name], value, defaults[name], f"{prefix}{name}.")
+            else:
+                built[name] = _typed(prefix + name, value, defaults[name])
+        return cls(**built)
 
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    return build(JOB_CONFIGS[job], values, "")
+    return build(JOB_CONFIGS[job], values, _unresolved(JOB_CONFIGS[job]), "")

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,8 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         metrics = telemetry.Metrics(workdir, config.steps, start)
         stack.callback(metrics.close)
         parameters = count_parameters(abstract["params"])
+        if jax.process_index() == 0:
+            storage.publish(storage.path(workdir) / "parameters.txt", sharding.table(abstract["params"], mesh) + "\n")
         telemetry.say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of {len(palette_VC)} "
                       f"colours, {train_split.count:,} images, mesh {dict(mesh.shape)}, "
                       f"{model.config.attention} attention, {config.precision}")
@@ -90,11 +93,12 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             stack.callback(batches.close)
 
         def evaluate(step: int) -> dict[str, float]:
-            if not held_out:
+            """Held-out figures, logged; none where there is no such split, or where a stop is asked for meanwhile."""
+            nats = measure(state["params"], held_out, lambda: stop.requested_here) if held_out else None
+            if nats is None:
                 return {}
-            evaluated = {"eval/nats_per_pixel": measure(state["params"], held_out)}
-            metrics.log(step, evaluated)
-            return evaluated
+            metrics.log(step, {"eval/nats_per_pixel": nats})
+            return {"eval/nats_per_pixel": nats}
 
         if start and not evaluated and (start == config.steps or _due(start, config.eval_every_steps)):
             evaluated = evaluate(start)  # the run was stopped before it could
@@ -111,17 +115,16 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
 
             last, stopping = step == config.steps, stop.should_stop(step)
             eval_now = last or _due(step, config.eval_every_steps)
-            save_now = last or stopping or _due(step, config.checkpoint_every_steps) or step in config.keep_steps
-            if not (eval_now or save_now):
+            save_now = _due(step, config.checkpoint_every_steps) or step in config.keep_steps
+            if not (eval_now or save_now or stopping):
                 continue
             _report(*late, config, metrics, throughput)
-            late, evaluated = None, {}
+            late = None
             with throughput.paused():
-                if eval_now and not (stopping and not last):  # who asks to stop does not wait for it
-                    evaluated = evaluate(step)
-                if save_now:
-                    checkpoints.save(state, record(step, evaluated))
-            if stopping and not last:
+                evaluated = evaluate(step) if eval_now and not stopping else {}
+                checkpoints.save(state, record(step, evaluated))
+            stopping = stopping or stop.requested_here
+            if stopping and (not last or held_out and not evaluated):
                 raise Preempted(f"stopped after step {step:,} of {config.steps:,}, saved.")
 
     figures = {"parameters": parameters, "steps": max(start, config.steps), **evaluated, **throughput.overall()}
@@ -129,6 +132,8 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         lines = telemetry.load_metrics(workdir)
         losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]
         figures["train/nats_per_pixel"] = losses[-1] if losses else None
+        speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+        figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
         telemetry.loss_curve(storage.path(workdir) / "figures" / "loss.png", lines, len(palette_VC))
     return figures
 

@@ -143,17 +143,19 @@ class ImageGPT(nnx.Module):
         colours_VD, positions_TD = self._table("token_embed_VD"), self._table("position_embed_TD")
         start_B1D = jnp.broadcast_to(self._table("start_D"), (len(tokens_BT), 1, self.dims.D))
         colours_BTD = jnp.concatenate([start_B1D, colours_VD[tokens_BT[:, :-1]]], axis=1)
-        return constrain(colours_BTD + positions_TD[:tokens_BT.shape[1]], "BTD")
+        return constrain((colours_BTD + positions_TD[:tokens_BT.shape[1]]).astype(self.dtype), "BTD")
 
     def embed_one(self, token_B: jax.Array, position: jax.Array) -> jax.Array:
         """[B, 1, D]: the input at `position` >= 1, where the pixel before it has colour `token_B`."""
         x_BD = self._table("token_embed_VD")[token_B] + self._table("position_embed_TD")[position]
-        return constrain(x_BD[:, None], "BTD")
+        return constrain(x_BD[:, None].astype(self.dtype), "BTD")
 
     def _table(self, name: str) -> jax.Array:
-        """A table to look rows up in, whole on each device: it is small, and a split lookup would move activations."""
-        letters = name.rsplit("_", 1)[-1]
-        return constrain(gather_weight(getattr(self, name)[...], letters, self.dtype), letters, rules={})
+        """A table to look rows up in, whole on each device: it is small, and a split lookup would move activations.
+
+        It stays in the parameters' dtype: its gradient adds up every pixel of a colour, where bfloat16 loses most.
+        """
+        return constrain(getattr(self, name)[...], name.rsplit("_", 1)[-1], rules={})
 
     def scan_blocks(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, extra: Any = None) -> Any:
         """Runs `body(block, carry, extra of that layer) -> (carry, out)` over the stacked blocks, first to last."""

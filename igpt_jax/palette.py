@@ -18,7 +18,7 @@ from igpt_jax import storage
 from igpt_jax.config import UserError
 
 FIT_PIXELS, FIT_ROUNDS = 2**17, 30  # seconds; twice the pixels and thrice the rounds gain 0.07 dB on CIFAR-10
-LARGEST = 2**16  # tokens are stored as uint16
+LARGEST = 2**12  # the lookup table is built from all pairs of colours: 128 MiB of them here
 CACHE_VARIABLE = "IGPT_CACHE"
 
 

@@ -99,6 +99,11 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    @property
+    def requested_here(self) -> bool:
+        """Whether a run of one process is asked to stop; several agree by `should_stop` alone."""
+        return self.requested and not self._distributed
+
     def should_stop(self, step: int) -> bool:
         """Whether to save and stop now, after `step` finished steps. All processes must ask at every step."""
         return multihost_utils.reached_preemption_sync_point(step) if self._distributed else self.requested
@@ -144,7 +149,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
             if jax.process_index() == 0:
                 result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
                           "versions": _versions(), "wall_seconds": round(time.time() - start, 1)}
-                storage.publish(folder / "result.json", _json(result))
+                storage.publish(folder / "result.json", to_json(result))
                 say(f"{name}: {message or _summary(metrics)} [{folder / 'result.json'}]")
         return {"done": DONE, "preempted": PREEMPTED, "diverged": DIVERGED}[status]
     except _ElsewhereError:
@@ -176,8 +181,7 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.epath.Path]:
         if jax.process_index() == 0:
             try:
                 stack.enter_context(storage.lock(folder))
-                stack.enter_context(_config_file(folder, config))
-                (folder / "result.json").unlink(missing_ok=True)
+                stack.enter_context(_records(folder, config))
             except UserError as caught:
                 error = caught
             except (OSError, ImportError) as caught:  # ImportError: the bucket's client is not installed
@@ -190,22 +194,32 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.epath.Path]:
 
 
 @contextlib.contextmanager
-def _config_file(folder: storage.epath.Path, config: Any) -> Iterator[None]:
-    """Writes config.json; where the job refuses the config, the former one, or none, comes back."""
-    file = folder / "config.json"
-    former = file.read_text() if file.exists() else None
-    if former is not None and (job := json.loads(former)["job"]) != config.job:
-        raise UserError(f"workdir {folder} belongs to the job {job!r} (its config.json). "
-                        f"Give {config.job!r} a --workdir of its own.")
-    storage.publish(file, _json(to_dict(config)))
+def _records(folder: storage.epath.Path, config: Any) -> Iterator[None]:
+    """Writes config.json and removes result.json; where the job refuses the config, what was there comes back."""
+    files = [folder / "config.json", folder / "result.json"]
+    former = [file.read_text() if file.exists() else None for file in files]
+    if former[0] is not None and (job := _job_of(former[0])) != config.job:
+        owner = f"the job {job!r} (its config.json)" if job else "something else: its config.json is not a job's"
+        raise UserError(f"workdir {folder} belongs to {owner}. Give {config.job!r} a --workdir of its own.")
+    storage.publish(files[0], to_json(to_dict(config)))
+    files[1].unlink(missing_ok=True)
     try:
         yield
     except UserError:
-        if former is None:
-            file.unlink()
-        else:
-            storage.publish(file, former)
+        for file, text in zip(files, former, strict=True):
+            if text is None:
+                file.unlink(missing_ok=True)
+            else:
+                storage.publish(file, text)
         raise
+
+
+def _job_of(text: str) -> str | None:
+    """The job that wrote a config.json; None where none did."""
+    try:
+        return json.loads(text)["job"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _leave(code: int) -> None:
@@ -227,9 +241,9 @@ def _versions() -> dict[str, str]:
     return {"igpt_jax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
-def _json(value: Any) -> str:
+def to_json(value: Any) -> str:
+    """JSON with what JSON has no word for, NaN and infinities, as null."""
     text = json.dumps(value, default=lambda scalar: scalar.item())  # NumPy's and JAX's scalars
-    # JSON has no NaN and no infinity: they become null.
     return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2) + "\n"
 
 

@@ -62,7 +62,7 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
             return objectives.autoregressive(model.logits(params, tokens_BT, step_key), tokens_BT)
 
         loss, gradients = jax.value_and_grad(loss_fn)(state["params"])
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
         directions, moments = optimizer.update(gradients, state["optimizer"], state["params"])

@@ -20,6 +20,7 @@ TINY = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.mo
         f"--config.steps={STEPS}", "--config.batch_size=16", "--config.precision=float32",
         "--config.optimizer.warmup_steps=2", "--config.log_every_steps=1", "--config.eval_every_steps=6",
         "--config.checkpoint_every_steps=5", "--config.keep_steps=(5,)"]
+KEPT = (5, 10, 12)  # the named one, and the newest two, of which the last is the best
 
 
 def pretrain_arguments(store, workdir, *more):
@@ -121,7 +122,7 @@ def test_resident_data_on_eight_devices_without_tensorflow(folder, store, traine
     """
     workdir = folder / "moved"
     subprocess.run(["cp", "-r", trained, workdir], check=True)
-    for step in (10, STEPS):
+    for step in KEPT[1:]:
         subprocess.run(["rm", "-r", workdir / "checkpoints" / str(step)], check=True)
     arguments = pretrain_arguments(store, workdir, "--config.data.reader=resident", "--config.mesh.data=2",
                                    "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
@@ -141,16 +142,17 @@ def test_evaluate_is_exact_at_any_batch_and_mesh(folder, store, trained):
     Seen to fail with the filled-up rows of the last batch counted in.
     """
     expected = result(trained)["metrics"]["eval/nats_per_pixel"]
+    (trained / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()  # as a run leaves while it saves
     for devices, batch_size in ((1, 7), (1, 256), (8, 64)):
         workdir = folder / f"evaluate{devices}-{batch_size}"
         done = run_job_command("evaluate", f"--workdir={workdir}", f"--config.checkpoints={trained}/checkpoints/*",
                                f"--config.batch_size={batch_size}", devices=devices)
         assert done.returncode == 0, done.stderr
         nats = result(workdir)["metrics"]["nats_per_pixel"]
-        assert list(nats) == [f"{trained}/checkpoints/{step}" for step in (10, 12, 5)]
+        assert list(nats) == [f"{trained}/checkpoints/{step}" for step in KEPT]
         assert nats[f"{trained}/checkpoints/12"] == pytest.approx(expected, rel=1e-6)
         rows = json.loads((workdir / "evaluation.json").read_text())
-        assert [row["examples"] for row in rows] == [180, 180, 180]
+        assert [row["examples"] for row in rows] == [180] * len(KEPT)
 
 
 def test_sample_is_the_same_at_any_batch_and_mesh(folder, store, trained):
@@ -187,12 +189,15 @@ BAD = {
     "unknown split": (["pretrain", "--config.data.store={store}", "--config.data.split=trian"], "Did you mean 'train'"),
     "mesh": (["pretrain", "--config.data.store={store}", "--config.mesh.data=3"], "does not multiply to the 1 devices"),
     "no checkpoint": (["sample", "--config.checkpoint={store}"], "holds no checkpoint"),
-    "nothing to evaluate": (["evaluate"], "checkpoints is empty"),
+    "nothing to evaluate": (["evaluate"], "names no finished checkpoint"),
     "empty glob": (["evaluate", "--config.checkpoints={folder}/x*"], "matches nothing"),
     "too many rows": (["sample", "--config.checkpoint={trained}", "--config.rows=9"], "rows=9"),
     "other settings": (pretrain_arguments("{store}", "{trained}", "--config.seed=4"), "seed=4 (checkpoint: 0)"),
     "other model": (pretrain_arguments("{store}", "{trained}", "--config.model.layers=3"), "model.layers=3"),
     "other job's workdir": (["sample", "--workdir={trained}", "--config.checkpoint={trained}"], "belongs to the job"),
+    "foreign workdir": (["prepare", "--workdir={foreign}"], "its config.json is not a job's"),
+    "trained on what it measures": (["pretrain", "--config.data.store={store}", "--config.data.split=train+held_out"],
+                                    "is also trained on"),
     "warm-up": (pretrain_arguments("{store}", "{folder}/w", "--config.optimizer.warmup_steps=99"), "warmup_steps=99"),
 }
 
@@ -203,10 +208,15 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder, store, trained):
     arguments, message = BAD[case]
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, "--workdir={folder}/bad"]
-    arguments = [argument.format(folder=folder, store=store, trained=trained) for argument in arguments]
+    foreign = folder / "foreign"
+    foreign.mkdir(exist_ok=True)
+    (foreign / "config.json").write_text('{"model": "mine"}')
+    places = {"folder": folder, "store": store, "trained": trained, "foreign": foreign}
+    arguments = [argument.format(**places) for argument in arguments]
     done = run_job_command(*arguments)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+    assert result(trained)["status"] == "done"  # a refused command leaves a finished workdir as it was
 
 
 def test_batch_and_heads_must_divide_over_the_mesh(folder, store):

@@ -66,7 +66,7 @@ def test_logits_equal_a_numpy_forward(attention):
 
 
 def test_bfloat16_stays_near_float32():
-    """Computation in bfloat16 gives float32 logits within its rounding. Seen to fail with float16 weights x 2."""
+    """Computation in bfloat16 gives float32 logits within its rounding. Seen to fail with logits in bfloat16."""
     tokens_BT = np.random.default_rng(1).integers(0, 11, (2, 25))
     logits = {}
     for precision in ("float32", "bfloat16"):
@@ -75,6 +75,23 @@ def test_bfloat16_stays_near_float32():
     assert logits["bfloat16"].dtype == jnp.float32
     np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.05)
     assert not np.array_equal(logits["bfloat16"], logits["float32"])
+
+
+def test_bfloat16_gradients_of_frequent_colours():
+    """Half of 32,768 pixels have one colour: its row adds up 16,000 gradients, which bfloat16 sums would lose.
+
+    Seen to fail with the colour table cast to bfloat16 before the lookup: 45 % off, against 1 % now.
+    """
+    rng = np.random.default_rng(0)
+    tokens_BT = rng.integers(0, 17, (32, 1024)) * (rng.random((32, 1024)) < 0.5)
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 17, 32, precision)
+        params = random_parameters(model, scale=0.1)
+        gradients[precision] = jax.jit(jax.grad(lambda params, model=model: objectives.autoregressive(
+            model.logits(params, tokens_BT), tokens_BT)))(params)["token_embed_VD"]
+    error = jnp.linalg.norm(gradients["bfloat16"] - gradients["float32"]) / jnp.linalg.norm(gradients["float32"])
+    assert float(error) < 0.03
 
 
 def test_first_loss_is_ln_of_the_palette():
@@ -105,7 +122,7 @@ def test_initial_weights_have_the_stated_deviations(init):
 def test_gradients_equal_finite_differences(python):
     """Every parameter, in float64, both attention back-ends, with and without remat.
 
-    Seen to fail with the gradient of the blocked back-end's row sum stopped.
+    Seen to fail with a term of the blocked back-end's score gradient left out.
     """
     python("""
 import jax, jax.numpy as jnp, numpy as np

@@ -29,10 +29,10 @@ class Source(Protocol):
 
     Attributes:
       count: how many.
-      image_size: their own height and width, pixels.
+      sizes: their own heights and widths, pixels; several only where the config brings them to one.
     """
     count: int
-    image_size: int
+    sizes: set[int]
 
     def chunks(self) -> Iterator[Chunk]:
         """Yields images uint8 [B, Y, X, 3] and labels int32 [B], or None where there are none."""
@@ -49,7 +49,7 @@ class Digits:
         data = load_digits()
         grey_BYX = np.rint(data.images * (255 / 16)).astype(np.uint8)
         self._images_BYXC, self._labels_B = _rgb(grey_BYX), data.target.astype(np.int32)
-        self.count, self.image_size = len(grey_BYX), 8
+        self.count, self.sizes = len(grey_BYX), {8}
 
     def chunks(self) -> Iterator[Chunk]:
         for start in range(0, self.count, CHUNK):
@@ -66,7 +66,8 @@ class Synthetic:
     def __init__(self, argument: str, image_size: int, seed: int):
         if not (argument or "10000").isdigit() or int(argument or 1) < 1:
             raise UserError(f"source 'synthetic:{argument}': COUNT must be a positive whole number.")
-        self.count, self.image_size, self._seed = int(argument or 10_000), image_size or 32, seed
+        self.count, self._size, self._seed = int(argument or 10_000), image_size or 32, seed
+        self.sizes = {self._size}
 
     def chunks(self) -> Iterator[Chunk]:
         for start in range(0, self.count, CHUNK):
@@ -75,7 +76,7 @@ class Synthetic:
     def _draw(self, start: int, count: int) -> Chunk:
         rng = np.random.default_rng([self._seed, start])
         labels_B = rng.integers(self.CLASSES, size=count, dtype=np.int32)
-        grid = np.linspace(-1, 1, self.image_size)
+        grid = np.linspace(-1, 1, self._size)
 
         def each(low: float, high: float) -> np.ndarray:
             """A number for each image, [B, 1, 1]."""
@@ -85,7 +86,7 @@ class Synthetic:
         slope_BYX = grid[None, :, None] * np.sin(angle_B11) + grid[None, None, :] * np.cos(angle_B11)
         images_BYXC = base_B1C + 40 * slope_BYX[..., None]
         distance_BYX = np.hypot(grid[None, :, None] - each(-0.5, 0.5), grid[None, None, :] - each(-0.5, 0.5))
-        disc_BYX1 = np.clip((each(0.3, 0.7) - distance_BYX) * self.image_size / 2, 0, 1)[..., None]
+        disc_BYX1 = np.clip((each(0.3, 0.7) - distance_BYX) * self._size / 2, 0, 1)[..., None]
         hue_BC = labels_B[:, None] / self.CLASSES + np.array([0, 1 / 3, 2 / 3])
         colour_B11C = (127.5 + 120 * np.cos(2 * np.pi * hue_BC))[:, None, None, :]
         images_BYXC += disc_BYX1 * (colour_B11C - images_BYXC)
@@ -105,13 +106,13 @@ class Npz:
         self._files = storage.matching(argument)
         headers = [self._check(file) for file in self._files]
         self.count = sum(shape[0] for shape, _ in headers)
-        self.image_size = headers[0][0][1]
-        for file, (shape, labelled) in zip(self._files, headers, strict=True):
+        self.sizes = {shape[1] for shape, _ in headers}
+        if not image_size and len(self.sizes) > 1:
+            raise UserError(f"{argument!r} holds images of {sorted(self.sizes)} pixels. "
+                            "Set image_size to bring them to one size.")
+        for file, (_, labelled) in zip(self._files, headers, strict=True):
             if labelled != headers[0][1]:
                 raise UserError(f"{file} and {self._files[0]}: one has labels, the other none. Both or neither must.")
-            if not image_size and shape[1] != self.image_size:
-                raise UserError(f"{file} has images of {shape[1]} pixels, {self._files[0]} of {self.image_size}. "
-                                "Set image_size to bring them to one size.")
 
     def chunks(self) -> Iterator[Chunk]:
         for file in self._files:
@@ -179,9 +180,9 @@ def open_source(text: str, image_size: int, seed: int) -> Source:
     if name not in SOURCES:
         raise UserError(f"source {text!r} is not known. {nearest(name, list(SOURCES))}")
     source = SOURCES[name](argument, image_size, seed)
-    if image_size > source.image_size:
-        raise UserError(f"image_size={image_size}: the images of {text!r} have {source.image_size} pixels and are "
-                        f"never enlarged. Set image_size to {source.image_size} or less.")
+    if image_size > min(source.sizes):
+        raise UserError(f"image_size={image_size}: {text!r} has images of {min(source.sizes)} pixels, which are "
+                        f"never enlarged. Set image_size to {min(source.sizes)} or less.")
     return source
 
 

@@ -40,6 +40,9 @@ CACHE_BYTES = 256 * 2**20  # holds the shards' indices, 16 bytes an image
 IDENTITY = ("format", "image_size", "resize", "seed", "held_out", "classes", "palette", "splits")
 
 
+SPLIT_FIELDS = ("count", "sha256", "labels_sha256")
+
+
 def _array_spec(path: epath.Path) -> dict[str, Any]:
     url = os.fspath(path)
     store = {"driver": "file", "path": os.path.abspath(url) + "/"} if storage.is_local(path) else url + "/"
@@ -178,6 +181,7 @@ def load_manifest(path: epath.Path) -> dict[str, Any] | None:
         manifest = json.loads(storage.read(file))
         version = manifest["format"]
         missing = [name for name in (*IDENTITY, "fingerprint", "config", "quarantined") if name not in manifest]
+        missing += [name for split in manifest["splits"].values() for name in SPLIT_FIELDS if name not in split]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not the manifest of a pixel store. Make one with the prepare job.") from None
     if version != FORMAT or missing:
@@ -235,7 +239,8 @@ class Store:
             if name not in known:
                 raise UserError(f"split {name!r} is not in {self.path}. {nearest(name, list(known))}")
             if not known[name]["count"]:
-                raise UserError(f"split {name!r} of {self.path} is empty. Prepare the store with a larger held_out.")
+                raise UserError(f"split {name!r} of {self.path} is empty. Name another, or prepare a store with a "
+                                "larger held_out. To train without a held-out split: --config.data.held_out=")
             labelled = known[name]["labels_sha256"] is not None
             parts.append(_Part(self.path, name, known[name]["count"], labelled, self.image_size))
         contents = json.dumps([known[part.name] for part in parts], sort_keys=True)

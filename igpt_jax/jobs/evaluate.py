@@ -3,13 +3,13 @@
 Writes evaluation.json, a row per checkpoint.
 """
 
-import json
+import glob
 import math
 from typing import Any
 
 import jax
 
-from igpt_jax import checkpoint, evaluation, palette, sharding, storage, telemetry
+from igpt_jax import checkpoint, evaluation, palette, runtime, sharding, storage, telemetry
 from igpt_jax.config import EvaluateConfig, UserError
 from igpt_jax.data.store import open_split
 
@@ -31,19 +31,23 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         rows.append({"checkpoint": where, "steps": record.steps_done, "split": config.data.split,
                      "examples": split.count, "nats_per_pixel": nats, "bits_per_pixel": nats / math.log(2)})
         telemetry.say(f"{where}: step {record.steps_done:,}, {nats:.6f} nats per pixel over {split.count:,} images")
-    if jax.process_index() == 0:
-        storage.publish(storage.path(workdir) / "evaluation.json", json.dumps(rows, indent=2) + "\n")
+        if jax.process_index() == 0:  # after each, so that nothing is lost where a later one cannot be read
+            storage.publish(storage.path(workdir) / "evaluation.json", runtime.to_json(rows))
     return {"nats_per_pixel": {row["checkpoint"]: row["nats_per_pixel"] for row in rows},
             "examples": {row["checkpoint"]: row["examples"] for row in rows}}
 
 
 def _checkpoints(typed: str) -> list[str]:
-    """DIR/checkpoints/STEP of all that a comma list of workdirs, steps and globs names, each once."""
-    if not typed:
-        raise UserError("checkpoints is empty. Set --config.checkpoints to workdirs of pretrain or steps of one.")
-    found = {}
-    for pattern in filter(None, typed.split(",")):
-        for path in storage.matching(pattern):
-            folder, step = checkpoint.locate(str(path))
-            found[str(storage.path(folder) / str(step))] = None
-    return list(found)
+    """DIR/checkpoints/STEP of all that a comma list of workdirs, steps and globs names, each once, by step.
+
+    A glob may match what is no finished checkpoint, such as one that a run is just writing; it is passed over.
+    """
+    found = set()
+    for pattern in filter(None, map(str.strip, typed.split(","))):
+        matches = [str(path) for path in storage.matching(pattern)]
+        finished = [match for match in matches if checkpoint.is_checkpoint(match)]
+        found |= {checkpoint.locate(match) for match in (finished if glob.has_magic(pattern) else matches)}
+    if not found:
+        raise UserError(f"checkpoints={typed!r} names no finished checkpoint. "
+                        "Set --config.checkpoints to workdirs of pretrain or steps of one.")
+    return [str(storage.path(folder) / str(step)) for folder, step in sorted(found)]

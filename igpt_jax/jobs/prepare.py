@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -34,6 +35,8 @@ def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: the source, the palette or the workdir do not do.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"prepare runs as one process, not as {jax.process_count()}. Start it by itself.")
     path, asked = storage.path(workdir), dataclasses.asdict(config)
     if manifest := load_manifest(path):
         _check_same(manifest["config"], asked, path)
@@ -42,7 +45,7 @@ def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
 
     imported, colours = _palette_for(config)
     train = sources.open_source(config.source, config.image_size, config.seed)
-    size = config.image_size or train.image_size
+    size = config.image_size or max(train.sizes)
     test = None
     if config.test_source:  # made-up test images must not be the training images again
         test = sources.open_source(config.test_source, size, config.seed + 1)
@@ -68,7 +71,7 @@ def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
         telemetry.say(f"fits a palette of {colours} colours")
     palette_VC = palette.fit(pixels.pixels_PC, colours, config.seed) if imported is None else imported
     _draw(path / "figures", palette_VC, shown[0])
-    resized = train.image_size != size or test is not None and test.image_size != size
+    resized = train.sizes != {size} or test is not None and test.sizes != {size}
     manifest = writer.finish(palette_VC, source=config.source, seed=config.seed, config=asked,
                              resize=sources.RESIZE_RULE if resized else "none",
                              held_out={"share": config.held_out, "rule": HELD_OUT_RULE})

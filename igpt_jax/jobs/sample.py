@@ -34,9 +34,10 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     rows = size // 2 if config.rows < 0 else config.rows
     if rows > size:
         raise UserError(f"rows={rows} exceeds the model's {size} rows. Choose 0 to {size}.")
-    split = open_split(config.data.store, config.data.split, size) if config.data.store and config.images else None
+    store = config.data.store or record.config.data.store
+    split = open_split(store, config.data.split, size) if config.images else None
     if not (config.count or split):
-        raise UserError("nothing to sample: count=0 and no images. Set --config.count, or --config.data.store.")
+        raise UserError("nothing to sample: count=0 and images=0. Set one of them.")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     figures, arrays, images = storage.path(workdir) / "figures", {}, 0
     start = time.perf_counter()

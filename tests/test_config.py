@@ -1,0 +1,44 @@
+"""Config values are refused before anything starts: unknown, of another type, or out of range."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from igpt_jax.config import JOB_CONFIGS, MODELS, UserError, base_config, keys, parse, to_dict
+
+
+@pytest.mark.parametrize("job", JOB_CONFIGS)
+def test_a_config_survives_its_json(job):
+    """What config.json and a checkpoint hold gives back the same dataclass; every key has a meaning.
+
+    Seen to fail with tuples left as JSON's lists.
+    """
+    import json
+    config = parse(job, base_config(job))
+    assert parse(job, json.loads(json.dumps(to_dict(config)))) == config
+    assert all(meaning for _, _, meaning in keys(job))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("stpes=3", "Did you mean 'steps'"), ("model=igpt_x", "Did you mean 'igpt_xl'"), ("steps", "must read key=value"),
+    ("steps=1.7", "must be of type int"), ("steps=True", "must be of type int"), ("steps=1e999", "must be of type int"),
+    ("optimizer=3", "is a group"), ("model.mlp=-5", "model.mlp=-5"), ("model.layers=-1", "model.layers=-1"),
+    ("seed=4294967296", "seed=4294967296"), ("seed=-1", "seed=-1"), ("model.heads=7", "model.heads=7"),
+    ("optimizer.learning_rate=0", "must be positive"), ("precision=fp8", "precision='fp8'"), ("steps=0", "steps=0"),
+    ("mesh.data=-1", "only one axis"), ("data.split=train+held_out", "also trained on"), ("job=evaluate", "evaluate"),
+])
+def test_refused(arguments, message):
+    """Seen to fail with `int(literal)` in place of the check of types."""
+    with pytest.raises(UserError, match=message):
+        parse("pretrain", base_config("pretrain", arguments))
+
+
+def test_values_of_every_kind():
+    """Whole numbers stand for fractional ones; a tuple keeps its commas; None is no value.
+
+    Seen to fail with arguments split at every comma.
+    """
+    config = parse("pretrain", base_config("pretrain", "optimizer.learning_rate=1,keep_steps=(1,2),model=igpt_m"))
+    assert (config.optimizer.learning_rate, config.keep_steps) == (1.0, (1, 2))
+    assert (config.model.layers, config.model.embed, config.model.heads) == MODELS["igpt_m"]
+    with pytest.raises(UserError, match="steps=None must be of type int"):
+        parse("pretrain", ConfigDict({"steps": None}))

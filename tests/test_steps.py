@@ -1,0 +1,134 @@
+"""One training step: its numbers, its schedule, and what it does with a bad update."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igpt_jax import steps
+from igpt_jax.config import OptimizerConfig, UserError, base_config, parse
+from igpt_jax.model import Model
+from igpt_jax.optimizer import learning_rate, warmup_steps_for
+
+
+def make(arguments=""):
+    config = base_config("pretrain", f"model=igpt_tiny,steps=10,precision=float32{arguments}")
+    config.model.update(layers=2, embed=16, heads=2)
+    config = parse("pretrain", config)
+    return config, Model(config.model, palette_size=16, image_size=4, precision="float32")
+
+
+def tokens_of_step(step):
+    return (np.random.default_rng(step).integers(0, 4, (8, 16)) + np.arange(16)) % 16
+
+
+def test_five_steps_give_the_golden_numbers():
+    """Loss and gradient norm of five steps. They change only when the model, its initial weights, the optimizer or
+    JAX's random numbers change: then say why in the commit, and copy the numbers from the failure.
+
+    Seen to fail with beta2 = 0.999 and with another initial deviation of `start_D`.
+    """
+    config, model = make()
+    state = steps.init_state(model, config, jax.random.key(0))
+    step = jax.jit(steps.make_train_step(model, config, warmup_steps=2))
+    found = []
+    for index in range(5):
+        state, metrics = step(state, tokens_of_step(index), jax.random.key(0))
+        found.append([float(metrics["train/nats_per_pixel"]), float(metrics["train/gradient_norm"])])
+    golden = [[2.772588, 0.387597], [2.769026, 0.430447], [2.758606, 0.588805], [2.734865, 0.723095],
+              [2.715621, 0.771937]]
+    assert found == [pytest.approx(each, rel=2e-5) for each in golden], np.array(found).tolist()
+
+
+def test_adam_equals_the_textbook():
+    """One parameter tensor over five steps against Adam (Kingma and Ba 2015, Algorithm 1) in NumPy, float64.
+
+    Seen to fail without the bias correction.
+    """
+    config, model = make(",optimizer.schedule=constant,optimizer.warmup_steps=0,optimizer.learning_rate=0.01")
+    state = steps.init_state(model, config, jax.random.key(0))
+    step = jax.jit(steps.make_train_step(model, config, warmup_steps=0))
+    loss = jax.jit(jax.grad(lambda params, tokens: steps.objectives.autoregressive(
+        model.logits(params, tokens), tokens)))
+    head = np.asarray(state["params"]["head_VD"], np.float64)
+    m, v = np.zeros_like(head), np.zeros_like(head)
+    for t in range(1, 6):
+        tokens = tokens_of_step(t)
+        g = np.asarray(loss(state["params"], tokens)["head_VD"], np.float64)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        head -= 0.01 * (m / (1 - 0.9 ** t)) / (np.sqrt(v / (1 - 0.95 ** t)) + 1e-8)
+        state, _ = step(state, tokens, jax.random.key(0))
+    np.testing.assert_allclose(state["params"]["head_VD"], head, atol=2e-6)
+
+
+def test_schedule_warms_up_then_follows_the_cosine():
+    """Seen to fail with the cosine begun at step 0."""
+    cosine = OptimizerConfig(learning_rate=2.0, warmup_steps=4)
+    rates = [float(learning_rate(cosine, jnp.int32(step), 12, 4)) for step in range(13)]
+    np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(rates[4:], [1 + math.cos(math.pi * done / 8) for done in range(9)], atol=1e-6)
+    constant = OptimizerConfig(learning_rate=2.0, schedule="constant")
+    assert [float(learning_rate(constant, jnp.int32(step), 12, 0)) for step in (0, 11)] == [2.0, 2.0]
+
+
+def test_warm_up_of_one_epoch():
+    """-1 is one epoch, rounded up; where the run is shorter, a tenth of it; more than the run is refused.
+
+    Seen to fail with the epoch rounded down.
+    """
+    assert warmup_steps_for(OptimizerConfig(), steps=10 ** 6, examples=1_229_920, batch_size=128) == 9609
+    assert warmup_steps_for(OptimizerConfig(), steps=50, examples=1000, batch_size=10) == 5
+    assert warmup_steps_for(OptimizerConfig(warmup_steps=0), steps=50, examples=1000, batch_size=10) == 0
+    with pytest.raises(UserError, match="warmup_steps=51"):
+        warmup_steps_for(OptimizerConfig(warmup_steps=51), steps=50, examples=1000, batch_size=10)
+
+
+def test_weight_decay_and_clipping():
+    """Decay moves matrices only; clipping at a small norm makes Adam's first step no smaller, its gradients yes.
+
+    Seen to fail with the norms decayed as well.
+    """
+    config, model = make(",optimizer.weight_decay=0.5,optimizer.clip_norm=1e-30,optimizer.warmup_steps=0")
+    state = steps.init_state(model, config, jax.random.key(0))
+    after, _ = jax.jit(steps.make_train_step(model, config, warmup_steps=0))(state, tokens_of_step(0), None)
+    rate = config.optimizer.learning_rate
+    # Gradients of norm 1e-30 vanish beside epsilon, so that only the decay is left.
+    for name, factor in (("query_DNH", 1 - 0.5 * rate), ("mlp_norm_D", 1.0)):
+        np.testing.assert_allclose(after["params"]["blocks"][name], state["params"]["blocks"][name] * factor, rtol=1e-5)
+    np.testing.assert_array_equal(after["params"]["start_D"], state["params"]["start_D"])
+
+
+def test_dropout_is_a_function_of_key_and_step():
+    """The same key and step drop the same; another step or another key drops other activations.
+
+    Seen to fail with the step not folded into the key.
+    """
+    config, model = make(",model.dropout=0.5")
+    state = steps.init_state(model, config, jax.random.key(0))
+    state["params"]["head_VD"] = jax.random.normal(jax.random.key(1), (16, 16))
+    step = jax.jit(steps.make_train_step(model, config, warmup_steps=0))
+
+    def loss(at, key=0):
+        _, metrics = step({**state, "step": jnp.int32(at)}, tokens_of_step(0), jax.random.key(key))
+        return float(metrics["train/nats_per_pixel"])
+
+    assert loss(3) == loss(3) and len({loss(3), loss(4), loss(3, key=1)}) == 3
+
+
+def test_a_bad_update_changes_nothing_but_the_counters():
+    """A parameter that is infinite makes the loss NaN: parameters and moments keep every bit.
+
+    Seen to fail with the moments updated regardless.
+    """
+    config, model = make()
+    step = jax.jit(steps.make_train_step(model, config, warmup_steps=1))
+    state, _ = step(steps.init_state(model, config, jax.random.key(0)), tokens_of_step(0), jax.random.key(0))
+    state["params"]["head_VD"] = state["params"]["head_VD"].at[0, 0].set(jnp.inf)
+    after, metrics = step(state, tokens_of_step(1), jax.random.key(0))
+    assert not np.isfinite(float(metrics["train/nats_per_pixel"]))
+    for name in ("params", "optimizer"):
+        for one, other in zip(jax.tree.leaves(state[name]), jax.tree.leaves(after[name]), strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), name
+    assert (int(after["step"]), int(after["skipped"]), int(after["skipped_in_a_row"])) == (2, 1, 1)
