@@ -88,7 +88,7 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         self._where = workdir
         self._orbax = ocp.training.Checkpointer(
-            storage.path(workdir) / "checkpoints",
+            storage.absolute(storage.path(workdir)) / "checkpoints",
             # The loop decides when to save; Orbax's own default silently skips steps while a save runs.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy([
@@ -176,10 +176,14 @@ def steps_in(folder: Any) -> list[int]:
     return sorted(int(step.name) for step in steps if (step / COMMITTED).exists())
 
 
+def _step_path(folder: str, step: int) -> storage.epath.Path:
+    return storage.absolute(storage.path(folder)) / str(step)
+
+
 def load_record(typed: str) -> Record:
     """What the checkpoint `typed` says of itself. Raises UserError where there is none."""
     folder, step = locate(typed)
-    metadata = ocp.checkpointables_metadata(storage.path(folder) / str(step))
+    metadata = ocp.checkpointables_metadata(_step_path(folder, step))
     return Record.from_json(metadata.custom_metadata)
 
 
@@ -203,5 +207,5 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
     abstract = model.abstract_parameters()
     abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                             abstract, sharding.parameter_shardings(abstract, mesh))
-    params = ocp.load_checkpointables(storage.path(folder) / str(step), {"params": abstract})["params"]
+    params = ocp.load_checkpointables(_step_path(folder, step), {"params": abstract})["params"]
     return model, params, record

@@ -44,6 +44,11 @@ def is_local(path: epath.Path) -> bool:
     return not os.fspath(path).startswith(SCHEMES)
 
 
+def absolute(path: epath.Path) -> epath.Path:
+    """`path` from the root, as Orbax needs it."""
+    return epath.Path(os.path.abspath(path)) if is_local(path) else path
+
+
 @contextlib.contextmanager
 def _readable(path: epath.Path) -> Iterator[None]:
     """Turns the errors of reading what a user named into one line."""

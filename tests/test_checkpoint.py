@@ -1,6 +1,8 @@
 """Which checkpoints stay, what they say of themselves, and on which devices they open."""
 
 import dataclasses
+import os
+import pathlib
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ def run(tmp_path_factory):
     abstract = steps.abstract_state(model, config, mesh)
     state = steps.init_state(model, config, jax.random.key(0))
     palette_VC = np.random.default_rng(0).uniform(-1, 1, (17, 3)).astype(np.float32)
-    workdir = tmp_path_factory.mktemp("run")
+    workdir = pathlib.Path(os.path.relpath(tmp_path_factory.mktemp("run")))  # as users type it: Orbax wants it absolute
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
         assert checkpoints.latest_step is None
         for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.6), (50, None)):
