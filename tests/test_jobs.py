@@ -179,7 +179,7 @@ def test_sample_is_the_same_at_any_batch_and_mesh(folder, store, trained):
                                   np.broadcast_to(first["originals"][:, None, :24], (2, 3, 24)))
     assert (first["completions"][:, :, 24:] != first["originals"][:, None, 24:]).any()
     with Image.open(workdir / "figures" / "completions.png") as image:
-        assert image.size == (5 * 96 + 4 * 2, 2 * 96 + 2)  # original, given and 3 completions
+        assert image.size == (5 * 96 + 4 * 6, 2 * 96 + 6)  # original, given and 3 completions
 
 
 BAD = {

@@ -103,4 +103,4 @@ def _pictures(tokens_BNT: np.ndarray, record: checkpoint.Record, size: int) -> n
 def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int) -> None:
     if jax.process_index() == 0:
         scale = max(1, 96 // images_BYXC.shape[1])
-        telemetry.save_png(path, telemetry.image_grid(images_BYXC, columns, scale))
+        telemetry.save_png(path, telemetry.image_grid(images_BYXC, columns, scale, gap=max(2, scale // 2)))
