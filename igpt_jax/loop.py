@@ -52,7 +52,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     warmup_steps = warmup_steps_for(config.optimizer, config.steps, train_split.count, config.batch_size)
     abstract = steps.abstract_state(model, config, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -68,7 +68,6 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         if start:
             state, stored = checkpoints.restore(abstract, record(start, {}))
             evaluated = dict(stored.metrics)
-            telemetry.say(f"goes on from step {start:,} of {config.steps:,}")
         else:
             state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(key)
 
@@ -82,9 +81,11 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         parameters = count_parameters(abstract["params"])
         if jax.process_index() == 0:
             storage.publish(storage.path(workdir) / "parameters.txt", sharding.table(abstract["params"], mesh) + "\n")
-        telemetry.say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of {len(palette_VC)} "
-                      f"colours, {train_split.count:,} images, mesh {dict(mesh.shape)}, "
-                      f"{model.config.attention} attention, {config.precision}")
+            telemetry.say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of "
+                          f"{len(palette_VC)} colours, {train_split.count:,} images, mesh {dict(mesh.shape)}, "
+                          f"{model.config.attention} attention, {config.precision}")
+            if start:
+                telemetry.say(f"goes on from step {start:,} of {config.steps:,}")
         batches: Iterator[Any] = iter(())
         if start < config.steps:
             batches = train_batches(train_split, table, reader=config.data.reader, seed=config.seed,
