@@ -40,7 +40,7 @@ ALL = [MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(tensor=2, fsdp
 def test_every_mesh_gives_the_losses_of_one_device(python, precision, tolerance):
     """20 steps of loss and gradient norm, on 1 and on 8 devices, relative.
 
-    Seen to fail with the sum over the tensor axis dropped (a constraint on the heads left out inside shard_map).
+    Seen to fail with the values of another sequence attended to wherever the tensor axis is used.
     """
     python(MESHES + f"""
 jax.config.update("jax_enable_x64", {precision == "float64"})
