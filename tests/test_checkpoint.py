@@ -36,12 +36,12 @@ def run(tmp_path_factory):
 
 
 def test_kept_are_the_newest_the_best_and_the_named(run):
-    """Seen to fail with one more of the newest kept, and with the best taken for the worst."""
+    """Must fail with one more of the newest kept, and with the best taken for the worst."""
     assert checkpoint.steps_in(run[0] / "checkpoints") == [20, 30, 40, 50]
 
 
 def test_a_step_describes_itself_and_gives_its_parameters(run):
-    """Config, palette to the last bit, parameters alone. Seen to fail with the palette rounded to six digits."""
+    """Config, palette to the last bit, parameters alone. Must fail with the palette rounded to six digits."""
     workdir, config, mesh, state, _, record = run
     for typed, step in ((workdir, 50), (workdir / "checkpoints", 50), (workdir / "checkpoints" / "20", 20)):
         model, params, stored = checkpoint.load_model(str(typed), mesh, "float32", attention="reference")
@@ -53,7 +53,7 @@ def test_a_step_describes_itself_and_gives_its_parameters(run):
 
 
 def test_a_run_with_other_settings_is_refused_with_each_difference(run):
-    """Seen to fail with `model.attention` compared as well."""
+    """Must fail with `model.attention` compared as well."""
     workdir, config, _, state, abstract, record = run
     reference = dataclasses.replace(config.model, attention="reference")
     free = dataclasses.replace(config, log_every_steps=7, model=reference)
@@ -70,7 +70,7 @@ def test_a_run_with_other_settings_is_refused_with_each_difference(run):
 
 
 def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
-    """Neither a cosine nor a warm-up of one epoch, which may not fit. Seen to fail with `steps` always free."""
+    """Neither a cosine nor a warm-up of one epoch, which may not fit. Must fail with `steps` always free."""
     _, config, *_, record = run
     longer = dataclasses.replace(record, config=dataclasses.replace(config, steps=config.steps * 2))
     with pytest.raises(UserError, match="steps=2000000"):
@@ -87,6 +87,6 @@ def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
 
 @pytest.mark.parametrize("typed", ["", "{}", "{}/checkpoints/99", "{}/../nowhere"])
 def test_no_checkpoint_there(typed, tmp_path):
-    """Seen to fail with a FileNotFoundError let through."""
+    """Must fail with a FileNotFoundError let through."""
     with pytest.raises(UserError, match="checkpoint"):
         checkpoint.load_record(typed.format(tmp_path))

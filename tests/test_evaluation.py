@@ -14,7 +14,7 @@ from igpt_jax.model import Model
 def test_every_image_counts_once(tmp_path, monkeypatch):
     """23 images in batches of 1, 8 and 64 against the mean over all at once; given up, there is no figure.
 
-    Seen to fail with the last batch dropped, and with its filled-up rows counted in.
+    Must fail with the last batch dropped, and with its filled-up rows counted in.
     """
     monkeypatch.setenv("IGPT_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     """float64, 2 processes x 2 devices over gloo against 1 device: losses to 1e-8, each process reading its
     own rows by tf.data. Stopped by one SIGTERM both save the same step; one process evaluates what they wrote.
 
-    Seen to fail with every process reading the first rows.
+    Must fail with every process reading the first rows.
     """
     store = tmp_path / "store"
     assert run_job_command("prepare", f"--workdir={store}").returncode == 0
