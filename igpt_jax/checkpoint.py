@@ -25,8 +25,8 @@ COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every k
 # it sees. `steps` may differ too where neither the schedule nor the warm-up depends on it. (The record compares image
 # size and palette themselves.)
 FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefetch", "model.attention", "model.remat",
-                       "image_size", "palette", "log_every_steps", "eval_every_steps", "checkpoint_every_steps",
-                       "keep_newest", "keep_steps", "max_skipped_updates"})
+                       "accumulate", "image_size", "palette", "log_every_steps", "eval_every_steps",
+                       "checkpoint_every_steps", "keep_newest", "keep_steps", "max_skipped_updates"})
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +202,7 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
     folder, step = locate(typed)
     record = load_record(typed)
     config: ModelConfig = dataclasses.replace(record.config.model, attention=attention)
-    model = Model(config, len(record.palette_VC), record.image_size, precision, mesh.devices.flat[0].platform)
-    sharding.check_heads(config.heads, mesh)
+    model = Model(config, len(record.palette_VC), record.image_size, precision, mesh)
     abstract = model.abstract_parameters()
     abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                             abstract, sharding.parameter_shardings(abstract, mesh))

@@ -59,7 +59,9 @@ MODELS: Mapping[str, tuple[int, int, int]] = types.MappingProxyType({
 })
 
 PRECISIONS = ("bfloat16", "float32", "float64")
-ATTENTION_BACKENDS = ("auto", "reference", "blocked")
+ATTENTION_BACKENDS = ("auto", "reference", "blocked", "splash", "cudnn")
+REMAT_POLICIES = ("none", "attention", "dots", "offload", "full")
+SECOND_MOMENTS = ("float32", "bfloat16", "factored")
 JOBS: Mapping[str, str] = types.MappingProxyType({
     "prepare": "any image source -> pixel store; fits or imports a palette",
     "pretrain": "autoregressive pretraining, sharded; resumes where it stopped",
@@ -78,14 +80,15 @@ class ModelConfig:
     init: str = key("released", "released: as OpenAI's code; paper: as Sparse Transformers (paper, Section 3.3)")
     dropout: float = key(0.0, "share of residual activations dropped while training; the paper uses none")
     attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
-    remat: str = key("attention", "what the backward pass recomputes: none (nothing), attention (all but what "
-                                  "attention gives), full (each whole block)")
+    remat: str = key("attention", "what the backward pass recomputes: none (nothing), dots (all but matrix products and"
+                                  " what attention gives), attention (all but what attention gives), offload (as "
+                                  "attention, which waits in the host's memory), full (each whole block)")
 
     def __post_init__(self):
         _one_of("model.name", self.name, list(MODELS))
         _one_of("model.init", self.init, ["released", "paper"])
         _one_of("model.attention", self.attention, ATTENTION_BACKENDS)
-        _one_of("model.remat", self.remat, ["none", "attention", "full"])
+        _one_of("model.remat", self.remat, REMAT_POLICIES)
         _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1).")
         for name, row in zip(("layers", "embed", "heads"), MODELS[self.name], strict=True):
             size = getattr(self, name)
@@ -104,12 +107,15 @@ class OptimizerConfig:
     warmup_steps: int = key(-1, "steps of linear warm-up from 0; -1: one epoch, as in the paper")
     beta1: float = key(0.9, "Adam's decay of the first moment")
     beta2: float = key(0.95, "Adam's decay of the second moment (0.999 gave loss spikes in the paper)")
+    second_moment: str = key("float32", "how Adam keeps its second moment: float32; bfloat16 (half the memory); "
+                                        "factored (a row and a column per matrix, Shazeer and Stern 2018: nearly none)")
     epsilon: float = key(1e-8, "Adam's epsilon, added outside the root; the paper does not state one")
     weight_decay: float = key(0.0, "decoupled weight decay of matrices; the paper uses none")
     clip_norm: float = key(0.0, "global gradient norm above which gradients are scaled down; 0: off, as in the paper")
 
     def __post_init__(self):
         _one_of("optimizer.schedule", self.schedule, ["cosine", "constant"])
+        _one_of("optimizer.second_moment", self.second_moment, SECOND_MOMENTS)
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
         _require(self.warmup_steps >= -1, f"optimizer.warmup_steps={self.warmup_steps} must be -1 (one epoch) or more.")
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1,
@@ -124,6 +130,7 @@ class MeshConfig:
     data: int = key(1, "copies of the state; the batch is split over data x fsdp")
     fsdp: int = key(-1, "devices that share one copy of the state (fully sharded data parallel)")
     tensor: int = key(1, "devices that share each layer's heads and MLP")
+    context: int = key(1, "devices that share each sequence; they share one copy of the state too")
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -168,7 +175,7 @@ class DataConfig:
 
 def _check_job(config: Any) -> None:
     """The rules that hold for any job that has the key."""
-    for name in ("steps", "batch_size", "log_every_steps", "keep_newest", "max_skipped_updates"):
+    for name in ("steps", "batch_size", "accumulate", "log_every_steps", "keep_newest", "max_skipped_updates"):
         value = getattr(config, name, 1)
         _require(value >= 1, f"{name}={value} must be at least 1.")
     for name in ("image_size", "checkpoint_every_steps", "eval_every_steps"):
@@ -207,6 +214,7 @@ class PretrainConfig:
     palette: str = key("", "a palette's .npy; empty: the store's own")
     steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)")
     batch_size: int = key(128, "images per step over all devices (paper: 128; 64 for XL)")
+    accumulate: int = key(1, "parts that a step computes one after the other: memory of batch_size / accumulate images")
     seed: int = key(0, "chooses initial weights, data order and dropout")
     precision: str = key("bfloat16", "of activations and matrix products (parameters are float32): bfloat16 or float32;"
                                      " float64: everything, for tests")

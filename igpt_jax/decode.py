@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from igpt_jax.attention import attention
+from igpt_jax.attention import attention, granule_for
 from igpt_jax.model import Block, ImageGPT, Model
 from igpt_jax.sharding import constrain
 
@@ -82,7 +82,10 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
 
 def _prefill(gpt: ImageGPT, given_BP: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Logits [B, V] of pixel P, and the keys and values [L, B, T, N, H] with the first P + 1 positions filled."""
-    room = (0, gpt.dims.T - given_BP.shape[1] - 1)
+    P = given_BP.shape[1]
+    granule = granule_for(gpt.config.attention)
+    tokens = min(-(-(P + 1) // granule) * granule, gpt.dims.T)  # what lies after pixel P is not seen by it
+    room = (0, gpt.dims.T - tokens)
 
     def block(block: Block, x_BTD: jax.Array, _):
         q_BTNH, k_BTNH, v_BTNH = block.qkv(x_BTD)
@@ -90,8 +93,8 @@ def _prefill(gpt: ImageGPT, given_BP: jax.Array) -> tuple[jax.Array, tuple[jax.A
         kept = tuple(jnp.pad(x, ((0, 0), room, (0, 0), (0, 0))) for x in (k_BTNH, v_BTNH))
         return block.after_attention(x_BTD, o_BTNH), kept
 
-    x_BTD, cache = gpt.scan_blocks(block, gpt.embed(jnp.pad(given_BP, ((0, 0), (0, 1)))))
-    return gpt.logits(x_BTD[:, -1:])[:, 0], tuple(constrain(x, "LBSNH") for x in cache)
+    x_BTD, cache = gpt.scan_blocks(block, gpt.embed(jnp.pad(given_BP, ((0, 0), (0, tokens - P)))))
+    return gpt.logits(x_BTD[:, P:P + 1])[:, 0], tuple(constrain(x, "LBSNH") for x in cache)
 
 
 def _decode(gpt: ImageGPT, token_B: jax.Array, position: jax.Array, cache: tuple[jax.Array, jax.Array],

@@ -33,8 +33,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     """
     # Mesh.
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch_size, mesh)
-    sharding.check_heads(config.model.heads, mesh)
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
 
     # Data.
     store = Store.open(config.data.store)
@@ -47,8 +46,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     table = palette.lookup_table(palette_VC)
 
     # Model, optimizer and state, in shapes only.
-    model = Model(config.model, len(palette_VC), store.image_size, config.precision,
-                  mesh.devices.flat[0].platform)
+    model = Model(config.model, len(palette_VC), store.image_size, config.precision, mesh)
     warmup_steps = warmup_steps_for(config.optimizer, config.steps, train_split.count, config.batch_size)
     abstract = steps.abstract_state(model, config, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -72,8 +70,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(key)
 
         # Compiled steps, input, output.
-        train_step = jax.jit(steps.make_train_step(model, config, warmup_steps), donate_argnums=0,
-                             out_shardings=(places, None))
+        train_step = steps.jit_train_step(model, config, mesh, warmup_steps)
         measure = evaluation.make_evaluate(model, mesh, config.batch_size, table)
         throughput = _throughput(config, model, mesh)
         metrics = telemetry.Metrics(workdir, config.steps, start)

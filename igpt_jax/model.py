@@ -8,18 +8,31 @@ B batch, T tokens (pixels), S key tokens, D embed, N heads, H head dim, F mlp hi
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from igpt_jax import sharding
 from igpt_jax.attention import SAVED, attention, backend_for
-from igpt_jax.config import ModelConfig
+from igpt_jax.config import MeshConfig, ModelConfig
 from igpt_jax.sharding import constrain, gather_weight
 
 NORM_EPSILON = 1e-5  # inside the root, as released
+
+_POLICIES = jax.checkpoint_policies
+REMAT_POLICIES: Mapping[str, Callable] = {  # what the forward pass keeps of each block, besides its input
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable,
+                                              _POLICIES.save_only_these_names(SAVED)),
+    "attention": _POLICIES.save_only_these_names(SAVED),
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], offload_src="device",
+        offload_dst="pinned_host"),
+    "full": _POLICIES.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +90,30 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def project(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
     """Contracts the last dims of x with the first of the weight, as one plain product of two matrices.
 
-    The same as an einsum over [B, T, ...], which XLA's CPU compiler runs 2.5 times slower in the training step.
+    The same as an einsum over [B, T, ...], which XLA's CPU compiler runs 2.5 times slower in the training step. Where
+    sequences are split over devices, B and T stay apart: as one dim they could not be split both.
     """
+    if sharding.context_parts() > 1:
+        return jnp.tensordot(x, weight, contracted)
     rows, columns = x.shape[:x.ndim - contracted], weight.shape[contracted:]
     return (x.reshape(math.prod(rows), -1) @ weight.reshape(-1, math.prod(columns))).reshape(*rows, *columns)
+
+
+@jax.custom_vjp
+def _read_out(n_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Logits [B, T, V] in float32 or wider. Their gradient takes part in products as any other activation's does, in
+    the dtype of n: left in float32 it made two float32 products of each step, the slowest on matrix units."""
+    wide = jnp.promote_types(n_BTD.dtype, jnp.float32)
+    return jnp.einsum("BTD,VD->BTV", n_BTD, head_VD, preferred_element_type=wide)
+
+
+def _read_out_backward(saved: tuple[jax.Array, jax.Array], d_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    n_BTD, head_VD = saved
+    d_BTV = d_BTV.astype(n_BTD.dtype)
+    return jnp.einsum("BTV,VD->BTD", d_BTV, head_VD), jnp.einsum("BTV,BTD->VD", d_BTV, n_BTD)
+
+
+_read_out.defvjp(lambda n_BTD, head_VD: (_read_out(n_BTD, head_VD), (n_BTD, head_VD)), _read_out_backward)
 
 
 class Block(nnx.Module):
@@ -140,22 +173,23 @@ class ImageGPT(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """[B, T, D]: position t holds the colour of pixel t - 1 (position 0: the start vector) and its own place."""
-        colours_VD, positions_TD = self._table("token_embed_VD"), self._table("position_embed_TD")
-        start_B1D = jnp.broadcast_to(self._table("start_D"), (len(tokens_BT), 1, self.dims.D))
-        colours_BTD = jnp.concatenate([start_B1D, colours_VD[tokens_BT[:, :-1]]], axis=1)
-        return constrain((colours_BTD + positions_TD[:tokens_BT.shape[1]]).astype(self.dtype), "BTD")
+        T = tokens_BT.shape[1]
+        before_BT = constrain(jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0))), "BT")
+        colours_BTD = constrain(self._table("token_embed_VD")[before_BT], "BTD")
+        colours_BTD = jnp.where(jnp.arange(T)[:, None] == 0, self._table("start_D"), colours_BTD)
+        return constrain((colours_BTD + self._table("position_embed_TD", T)).astype(self.dtype), "BTD")
 
     def embed_one(self, token_B: jax.Array, position: jax.Array) -> jax.Array:
         """[B, 1, D]: the input at `position` >= 1, where the pixel before it has colour `token_B`."""
         x_BD = self._table("token_embed_VD")[token_B] + self._table("position_embed_TD")[position]
         return constrain(x_BD[:, None].astype(self.dtype), "BTD")
 
-    def _table(self, name: str) -> jax.Array:
-        """A table to look rows up in, whole on each device: it is small, and a split lookup would move activations.
+    def _table(self, name: str, rows: int | None = None) -> jax.Array:
+        """A table (its first `rows`) split like the activations it is added to: looking up split rows would move those.
 
         It stays in the parameters' dtype: its gradient adds up every pixel of a colour, where bfloat16 loses most.
         """
-        return constrain(getattr(self, name)[...], name.rsplit("_", 1)[-1], rules={})
+        return constrain(getattr(self, name)[...][:rows], name.rsplit("_", 1)[-1])
 
     def scan_blocks(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, extra: Any = None) -> Any:
         """Runs `body(block, carry, extra of that layer) -> (carry, out)` over the stacked blocks, first to last."""
@@ -165,16 +199,13 @@ class ImageGPT(nnx.Module):
             return body(nnx.merge(graph, layer[0]), carry, layer[1])
 
         if self.config.remat != "none":
-            keep = {"full": (), "attention": (SAVED,)}[self.config.remat]
-            policy = jax.checkpoint_policies.save_only_these_names(*keep)
-            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+            step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
         return jax.lax.scan(step, carry, (stacked, extra))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 or wider: the final norm and the untied head."""
         head_VD = gather_weight(self.head_VD[...], "VD", self.dtype)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jnp.einsum("BTD,VD->BTV", norm(x_BTD, self.final_norm_D[...]), head_VD, preferred_element_type=wide)
+        return constrain(_read_out(norm(x_BTD, self.final_norm_D[...]), head_VD), "BTV")
 
     def __call__(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Logits [B, T, V]; those at t depend on pixels before t and predict pixel t.
@@ -210,17 +241,26 @@ class Precision:
 class Model:
     """ImageGPT as pure functions of a plain dict of arrays: what everything outside this file uses."""
 
-    def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str, platform: str = "cpu"):
+    def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str,
+                 mesh: Mesh | None = None):
         """
         Args:
-          config: sizes and choices; attention `auto` becomes the back-end of `platform` ('cpu', 'gpu' or 'tpu').
+          config: sizes and choices; attention `auto` becomes the back-end of the mesh's platform.
           palette_size: colours, the vocabulary.
           image_size: height and width, pixels.
           precision: a name from `config.PRECISIONS`.
+          mesh: where it will run; None: one device of the default platform.
+
+        Raises:
+          UserError: the heads or tokens do not divide over the mesh, or the attention back-end cannot run there.
         """
-        self.config = dataclasses.replace(config, attention=backend_for(config.attention, platform))
         self.dims = Dims.of(config, palette_size, image_size)
         self.precision = Precision.of(precision)
+        mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        sharding.check_model(self.dims.N, self.dims.T, mesh)
+        backend = backend_for(config.attention, mesh.devices.flat[0].platform, precision, self.dims.T, self.dims.H,
+                              mesh.shape[sharding.CONTEXT])
+        self.config = dataclasses.replace(config, attention=backend)
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
     def _build(self, key: jax.Array) -> ImageGPT:

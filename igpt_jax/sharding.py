@@ -12,26 +12,45 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from igpt_jax.config import MeshConfig, UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
+CONTEXT = "context"
 
 # Which mesh axes split a dim. A letter that is absent is never split.
-PARAMETER_RULES: Mapping[str, tuple[str, ...]] = {"D": ("fsdp",), "N": ("tensor",), "F": ("tensor",)}
-ACTIVATION_RULES: Mapping[str, tuple[str, ...]] = {"B": BATCH_AXES, "N": ("tensor",), "F": ("tensor",)}
+PARAMETER_RULES: Mapping[str, tuple[str, ...]] = {"D": ("fsdp", CONTEXT), "N": ("tensor",), "F": ("tensor",)}
+ACTIVATION_RULES: Mapping[str, tuple[str, ...]] = {"B": BATCH_AXES, "T": (CONTEXT,), "N": ("tensor",), "F": ("tensor",)}
 
 log = logging.getLogger(__name__)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (default: all). Raises UserError where the sizes do not multiply to them."""
+    """The mesh of `config` over `devices` (default: all).
+
+    Several TPU slices are joined along data, then fsdp: what crosses the slower network between them is the gradient.
+    Nodes of GPUs need no such rule: devices count up node by node, and the last axes vary fastest.
+
+    Raises:
+      UserError: the sizes do not multiply to the devices, or neither data nor fsdp splits over the slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = config.resolve(len(devices))
-    return jax.make_mesh(tuple(getattr(sizes, axis) for axis in AXES), AXES,
-                         axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = [getattr(sizes, axis) for axis in AXES]
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    over_data = math.gcd(slices, sizes.data)
+    across = [over_data, slices // over_data, 1, 1]
+    if sizes.fsdp % across[1]:
+        raise UserError(f"mesh.data={sizes.data} x mesh.fsdp={sizes.fsdp} does not split over {slices} slices. "
+                        f"Choose mesh.data={slices}, or a multiple of {slices} for one of them.")
+    within = [size // parts for size, parts in zip(shape, across, strict=True)]
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
 def letters_for(name: str, ndim: int) -> str:
@@ -40,7 +59,7 @@ def letters_for(name: str, ndim: int) -> str:
     return letters if len(letters) == ndim else "L" + letters
 
 
-def spec_for(letters: str, rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+def spec_for(letters: str, rules: Mapping[str, tuple[str, ...]] = ACTIVATION_RULES) -> PartitionSpec:
     """The partition of dims `letters` under `rules`."""
     return PartitionSpec(*(rules.get(letter) for letter in letters))
 
@@ -58,7 +77,9 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     for letter, size in zip(letters, shape, strict=True):
         axes = PARAMETER_RULES.get(letter)
         devices = math.prod(mesh.shape[axis] for axis in axes or ())
-        if axes and size % devices:
+        if axes and size == 1:  # summed over, in a factored moment
+            axes = None
+        elif axes and size % devices:
             _warn_unsplit(name, letter, size, axes, devices)
             axes = None
         parts.append(axes)
@@ -66,8 +87,13 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree of (abstract) parameters, by their names."""
+    """Shardings for a tree of (abstract) parameters or of their moments, by the parameters' names.
+
+    A leaf that no dictionary names is no parameter's, such as the optimizer's count: it is whole on every device.
+    """
     def sharding(path, leaf):
+        if not isinstance(path[-1], jax.tree_util.DictKey):
+            return replicated(mesh)
         return NamedSharding(mesh, parameter_spec(path[-1].key, leaf.shape, mesh))
     return jax.tree_util.tree_map_with_path(sharding, params)
 
@@ -82,19 +108,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where the global batch does not divide over data x fsdp."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises UserError where the global batch does not divide over data x fsdp, and into `accumulate` parts."""
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = devices * accumulate
     if batch_size % parts:
-        raise UserError(f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {parts} devices. "
+        rule = f"mesh.data x mesh.fsdp = {devices} devices" + (f" x accumulate={accumulate}" if accumulate > 1 else "")
+        raise UserError(f"batch_size={batch_size} does not divide over {rule}. "
                         f"Choose a multiple of {parts}, such as {max(1, round(batch_size / parts)) * parts}.")
 
 
-def check_heads(heads: int, mesh: Mesh) -> None:
-    """Raises UserError where the heads do not divide over the tensor axis."""
-    if heads % mesh.shape["tensor"]:
-        raise UserError(f"model.heads={heads} does not divide over mesh.tensor={mesh.shape['tensor']}. "
-                        f"Choose mesh.tensor among {[n for n in range(1, heads + 1) if heads % n == 0]}.")
+def check_model(heads: int, tokens: int, mesh: Mesh) -> None:
+    """Raises UserError where the heads do not divide over the tensor axis, or the tokens over the context axis."""
+    tensor, context = mesh.shape["tensor"], mesh.shape[CONTEXT]
+    if heads % tensor:
+        raise UserError(f"model.heads={heads} does not divide over mesh.tensor={tensor}. "
+                        f"Choose mesh.tensor={_nearest([n for n in range(1, heads + 1) if heads % n == 0], tensor)}.")
+    if context > 1 and tokens % (2 * context):
+        choices = [1, *(n for n in range(2, tokens // 2 + 1) if tokens % (2 * n) == 0)]
+        raise UserError(f"{tokens} tokens do not divide over mesh.context={context} in two halves each. "
+                        f"Choose mesh.context={_nearest(choices, context)}.")
+
+
+def _nearest(choices: list[int], wanted: int) -> int:
+    return min(choices, key=lambda choice: (abs(choice - wanted), choice))
+
+
+def context_parts() -> int:
+    """Over how many devices the current mesh splits each sequence; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[CONTEXT]
 
 
 def constrain(x: jax.Array, letters: str, rules: Mapping[str, tuple[str, ...]] = ACTIVATION_RULES) -> jax.Array:

@@ -30,13 +30,10 @@ def init_state(model: Model, config: PretrainConfig, key: jax.Array) -> State:
 def state_shardings(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
     """Where each array of the state lives: moments where their parameters do, the rest everywhere."""
     abstract = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
-    everywhere = sharding.replicated(mesh)
-    params = sharding.parameter_shardings(abstract["params"], mesh)
-    moments = optax.tree_map_params(
-        make_optimizer(config.optimizer), lambda _, place: place, abstract["optimizer"], params,
-        transform_non_params=lambda _: everywhere)
-    return {"step": everywhere, "skipped": everywhere, "skipped_in_a_row": everywhere, "params": params,
-            "optimizer": moments}
+    places = jax.tree.map(lambda _: sharding.replicated(mesh), abstract)
+    for part in ("params", "optimizer"):
+        places[part] = sharding.parameter_shardings(abstract[part], mesh)
+    return places
 
 
 def abstract_state(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
@@ -55,13 +52,13 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
     optimizer = make_optimizer(config.optimizer)
     uses_dropout = config.model.dropout > 0
 
+    def loss_fn(params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None) -> jax.Array:
+        return objectives.autoregressive(model.logits(params, tokens_BT, key), tokens_BT)
+
     def train_step(state: State, tokens_BT: jax.Array, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(key, state["step"]) if uses_dropout else None
-
-        def loss_fn(params):
-            return objectives.autoregressive(model.logits(params, tokens_BT, step_key), tokens_BT)
-
-        loss, gradients = jax.value_and_grad(loss_fn)(state["params"])
+        loss, gradients = _accumulated(jax.value_and_grad(loss_fn), state["params"], tokens_BT, step_key,
+                                       config.accumulate)
         gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
@@ -79,6 +76,35 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
                        "train/skipped_in_a_row": state["skipped_in_a_row"]}
 
     return train_step
+
+
+def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None,
+                 parts: int) -> tuple[jax.Array, dict[str, Any]]:
+    """The mean loss and gradients of `parts` equal parts of the batch, one after the other.
+
+    Part i takes every `parts`-th image from the i-th on, so that each device's own images stay with it.
+    """
+    if parts == 1:
+        return loss_and_gradients(params, tokens_BT, key)
+    B, T = tokens_BT.shape
+    tokens_PBT = tokens_BT.reshape(B // parts, parts, T).swapaxes(0, 1)
+
+    def part(sums, given):
+        index, tokens_BT = given
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        found = loss_and_gradients(params, sharding.constrain(tokens_BT, "B."), part_key)
+        return jax.tree.map(jnp.add, sums, found), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                         jax.eval_shape(loss_and_gradients, params, tokens_PBT[0], key))
+    sums, _ = jax.lax.scan(part, zeros, (jnp.arange(parts), tokens_PBT))
+    return jax.tree.map(lambda x: x / parts, sums)
+
+
+def jit_train_step(model: Model, config: PretrainConfig, mesh: Mesh, warmup_steps: int) -> Callable:
+    """The jitted training step: the state stays in its shardings, and its memory is used again."""
+    return jax.jit(make_train_step(model, config, warmup_steps), donate_argnums=0,
+                   out_shardings=(state_shardings(model, config, mesh), None))
 
 
 def make_eval_step(model: Model) -> Callable:

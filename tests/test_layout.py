@@ -5,8 +5,9 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "igpt_jax"
 ORDER = [
-    "config", "storage", "palette", "topology", "sharding", "attention", "model", "objectives", "features", "decode",
-    "linear_probe", "optimizer", "steps", "planner", "data.order", "data.sources", "data.store", "data",
+    "config", "storage", "palette", "topology", "sharding", "attention.reference",
+    "attention.context", "attention.blocked", "attention.splash", "attention", "model", "objectives", "features",
+    "decode", "linear_probe", "optimizer", "steps", "planner", "data.order", "data.sources", "data.store", "data",
     "data.resident", "data.pipeline", "checkpoint", "weights", "telemetry", "runtime", "evaluation", "loop", "report",
     "jobs", "__main__",
 ]

@@ -19,7 +19,7 @@ def run(mesh_config, devices, precision, steps_run=20, **model):
     config.model.update(layers=2, embed=32, heads=2, **model)
     config = parse("pretrain", config)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
-    model = Model(config.model, 16, 6, precision)
+    model = Model(config.model, 16, 6, precision, mesh)
     places = steps.state_shardings(model, config, mesh)
     losses = []
     with jax.set_mesh(mesh):
@@ -86,13 +86,13 @@ def test_what_cannot_be_split_is_refused_or_named(caplog):
     assert MeshConfig(data=2).resolve(8) == MeshConfig(data=2, fsdp=4, tensor=1)
     mesh = sharding.make_mesh(MeshConfig())
     with pytest.raises(UserError, match=r"mesh\.tensor=2"):
-        sharding.check_heads(3, type("Mesh", (), {"shape": {"tensor": 2}}))
+        sharding.check_model(3, 64, type("Mesh", (), {"shape": {"tensor": 2, "context": 1}}))
     with pytest.raises(UserError, match="such as 8"):
         sharding.check_batch(7, type("Mesh", (), {"shape": {"data": 2, "fsdp": 2}}))
     with caplog.at_level(logging.WARNING):
-        odd = type("Mesh", (), {"shape": {"data": 1, "fsdp": 7, "tensor": 1}})
+        odd = type("Mesh", (), {"shape": {"data": 1, "fsdp": 7, "tensor": 1, "context": 1}})
         assert tuple(sharding.parameter_spec("start_D", (24,), odd)) == (None,)
-    assert "start_D: its dim D of 24 does not divide over fsdp of 7 devices" in caplog.text
+    assert "start_D: its dim D of 24 does not divide over fsdp x context of 7 devices" in caplog.text
     model = Model(ModelConfig("igpt_tiny"), 512, 16, "float32")
     table = sharding.table(model.abstract_parameters(), mesh)
     assert "blocks/query_DNH" in table and table.endswith(f" {4 * model.dims.parameter_count:,}")

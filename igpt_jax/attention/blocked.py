@@ -1,60 +1,18 @@
-"""Softmax attention: one function, one plain reference, and a back-end per platform.
-
-B batch, T query tokens, S key tokens, N heads, H head dim.
-"""
+"""Attention for CPUs, block by block. B batch, T query tokens, S key tokens, N heads, H head dim."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
-from igpt_jax.config import ATTENTION_BACKENDS, nearest
-from igpt_jax.sharding import ACTIVATION_RULES, spec_for
+from igpt_jax.attention.reference import SAVED
 
-BLOCK = 128  # query tokens per block on CPU: 64 to 256 are within noise of each other, 512 is slower
-SAVED = "attention"  # the name under which remat policies know what attention gives
-
-
-def attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, causal: bool, backend: str) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, the softmax in float32 or wider.
-
-    Args:
-      q_BTNH, k_BSNH, v_BSNH: queries, keys and values of one dtype.
-      causal: query t sees keys 0..t only.
-      backend: a name from `ATTENTION_BACKENDS`, resolved by `backend_for`.
-
-    Returns:
-      [B, T, N, H] in the dtype of q.
-    """
-    if backend == "reference":
-        return checkpoint_name(reference(q_BTNH, k_BSNH, v_BSNH, causal=causal), SAVED)
-    return _on_each_device(blocked, q_BTNH, k_BSNH, v_BSNH, causal=causal)
-
-
-def backend_for(backend: str, platform: str) -> str:
-    """The back-end that `auto` means on `platform` ('cpu', 'gpu', 'tpu'); any other name stands as it is."""
-    if backend not in ATTENTION_BACKENDS:
-        raise ValueError(f"attention back-end {backend!r} is not known. {nearest(backend, ATTENTION_BACKENDS)}")
-    if backend != "auto":
-        return backend
-    return "blocked" if platform == "cpu" else "reference"
-
-
-def reference(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, causal: bool) -> jax.Array:
-    """The plain formula, for any platform; holds all scores [B, N, T, S] at once."""
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=wide) * q_BTNH.shape[-1] ** -0.5
-    if causal:
-        T, S = scores_BNTS.shape[-2:]
-        scores_BNTS = jnp.where(jnp.tri(T, S, S - T, dtype=bool), scores_BNTS, jnp.finfo(wide).min)
-    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+BLOCK = 128  # query tokens per block: 64 to 256 are within noise of each other, 512 is slower
 
 
 def blocked(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, causal: bool) -> jax.Array:
-    """For CPUs: one sequence and head at a time, so that each product is a plain matrix product in cache.
+    """One sequence and head at a time, so that each product is a plain matrix product in cache.
 
     A block of queries meets only the keys that it may see, which saves half the work. The backward pass recomputes
     the weights from the scores and the saved row sums (FlashAttention, Dao et al. 2022, Algorithm 4).
@@ -120,14 +78,3 @@ def _blocked_backward(causal, saved, d_out):
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
-
-
-def _on_each_device(kernel, *qkv: jax.Array, causal: bool) -> jax.Array:
-    """Runs a kernel on each device's own sequences and heads: the partitioner cannot split its loop by itself."""
-    def run(q, k, v):
-        return kernel(q, k, v, causal=causal)
-
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(*qkv)
-    spec: PartitionSpec = spec_for("BTNH", ACTIVATION_RULES)
-    return jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*qkv)
