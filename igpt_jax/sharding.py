@@ -50,7 +50,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise UserError(f"mesh.data={sizes.data} x mesh.fsdp={sizes.fsdp} does not split over {slices} slices. "
                         f"Choose mesh.data={slices}, or a multiple of {slices} for one of them.")
     within = [size // parts for size, parts in zip(shape, across, strict=True)]
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def letters_for(name: str, ndim: int) -> str:

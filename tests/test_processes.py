@@ -18,8 +18,9 @@ def local(processes, arguments, devices, **options):
 
 
 def test_two_processes_equal_one_and_stop_together(tmp_path):
-    """float64, 2 processes x 2 devices over gloo against 1 device: losses to 1e-8, each process reading its
-    own rows by tf.data. Stopped by one SIGTERM both save the same step; one process evaluates what they wrote.
+    """float64, 2 processes x 4 devices over gloo, fsdp x tensor x context, against 1 device: losses to 1e-8,
+    each process reading its own rows by tf.data. Stopped by one SIGTERM both save the same step; one process evaluates
+    what they wrote.
 
     Must fail with every process reading the first rows.
     """
@@ -33,15 +34,16 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
         assert "prepare runs as one process" in job.stderr.read()
     assert job.returncode == 2
 
-    arguments = pretrain_arguments(store, tmp_path / "two", *more, "--config.mesh.data=2", "--config.mesh.fsdp=2")
-    with local(2, arguments, devices=2) as job:
+    arguments = pretrain_arguments(store, tmp_path / "two", *more, "--config.mesh.fsdp=2",
+                                   "--config.mesh.tensor=2", "--config.mesh.context=2")
+    with local(2, arguments, devices=4) as job:
         for line in job.stderr:
             if line.startswith("[0] step 3/"):
                 os.kill(job.pid, signal.SIGTERM)
                 break
         rest = job.stderr.read()
     assert job.returncode == 75, rest
-    with local(2, arguments, devices=2) as job:
+    with local(2, arguments, devices=4) as job:
         log = job.stderr.read()
     assert job.returncode == 0, log
     assert "goes on from step" in log and result(tmp_path / "two")["device"]["processes"] == 2

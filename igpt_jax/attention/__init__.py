@@ -4,6 +4,7 @@ B batch, T query tokens, S key tokens, N heads, H head dim.
 """
 
 import functools
+import logging
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -15,6 +16,8 @@ from igpt_jax.attention.reference import SAVED, reference
 from igpt_jax.config import ATTENTION_BACKENDS, UserError, nearest
 
 __all__ = ["SAVED", "attention", "backend_for", "granule_for"]
+
+log = logging.getLogger(__name__)
 
 PLATFORMS = {"reference": ("cpu", "gpu", "tpu"), "blocked": ("cpu", "gpu", "tpu"), "splash": ("tpu",),
              "cudnn": ("gpu",)}
@@ -72,7 +75,11 @@ def backend_for(backend: str, platform: str, precision: str, tokens: int, head_d
     refused = {name: why for name, why in reasons.items() if why}
     if backend == "auto":
         best = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}[platform]
-        return best if best not in refused else "reference" if context == 1 else "blocked"
+        if best not in refused:
+            return best
+        chosen = "reference" if context == 1 else "blocked"
+        log.warning("attention: %s %s; %s is used instead.", best, refused[best], chosen)
+        return chosen
     if backend not in PLATFORMS:
         raise UserError(f"attention back-end {backend!r} is not known. {nearest(backend, ATTENTION_BACKENDS)}")
     if backend in refused:

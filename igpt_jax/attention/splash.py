@@ -38,13 +38,14 @@ def block_for(tokens: int) -> int:
 
 
 def _kernel(heads: int, tokens: int, parts: int, head_parts: int, causal: bool, interpret: bool):
-    mask = CausalMask(tokens, parts) if causal else splash_attention_mask.FullMask((tokens, tokens))
+    # Where every query sees every key, all devices have the same mask, of their own queries alone.
+    mask = CausalMask(tokens, parts) if causal else splash_attention_mask.FullMask((tokens // parts, tokens))
     q, kv = block_for(tokens // parts), block_for(tokens)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=head_parts,
-        q_seq_shards=parts, residual_checkpoint_name=SAVED, interpret=interpret)
+        q_seq_shards=parts if causal else 1, residual_checkpoint_name=SAVED, interpret=interpret)
 
 
 def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal: bool, interpret: bool = False
@@ -71,6 +72,6 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal
     spec = sharding.spec_for("BTNH")
     head_parts = mesh.shape["tensor"]
     kernel = _kernel(N, T, parts, head_parts, causal, interpret)
-    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(spec[2], spec[1])))
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(spec[2], spec[1] if causal else None)))
     return jax.shard_map(on_each_device, in_specs=(kernel_spec, *(spec,) * 3), out_specs=spec, check_vma=False)(
         kernel, q_BTNH, k_BTNH, v_BTNH)

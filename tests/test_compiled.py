@@ -1,0 +1,75 @@
+"""What the compiler makes of the training step: which products, which collectives, whose memory is used again."""
+
+LOWERED = """
+import re, jax, jax.numpy as jnp, numpy as np
+from igpt_jax import sharding, steps
+from igpt_jax.config import MeshConfig, base_config, parse
+from igpt_jax.model import Model
+
+L = 7  # a size that no other dim has, to know stacked weights by
+
+def lowered(mesh_config, **model):
+    config = base_config("pretrain", "model=igpt_tiny,batch_size=8,precision=bfloat16")
+    config.model.update({"layers": L, "embed": 128, "heads": 8, **model})
+    config = parse("pretrain", config)
+    mesh = sharding.make_mesh(mesh_config)
+    model = Model(config.model, 64, 8, "bfloat16", mesh)
+    with jax.set_mesh(mesh):
+        state = steps.abstract_state(model, config, mesh)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+        tokens = jax.ShapeDtypeStruct((8, model.dims.T), jnp.int32, sharding=sharding.batch_sharding(mesh))
+        return steps.jit_train_step(model, config, mesh, 5).lower(state, tokens, key), state
+
+MESHES = [MeshConfig(1, 8), MeshConfig(1, 2, 2, 2)]
+"""
+
+
+def test_products_of_the_bfloat16_step_are_bfloat16(python):
+    """Every matrix product takes bfloat16 on both sides, the head's and its gradients included.
+
+    Seen to fail with the gradient of the logits left in float32.
+    """
+    python(LOWERED + """
+for mesh in MESHES:
+    operands = re.findall(r"stablehlo.dot_general.* : \\((.*)\\) ->", lowered(mesh)[0].as_text())
+    assert len(operands) > 20, operands
+    wrong = {pair for pair in operands if pair.count("xbf16>") != 2}
+    assert not wrong, wrong
+""")
+
+
+def test_weights_are_gathered_layer_by_layer(python):
+    """No collective ever makes the stacked weights of all layers whole, nor their moments: a gather is of one layer,
+    inside the loop. Outside it only the tables of colours, positions and the head are gathered.
+
+    Seen to fail with the stacked weights constrained to be whole before the scan.
+    """
+    python(LOWERED + """
+for mesh in MESHES:
+    text = lowered(mesh)[0].compile().as_text()
+    gathers = re.findall(r"= (.*?) (?:all-gather|all-gather-start|all-to-all)\\(", text)
+    assert gathers, "no gathers in an fsdp step"
+    stacked = [shape for shape in gathers if re.search(rf"\\[{L},", shape)]
+    assert not stacked, stacked
+    entry = text[text.index("ENTRY"):]
+    outside = re.findall(r"= (.*?) all-gather(?:-start)?\\(", entry)
+    shapes = [shape.split(",") for found in outside for shape in re.findall(r"\\[([\\d,]+)\\]", found)]
+    sizes = [np.prod([int(n) for n in shape]) for shape in shapes]
+    assert max(sizes) <= 64 * 128, outside  # [V, D] or [T, D]
+""")
+
+
+def test_the_state_is_updated_in_place(python):
+    """The compiler uses the memory of the whole old state for the new one; what comes on top is the metrics.
+
+    Seen to fail without donate_argnums.
+    """
+    python(LOWERED + """
+for mesh in MESHES:
+    step, state = lowered(mesh)
+    memory = step.compile().memory_analysis()
+    own = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert own <= memory.alias_size_in_bytes, (own, memory)
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024, memory
+""")
