@@ -1,5 +1,9 @@
 """What the compiler makes of the training step: which products, which collectives, whose memory is used again."""
 
+import importlib.util
+
+import pytest
+
 LOWERED = """
 import re, jax, jax.numpy as jnp, numpy as np
 from igpt_jax import sharding, steps
@@ -73,3 +77,27 @@ for mesh in MESHES:
     assert own <= memory.alias_size_in_bytes, (own, memory)
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024, memory
 """)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiling for TPUs needs libtpu (extra: plan)")
+def test_the_step_compiled_for_tpu(python):
+    """By the TPU's own compiler for 8 chips: weights, keys and values travel in bfloat16 and layer by layer, the state is
+    updated in place, and offloaded attention lies in the host's memory."""
+    python(LOWERED.replace("MeshConfig(1, 8), ", "").replace(
+        "sharding.make_mesh(mesh_config)", "sharding.make_mesh(mesh_config, DEVICES)").replace(
+        "Model(config.model, 64, 8,", "Model(config.model, 64, 16,") + """
+from jax.experimental import topologies
+DEVICES = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+for mesh, remat in ((MeshConfig(1, 8), "attention"), (MeshConfig(1, 2, 2, 2), "offload")):
+    step, state = lowered(mesh, remat=remat, embed=256)
+    compiled = step.compile()
+    text = compiled.as_text()
+    gathers = re.findall(r"= (.*?) (?:all-gather|all-gather-start)\\(", text)
+    assert len(gathers) > 10 and not [shape for shape in gathers if re.search(rf"\\[{L},", shape)]
+    wide = [shape for shape in gathers if "f32" in shape]  # the tables that embed looks rows up in
+    assert all(re.match(r"f32\\[(64|256|128),256\\]", shape) for shape in wide), wide
+    memory = compiled.memory_analysis()
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 8192, memory
+    assert (memory.host_temp_size_in_bytes > 0) == (remat == "offload"), memory
+""", env={"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_COMPILATION_CACHE_DIR": ""})

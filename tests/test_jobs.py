@@ -219,10 +219,14 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder, store, trained):
     assert result(trained)["status"] == "done"  # a refused command leaves a finished workdir as it was
 
 
-def test_batch_and_heads_must_divide_over_the_mesh(folder, store):
-    """On 8 devices. Each line names the value and the nearest valid choice."""
+def test_the_run_must_divide_over_the_mesh(folder, store):
+    """On 8 devices, images of 8x8. Each line names the value and the nearest valid choice."""
     for more, message in ((["--config.batch_size=12"], "such as 16"),
-                          (["--config.mesh.fsdp=2", "--config.mesh.tensor=4"], "model.heads=2")):
+                          (["--config.accumulate=4"], "8 devices x accumulate=4. Choose a multiple of 32"),
+                          (["--config.mesh.fsdp=2", "--config.mesh.tensor=4"], "Choose mesh.tensor=2"),
+                          (["--config.mesh.fsdp=3"], "does not multiply to the 8 devices"),
+                          (["--config.model.attention=cudnn"], "does not run on cpu. Choose one of: auto, reference"),
+                          (["--config.mesh.context=3", "--config.mesh.fsdp=2"], "does not multiply to the 8 devices")):
         done = run_job_command(*pretrain_arguments(store, folder / "bad", *more), devices=8)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
