@@ -82,8 +82,8 @@ for mesh in MESHES:
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiling for TPUs needs libtpu (extra: plan)")
 def test_the_step_compiled_for_tpu(python):
-    """By the TPU's own compiler for 8 chips: weights, keys and values travel in bfloat16 and layer by layer, the state is
-    updated in place, and offloaded attention lies in the host's memory."""
+    """By the TPU's own compiler for 8 chips: weights, keys and values travel in bfloat16 and layer by layer, the state
+    is updated in place, and offloaded attention lies in the host's memory."""
     python(LOWERED.replace("MeshConfig(1, 8), ", "").replace(
         "sharding.make_mesh(mesh_config)", "sharding.make_mesh(mesh_config, DEVICES)").replace(
         "Model(config.model, 64, 8,", "Model(config.model, 64, 16,") + """
