@@ -3,7 +3,7 @@
 B global batch, T tokens of an image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,45 +18,62 @@ from igpt_jax.model import Model
 from igpt_jax.steps import make_eval_step
 
 
-def make_evaluate(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray) -> Callable[..., float | None]:
-    """`evaluate(params, split, give_up=None)`: mean nats per pixel over all examples of the split.
+def over_split(step: Callable, params: Any, split: Split, mesh: Mesh, batch_size: int, table: np.ndarray,
+               give_up: Callable[[], bool] | None = None) -> Iterator[np.ndarray | None]:
+    """Yields `step(params, tokens_BT)` [B, ...] of all examples in order, batch by batch, on the host.
 
-    `give_up()` is asked before each batch; once it is true the result is None.
-
-    The last batch is filled up with repeated examples whose figures are dropped. Losses of single images come from
-    the devices and are added up here in float64, so that neither batch size nor mesh decides the order of the sum.
+    The last batch is filled up with repeated examples, whose results are dropped. `give_up()` is asked before each
+    batch; once it is true, None is yielded last.
 
     Args:
-      model: the model.
+      step: jitted, its result on all devices (`jit_over_batches`).
+      params: its first argument.
+      split: to read.
       mesh: of the parameters.
       batch_size: global; must divide over data x fsdp.
       table: `palette.lookup_table`'s.
     """
     place = sharding.batch_sharding(mesh)
     rows = process_rows(place, batch_size)
-    eval_step = jax.jit(make_eval_step(model), out_shardings=sharding.replicated(mesh))
 
-    def read(split: Split, start: int) -> np.ndarray:
+    def read(start: int) -> np.ndarray:
         ids = np.arange(start, start + batch_size)[rows] % split.count
         return tokens_of(split, table, ids).astype(np.int32)
 
-    def evaluate(params: Any, split: Split, give_up: Callable[[], bool] | None = None) -> float | None:
-        results: list[np.ndarray] = []
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(read, 0)
         running: jax.Array | None = None
-        with jax.set_mesh(mesh), ThreadPoolExecutor(max_workers=1) as reader:
-            ahead = reader.submit(read, split, 0)
-            for start in range(0, split.count, batch_size):
-                if give_up and give_up():
-                    return None
-                tokens = put(ahead.result(), place, batch_size)
-                if start + batch_size < split.count:
-                    ahead = reader.submit(read, split, start + batch_size)
-                # One step at a time: steps that do not wait for each other meet in the wrong order in the collectives
-                # of CPU devices, and stand still. Reading and copying go on beside it.
-                if running is not None:
-                    results.append(np.asarray(running))
-                running = eval_step(params, tokens)
-            results.append(np.asarray(running))
-        return float(np.concatenate(results)[:split.count].mean(dtype=np.float64))
+        for start in range(0, split.count, batch_size):
+            if give_up and give_up():
+                yield None
+                return
+            tokens = put(ahead.result(), place, batch_size)
+            if start + batch_size < split.count:
+                ahead = reader.submit(read, start + batch_size)
+            # One step at a time: steps that do not wait for each other meet in the wrong order in the collectives
+            # of CPU devices, and stand still. Reading and copying go on beside it.
+            if running is not None:
+                yield np.asarray(running)
+            with jax.set_mesh(mesh):
+                running = step(params, tokens)
+        yield np.asarray(running)[:split.count - start]
+
+
+def jit_over_batches(step: Callable, mesh: Mesh) -> Callable:
+    """`step` jitted for `over_split`."""
+    return jax.jit(step, out_shardings=sharding.replicated(mesh))
+
+
+def make_evaluate(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray) -> Callable[..., float | None]:
+    """`evaluate(params, split, give_up=None)`: mean nats per pixel over all examples of the split; see `over_split`.
+
+    Losses of single images come from the devices and are added up here in float64, so that neither batch size nor mesh
+    decides the order of the sum.
+    """
+    step = jit_over_batches(make_eval_step(model), mesh)
+
+    def evaluate(params: Any, split: Split, give_up: Callable[[], bool] | None = None) -> float | None:
+        results = list(over_split(step, params, split, mesh, batch_size, table, give_up))
+        return None if results[-1] is None else float(np.concatenate(results).mean(dtype=np.float64))
 
     return evaluate
