@@ -66,6 +66,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
     "prepare": "any image source -> pixel store; fits or imports a palette",
     "pretrain": "autoregressive pretraining, sharded; resumes where it stopped",
     "evaluate": "exact nats per pixel of one or many checkpoints over a whole split",
+    "probe": "a linear classifier on the features of every layer: accuracy by depth",
     "sample": "unconditional samples, and completions of given pictures",
 })
 
@@ -246,6 +247,50 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProbeDataConfig:
+    store: str = key("", "labelled pixel store; empty: the one that the checkpoint was trained on")
+    train: str = key("train", "split to fit on")
+    held_out: str = key("held_out", "split to choose the layer and the penalty by; the final probes are fit on both")
+    test: str = key("test", "split of the reported accuracies")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    job: str = key("probe", "the job that this configuration is for")
+    checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
+    data: ProbeDataConfig = section(ProbeDataConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    features: str = key("normalized", "normalized: means of the stream after the next norm, as the paper's; residual: "
+                                      "of the stream itself")
+    layers: tuple[int, ...] = key((), "places in the stream to probe, 0 (the embedding) to L; empty: all")
+    concatenate: int = key(1, "neighbouring layers around the best one to probe together (paper: 5 for XL); 1: none")
+    solver: str = key("lbfgs", "lbfgs: to the optimum; sgd: in batches, for sets of ImageNet's size")
+    strengths: tuple[float, ...] = key((1e-4, 1e-3, 1e-2, 1e-1), "lbfgs: L2 penalties tried, on standardised features")
+    rates: tuple[float, ...] = key((30.0, 10.0, 3.0, 1.0, 0.3, 0.1), "sgd: learning rates tried (paper: from 30 down)")
+    steps: int = key(10_000, "sgd: steps (paper: 1M)")
+    labels_per_class: tuple[int, ...] = key((), "low-data rows: labels of each class used (paper: 4, 25, 400)")
+    draws: int = key(5, "low-data rows: random draws of the labels")
+    baselines: bool = key(True, "also probe the raw pixels, and the same model untrained")
+    batch_size: int = key(128, "images per step over all devices; any size gives the same features")
+    seed: int = key(0, "chooses the untrained model, the low-data labels and the order of SGD")
+    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
+    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
+
+    def __post_init__(self):
+        _check_job(self)
+        _one_of("features", self.features, ["normalized", "residual"])
+        _one_of("solver", self.solver, ["lbfgs", "sgd"])
+        for name in ("strengths", "rates"):
+            values = getattr(self, name)
+            _require(values and all(value > 0 for value in values), f"{name}={values} must be positive numbers.")
+        _require(all(count >= 1 for count in self.labels_per_class),
+                 f"labels_per_class={self.labels_per_class} must be positive numbers.")
+        _require(self.concatenate >= 1 and self.concatenate % 2 == 1,
+                 f"concatenate={self.concatenate} must be odd: the best layer and as many on each side.")
+        _require(self.draws >= 1, f"draws={self.draws} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleConfig:
     job: str = key("sample", "the job that this configuration is for")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
@@ -273,7 +318,7 @@ class SampleConfig:
 
 
 JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig,
-               "evaluate": EvaluateConfig, "sample": SampleConfig}
+               "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

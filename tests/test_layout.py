@@ -8,8 +8,8 @@ ORDER = [
     "config", "storage", "palette", "topology", "sharding", "attention.reference",
     "attention.context", "attention.blocked", "attention.splash", "attention", "model", "objectives", "features",
     "decode", "linear_probe", "optimizer", "steps", "planner", "data.order", "data.sources", "data.store", "data",
-    "data.resident", "data.pipeline", "checkpoint", "weights", "telemetry", "runtime", "evaluation", "loop", "report",
-    "jobs", "__main__",
+    "data.resident", "data.pipeline", "checkpoint", "weights", "telemetry", "figures", "runtime", "evaluation", "loop",
+    "report", "jobs", "__main__",
 ]
 MAY_IMPORT_TENSORFLOW = {"data.pipeline", "weights"}
 WITHOUT_JAX = {"config", "storage", "palette", "topology"}

@@ -1,0 +1,12 @@
+"""Probes every layer of a checkpoint: a linear classifier each, chosen on the held-out split, reported on the test one.
+
+    python -m igpt_jax probe --config=configs/probe.py --workdir=runs/probe --config.checkpoint=runs/pretrain
+
+The paper's low-data rows (Section 4.7): --config.labels_per_class='(4, 25, 400)'.
+"""
+
+from igpt_jax.config import base_config
+
+
+def get_config(arguments: str = ""):
+    return base_config("probe", arguments)
