@@ -28,7 +28,7 @@ def test_five_steps_give_the_golden_numbers():
     """Loss and gradient norm of five steps. They change only when the model, its initial weights, the optimizer or
     JAX's random numbers change: then say why in the commit, and copy the numbers from the failure.
 
-    Must fail with beta2 = 0.999 and with another initial deviation of `start_D`.
+    Seen to fail with beta2 = 0.999 and with another initial deviation of `start_D`.
     """
     config, model = make()
     state = steps.init_state(model, config, jax.random.key(0))
@@ -45,7 +45,7 @@ def test_five_steps_give_the_golden_numbers():
 def test_adam_equals_the_textbook():
     """One parameter tensor over five steps against Adam (Kingma and Ba 2015, Algorithm 1) in NumPy, float64.
 
-    Must fail without the bias correction.
+    Seen to fail without the bias correction.
     """
     config, model = make(",optimizer.schedule=constant,optimizer.warmup_steps=0,optimizer.learning_rate=0.01")
     state = steps.init_state(model, config, jax.random.key(0))
@@ -88,7 +88,7 @@ def test_warm_up_of_one_epoch():
 def test_weight_decay_and_clipping():
     """Decay moves matrices only; clipping at a small norm makes Adam's first step no smaller, its gradients yes.
 
-    Must fail with the norms decayed as well.
+    Seen to fail with the norms decayed as well.
     """
     config, model = make(",optimizer.weight_decay=0.5,optimizer.clip_norm=1e-30,optimizer.warmup_steps=0")
     state = steps.init_state(model, config, jax.random.key(0))
@@ -103,7 +103,7 @@ def test_weight_decay_and_clipping():
 def test_dropout_is_a_function_of_key_and_step():
     """The same key and step drop the same; another step or another key drops other activations.
 
-    Must fail with the step not folded into the key.
+    Seen to fail with the step not folded into the key.
     """
     config, model = make(",model.dropout=0.5")
     state = steps.init_state(model, config, jax.random.key(0))
@@ -120,7 +120,7 @@ def test_dropout_is_a_function_of_key_and_step():
 def test_a_bad_update_changes_nothing_but_the_counters():
     """A parameter that is infinite makes the loss NaN: parameters and moments keep every bit.
 
-    Must fail with the moments updated regardless.
+    Seen to fail with the moments updated regardless.
     """
     config, model = make()
     step = jax.jit(steps.make_train_step(model, config, warmup_steps=1))
