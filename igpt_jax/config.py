@@ -192,16 +192,35 @@ def _check_job(config: Any) -> None:
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
     job: str = key("prepare", "the job that this configuration is for")
-    source: str = key("digits", "training images: digits | synthetic[:COUNT] | npz:PATH (a glob: several files)")
+    source: str = key("digits", "training images: digits | synthetic[:COUNT] | npz:PATH | folder:PATH | tar:PATH | "
+                                "tfds:NAME[@SPLIT] (PATH of npz and tar: a glob); store:PATH fits a palette only")
     test_source: str = key("", "test images, same syntax; empty: no test split")
     image_size: int = key(0, "height and width of the stored images, pixels; 0: the source's own")
     palette: str = key("", "fit:K (k-means, K colours), or a palette's .npy; empty: fit:17 for digits, else fit:512")
     held_out: float = key(0.1, "share of the training images held out (paper: 0.04 for ImageNet, 0.1 for others)")
+    max_quarantined: float = key(0.001, "share of the images that may be unusable before the job refuses")
+    shard: str = key("", "i/n: only slice i of n, from 0; merge: joins the slices in the workdir's folders; empty: all")
+    chunk: int = key(0, "images read together; 0: 1 on a local disk, 64 in a bucket")
+    workers: int = key(0, "threads that decode; 0: one per core")
     seed: int = key(0, "chooses the held-out images and the palette's start")
 
     def __post_init__(self):
         _check_job(self)
         _require(0 <= self.held_out < 1, f"held_out={self.held_out} must lie in [0, 1).")
+        _require(0 <= self.max_quarantined <= 1, f"max_quarantined={self.max_quarantined} must lie in [0, 1].")
+        for name in ("chunk", "workers"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
+        i, n = self.slice
+        _require(0 <= i < n, f"shard={self.shard!r}: slices are 0/n to n-1/n.")
+
+    @property
+    def slice(self) -> tuple[int, int]:
+        """(i, n) of `shard`; (0, 1) for all and for merge."""
+        if self.shard in ("", "merge"):
+            return 0, 1
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        _require(bool(found), f"shard={self.shard!r} must read i/n, such as 0/16, or merge.")
+        return int(found[1]), int(found[2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import fsspec
 from etils import epath
 
 from igpt_jax.config import UserError
@@ -96,6 +98,50 @@ def matching(pattern: str) -> list[epath.Path]:
     if not found:
         raise UserError(f"{pattern!r} matches nothing. Check the path.")
     return found
+
+
+def tensorstore_spec(path: epath.Path) -> dict[str, Any]:
+    """TensorStore's key-value store of a folder. Emulators and other S3 services are named by $AWS_ENDPOINT_URL."""
+    if is_local(path):
+        return {"driver": "file", "path": os.path.abspath(path) + "/"}
+    scheme, _, rest = os.fspath(path).partition("://")
+    bucket, _, folder = rest.partition("/")
+    spec = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": folder.rstrip("/") + "/"}
+    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        spec |= {"endpoint": endpoint, "aws_region": region}
+    return spec
+
+
+def listing(folder: epath.Path) -> dict[str, int]:
+    """Every file below a folder, as its path from there with slashes -> bytes. Links are followed, each folder once.
+
+    Raises:
+      UserError: it is missing or cannot be read.
+    """
+    with _readable(folder):
+        if not is_local(folder):
+            found = fsspec.core.url_to_fs(os.fspath(folder))
+            files = found[0].find(found[1], detail=True)
+            return {name.removeprefix(found[1]).lstrip("/"): entry["size"] for name, entry in files.items()}
+        sizes, seen = {}, {os.path.realpath(folder)}
+        for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+            folders[:] = [name for name in folders if not _visited(os.path.join(parent, name), seen)]
+            for file in (os.path.join(parent, name) for name in names):
+                size = os.stat(file).st_size if os.path.exists(file) else 0  # a link that leads nowhere
+                sizes[os.path.relpath(file, folder).replace(os.sep, "/")] = size
+        return sizes
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _visited(folder: str, seen: set[str]) -> bool:
+    real = os.path.realpath(folder)
+    visited = real in seen
+    seen.add(real)
+    return visited
 
 
 def publish(path: epath.Path, data: bytes | str) -> None:

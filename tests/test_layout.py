@@ -5,10 +5,11 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "igpt_jax"
 ORDER = [
-    "config", "storage", "palette", "topology", "sharding", "attention.reference",
-    "attention.context", "attention.blocked", "attention.splash", "attention", "model", "objectives", "features",
-    "decode", "linear_probe", "optimizer", "steps", "planner", "data.order", "data.sources", "data.store", "data",
-    "data.resident", "data.pipeline", "checkpoint", "weights", "telemetry", "figures", "runtime", "evaluation", "loop",
+    "config", "storage", "palette", "topology", "sharding", "attention.reference", "attention.context",
+    "attention.blocked", "attention.splash", "attention", "model", "objectives", "features", "decode", "linear_probe",
+    "optimizer", "steps", "planner", "data.order", "data.images", "data.sources", "data.store", "data.ingest",
+    "data.colours", "data.augment", "data.ledger", "data.stage", "data", "data.resident", "data.jpeg", "data.pipeline",
+    "data.records", "orbax_s3", "checkpoint", "weights", "telemetry", "figures", "runtime", "evaluation", "loop",
     "report", "jobs", "__main__",
 ]
 MAY_IMPORT_TENSORFLOW = {"data.pipeline", "weights"}
@@ -20,6 +21,8 @@ def place(module: str) -> str:
     parts = module.split(".")
     if parts[0] in ("jobs", "report"):
         return parts[0]
+    if parts[:2] == ["data", "sources"]:
+        return "data.sources"
     return module
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from igpt_jax import palette
 from igpt_jax.config import PrepareConfig, UserError
+from igpt_jax.data import images as rules
 from igpt_jax.data import order, sources, store
 from igpt_jax.jobs import prepare
 
@@ -72,12 +73,15 @@ def test_resize_takes_the_mean_of_an_area():
     Pillow's NEAREST and BILINEAR."""
     images = random_images(3, 64, 64, 3)
     means = images.reshape(3, 16, 4, 16, 4, 3).astype(float).mean((2, 4))
-    np.testing.assert_allclose(sources.resize(images, 16), means, atol=1)
+    np.testing.assert_allclose([rules.shrink(image, 16) for image in images], means, atol=1)
 
 
 def test_synthetic_is_seeded_and_differs_in_test(tmp_path):
-    one, same = (next(sources.open_source("synthetic:20", 16, 3).chunks()) for _ in range(2))
-    other = next(sources.open_source("synthetic:20", 16, 4).chunks())
+    def drawn(seed):
+        items = list(sources.open_source("synthetic:20", 16, seed).items(0))
+        return np.stack([item.content for item in items]), [item.label for item in items]
+
+    one, same, other = drawn(3), drawn(3), drawn(4)
     np.testing.assert_array_equal(one[0], same[0])
     assert one[0].shape == (20, 16, 16, 3) and not np.array_equal(one[0], other[0]) and set(one[1]) <= set(range(10))
     run(tmp_path, source="synthetic:20", test_source="synthetic:20", image_size=8, held_out=0.0)
@@ -94,7 +98,8 @@ def test_imported_palette(tmp_path):
 
 
 def test_prepare_again(tmp_path):
-    """Complete: nothing is done, or another config is refused. Interrupted: it starts over. Same input, same store."""
+    """Complete: nothing is done, or another config is refused. Without its manifest: it starts over. Same input, same
+    store."""
     run(tmp_path)
     manifest = (tmp_path / "manifest.json").read_text()
     assert run(tmp_path)["examples"] == 1797

@@ -1,92 +1,186 @@
 """Makes a pixel store: images from any source, resized, split, and a palette fit to them or imported.
 
-The store is the workdir; `data.store` of the other jobs names it. An interrupted job starts over; a complete store is
-left as it is.
+The store is the workdir; `data.store` of the other jobs names it. An interrupted job goes on where it was; a complete
+store is left as it is. Large sources are prepared in slices, as an array job of n, and then merged:
 
-Dimensions: B images of a chunk, P pixels; Y rows, X columns, C channels.
+    python -m igpt_jax prepare --config.shard=I/N --workdir=DIR/slice-I ...   (each I from 0 to N-1)
+    python -m igpt_jax prepare --config.shard=merge --workdir=DIR
 """
 
+import contextlib
 import dataclasses
-import sys
+import errno
+import io
+import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from igpt_jax import palette, storage, telemetry
 from igpt_jax.config import PrepareConfig, UserError
-from igpt_jax.data import order, sources
-from igpt_jax.data.store import Writer, load_manifest
+from igpt_jax.data import colours, images, ingest, sources, store
+from igpt_jax.data.store import Split, Writer
+from igpt_jax.runtime import Preempted, StopSignal
 
-HELD_OUT_RULE = "train image i of n, in the source's order, is held out if order.permute(i, n, seed, 0) < round(h n)"
 SHOWN = 12  # images in before_after.png
+# Keys that change how a store is made and not what it holds.
+FREE_KEYS = ("workers", "max_quarantined")
 
 
 def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
     """Writes the store.
 
     Returns:
-      Metrics: examples, quarantined, images_per_second (0 where the store was there already).
+      Metrics: examples, quarantined, images_per_second (0 where nothing was read).
 
     Raises:
       UserError: the source, the palette or the workdir do not do.
+      Preempted: asked to stop; what is read is saved.
     """
     if jax.process_count() > 1:
         raise UserError(f"prepare runs as one process, not as {jax.process_count()}. Start it by itself.")
-    path, asked = storage.path(workdir), dataclasses.asdict(config)
-    if manifest := load_manifest(path):
+    path = storage.path(workdir)
+    with _full_disk(path):
+        if config.source.startswith("store:"):
+            return _palette_alone(config, path)
+        return _merge(config, path) if config.shard == "merge" else _prepare(config, path)
+
+
+def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_KEYS}
+    if manifest := store.load_manifest(path) or store.load_manifest(path, store.SLICE):
         _check_same(manifest["config"], asked, path)
         telemetry.say(f"{path} is complete already: nothing to do.")
         return _metrics(manifest, seconds=None)
 
-    imported, colours = _palette_for(config)
-    train = sources.open_source(config.source, config.image_size, config.seed)
+    imported, count = _palette_for(config.palette, config.source)
+    train = sources.open_source(config.source, config.image_size, config.seed, config.slice)
     size = config.image_size or max(train.sizes)
-    test = None
+    given = {"train": train}
     if config.test_source:  # made-up test images must not be the training images again
-        test = sources.open_source(config.test_source, size, config.seed + 1)
-    held_out = round(config.held_out * train.count)
-    if held_out == train.count:
+        given["test"] = sources.open_source(config.test_source, size, config.seed + 1, config.slice)
+    for source in given.values():
+        for kind, files in source.skipped.items():
+            telemetry.say(f"passes over {files:,} files that are not named as pictures: {kind}")
+    if round(config.held_out * train.count) == train.count:
         raise UserError(f"held_out={config.held_out} leaves none of the {train.count} images to train on. Lower it.")
 
-    writer, start = Writer(path, size), time.perf_counter()
-    pixels, shown = _PixelSample(train.count, size, config.seed), []
-    ids = np.arange(train.count)
-    is_held_out = order.permute(ids, train.count, config.seed, epoch=0) < held_out
-    for first, images, labels in _resized(train, size, "train"):
-        out = is_held_out[first:first + len(images)]
-        for split, chosen in (("train", ~out), ("held_out", out)):
-            writer.add(split, images[chosen], None if labels is None else labels[chosen])
-        pixels.add(images[~out])
-        shown = shown or [images[:SHOWN]]
-    for _, images, labels in _resized(test, size, "test") if test else ():
-        writer.add("test", images, labels)
+    writer = Writer(path, size, config.chunk or (1 if storage.is_local(path) else 64))
+    notes = {"config": asked, "inputs": {split: source.count for split, source in given.items()}}
+    resumed = writer.resume()
+    if resumed and {name: resumed[name] for name in notes} != notes:
+        telemetry.say(f"{path} holds an interrupted job of another config or source: starts over")
+        writer, resumed = Writer(path, size, writer.chunk), None
+    done, bad = (resumed["done"], resumed["quarantined"]) if resumed else ({}, [])
+    if done:
+        telemetry.say("goes on after " + ", ".join(f"{number:,} {split} images" for split, number in done.items()))
+
+    inputs = sum(notes["inputs"].values())
+    quarantine = ingest.Quarantine(inputs, config.max_quarantined, bad)
+    start = time.perf_counter()
+    try:
+        with StopSignal() as stop:
+            finished = ingest.ingest(given, writer, quarantine, image_size=size, held_out=config.held_out,
+                                     seed=config.seed, workers=config.workers, notes=notes, done=done,
+                                     stopping=lambda: stop.requested_here)
+    finally:
+        if quarantine.entries:
+            storage.publish(path / "quarantined.json", json.dumps(quarantine.entries, indent=1) + "\n")
+    if not finished:
+        raise Preempted(f"stopped; what was read of {inputs:,} images is saved.")
     seconds = time.perf_counter() - start
 
-    if imported is None:
-        telemetry.say(f"fits a palette of {colours} colours")
-    palette_VC = palette.fit(pixels.pixels_PC, colours, config.seed) if imported is None else imported
-    _draw(path / "figures", palette_VC, shown[0])
-    resized = train.sizes != {size} or test is not None and test.sizes != {size}
-    manifest = writer.finish(palette_VC, source=config.source, seed=config.seed, config=asked,
-                             resize=sources.RESIZE_RULE if resized else "none",
-                             held_out={"share": config.held_out, "rule": HELD_OUT_RULE})
+    resized = any(source.sizes != {size} for source in given.values())
+    fields = {"source": config.source, "seed": config.seed, "config": asked, "quarantined": quarantine.entries,
+              "resize": images.RESIZE_RULE if resized else "none", "class_names": list(train.class_names),
+              "held_out": {"share": config.held_out, "rule": ingest.HELD_OUT_RULE},
+              "skipped": {split: dict(source.skipped) for split, source in given.items() if source.skipped}}
+    chosen = None if config.shard else _choose(writer.split("train"), imported, count, config.seed, path)
+    manifest = writer.finish(chosen, **fields)
+    _tell(manifest, path)
+    return _metrics(manifest, seconds, sum(done.values()))
+
+
+def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
+    """Joins the slices in the workdir's folders: a manifest that names their parts. No pixel is copied."""
+    if manifest := store.load_manifest(path):
+        _check_same(manifest["config"], {"palette": config.palette, "shard": "merge"}, path)
+        telemetry.say(f"{path} is complete already: nothing to do.")
+        return _metrics(manifest, seconds=None)
+    slices = {folder.name: manifest for folder in storage.children(path) if folder.is_dir()
+              and (manifest := store.load_manifest(folder, store.SLICE))}
+    if not slices:
+        raise UserError(f"shard=merge: no folder in {path} holds a finished slice. Prepare shard=i/n there first.")
+    first = next(iter(slices.values()))
+    imported, count = _palette_for(config.palette, first["source"])
+    by_number: dict[int, str] = {}
+    for name, manifest in slices.items():
+        number, n = map(int, manifest["config"]["shard"].split("/"))
+        if number in by_number:
+            raise UserError(f"{path}: {by_number[number]} and {name} are both slice {number}/{n}. Move one away.")
+        by_number[number] = name
+        _check_same({**first["config"], "shard": f"{number}/{first['config']['shard'].split('/')[1]}"},
+                    manifest["config"], path / name)
+    missing = [f"{i}/{n}" for i in range(n) if i not in by_number]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of {n} slices are not finished: {', '.join(missing[:5])}. Run prepare "
+                        "for them, then merge.")
+    splits, files, quarantined, skipped = {}, {}, [], {}
+    for number in range(n):
+        name = by_number[number]
+        manifest = slices[name]
+        telemetry.say(f"verifies {name}")
+        store.verify(path / name, manifest)
+        files |= {f"{name}/{file}": known for file, known in manifest["files"].items()}
+        quarantined += [{**entry, "slice": name} for entry in manifest["quarantined"]]
+        skipped |= {f"{name}/{split}": kinds for split, kinds in manifest["skipped"].items()}
+        for split, content in manifest["splits"].items():
+            joined = splits.setdefault(split, {"count": 0, "parts": []})
+            joined["count"] += content["count"]
+            joined["parts"] += [{**part, "folder": f"{name}/{part['folder']}"} for part in content["parts"]]
+    for split, content in splits.items():
+        if len({part["labels_sha256"] is None for part in content["parts"] if part["count"]}) > 1:
+            raise UserError(f"{path}: some slices have labels for {split} and others none. All or none must.")
+    fields = {name: first[name] for name in ("image_size", "chunk", "source", "seed", "resize", "held_out",
+                                             "class_names")}
+    fields |= {"splits": splits, "quarantined": quarantined, "skipped": skipped,
+               "classes": max(manifest["classes"] for manifest in slices.values()),
+               "config": {**first["config"], "shard": "merge", "palette": config.palette}}
+    train = store.split_of(path, "train", splits, fields["image_size"], fields["chunk"])
+    manifest = store.publish_manifest(path, _choose(train, imported, count, first["seed"], path), fields, files)
+    _tell(manifest, path)
+    return _metrics(manifest, seconds=None)
+
+
+def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
+    """A palette for a store that is there: palette.npy in the workdir, for the `palette` of other jobs."""
+    opened = store.Store.open(config.source.removeprefix("store:"))
+    chosen = _choose(opened.split("train"), *_palette_for(config.palette, config.source), config.seed, path)
+    array = io.BytesIO()
+    np.save(array, chosen)
+    storage.publish(path / store.PALETTE, array.getvalue())
+    telemetry.say(f"{path / store.PALETTE} is ready: --config.palette={path / store.PALETTE}")
+    return _metrics(opened.manifest, seconds=None)
+
+
+def _metrics(manifest: dict[str, Any], seconds: float | None, earlier: int = 0) -> dict[str, Any]:
+    examples, bad = sum(split["count"] for split in manifest["splits"].values()), len(manifest["quarantined"])
+    return {"examples": examples, "quarantined": bad,
+            "images_per_second": (examples + bad - earlier) / seconds if seconds else 0.0}
+
+
+def _tell(manifest: dict[str, Any], path: epath.Path) -> None:
     counts = ", ".join(f"{split['count']:,} {name}" for name, split in manifest["splits"].items())
-    telemetry.say(f"{path}: {counts} images of {size}x{size}, {len(palette_VC)} colours")
-    return _metrics(manifest, seconds)
+    bad = f", {len(manifest['quarantined'])} in quarantine (quarantined.json)" if manifest["quarantined"] else ""
+    telemetry.say(f"{path}: {counts} images of {manifest['image_size']}x{manifest['image_size']}{bad}")
 
 
-def _metrics(manifest: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    examples = sum(split["count"] for split in manifest["splits"].values())
-    return {"examples": examples, "quarantined": len(manifest["quarantined"]),
-            "images_per_second": examples / seconds if seconds else 0.0}
-
-
-def _check_same(stored: dict[str, Any], asked: dict[str, Any], path: epath.Path) -> None:
+def _check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: epath.Path) -> None:
     differences = [f"{name}={asked[name]!r} (there: {stored.get(name)!r})"
                    for name in asked if stored.get(name) != asked[name]]
     if differences:
@@ -94,44 +188,29 @@ def _check_same(stored: dict[str, Any], asked: dict[str, Any], path: epath.Path)
                         "Give another --workdir.")
 
 
-def _palette_for(config: PrepareConfig) -> tuple[np.ndarray | None, int]:
+def _palette_for(typed: str, source: str) -> tuple[np.ndarray | None, int]:
     """The imported palette, or None and the number of colours to fit."""
-    text = config.palette or ("fit:17" if config.source == "digits" else "fit:512")
+    text = typed or ("fit:17" if source == "digits" else "fit:512")
     if not text.startswith("fit:"):
         return palette.load(text), 0
-    colours = text.removeprefix("fit:")
-    if not (colours.isdigit() and 2 <= int(colours) <= palette.LARGEST):
+    count = text.removeprefix("fit:")
+    if not (re.fullmatch(r"\d{1,6}", count) and 2 <= int(count) <= palette.LARGEST):
         raise UserError(f"palette={text!r}: fit:K takes a whole number of 2 to {palette.LARGEST} colours.")
-    return None, int(colours)
+    return None, int(count)
 
 
-def _resized(source: sources.Source, size: int, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-    """Yields the first index, the images uint8 [B, size, size, 3] and the labels of each chunk."""
-    first = 0
-    with tqdm(total=source.count, desc=name, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for images, labels in source.chunks():
-            yield first, sources.resize(images, size), labels
-            first += len(images)
-            bar.update(len(images))
-
-
-class _PixelSample:
-    """A seeded sample of the pixels of a stream, for the palette: the same share of each chunk."""
-
-    def __init__(self, images: int, size: int, seed: int):
-        self._share = min(1.0, 2 * palette.FIT_PIXELS / (images * size**2))
-        self._rng, self._chosen = np.random.default_rng(seed), []
-
-    def add(self, images_BYXC: np.ndarray) -> None:
-        pixels_PC = images_BYXC.reshape(-1, 3)
-        if self._share < 1:
-            count = round(self._share * len(pixels_PC))
-            pixels_PC = pixels_PC[self._rng.integers(len(pixels_PC), size=count)] if count else pixels_PC[:0]
-        self._chosen.append(pixels_PC)
-
-    @property
-    def pixels_PC(self) -> np.ndarray:
-        return np.concatenate(self._chosen)
+def _choose(split: Split, imported: np.ndarray | None, count: int, seed: int, path: epath.Path) -> np.ndarray:
+    """The palette [V, 3], imported or fit to a split; palette.json and pictures tell how well it holds the split."""
+    palette_VC = imported
+    if palette_VC is None:
+        telemetry.say(f"fits a palette of {count} colours")
+        palette_VC = palette.fit(colours.sample_pixels(split, seed), count, seed)
+    report = colours.report(split, palette_VC, seed)
+    storage.publish(path / "palette.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    quality = "exact" if report.psnr_db is None else f"{report.psnr_db:.2f} dB PSNR"
+    telemetry.say(f"palette: {report.used} of {report.colours} colours used, {quality} on {report.images:,} images")
+    _draw(path / "figures", palette_VC, split.read(colours.sample_ids(split, seed, SHOWN)))
+    return palette_VC
 
 
 def _draw(folder: epath.Path, palette_VC: np.ndarray, images_BYXC: np.ndarray) -> None:
@@ -143,6 +222,15 @@ def _draw(folder: epath.Path, palette_VC: np.ndarray, images_BYXC: np.ndarray) -
     after_BYXC = palette.decode(palette.encode(images_BYXC, table), palette_VC).reshape(images_BYXC.shape)
     both, scale = np.concatenate([images_BYXC, after_BYXC]), max(1, 96 // images_BYXC.shape[1])
     telemetry.save_png(folder / "before_after.png", telemetry.image_grid(both, len(images_BYXC), scale))
-    ratio = palette.psnr(images_BYXC, table, palette_VC)
-    quality = f"{ratio:.1f} dB PSNR" if np.isfinite(ratio) else "exact"
-    telemetry.say(f"palette: {len(palette_VC)} colours, {quality} on {len(images_BYXC)} images")
+
+
+@contextlib.contextmanager
+def _full_disk(path: epath.Path) -> Iterator[None]:
+    """Tells of a full disk in one line. TensorStore raises ValueError with the system's words."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise UserError(f"no space is left for {path}. Make room and run the same command: it goes on from what it "
+                            "last saved.") from None
+        raise

@@ -1,0 +1,163 @@
+"""From sources into a store's splits: decoded by all cores in bounded memory, quarantined by rule, taken up again.
+
+Dimensions: B images of a group; Y rows, X columns, C channels.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from igpt_jax.config import UserError
+from igpt_jax.data import images, order
+from igpt_jax.data.sources import Item, Source
+from igpt_jax.data.store import Writer
+
+GROUP = 64  # images that one thread decodes at a time
+SAVE_SECONDS = 60.0
+HELD_OUT_RULE = ("train image i of n, in the source's order (each slice's own), is held out if "
+                 "order.permute(i, n, seed, 0) < round(h n)")
+
+
+class Quarantine:
+    """Images that cannot be used, each with its reason; more than a share of all is refused.
+
+    Args:
+      inputs: how many images there are.
+      share: of them that may be bad.
+      entries: of an interrupted job.
+    """
+
+    def __init__(self, inputs: int, share: float, entries: Sequence[Mapping[str, str]] = ()):
+        self.entries, self._inputs, self._share = [dict(entry) for entry in entries], inputs, share
+
+    def add(self, split: str, name: str, reason: str) -> None:
+        self.entries.append({"split": split, "name": name, "reason": reason})
+
+    def check(self) -> None:
+        """Raises UserError where there are too many."""
+        if len(self.entries) > self._share * self._inputs:
+            first = self.entries[0]
+            raise UserError(f"{len(self.entries)} of {self._inputs:,} images cannot be used, more than max_quarantined="
+                            f"{self._share:g} allows; the first: {first['name']}: {first['reason']}. quarantined.json "
+                            "lists them: mend or remove them, or raise --config.max_quarantined.")
+
+
+def ingest(sources: Mapping[str, Source], writer: Writer, quarantine: Quarantine, *, image_size: int, held_out: float,
+           seed: int, workers: int, notes: Mapping[str, Any], done: Mapping[str, int],
+           stopping: Callable[[], bool]) -> bool:
+    """Reads all images of `sources` into `writer`; the share `held_out` of train goes to that split.
+
+    Args:
+      sources: split -> where it comes from.
+      workers: threads.
+      notes: what to save beside the progress, each minute; `done` and `quarantined` are added.
+      done: split -> images that an interrupted job has read of it.
+      stopping: whether to save and end early.
+
+    Returns:
+      Whether all is read; False where it stopped early.
+
+    Raises:
+      UserError: too many bad images, or labels for a part of them.
+    """
+    done, saved = {split: done.get(split, 0) for split in sources}, time.monotonic()
+
+    def save() -> None:
+        writer.save({**notes, "done": done, "quarantined": quarantine.entries})
+
+    for split, source in sources.items():
+        chosen = round(held_out * source.count) if split == "train" else 0
+        relabel = _relabelling(sources["train"], source, split)
+        with tqdm(total=source.count, initial=done[split], desc=split, unit="image", dynamic_ncols=True,
+                  disable=not sys.stderr.isatty()) as bar:
+            for group in _decoded(source.items(done[split]), image_size, workers):
+                ids = np.arange(done[split], done[split] + len(group))
+                out = order.permute(ids, source.count, seed, 0) < chosen
+                for name, part in (("held_out", out), (split, ~out)) if chosen else ((split, ~out),):
+                    _add(writer, name, [pair for pair, wanted in zip(group, part, strict=True) if wanted], relabel)
+                for item, result in group:
+                    if isinstance(result, images.Unusable):
+                        quarantine.add(split, item.name, str(result))
+                quarantine.check()
+                done[split] += len(group)
+                bar.update(len(group))
+                if stopping():
+                    save()
+                    return False
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        if done[split] != source.count:
+            raise UserError(f"the source of {split} gave {done[split]:,} images of {source.count:,}: it is damaged, or "
+                            "changed meanwhile. Restore it and run again.")
+    return True
+
+
+Decoded = tuple[Item, "np.ndarray | images.Unusable"]
+
+
+def _decoded(items: Iterator[Item], image_size: int, workers: int) -> Iterator[list[Decoded]]:
+    """Yields groups in order. As many groups as twice the threads are in memory."""
+    workers = workers or os.cpu_count() or 1
+    groups = iter(lambda: list(itertools.islice(items, GROUP)), [])
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # Pillow decodes without Python's lock
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for group in groups:
+                waiting.append(pool.submit(_decode, group, image_size))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _decode(group: list[Item], image_size: int) -> list[Decoded]:
+    return [(item._replace(content=b""), _one(item, image_size)) for item in group]
+
+
+def _one(item: Item, image_size: int) -> "np.ndarray | images.Unusable":
+    try:
+        content = item.content
+        if isinstance(content, np.ndarray):
+            return images.shrink(content, image_size)
+        return images.decode(content() if callable(content) else content, image_size)
+    except images.Unusable as reason:
+        return reason
+    except OSError as error:  # of reading it
+        return images.Unusable(f"cannot be read: {error.strerror or error}")
+
+
+def _add(writer: Writer, split: str, group: list[Decoded], relabel: Callable[[int], int]) -> None:
+    good = [(item, image) for item, image in group if not isinstance(image, images.Unusable)]
+    if not good:
+        return
+    labels = [item.label for item, _ in good]
+    try:
+        labels_B = None if labels[0] is None else np.array([relabel(label) for label in labels], np.int32)
+        writer.add(split, np.stack([image for _, image in good]), labels_B)
+    except (ValueError, TypeError):
+        raise UserError(f"images of {split} near {good[0][0].name}: some have labels and others none. All or none "
+                        "must.") from None
+
+
+def _relabelling(train: Source, source: Source, split: str) -> Callable[[int], int]:
+    """From a source's class numbers to those of the training images, by the classes' names where both have some."""
+    if not train.class_names or not source.class_names or train.class_names == source.class_names:
+        return lambda label: label
+    unknown = sorted(set(source.class_names) - set(train.class_names))
+    if unknown:
+        raise UserError(f"the {split} images have classes that the training images lack: {', '.join(unknown[:5])}. "
+                        "Name the folders alike.")
+    numbers = [train.class_names.index(name) for name in source.class_names]
+    return lambda label: numbers[label]

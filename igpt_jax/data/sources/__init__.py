@@ -1,0 +1,42 @@
+"""Where images come from. A source is one file here and one row of SOURCES; `images` says what becomes of each."""
+
+from igpt_jax.config import UserError, nearest
+from igpt_jax.data.sources.base import Item, Source
+from igpt_jax.data.sources.digits import Digits
+from igpt_jax.data.sources.folder import Folder
+from igpt_jax.data.sources.npz import Npz
+from igpt_jax.data.sources.synthetic import Synthetic
+from igpt_jax.data.sources.tar import Tar
+from igpt_jax.data.sources.tfds import Tfds
+
+__all__ = ["Item", "Source", "open_source"]
+
+SOURCES: dict[str, type[Source]] = {"digits": Digits, "synthetic": Synthetic, "npz": Npz, "folder": Folder, "tar": Tar,
+                                    "tfds": Tfds}
+
+
+def open_source(text: str, image_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Source:
+    """The source that a config's `source` or `test_source` names: NAME or NAME:ARGUMENT.
+
+    Args:
+      text: as typed.
+      image_size: of the config; 0: the source's own, where its images have one.
+      seed: of pictures that are made up.
+      shard: (i, n): the i-th of n slices of the source, from 0.
+
+    Raises:
+      UserError: unknown, missing, empty or unreadable; image_size is needed, or larger than the images.
+    """
+    name, _, argument = text.partition(":")
+    if name not in SOURCES:
+        raise UserError(f"source {text!r} is not known. {nearest(name, list(SOURCES))}")
+    source = SOURCES[name](argument, image_size, seed, shard)
+    if not source.count:
+        raise UserError(f"source {text!r} has no images" + (f" in slice {shard[0]}/{shard[1]}. Use fewer slices."
+                                                            if shard[1] > 1 else ". Check the path."))
+    if source.sizes and image_size > min(source.sizes):
+        raise UserError(f"image_size={image_size}: {text!r} has images of {min(source.sizes)} pixels, which are "
+                        f"never enlarged. Set image_size to {min(source.sizes)} or less.")
+    if not source.sizes and not image_size:
+        raise UserError(f"source {text!r} holds pictures of any size. Set image_size to that of the stored squares.")
+    return source

@@ -1,0 +1,45 @@
+"""What a source is."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Item(NamedTuple):
+    """One image of a source, before it is decoded.
+
+    Attributes:
+      name: for the quarantine list.
+      label: its class; None where unlabelled.
+      content: an encoded picture, a function that reads one, or a square uint8 array [Y, X] or [Y, X, 3].
+    """
+    name: str
+    label: int | None
+    content: bytes | Callable[[], bytes] | np.ndarray
+
+
+class Source(Protocol):
+    """Images in a fixed order; those of one slice.
+
+    Attributes:
+      count: how many.
+      sizes: their own heights and widths, pixels, where all are square and known; else empty.
+      class_names: of the labels, where they have names.
+      skipped: what was passed over for its kind and is no image: kind -> how many.
+    """
+    count: int
+    sizes: set[int]
+    class_names: tuple[str, ...] = ()
+    skipped: Mapping[str, int] = {}
+
+    def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]): ...
+
+    def items(self, start: int) -> Iterator[Item]:
+        """Yields the images from `start` on. Raises images.Unusable never: that is for decoding."""
+
+
+def slice_of(count: int, shard: tuple[int, int]) -> range:
+    """The indices of [0, count) that belong to slice i of n: contiguous, sizes differ by one at most."""
+    i, n = shard
+    return range(i * count // n, (i + 1) * count // n)

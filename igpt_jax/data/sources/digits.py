@@ -1,0 +1,27 @@
+"""scikit-learn's handwritten digits, which are part of its package."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from igpt_jax.config import UserError
+from igpt_jax.data.sources.base import Item, Source, slice_of
+
+
+class Digits(Source):
+    """1,797 handwritten digits: 8x8, 17 grey levels 0..16, ten classes."""
+    class_names = tuple("0123456789")
+
+    def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
+        from sklearn.datasets import load_digits  # imports for a second
+
+        if argument:
+            raise UserError(f"source 'digits:{argument}' takes no argument. Write digits.")
+        data = load_digits()
+        self._grey_BYX, self._labels_B = np.rint(data.images * (255 / 16)).astype(np.uint8), data.target
+        self._mine = slice_of(len(self._grey_BYX), shard)
+        self.count, self.sizes = len(self._mine), {8}
+
+    def items(self, start: int) -> Iterator[Item]:
+        for i in self._mine[start:]:
+            yield Item(f"digit {i}", int(self._labels_B[i]), self._grey_BYX[i])

@@ -1,0 +1,93 @@
+"""NumPy archives. Nothing pickled is read."""
+
+import contextlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from igpt_jax import storage
+from igpt_jax.config import UserError
+from igpt_jax.data.sources.base import Item, Source, slice_of
+
+
+class Npz(Source):
+    """`npz:PATH` or a glob of several, sorted by name.
+
+    Each holds `images` uint8 [n, Y, X, 3], or [n, Y, X] for grey, and optionally `labels`, whole numbers [n]. One file
+    is in memory at a time.
+    """
+
+    def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
+        if not argument:
+            raise UserError("source 'npz' needs a path: npz:PATH, or a glob of several files.")
+        self._files = storage.matching(argument)
+        headers = [_check(file) for file in self._files]
+        self._counts = [shape[0] for shape, _ in headers]
+        self._mine = slice_of(sum(self._counts), shard)
+        self.count, self.sizes = len(self._mine), {shape[1] for shape, _ in headers}
+        if not image_size and len(self.sizes) > 1:
+            raise UserError(f"{argument!r} holds images of {sorted(self.sizes)} pixels. "
+                            "Set image_size to bring them to one size.")
+        for file, (_, labelled) in zip(self._files, headers, strict=True):
+            if labelled != headers[0][1]:
+                raise UserError(f"{file} and {self._files[0]}: one has labels, the other none. Both or neither must.")
+
+    def items(self, start: int) -> Iterator[Item]:
+        mine, first = self._mine[start:], 0
+        for file, count in zip(self._files, self._counts, strict=True):
+            wanted = range(max(mine.start, first), min(mine.stop, first + count))
+            if wanted:
+                images, labels = _read(file)
+                for i in wanted:
+                    label = None if labels is None else int(labels[i - first])
+                    yield Item(f"{file.name}[{i - first}]", label, images[i - first])
+            first += count
+
+
+def _read(file: epath.Path) -> tuple[np.ndarray, np.ndarray | None]:
+    with _archive_errors(file), file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+        images, labels = archive["images"], archive["labels"] if "labels" in archive else None
+    if labels is not None and not (0 <= labels.min() and labels.max() < 2**31):
+        raise UserError(f"{file}: labels must be whole numbers from 0 to 2^31 - 1.")
+    return images, labels
+
+
+def _check(file: epath.Path) -> tuple[tuple[int, ...], bool]:
+    """Shape of the images and whether there are labels, from the headers alone."""
+    with _archive_errors(file), file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+        members = set(archive.namelist())
+        if "images.npy" not in members:
+            keys = ", ".join(sorted(name.removesuffix(".npy") for name in members)) or "nothing"
+            raise UserError(f"{file} needs an array `images`; it holds {keys}.")
+        shape, dtype = _header(archive, "images")
+        labels = _header(archive, "labels") if "labels.npy" in members else None
+    rgb_or_grey = len(shape) == 3 or len(shape) == 4 and shape[3] == 3
+    if dtype != np.uint8 or not rgb_or_grey:
+        raise UserError(f"{file}: images is {dtype} {list(shape)}; it must be uint8 [n, Y, X, 3] or [n, Y, X].")
+    if 0 in shape:
+        raise UserError(f"{file}: images is empty, {list(shape)}.")
+    if shape[1] != shape[2]:
+        raise UserError(f"{file}: images are {shape[1]}x{shape[2]} pixels. Only square ones are taken: crop first.")
+    if labels and (labels[0] != shape[:1] or labels[1].kind not in "iu"):
+        raise UserError(f"{file}: labels is {labels[1]} {list(labels[0])}; it must be whole numbers [{shape[0]}].")
+    return shape, labels is not None
+
+
+@contextlib.contextmanager
+def _archive_errors(file: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} is not a readable .npz archive ({reason}). Save it with numpy.savez.") from None
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    return shape, dtype

@@ -1,0 +1,158 @@
+"""Tar shards in the manner of webdataset. Nothing is unpacked to disk."""
+
+import collections
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from igpt_jax import storage
+from igpt_jax.config import UserError
+from igpt_jax.data import images
+from igpt_jax.data.sources.base import Item, Source, slice_of
+
+MAX_MEMBER_BYTES = 2**28
+LABEL_SUFFIXES = (".cls", ".json")
+
+
+class _Sample(NamedTuple):
+    """The members of one key: each (offset of its data, bytes). `problem`: why it cannot be used."""
+    file: epath.Path
+    name: str
+    picture: tuple[int, int] | None
+    label: tuple[str, int, int] | None
+    problem: str = ""
+
+
+class Tar(Source):
+    """`tar:PATTERN`: uncompressed tar files (a glob), sorted by name; a slice takes whole files.
+
+    Members that share their path up to the first dot of the file name are one sample: a picture (.jpg, .jpeg, .png or
+    .webp) and its class, as a number in `.cls` or under "label" or "cls" of `.json`. Other members are counted and
+    told. Absolute paths, `..`, links and devices go to quarantine.
+    """
+
+    def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
+        if not argument:
+            raise UserError("source 'tar' needs a path: tar:PATH, or a glob of several files.")
+        files = storage.matching(argument)
+        self._samples: list[_Sample] = []
+        self._skipped: collections.Counter = collections.Counter()
+        for i in slice_of(len(files), shard):
+            self._samples += self._index(files[i])
+        labelled = {sample.label is not None for sample in self._samples if not sample.problem}
+        if len(labelled) > 1:
+            lone = next(sample for sample in self._samples if not sample.problem and sample.label is None)
+            raise UserError(f"{lone.file}: {lone.name} has no .cls or .json, and others have. All or none must.")
+        self.count, self.sizes, self.skipped = len(self._samples), set(), dict(sorted(self._skipped.items()))
+
+    def items(self, start: int) -> Iterator[Item]:
+        opened, stream = None, None
+        try:
+            for sample in self._samples[start:]:
+                if sample.file != opened:
+                    if stream:
+                        stream.close()
+                    opened, stream = sample.file, sample.file.open("rb")
+                yield self._item(sample, stream)
+        finally:
+            if stream:
+                stream.close()
+
+    def _item(self, sample: _Sample, stream: Any) -> Item:
+        name = f"{sample.file.name}:{sample.name}"
+
+        def unusable(reason: str) -> Item:
+            def refuse() -> bytes:
+                raise images.Unusable(reason)
+            return Item(name, None, refuse)
+
+        if sample.problem:
+            return unusable(sample.problem)
+        label = None
+        if sample.label:
+            suffix, offset, size = sample.label
+            label = _label(suffix, _read(stream, offset, size))
+            if label is None:
+                return unusable(f"its {suffix} holds no class number from 0 to 2^31 - 1")
+        return Item(name, label, _read(stream, *sample.picture))
+
+    def _index(self, file: epath.Path) -> list[_Sample]:
+        """The samples of one file, in order, from its headers alone."""
+        found: dict[str, _Sample] = {}
+        with file.open("rb") as stream:
+            try:
+                with tarfile.open(fileobj=stream, mode="r:") as archive:
+                    for member in archive:
+                        archive.members = []  # tarfile keeps all of them otherwise
+                        self._add(found, file, member)
+                    stream.seek(archive.offset)
+                    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # where tarfile would end without a word
+                        raise tarfile.ReadError(f"damaged header at byte {archive.offset:,}")
+                    end = stream.seek(0, 2)
+            except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+                raise UserError(f"{file} is not a readable, uncompressed tar file ({error}). Restore it from a copy; "
+                                "unpack a .tar.gz with gunzip.") from None
+        samples = [self._whole(sample, end) for sample in found.values()]
+        if not samples:
+            raise UserError(f"{file} holds no pictures. Leave it out of the pattern.")
+        return samples
+
+    def _add(self, found: dict[str, _Sample], file: epath.Path, member: tarfile.TarInfo) -> None:
+        if member.isdir():
+            return
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key, suffix = folder + slash + stem, f".{suffix.lower()}"
+        problem = _problem(member)
+        if problem:
+            found[f"{member.name} {len(found)}"] = _Sample(file, member.name, None, None, problem)
+            return
+        if base.startswith(".") or suffix not in (*images.SUFFIXES, *LABEL_SUFFIXES):
+            self._skipped[suffix if stem else "hidden"] += 1
+            return
+        place = member.offset_data, member.size
+        sample = found.setdefault(key, _Sample(file, key, None, None))
+        if suffix in images.SUFFIXES:
+            if sample.picture:
+                found[f"{member.name} {len(found)}"] = _Sample(file, member.name, None, None, "a second picture of "
+                                                               "one key")
+                return
+            found[key] = sample._replace(name=member.name, picture=place)
+        elif not sample.label or suffix == ".cls":
+            found[key] = sample._replace(label=(suffix, *place))
+
+    def _whole(self, sample: _Sample, end: int) -> _Sample:
+        if not sample.problem and sample.picture is None:
+            return sample._replace(problem="no picture beside its label")
+        places = [sample.picture, sample.label and sample.label[1:]]
+        if any(place and sum(place) > end for place in places):
+            return sample._replace(problem="the tar file ends before it")
+        return sample
+
+
+def _problem(member: tarfile.TarInfo) -> str:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its path leads out of the archive"
+    if member.issym() or member.islnk():
+        return "a link"
+    if not member.isreg():
+        return "not a regular file"
+    return f"larger than {MAX_MEMBER_BYTES >> 20} MiB" if member.size > MAX_MEMBER_BYTES else ""
+
+
+def _read(stream: Any, offset: int, size: int) -> bytes:
+    stream.seek(offset)
+    return stream.read(size)
+
+
+def _label(suffix: str, data: bytes) -> int | None:
+    try:
+        value = json.loads(data)  # of .cls too: a number
+        if suffix == ".json":
+            value = value.get("label", value.get("cls"))
+        return value if type(value) is int and 0 <= value < 2**31 else None
+    except (ValueError, AttributeError, RecursionError):
+        return None

@@ -1,0 +1,105 @@
+"""Any image data set of TensorFlow Datasets, by name or by folder."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from igpt_jax.config import UserError
+from igpt_jax.data.sources.base import Item, Source, slice_of
+
+READ_AT_ONCE = 64
+
+
+class Tfds(Source):
+    """`tfds:NAME[/CONFIG][:VERSION][@SPLIT]`, or `tfds:DIR[@SPLIT]` with the folder of a prepared version; SPLIT: train.
+
+    What is not yet in $TFDS_DATA_DIR (~/tensorflow_datasets where unset) is downloaded and prepared there by TFDS.
+    """
+
+    def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
+        self._builder, self._split = open_builder(argument)
+        self._image, self._label = keys_of(self._builder)
+        self.class_names = class_names_of(self._builder)
+        self._mine = slice_of(self._builder.info.splits[self._split].num_examples, shard)
+        self.count, self.sizes = len(self._mine), set()
+
+    def items(self, start: int) -> Iterator[Item]:
+        for i, example in zip(self._mine[start:], self._examples(self._mine[start:]), strict=True):
+            label = None if self._label is None else int(example[self._label])
+            # TFDS marks examples without a label, as those of a test split, with -1.
+            yield Item(f"{self._split}[{i}]", None if label == -1 else label, example[self._image])
+
+    def _examples(self, mine: range) -> Iterator[dict[str, Any]]:
+        import tensorflow_datasets as tfds
+
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        if _random_access(self._builder):
+            source = self._builder.as_data_source(split=self._split, decoders=decoders)
+            for first in range(mine.start, mine.stop, READ_AT_ONCE):
+                yield from source.__getitems__(list(range(first, min(first + READ_AT_ONCE, mine.stop))))
+            return
+        rows = tfds.core.ReadInstruction(self._split, from_=mine.start, to=mine.stop, unit="abs")
+        in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+        dataset = self._builder.as_dataset(split=rows, decoders=decoders, shuffle_files=False, read_config=in_order)
+        yield from dataset.as_numpy_iterator()
+
+
+def open_builder(argument: str) -> tuple[Any, str]:
+    """TFDS's builder of a prepared data set, and the split's name.
+
+    Raises:
+      UserError: no such data set or split, or TFDS cannot prepare it.
+    """
+    name, at, split = argument.rpartition("@")
+    name, split = (name, split) if at else (argument, "train")
+    if not name:
+        raise UserError("source 'tfds' needs a name: tfds:cifar10, or tfds:NAME@SPLIT.")
+    with _tfds_errors(name):
+        import tensorflow_datasets as tfds
+
+        if os.sep in name and os.path.exists(os.path.join(os.path.expanduser(name), "dataset_info.json")):
+            builder = tfds.builder_from_directory(os.path.expanduser(name))
+        else:
+            builder = tfds.builder(name)
+            if not builder.is_prepared():
+                builder.download_and_prepare(file_format="array_record")
+    if split not in builder.info.splits:
+        raise UserError(f"tfds:{argument}: {name} has no split {split!r}. It has {', '.join(builder.info.splits)}.")
+    if builder.info.splits[split].num_examples is None:
+        raise UserError(f"tfds:{argument}: TFDS does not know how many examples it holds. Prepare it again.")
+    return builder, split
+
+
+def keys_of(builder: Any) -> tuple[str, str | None]:
+    """The names of the one image feature, and of the first class label (None where there is none)."""
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features.items())
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if len(images) != 1:
+        raise UserError(f"tfds:{builder.name} has {len(images)} image features ({', '.join(features)}); one is needed.")
+    return images[0], labels[0] if labels else None
+
+
+def class_names_of(builder: Any) -> tuple[str, ...]:
+    """The classes' names in the order of their numbers; none where unlabelled."""
+    _, label = keys_of(builder)
+    return tuple(builder.info.features[label].names or ()) if label else ()
+
+
+def _random_access(builder: Any) -> bool:
+    return builder.info.file_format is not None and builder.info.file_format.value in ("array_record",)
+
+
+@contextlib.contextmanager
+def _tfds_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"tfds:{name} needs tensorflow_datasets ({error}). Install it with pip.") from None
+    except Exception as error:  # TFDS raises AssertionError for a manual download, and much else
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"tfds:{name} cannot be opened or prepared ({reason}). Check the name against TFDS's catalog; "
+                        "some sets need a download by hand into $TFDS_DATA_DIR/downloads/manual.") from None
