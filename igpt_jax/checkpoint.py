@@ -24,8 +24,8 @@ COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every k
 # Keys that may differ between a checkpoint and the run that goes on from it: they change neither the model nor what
 # it sees. `steps` may differ too where neither the schedule nor the warm-up depends on it. (The record compares image
 # size and palette themselves.)
-FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefetch", "model.attention", "model.remat",
-                       "accumulate", "image_size", "palette", "log_every_steps", "eval_every_steps",
+FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefetch", "data.stage", "model.attention",
+                       "model.remat", "accumulate", "image_size", "palette", "log_every_steps", "eval_every_steps",
                        "checkpoint_every_steps", "keep_newest", "keep_steps", "max_skipped_updates"})
 
 log = logging.getLogger(__name__)

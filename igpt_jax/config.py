@@ -159,16 +159,26 @@ class SplitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    store: str = key("", "pixel store: a workdir of the prepare job (a local path, gs:// or s3://)")
+    store: str = key("", "pixel store: a workdir of the prepare job (a local path, gs:// or s3://); several, split by "
+                         "commas: a mixture; tfds:NAME[@SPLIT]: pictures in ArrayRecord files, read by index")
+    weights: tuple[int, ...] = key((), "of a mixture: images taken of each store in turn; empty: one of each")
     split: str = key("train", "split to train on; several joined with +")
     held_out: str = key("held_out", "split to evaluate on while training; empty: none")
+    augment: str = key("none", "none; cifar: reflect-pad 4, random crop, mirror; imagenet (of tfds): shorter side 256 "
+                               "to 384, random 224 crop (paper, Section 3.1)")
     reader: str = key("auto", "tfdata: stream from the store; resident: hold all tokens on the devices (no TensorFlow);"
                               " auto: resident up to 256 MiB of tokens")
+    stage: str = key("", "folder of this machine to copy the store to first, once; empty: read it where it is")
+    window: int = key(0, "of a store with chunk > 1: chunks whose images are shuffled together; 0: 1024")
     prefetch: int = key(4, "batches read ahead")
 
     def __post_init__(self):
         _one_of("data.reader", self.reader, ["auto", "tfdata", "resident"])
+        _one_of("data.augment", self.augment, ["none", "cifar", "imagenet"])
         _require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1.")
+        _require(self.window >= 0, f"data.window={self.window} must not be negative.")
+        _require(all(type(weight) is int and 1 <= weight <= 10_000 for weight in self.weights),
+                 f"data.weights={self.weights}: weights are whole numbers from 1 to 10,000, such as (1,3).")
         seen = set(self.split.split("+")) & set(self.held_out.split("+"))
         _require(not seen, f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
                            "Evaluate on another split, or on none with --config.data.held_out=")

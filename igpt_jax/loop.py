@@ -11,8 +11,7 @@ import numpy as np
 
 from igpt_jax import checkpoint, evaluation, palette, sharding, steps, storage, telemetry, topology
 from igpt_jax.config import PretrainConfig, UserError
-from igpt_jax.data import train_batches
-from igpt_jax.data.store import Store
+from igpt_jax.data import Batches, open_data, train_batches
 from igpt_jax.model import Model, count_parameters
 from igpt_jax.optimizer import warmup_steps_for
 from igpt_jax.runtime import Diverged, Preempted, StopSignal
@@ -36,13 +35,12 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
 
     # Data.
-    store = Store.open(config.data.store)
-    if config.image_size not in (0, store.image_size):
-        raise UserError(f"image_size={config.image_size}: the store {store.path} holds images of {store.image_size} "
-                        "pixels. Prepare a store of that size, or leave image_size=0.")
+    store = open_data(config.data, config.image_size)
     train_split = store.split(config.data.split)
     held_out = store.split(config.data.held_out) if config.data.held_out else None
     palette_VC = palette.load(config.palette) if config.palette else store.palette
+    if palette_VC is None:
+        raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to a palette's .npy.")
     table = palette.lookup_table(palette_VC)
 
     # Model, optimizer and state, in shapes only.
@@ -87,7 +85,8 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         if start < config.steps:
             batches = train_batches(train_split, table, reader=config.data.reader, seed=config.seed,
                                     batch_size=config.batch_size, start_step=start,
-                                    sharding=sharding.batch_sharding(mesh), prefetch=config.data.prefetch)
+                                    sharding=sharding.batch_sharding(mesh), prefetch=config.data.prefetch,
+                                    recipe=config.data.augment, window=config.data.window)
             stack.callback(batches.close)
 
         def evaluate(step: int) -> dict[str, float]:
@@ -108,7 +107,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
                 state, measured = train_step(state, next(batches).tokens, key)
             throughput.step()
             if late:
-                _report(*late, config, metrics, throughput)
+                _report(*late, config, metrics, throughput, batches)
             late = step, measured
 
             last, stopping = step == config.steps, stop.should_stop(step)
@@ -116,7 +115,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             save_now = _due(step, config.checkpoint_every_steps) or step in config.keep_steps
             if not (eval_now or save_now or stopping):
                 continue
-            _report(*late, config, metrics, throughput)
+            _report(*late, config, metrics, throughput, batches)
             late = None
             with throughput.paused():
                 evaluated = evaluate(step) if eval_now and not stopping else {}
@@ -147,12 +146,12 @@ def _throughput(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -
 
 
 def _report(step: int, measured: dict[str, jax.Array], config: PretrainConfig, metrics: telemetry.Metrics,
-            throughput: telemetry.Throughput) -> None:
+            throughput: telemetry.Throughput, batches: Batches) -> None:
     """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay non-finite."""
     values = {name: float(np.asarray(value)) for name, value in jax.device_get(measured).items()}
     in_a_row = int(values.pop("train/skipped_in_a_row"))
     if step in (1, config.steps) or _due(step, config.log_every_steps) or in_a_row:
-        metrics.log(step, {**values, **throughput.read()})
+        metrics.log(step, {**values, **throughput.read(), **batches.metrics()})
     if in_a_row >= config.max_skipped_updates:
         raise Diverged(f"{in_a_row} updates in a row up to step {step:,} were not finite and were skipped. The newest "
                        "checkpoint is older and good: lower optimizer.learning_rate or set optimizer.clip_norm.")

@@ -12,7 +12,7 @@ ORDER = [
     "data.records", "orbax_s3", "checkpoint", "weights", "telemetry", "figures", "runtime", "evaluation", "loop",
     "report", "jobs", "__main__",
 ]
-MAY_IMPORT_TENSORFLOW = {"data.pipeline", "weights"}
+MAY_IMPORT_TENSORFLOW = {"data.jpeg", "data.pipeline", "data.records", "weights"}
 WITHOUT_JAX = {"config", "storage", "palette", "topology"}
 
 
@@ -69,7 +69,7 @@ def test_imports_only_go_up_the_list():
                 assert target == "jobs", f"{module} imports another job, {target}"
 
 
-def test_tensorflow_is_imported_in_two_files_only():
+def test_tensorflow_is_imported_in_few_files():
     """Seen to fail with `import tensorflow` in data/store.py."""
     for module, tree in modules().items():
         names = {name.split(".")[0] for name in imported(tree)}

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from igpt_jax import palette, storage
+from igpt_jax import data, palette, storage
 from igpt_jax.config import UserError
 from igpt_jax.data import store
 
@@ -166,7 +166,7 @@ def test_splits_that_are_not_there(path, images, tmp_path_factory):
     with pytest.raises(UserError, match="'test' .* is empty"):
         opened.split("train+test")
     with pytest.raises(UserError, match="8 pixels"):
-        store.open_split(path, "train", 16)
+        data.open_split(str(path), "train", 16)
     unlabelled = tmp_path_factory.mktemp("unlabelled")
     write(unlabelled, {"train": (images, None)})
     with pytest.raises(UserError, match="no labels"):

@@ -1,4 +1,4 @@
-"""Batches for training, from a pixel store, in an order that is a function of (seed, step).
+"""Batches for training, from pixel stores or TFDS, in an order that is a function of (seed, step).
 
 Dimensions: B batch, T tokens.
 """
@@ -6,6 +6,7 @@ Dimensions: B batch, T tokens.
 import contextlib
 import importlib.util
 import itertools
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,14 +14,75 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from igpt_jax.config import UserError
-from igpt_jax.data import resident
+from igpt_jax.config import DataConfig, UserError
+from igpt_jax.data import augment, resident, stage
+from igpt_jax.data.ledger import Ledger
 from igpt_jax.data.resident import process_rows, put
-from igpt_jax.data.store import Split, tokens_of
+from igpt_jax.data.store import Split, Store, tokens_of
 
-__all__ = ["Batch", "process_rows", "put", "tokens_of", "train_batches"]
+__all__ = ["Batch", "Batches", "open_data", "open_split", "process_rows", "put", "tokens_of", "train_batches"]
 
 RESIDENT_BYTES = 256 * 2**20
+WINDOW = 1024  # blocks; of 64 images of 32x32 they take 192 MiB in the store's cache
+
+
+def open_data(config: DataConfig, image_size: int = 0):
+    """What `data.store` names: a Store, a Mixture of several, or Records.
+
+    Args:
+      config: the job's.
+      image_size: of the config; 0: the store's.
+
+    Raises:
+      UserError: missing, damaged, of another size, or they do not go together.
+    """
+    if config.store.startswith("tfds:"):
+        if config.stage:
+            raise UserError("data.stage copies pixel stores; a TFDS data set is read where it is. Leave it empty.")
+        from igpt_jax.data.records import Records  # TensorFlow
+
+        return Records(config.store, image_size)
+    names = [name for name in config.store.split(",") if name] or [""]
+    opened = [Store.open(stage.stage(name, config.stage) if config.stage else name) for name in names]
+    sizes = {store.image_size for store in opened} | ({image_size} if image_size else set())
+    if len(sizes) > 1:
+        raise UserError(f"image_size={image_size or 'the stores'}: the store {config.store} holds images of "
+                        f"{', '.join(str(store.image_size) for store in opened)} pixels. Prepare a store of that size, "
+                        "or leave image_size=0.")
+    if len(opened) == 1:
+        return opened[0]
+    weights = config.weights or (1,) * len(opened)
+    if len(weights) != len(opened):
+        raise UserError(f"data.weights={weights}: there are {len(opened)} stores. Give one weight for each.")
+    return Mixture(opened, weights)
+
+
+def open_split(names: str, split: str, image_size: int) -> Split:
+    """A split of what `names` names as `data.store` does, for a model of `image_size`. Raises UserError."""
+    return open_data(DataConfig(store=names, split=split, held_out=""), image_size).split(split)
+
+
+class Mixture:
+    """Several stores as one, whose training batches take `weights` images of each in turn. Interface as of Store."""
+
+    def __init__(self, stores: list[Store], weights: tuple[int, ...]):
+        self._stores, self._weights = stores, weights
+        self.path = ",".join(str(store.path) for store in stores)
+        self.image_size, self.classes = stores[0].image_size, max(store.classes for store in stores)
+        same = all(np.array_equal(store.palette, stores[0].palette) for store in stores)
+        self.palette = stores[0].palette if same else None
+
+    def split(self, names: str) -> Split:
+        """The split of each store that has it, mixed. Raises UserError where none has."""
+        pairs, missing = [], None
+        for store, weight in zip(self._stores, self._weights, strict=True):
+            try:
+                pairs.append((store.split(names), weight))
+            except UserError as error:
+                missing = error
+        if not pairs:
+            raise missing
+        return Split.mixed(*zip(*pairs, strict=True))
 
 
 class Batch(NamedTuple):
@@ -36,9 +98,43 @@ class Batch(NamedTuple):
     tokens: jax.Array
 
 
+class Batches:
+    """Iterator of Batch, without end. It keeps a ledger of epochs and knows how long it kept the caller waiting."""
+
+    def __init__(self, batches: Iterator[Batch], ledger: Ledger):
+        self._batches, self._ledger = batches, ledger
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._ledger.add(batch.ids)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    @property
+    def epochs(self) -> list[tuple[int, int, int]]:
+        """(component, epoch, digest) of each whole epoch given, all found exact."""
+        return self._ledger.epochs
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: the share of time that the caller waited here. Over all: epochs proved exact."""
+        now = time.perf_counter()
+        fraction = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        return {"input/wait_fraction": fraction, "input/exact_epochs": len(self.epochs)}
+
+    def close(self) -> None:
+        """Ends reading."""
+        self._batches.close()
+
+
 def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, batch_size: int, start_step: int,
-                  sharding: NamedSharding, prefetch: int) -> Iterator[Batch]:
-    """Yields batches without end, from `start_step` on. Both readers give the same ids and tokens.
+                  sharding: NamedSharding, prefetch: int, recipe: str = "none", window: int = 0) -> Batches:
+    """Batches from `start_step` on. Both readers give the same ids and tokens.
 
     Args:
       split: to train on.
@@ -49,18 +145,30 @@ def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, ba
       start_step: a seek costs nothing.
       sharding: of tokens [B, T]; each process reads only the rows that its devices hold.
       prefetch: batches that tfdata reads ahead.
+      recipe: of augment.RECIPES.
+      window: blocks shuffled together where the store has blocks; 0: WINDOW.
 
     Raises:
-      UserError: TensorFlow is needed and not installed; while iterating, an image is damaged on disk.
+      UserError: TensorFlow is needed and not installed, or the recipe does not suit the split; while iterating, an
+        image is damaged on disk.
     """
-    common = {"seed": seed, "batch_size": batch_size, "start_step": start_step}
-    if _reader_for(split, reader) == "resident":
-        return _resident_batches(split, table, sharding=sharding, **common)
-    return _streamed_batches(split, table, sharding=sharding, prefetch=prefetch, **common)
+    if recipe == "imagenet" and not hasattr(split, "pictures"):
+        raise UserError("data.augment=imagenet crops whole pictures: set data.store=tfds:NAME, or data.augment=cifar.")
+    if recipe == "cifar" and split.image_size <= augment.PAD:
+        raise UserError(f"data.augment=cifar pads by {augment.PAD} pixels: images of {split.image_size} are too small.")
+    kind, window = _reader_for(split, reader, recipe), window or WINDOW
+    common = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "recipe": recipe, "window": window}
+    given = (_resident_batches(split, table, sharding=sharding, **common) if kind == "resident" else
+             _streamed_batches(split, table, sharding=sharding, prefetch=prefetch, **common))
+    return Batches(given, Ledger(seed, start_step * batch_size, split.components, window))
 
 
-def _reader_for(split: Split, reader: str) -> str:
+def _reader_for(split: Split, reader: str, recipe: str = "none") -> str:
     size = 2 * split.count * split.image_size**2
+    if recipe == "imagenet":
+        if reader == "resident":
+            raise UserError("data.augment=imagenet decodes anew each time: set data.reader=tfdata.")
+        return "tfdata"
     if reader == "auto" and size <= RESIDENT_BYTES:
         return "resident"
     if reader != "resident" and importlib.util.find_spec("tensorflow") is None:

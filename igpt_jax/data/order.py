@@ -75,6 +75,15 @@ def _round_robin(position_B: np.ndarray, weights: tuple[int, ...]) -> tuple[np.n
     return owner_B, period * np.array(weights, np.uint64)[owner_B] + rank_W[place]
 
 
+def given_before(position: int, data: Sequence[Component]) -> list[int]:
+    """How many examples of each component come before `position` in the mixture."""
+    weights = tuple(component.weight for component in data)
+    owner_W, _ = _period(weights)
+    period, place = divmod(position, len(owner_W))
+    inside = np.bincount(owner_W[:place], minlength=len(data))
+    return [period * weight + int(count) for weight, count in zip(weights, inside, strict=True)]
+
+
 @functools.cache
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """One period of sum(weights) places, each component spread evenly: its owner, and how many of its own precede."""
@@ -86,7 +95,7 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ordered(index: np.ndarray, epoch: np.ndarray, component: Component, seed: int, window: int) -> np.ndarray:
-    """The examples at places `index` of epochs `epoch`, int64.
+    """The examples of one component at places `index` of epochs `epoch`, int64; `batch` explains window.
 
     Slots are the places of blocks. The last block may be short: where it lands, later slots begin earlier.
     """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from igpt_jax.data import order
+from igpt_jax.data import augment, order
 from igpt_jax.data.store import Split, tokens_of
 
 READ_AT_ONCE = 8192  # images
@@ -45,21 +45,32 @@ def put(rows: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, jax.device_put(shards, devices))
 
 
-def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int,
-            sharding: NamedSharding) -> Iterator[tuple[np.ndarray, jax.Array]]:
+def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int, sharding: NamedSharding,
+            recipe: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """Yields, for each step from start_step, the global batch's ids int64 [B] and its tokens int32 [B, T].
 
-    Every process holds all tokens, so none needs another's; `sharding` is that of the tokens.
+    Every process holds all tokens, so none needs another's; `sharding` is that of the tokens. A crop moves pixels and
+    changes none, so it is done on tokens.
     """
-    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    replicated, size = NamedSharding(sharding.mesh, PartitionSpec()), split.image_size
 
-    def gather(tokens_IT: jax.Array, ids_B: jax.Array) -> jax.Array:
-        return tokens_IT.at[ids_B].get(mode="promise_in_bounds").astype(jnp.int32)
+    def gather(tokens_IT: jax.Array, ids_B: jax.Array, places: tuple[jax.Array, ...]) -> jax.Array:
+        tokens_BT = tokens_IT.at[ids_B].get(mode="promise_in_bounds").astype(jnp.int32)
+        if places:
+            rows_BY, columns_BX = places
+            tokens_BYX = tokens_BT.reshape(-1, size, size)
+            tokens_BYX = jnp.take_along_axis(tokens_BYX, rows_BY[:, :, None], axis=1)
+            tokens_BT = jnp.take_along_axis(tokens_BYX, columns_BX[:, None, :], axis=2).reshape(tokens_BT.shape)
+        return tokens_BT
 
     gather = jax.jit(gather, out_shardings=sharding)
     tokens_IT = put(load_tokens(split, table), replicated, split.count)
     step = start_step
     while True:
-        ids_B = order.batch(seed, step, batch_size, split.count)
-        yield ids_B, gather(tokens_IT, put(ids_B.astype(np.int32), replicated, batch_size))
+        ids_B = order.batch(seed, step, batch_size, split.components, window)
+        places = ()
+        if recipe == "cifar":
+            places = augment.crop_and_mirror(seed, step * batch_size + np.arange(batch_size), size)
+        yield ids_B, gather(tokens_IT, put(ids_B.astype(np.int32), replicated, batch_size),
+                            tuple(put(place, replicated, batch_size) for place in places))
         step += 1

@@ -539,15 +539,6 @@ class Split:
         return rows
 
 
-def open_split(path: str, names: str, image_size: int) -> Split:
-    """A split of the store in `path` for a model of `image_size`. Raises UserError where they do not fit."""
-    split = Store.open(path).split(names)
-    if split.image_size != image_size:
-        raise UserError(f"the store {path} holds images of {split.image_size} pixels, the model takes {image_size}. "
-                        f"Prepare a store with image_size={image_size}.")
-    return split
-
-
 def tokens_of(split: Split, table: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Tokens uint16 [B, T] of ids [B], with a lookup table of `palette.lookup_table`."""
     return palette.encode(split.read(ids), table)

@@ -11,7 +11,7 @@ import jax
 
 from igpt_jax import checkpoint, evaluation, palette, runtime, sharding, storage, telemetry
 from igpt_jax.config import EvaluateConfig, UserError
-from igpt_jax.data.store import open_split
+from igpt_jax.data import open_split
 
 
 def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from igpt_jax import checkpoint, palette, sharding, storage, telemetry
 from igpt_jax.config import SampleConfig, UserError
-from igpt_jax.data import process_rows, put
-from igpt_jax.data.store import open_split, tokens_of
+from igpt_jax.data import open_split, process_rows, put, tokens_of
 from igpt_jax.decode import Sampling, generate
 
 UNKNOWN = 127  # grey level of the pixels that the model was not given

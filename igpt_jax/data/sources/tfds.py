@@ -12,9 +12,10 @@ READ_AT_ONCE = 64
 
 
 class Tfds(Source):
-    """`tfds:NAME[/CONFIG][:VERSION][@SPLIT]`, or `tfds:DIR[@SPLIT]` with the folder of a prepared version; SPLIT: train.
+    """`tfds:NAME[/CONFIG][:VERSION][@SPLIT]`, or `tfds:DIR[@SPLIT]`, the folder of a prepared version.
 
-    What is not yet in $TFDS_DATA_DIR (~/tensorflow_datasets where unset) is downloaded and prepared there by TFDS.
+    SPLIT is train where it is not given. What is not yet in $TFDS_DATA_DIR (~/tensorflow_datasets where unset) is
+    downloaded and prepared there by TFDS.
     """
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):

@@ -1,0 +1,40 @@
+"""Random crops and mirrors, as functions of (seed, position in the run's sequence of examples). NumPy only.
+
+Any run, any number of hosts and either reader draws the same ones. A crop or mirror moves pixels and changes none,
+so it may be done before quantization or after.
+
+Dimensions: B examples; Y rows, X columns.
+"""
+
+import numpy as np
+
+from igpt_jax.data import order
+
+RECIPES = ("none", "cifar", "imagenet")
+PAD = 4  # pixels
+
+
+def crop_and_mirror(seed: int, position_B: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Recipe `cifar`: reflect-pad by 4, crop at random to the former size, mirror every other (paper, Section 3.1).
+
+    Returns:
+      For each pixel of the result where it comes from: rows int32 [B, Y] and columns int32 [B, X].
+    """
+    top, left, mirror = order.draws(seed, position_B, 3).T
+    offsets = 2 * PAD + 1
+    steps = np.arange(image_size)
+    columns_BX = np.where((mirror >> np.uint64(63)).astype(bool)[:, None], steps[::-1], steps)
+    rows_BY = steps + (top % offsets).astype(np.int64)[:, None] - PAD
+    columns_BX = columns_BX + (left % offsets).astype(np.int64)[:, None] - PAD
+    return _reflected(rows_BY, image_size), _reflected(columns_BX, image_size)
+
+
+def _reflected(place: np.ndarray, size: int) -> np.ndarray:
+    """Places outside [0, size) mirrored at its ends, which are not repeated."""
+    place = np.abs(place)
+    return np.where(place >= size, 2 * (size - 1) - place, place).astype(np.int32)
+
+
+def unit_draws(seed: int, position_B: np.ndarray, count: int) -> np.ndarray:
+    """Uniform in [0, 1), float64 [B, count], for recipe `imagenet`: `jpeg.window` says what they choose."""
+    return (order.draws(seed, position_B, count) >> np.uint64(11)) / 2**53
