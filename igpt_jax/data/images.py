@@ -44,7 +44,7 @@ def decode(data: bytes, image_size: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of harmless metadata; sizes are checked below
-            with Image.open(io.BytesIO(data), formats=(*FORMATS, "MPO")) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return _square(image, image_size)
     except Unusable:
         raise

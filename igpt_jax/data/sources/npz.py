@@ -4,6 +4,7 @@ import contextlib
 import zipfile
 import zlib
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -16,8 +17,7 @@ from igpt_jax.data.sources.base import Item, Source, slice_of
 class Npz(Source):
     """`npz:PATH` or a glob of several, sorted by name.
 
-    Each holds `images` uint8 [n, Y, X, 3], or [n, Y, X] for grey, and optionally `labels`, whole numbers [n]. One file
-    is in memory at a time.
+    Each holds `images` uint8 [n, Y, X, 3], or [n, Y, X] for grey, and optionally `labels`, whole numbers [n].
     """
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
@@ -40,19 +40,35 @@ class Npz(Source):
         for file, count in zip(self._files, self._counts, strict=True):
             wanted = range(max(mine.start, first), min(mine.stop, first + count))
             if wanted:
-                images, labels = _read(file)
-                for i in wanted:
-                    label = None if labels is None else int(labels[i - first])
-                    yield Item(f"{file.name}[{i - first}]", label, images[i - first])
+                for i, (label, image) in enumerate(_rows(file, wanted.stop - first)):
+                    if i >= wanted.start - first:
+                        yield Item(f"{file.name}[{i}]", label, image)
             first += count
 
 
-def _read(file: epath.Path) -> tuple[np.ndarray, np.ndarray | None]:
-    with _archive_errors(file), file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-        images, labels = archive["images"], archive["labels"] if "labels" in archive else None
-    if labels is not None and not (0 <= labels.min() and labels.max() < 2**31):
-        raise UserError(f"{file}: labels must be whole numbers from 0 to 2^31 - 1.")
-    return images, labels
+def _rows(file: epath.Path, stop: int) -> Iterator[tuple[int | None, np.ndarray]]:
+    """The first `stop` images with their labels. Images are read as they are needed: an archive may exceed memory."""
+    labels = None
+    with _archive_errors(file), file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+        if "labels.npy" in archive.namelist():
+            with archive.open("labels.npy") as member:
+                labels = np.lib.format.read_array(member, allow_pickle=False)
+            if not (0 <= labels.min() and labels.max() < 2**31):
+                raise UserError(f"{file}: labels must be whole numbers from 0 to 2^31 - 1.")
+    with contextlib.ExitStack() as stack:
+        with _archive_errors(file):
+            archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(file.open("rb"))))
+            member = stack.enter_context(archive.open("images.npy"))
+            (_, *shape), _ = _read_header(member)
+        size = int(np.prod(shape))
+        for i in range(stop):
+            with _archive_errors(file):
+                data = member.read(size)
+                if len(data) != size:
+                    raise EOFError(f"images ends after {i:,}")
+                if i == stop - 1:
+                    member.read(1)  # zipfile holds the member against its CRC where it ends
+            yield None if labels is None else int(labels[i]), np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _check(file: epath.Path) -> tuple[tuple[int, ...], bool]:
@@ -87,7 +103,14 @@ def _archive_errors(file: epath.Path) -> Iterator[None]:
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
     with archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
+        return _read_header(member)
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype; leaves `member` at its first value."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read(member)
+    if by_columns and len(shape) > 1:
+        raise ValueError("an array in Fortran order; save numpy.ascontiguousarray of it")
     return shape, dtype
