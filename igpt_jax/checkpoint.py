@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from igpt_jax import sharding, storage
+from igpt_jax import orbax_s3, sharding, storage
 from igpt_jax.config import ModelConfig, PretrainConfig, UserError, parse, to_dict
 from igpt_jax.model import Model
 from igpt_jax.steps import State
@@ -29,6 +29,7 @@ FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefe
                        "checkpoint_every_steps", "keep_newest", "keep_steps", "max_skipped_updates"})
 
 log = logging.getLogger(__name__)
+orbax_s3.teach()
 
 
 @dataclasses.dataclass(frozen=True)
