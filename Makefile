@@ -1,6 +1,7 @@
 # make quickstart   environment, install, and the main jobs on real handwritten digits
 # make test         environment, install, and all fast tests
 # make slow         the tests that take minutes
+# make buckets      the tests against emulators of S3 and Google Cloud Storage, in an environment of their own
 # make lint         ruff
 # make clean        removes the environment, caches and runs/quickstart
 
@@ -14,7 +15,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow lint clean
+.PHONY: setup quickstart test slow buckets lint clean
 
 setup: $(INSTALLED)
 
@@ -29,13 +30,21 @@ quickstart: setup
 	launch/quickstart.sh $(VENV)/bin/python runs/quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not buckets"
 
 slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+# s3fs and gcsfs need versions of their own of what constraints.txt pins for all others.
+buckets:
+	$(PYTHON) -m venv .venv-buckets
+	grep -v -e ^fsspec= -e ^python-dateutil= constraints.txt | cat - constraints-buckets.txt > .venv-buckets/constraints.txt
+	.venv-buckets/bin/pip install --quiet --constraint .venv-buckets/constraints.txt setuptools wheel
+	.venv-buckets/bin/pip install --quiet --constraint .venv-buckets/constraints.txt --no-build-isolation --editable '.[test,buckets]'
+	.venv-buckets/bin/python -m pytest -m buckets
 
 lint: setup
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) .cache runs/quickstart .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-buckets .cache runs/quickstart .pytest_cache .ruff_cache *.egg-info
