@@ -91,7 +91,7 @@ def digest(palette_VC: np.ndarray) -> str:
 
 def encode(images_BYXC: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Tokens uint16 [B, Y*X] of images uint8 [B, Y, X, 3], row by row (paper, Section 2.1)."""
-    return table[_index(images_BYXC).reshape(len(images_BYXC), -1)]
+    return table.take(_index(images_BYXC).reshape(len(images_BYXC), -1))  # unlike table[...] without Python's lock
 
 
 def decode(tokens: np.ndarray, palette_VC: np.ndarray) -> np.ndarray:

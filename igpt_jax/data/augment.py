@@ -35,6 +35,14 @@ def _reflected(place: np.ndarray, size: int) -> np.ndarray:
     return np.where(place >= size, 2 * (size - 1) - place, place).astype(np.int32)
 
 
+def moved(tokens_BT: np.ndarray, rows_BY: np.ndarray, columns_BX: np.ndarray) -> np.ndarray:
+    """Images' tokens [B, T] with each pixel from where `crop_and_mirror` says."""
+    count, size = columns_BX.shape
+    first_B = np.arange(count, dtype=np.int32)[:, None, None] * np.int32(size**2)
+    place_BYX = first_B + rows_BY[:, :, None] * np.int32(size) + columns_BX[:, None, :]
+    return tokens_BT.reshape(-1).take(place_BYX).reshape(tokens_BT.shape)
+
+
 def unit_draws(seed: int, position_B: np.ndarray, count: int) -> np.ndarray:
     """Uniform in [0, 1), float64 [B, count], for recipe `imagenet`: `jpeg.window` says what they choose."""
     return (order.draws(seed, position_B, count) >> np.uint64(11)) / 2**53

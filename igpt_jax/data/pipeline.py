@@ -7,12 +7,16 @@ Dimensions: B batch of all processes, R its rows that this process reads, T toke
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
+from igpt_jax import palette
 from igpt_jax.data import augment, jpeg, order
+
+STEPS_AT_ONCE = 16  # whose order is worked out together: NumPy's calls cost more than the numbers
 
 for kind in ("GPU", "TPU"):
     with contextlib.suppress(RuntimeError):  # the caller has started TensorFlow, with the devices that it wants
@@ -36,7 +40,7 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
     failures: list[Exception] = []
     count, size = rows.stop - rows.start, split.image_size
 
-    def reporting(function):
+    def reporting(function: Callable) -> Callable:
         def call(*arguments):
             try:
                 return function(*arguments)
@@ -45,50 +49,41 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
                 raise
         return call
 
+    @functools.lru_cache(maxsize=4)
+    def ids_of(group: int) -> np.ndarray:
+        """The ids of STEPS_AT_ONCE steps, [STEPS_AT_ONCE, B]: batches are cut from one sequence, in any size."""
+        ids = order.batch(seed, group, STEPS_AT_ONCE * batch_size, split.components, window)
+        return ids.reshape(STEPS_AT_ONCE, batch_size)
+
     def ids_at(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
         """The batch's ids, and the places of this process's rows in the run's sequence."""
-        ids_B = order.batch(seed, int(step), batch_size, split.components, window)
-        return ids_B, int(step) * batch_size + np.arange(rows.start, rows.stop)
+        group, place = divmod(int(step), STEPS_AT_ONCE)
+        return ids_of(group)[place], int(step) * batch_size + np.arange(rows.start, rows.stop)
 
     @reporting
-    def read(step: np.int64):
-        ids_B, _ = ids_at(step)
-        return ids_B, split.read(ids_B[rows])
-
-    @reporting
-    def read_and_place(step: np.int64):
+    def read(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
         ids_B, position_R = ids_at(step)
-        return ids_B, split.read(ids_B[rows]), *augment.crop_and_mirror(seed, position_R, size)
+        tokens_RT = palette.encode(split.read(ids_B[rows]), table)
+        if recipe == "cifar":
+            tokens_RT = augment.moved(tokens_RT, *augment.crop_and_mirror(seed, position_R, size))
+        return ids_B, tokens_RT.astype(np.int32)
 
     @reporting
-    def read_examples(step: np.int64):
+    def read_examples(step: np.int64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids_B, position_R = ids_at(step)
         return ids_B, np.array(split.examples(ids_B[rows]), object), augment.unit_draws(seed, position_R, 3)
 
-    def quantized(images_RYXC: tf.Tensor) -> tf.Tensor:
-        red, green, blue = tf.unstack(tf.cast(tf.ensure_shape(images_RYXC, [None, None, None, 3]), tf.int32), axis=-1)
-        return tf.gather(table_on_cpu, red * 2**16 + green * 2**8 + blue)
-
-    def tokens(ids_B: tf.Tensor, images_RYXC: tf.Tensor, rows_RY=None, columns_RX=None):
-        tokens_RYX = quantized(images_RYXC)
-        if rows_RY is not None:
-            tokens_RYX = tf.gather(tokens_RYX, tf.ensure_shape(rows_RY, [count, size]), batch_dims=1)
-            flat = tf.reshape(tokens_RYX, [count, size, size])
-            columns = tf.ensure_shape(columns_RX, [count, size])
-            tokens_RYX = tf.transpose(tf.gather(tf.transpose(flat, [0, 2, 1]), columns, batch_dims=1), [0, 2, 1])
-        return ids_B, tf.cast(tf.reshape(tokens_RYX, [count, size**2]), tf.int32)
+    def quantize(ids_B: np.ndarray, images_RYXC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return ids_B, palette.encode(images_RYXC, table).astype(np.int32)
 
     with tf.device("cpu"):
-        table_on_cpu = tf.constant(table)
         dataset = tf.data.Dataset.range(start_step, tf.int64.max)
         if recipe == "imagenet":
             dataset = _pictures(dataset, read_examples, split, size, count)
-        else:
-            function, types = (read, (tf.int64, tf.uint8)) if recipe == "none" else (
-                read_and_place, (tf.int64, tf.uint8, tf.int32, tf.int32))
-            dataset = dataset.map(lambda step: tf.numpy_function(function, [step], types),
-                                  num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        dataset = dataset.map(tokens, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        # NumPy's look-up needs a third of the time of TensorFlow's gather, and lets go of Python's lock.
+        function = quantize if recipe == "imagenet" else read
+        dataset = dataset.map(lambda *arguments: tf.numpy_function(function, arguments, (tf.int64, tf.int32)),
+                              num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         iterator = dataset.prefetch(prefetch).as_numpy_iterator()
     try:
         yield from iterator
@@ -100,7 +95,7 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
         del iterator, dataset  # ends tf.data's threads
 
 
-def _pictures(steps: tf.data.Dataset, read_examples, split, size: int, count: int) -> tf.data.Dataset:
+def _pictures(steps: tf.data.Dataset, read_examples: Callable, split, size: int, count: int) -> tf.data.Dataset:
     """(ids [B], images uint8 [R, Y, X, 3]) of each step: examples are read by the batch, decoded one by one."""
     def load(step: tf.Tensor):
         ids_B, examples_R, draws_R3 = tf.numpy_function(read_examples, [step], (tf.int64, tf.string, tf.float64))
