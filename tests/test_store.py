@@ -8,7 +8,7 @@ import pytest
 
 from igpt_jax import data, palette, storage
 from igpt_jax.config import UserError
-from igpt_jax.data import store
+from igpt_jax.data import stage, store
 
 PALETTE_VC = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 FIELDS = {"source": "test", "resize": "none", "seed": 0, "held_out": {}, "config": {}}
@@ -189,3 +189,47 @@ def test_writing_again_replaces_an_interrupted_store(tmp_path, images):
     (tmp_path / "manifest.json").unlink()
     write(tmp_path, {"train": (images[20:], None)})
     np.testing.assert_array_equal(store.Store.open(tmp_path).split("train").read(np.arange(30)), images[20:])
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    ("extra", "train/images/c/0/0/0/1 is not in its manifest"),
+    ("renamed", "train/images/c/0/0/0/0 is missing"),
+    ("cut", "has 5,000 bytes, not"),
+    ("metadata", "train/images/zarr.json differs from its SHA-256"),
+    ("manifest", "its fingerprint differs"),
+])
+def test_files_are_held_against_the_manifest(path, damage, message):
+    """When the store is opened. Seen to fail without check_files, and (manifest) without fingerprint_of."""
+    shard = path / "train" / "images" / "c" / "0" / "0" / "0" / "0"
+    if damage == "extra":
+        shard.with_name("1").write_bytes(b"x")
+    elif damage == "renamed":
+        shard.rename(shard.with_name("0.old"))
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:5000])
+    elif damage == "metadata":
+        flip(path / "train" / "images" / "zarr.json", 100)
+    else:
+        manifest = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(manifest.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=message) as raised:
+        store.Store.open(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_stage(path, tmp_path_factory):
+    """A copy on this disk, made once, whole or not at all. Seen to fail without the comparison in stage._copy."""
+    here = tmp_path_factory.mktemp("here")
+    where = stage.stage(str(path), str(here))
+    opened, original = store.Store.open(where), store.Store.open(path)
+    assert opened.fingerprint == original.fingerprint
+    copied, read = (which.split("train").read(np.arange(30)) for which in (opened, original))
+    np.testing.assert_array_equal(copied, read)
+    flip(path / "train" / "images" / "c" / "0" / "0" / "0" / "0", 50)
+    assert stage.stage(str(path), str(here)) == where  # it is there
+    with pytest.raises(UserError, match="train/images/c/0/0/0/0 differs from its SHA-256"):
+        stage.stage(str(path), str(here / "again"))
+    assert not list((here / "again").glob("*/manifest.json"))
+    for folder, message in (("gs://bucket", "folder of this machine"), (f"{path}/manifest.json", "Give a folder")):
+        with pytest.raises(UserError, match=message):
+            stage.stage(str(path), folder)

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS = 2**26  # 200 MiB of RGB
+MAX_PIXELS = 50_000_000  # 190 MiB each time that Pillow holds one, at most three times at once
 LARGE_PIXELS = 2**23  # larger ones are decoded one at a time
 RESIZE_RULE = "the largest centred square, then area: Pillow's BOX filter"
 
@@ -77,12 +77,13 @@ def _square(image: Image.Image, image_size: int) -> np.ndarray:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def shrink(image_YXC: np.ndarray, image_size: int) -> np.ndarray:

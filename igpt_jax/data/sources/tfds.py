@@ -73,7 +73,7 @@ def open_builder(argument: str) -> tuple[Any, str]:
 
 
 def keys_of(builder: Any) -> tuple[str, str | None]:
-    """The names of the one image feature, and of the first class label (None where there is none)."""
+    """The names of the one image feature, and of the class label: `label` or the first (None where there is none)."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
@@ -81,7 +81,7 @@ def keys_of(builder: Any) -> tuple[str, str | None]:
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     if len(images) != 1:
         raise UserError(f"tfds:{builder.name} has {len(images)} image features ({', '.join(features)}); one is needed.")
-    return images[0], labels[0] if labels else None
+    return images[0], "label" if "label" in labels else labels[0] if labels else None
 
 
 def class_names_of(builder: Any) -> tuple[str, ...]:
