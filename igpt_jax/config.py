@@ -202,8 +202,9 @@ def _check_job(config: Any) -> None:
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
     job: str = key("prepare", "the job that this configuration is for")
-    source: str = key("digits", "training images: digits | synthetic[:COUNT] | npz:PATH | folder:PATH | tar:PATH | "
-                                "tfds:NAME[@SPLIT] (PATH of npz and tar: a glob); store:PATH fits a palette only")
+    source: str = key("digits", "training images: digits[:train|:test] | synthetic[:COUNT] | npz:PATH | folder:PATH | "
+                                "tar:PATH | tfds:NAME[@SPLIT] (PATH of npz and tar: a glob); store:PATH fits a palette "
+                                "only")
     test_source: str = key("", "test images, same syntax; empty: no test split")
     image_size: int = key(0, "height and width of the stored images, pixels; 0: the source's own")
     palette: str = key("", "fit:K (k-means, K colours), or a palette's .npy; empty: fit:17 for digits, else fit:512")

@@ -6,12 +6,13 @@ python=${1:-python3}
 folder=${2:-runs/quickstart}
 job() { "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}"; }
 
-job prepare store --config.source=digits
+job prepare store --config.source=digits:train --config.test_source=digits:test
 job pretrain pretrain --config=configs/pretrain.py:model=igpt_tiny --config.data.store="$folder/store" \
   --config.model.layers=4 --config.model.embed=64 \
   --config.steps=500 --config.batch_size=64 --config.precision=float32 --config.optimizer.warmup_steps=50 \
   --config.log_every_steps=25 --config.eval_every_steps=100 --config.checkpoint_every_steps=250
 job evaluate evaluate --config.checkpoints="$folder/pretrain"
+job probe probe --config.checkpoint="$folder/pretrain"
 job sample sample --config.checkpoint="$folder/pretrain" --config.data.store="$folder/store"
 
 loss=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["metrics"]["eval/nats_per_pixel"])' \
@@ -20,6 +21,7 @@ cat <<END
 
 Reached     $(printf %.3f "$loss") nats per pixel on held-out digits; guessing among 17 greys costs ln 17 = 2.833
 Pictures    $folder/pretrain/figures/loss.png           the loss over the steps
+            $folder/probe/figures/accuracy_by_layer.png   how much each layer knows of the ten classes
             $folder/sample/figures/samples.png          digits that nobody wrote
             $folder/sample/figures/completions.png      held-out digits: whole, upper half, four completions
 Curves      tensorboard --logdir $folder/pretrain/tensorboard   (pip install tensorboard)

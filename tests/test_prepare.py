@@ -113,7 +113,7 @@ def test_prepare_again(tmp_path):
 
 @pytest.mark.parametrize(("keys", "message"), [
     ({"source": "digit"}, "Did you mean 'digits'"),
-    ({"source": "digits:3"}, "no argument"),
+    ({"source": "digits:3"}, "Write digits, digits:train or digits:test"),
     ({"source": "synthetic:many"}, "whole number"),
     ({"source": "npz"}, "needs a path"),
     ({"source": "npz:/nowhere/*.npz"}, "matches nothing"),

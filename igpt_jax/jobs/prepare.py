@@ -190,7 +190,7 @@ def _check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: epath
 
 def _palette_for(typed: str, source: str) -> tuple[np.ndarray | None, int]:
     """The imported palette, or None and the number of colours to fit."""
-    text = typed or ("fit:17" if source == "digits" else "fit:512")
+    text = typed or ("fit:17" if source.startswith("digits") else "fit:512")
     if not text.startswith("fit:"):
         return palette.load(text), 0
     count = text.removeprefix("fit:")

@@ -7,18 +7,25 @@ import numpy as np
 from igpt_jax.config import UserError
 from igpt_jax.data.sources.base import Item, Source, slice_of
 
+TRAIN = 1437
+
 
 class Digits(Source):
-    """1,797 handwritten digits: 8x8, 17 grey levels 0..16, ten classes."""
+    """1,797 handwritten digits: 8x8, 17 grey levels 0..16, ten classes.
+
+    `digits:train` is the first four fifths, `digits:test` the rest.
+    """
     class_names = tuple("0123456789")
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
         from sklearn.datasets import load_digits  # imports for a second
 
-        if argument:
-            raise UserError(f"source 'digits:{argument}' takes no argument. Write digits.")
-        data = load_digits()
-        self._grey_BYX, self._labels_B = np.rint(data.images * (255 / 16)).astype(np.uint8), data.target
+        parts = {"": slice(None), "train": slice(TRAIN), "test": slice(TRAIN, None)}
+        if argument not in parts:
+            raise UserError(f"source 'digits:{argument}' is not known. Write digits, digits:train or digits:test.")
+        data, part = load_digits(), parts[argument]
+        self._grey_BYX = np.rint(data.images[part] * (255 / 16)).astype(np.uint8)
+        self._labels_B = data.target[part]
         self._mine = slice_of(len(self._grey_BYX), shard)
         self.count, self.sizes = len(self._mine), {8}
 
