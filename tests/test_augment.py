@@ -52,7 +52,7 @@ def batches_of(split, table, **options):
 def test_readers_hosts_and_resumes_agree(tmp_path, table, recipe, reader):
     """A mixture of two stores in blocks, in windows: each batch against NumPy, from the start and from the middle, and
     tfdata on 1, 2, 4 and 8 simulated hosts; digests of epochs agree. Seen to fail with positions counted from the
-    host's first row, and with columns gathered before rows from the wrong axis."""
+    host's first row, and with columns in reverse in resident.batches."""
     pixels = np.concatenate([write(tmp_path / "a", 30, 1), write(tmp_path / "b", 50, 2, chunk=8)])
     config = DataConfig(store=f"{tmp_path}/a,{tmp_path}/b", weights=(1, 2))
     split = data.open_data(config).split("train")

@@ -74,8 +74,7 @@ def test_impossible_n():
 @pytest.mark.parametrize(("n", "block", "window"), [(50, 8, 2), (50, 7, 3), (64, 8, 3), (5, 8, 1), (1000, 64, 4),
                                                     (17, 1, 3)])
 def test_blocks_keep_epochs_exact(n, block, window):
-    """Whatever the last block lacks and wherever it lands. Seen to fail with `slot >= short` in start, and with the
-    same window order in each epoch (epochs equal)."""
+    """Whatever the last block lacks and wherever it lands. Seen to fail (without end) with `slot >= short` in start."""
     data = (Component(n, block=block),)
     for seed in range(4):
         epochs = np.concatenate([order.batch(seed, step, 10, data, window) for step in range(n)]).reshape(-1, n)
