@@ -2,6 +2,7 @@
 # make test         environment, install, and all fast tests
 # make slow         the tests that take minutes
 # make buckets      the tests against emulators of S3 and Google Cloud Storage, in an environment of their own
+# make scaling      compiles the table of docs/scaling.md; GPU cells with CUDA_PYTHON=..., see there
 # make lint         ruff
 # make clean        removes the environment, caches and runs/quickstart
 
@@ -15,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow buckets lint clean
+.PHONY: setup quickstart test slow buckets scaling lint clean
 
 setup: $(INSTALLED)
 
@@ -42,6 +43,10 @@ buckets:
 	.venv-buckets/bin/pip install --quiet --constraint .venv-buckets/constraints.txt setuptools wheel
 	.venv-buckets/bin/pip install --quiet --constraint .venv-buckets/constraints.txt --no-build-isolation --editable '.[test,buckets]'
 	.venv-buckets/bin/python -m pytest -m buckets
+
+scaling: setup
+	$(VENV)/bin/python -m pip install --quiet libtpu==0.0.51
+	$(VENV)/bin/python benchmarks/scaling.py --python "$(CUDA_PYTHON)"
 
 lint: setup
 	$(VENV)/bin/ruff check .

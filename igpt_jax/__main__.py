@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import operator
+import os
 import re
 import sys
 import traceback
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"igpt_jax {job}: {error}", file=sys.stderr)
         return 2
+    if job == "plan" and config.topology != "attached":  # leave this machine's accelerators to those who use them
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from igpt_jax import runtime  # the first import of JAX
 
     return runtime.run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)

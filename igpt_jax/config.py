@@ -68,6 +68,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
     "evaluate": "exact nats per pixel of one or many checkpoints over a whole split",
     "probe": "a linear classifier on the features of every layer: accuracy by depth",
     "sample": "unconditional samples, and completions of given pictures",
+    "plan": "compiles the very step for a TPU or GPU topology that is not there: fits? how fast? which mesh?",
 })
 
 
@@ -347,8 +348,37 @@ class SampleConfig:
         _require(self.rows >= -1, f"rows={self.rows} must be -1 (the upper half) or more.")
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(PretrainConfig):
+    """Pretrain's keys, which decide its step, and what to compile it for. Keys of reading and saving have no effect."""
+    job: str = key("plan", "the job that this configuration is for")
+    image_size: int = key(32, "height and width, pixels")
+    topology: str = key("attached", "v4:4x4x4, v5e:16x16, v5e:16x16*4 (slices), v5p:4x4x8, v6e:16x16, a100:8, h100:8, "
+                                    "h100:8x4 (nodes), h200:8, cpu:8; attached: this machine's devices")
+    step: str = key("train", "what to compile: train, evaluate or sample (unconditionally; batch_size images at once)")
+    palette_size: int = key(512, "colours")
+    search: bool = key(False, "look for the fastest mesh, accumulate, model.remat and model.attention that fit")
+    search_compiles: int = key(4, "most promising candidates that the search compiles")
+    python: str = key("", "interpreter of an environment with jax[cuda13], for GPU topologies; empty: this one")
+    roofline_share: float = key(0.6, "share of the roofline's speed that runs are taken to reach until calibrated; "
+                                     "public transformers of these sizes reach about 0.5 to 0.7")
+    calibration: str = key("", "finished pretrain workdirs on the same kind of device: comma list or glob; their speed "
+                               "replaces roofline_share")
+    dollars_per_device_hour: float = key(-1.0, "price; -1: the list price in topology.py")
+    save_gigabytes_per_second: float = key(5.0, "what all hosts together write to storage")
+    failures_per_1000_device_days: float = key(0.5, "unexpected interruptions (Llama 3 on 16,384 GPUs: 0.47)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _one_of("step", self.step, ["train", "evaluate", "sample"])
+        for name in ("image_size", "palette_size", "search_compiles"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("roofline_share", "save_gigabytes_per_second", "failures_per_1000_device_days"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+
+
 JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig,
-               "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig}
+               "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig, "plan": PlanConfig}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        # jax.make_mesh would split a side of the torus over two mesh axes on v5e alone.
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES,
+                    axis_types=types)
     over_data = math.gcd(slices, sizes.data)
     across = [over_data, slices // over_data, 1, 1]
     if sizes.fsdp % across[1]:

@@ -1,0 +1,168 @@
+"""Compiles the very training step for a topology that need not be there: does it fit, how fast, which mesh, what cost?
+
+Writes plan.json, plan.txt and figures/plan.png. Where no mesh is set, the one estimated to be the fastest is taken.
+TPU topologies need libtpu (`pip install 'igpt-jax[plan]'`); GPU ones need jax[cuda13] in an environment of its own,
+named by --config.python. What was compiled is kept under $IGPT_CACHE.
+"""
+
+import dataclasses
+import json
+import statistics
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from igpt_jax import checkpoint, figures, runtime, storage, telemetry, topology
+from igpt_jax.config import DataConfig, MeshConfig, PlanConfig, UserError
+from igpt_jax.planner import Evidence, search
+from igpt_jax.planner.answer import Answer, answer, table
+from igpt_jax.planner.verdicts import verdict_for
+from igpt_jax.topology import GIB, Target
+
+REMEDY_COMPILES = 3  # settings compiled to find one that fits
+COUNTS = tuple(2**power for power in range(13))  # devices on the plot
+
+
+def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
+    """Plans one run. Returns `parameters, fits, bytes_per_device, hbm_bytes, step_seconds, mfu`.
+
+    Raises:
+      UserError: the topology is unknown, cannot hold the mesh, or its compiler is missing; the batch is impossible.
+    """
+    target = _target(config)
+    if config.data != DataConfig():
+        telemetry.say("igpt_jax plan: data.* has no effect here: a step does not read.")
+    share, evidence = _calibrated(config, target) if config.calibration else (config.roofline_share,
+                                                                              Evidence.UNCALIBRATED)
+    lines = []
+    if config.search:
+        found = _search(config, target, share, evidence)
+        lines, result = [*_ranking(found), ""], found[0]
+    else:
+        config = _with_mesh(config, target, share)
+        result = answer(config, target, verdict_for(config), share, evidence)
+    rows, record = result.rows(), result.to_dict()
+    if result.fits is False and config.step == "train":
+        record["what_would_fit"] = _remedy(result, share, evidence)
+        rows.append(("what would fit", record["what_would_fit"], Evidence.COMPILER))
+    text = "\n".join([*lines, table(rows)])
+    print(text, flush=True)
+    folder = storage.path(workdir)
+    storage.publish(folder / "plan.txt", text + "\n")
+    storage.publish(folder / "plan.json", runtime.to_json(record))
+    if result.forecast and config.step == "train":
+        _draw(result, share, folder / "figures" / "plan.png")
+    return result.metrics
+
+
+def _target(config: PlanConfig) -> Target:
+    target = topology.parse(config.topology)
+    if target.platform != "attached":
+        return target
+    return topology.like(jax.devices()[0].device_kind, len(jax.devices()))
+
+
+def _with_mesh(config: PlanConfig, target: Target, share: float) -> PlanConfig:
+    """The config with its mesh resolved; where none is set, with the fastest by estimate."""
+    if config.mesh != MeshConfig():
+        return dataclasses.replace(config, mesh=config.mesh.resolve(target.devices))
+    return _candidates(config, target, share, vary=False)[0].config
+
+
+def _candidates(config: PlanConfig, target: Target, share: float, vary: bool) -> list[search.Candidate]:
+    found = search.candidates(config, target, share, vary)
+    if not found:
+        raise UserError(f"batch_size={config.batch_size} with {config.model.heads} heads and {config.image_size ** 2:,}"
+                        f" tokens does not split over the {target.devices} devices of {config.topology} in any way. "
+                        "Choose a batch_size with more powers of two, or fewer devices.")
+    return found
+
+
+# Calibration.
+
+def _calibrated(config: PlanConfig, target: Target) -> tuple[float, Evidence]:
+    """The share of the roofline that real runs on this kind of device reached: their steps are planned too."""
+    shares = []
+    for path in filter(None, map(str.strip, config.calibration.split(","))):
+        for workdir in storage.matching(path):
+            shares.append(_share_of(config, target, str(workdir)))
+    if not shares:
+        raise UserError(f"calibration={config.calibration!r} names no workdir. Give finished workdirs of pretrain.")
+    return statistics.median(shares), Evidence.CALIBRATED
+
+
+def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
+    record = checkpoint.load_record(workdir)
+    result = json.loads(storage.read(storage.path(workdir) / "result.json"))
+    device, speed = result["device"], result["metrics"].get("images_per_second")
+    ran_on = topology.like(device["kind"], device["count"])
+    if ran_on.chip != target.chip:
+        raise UserError(f"calibration={workdir} ran on {ran_on.chip.name}, not on {target.chip.name}. Give runs on the "
+                        "same kind of device.")
+    if not speed:
+        raise UserError(f"calibration={workdir}: result.json has no images_per_second. Give a run of more steps.")
+    same = {field.name: getattr(record.config, field.name) for field in dataclasses.fields(record.config)
+            if field.name not in ("job", "mesh", "image_size")}
+    ran = dataclasses.replace(config, **same, mesh=record.config.mesh.resolve(device["count"]), topology=ran_on.name,
+                              step="train", image_size=record.image_size, palette_size=len(record.palette_VC))
+    planned = answer(ran, ran_on, verdict_for(ran), 1.0, Evidence.UNCALIBRATED)
+    if not planned.forecast:
+        raise UserError(f"calibration={workdir}: its step does not compile here: {planned.verdict.message}")
+    return planned.forecast.step_seconds * speed / ran.batch_size
+
+
+# Search.
+
+def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence) -> list[Answer]:
+    """Compiles the most promising settings; those that fit first, the fastest of them first."""
+    ranked = _candidates(config, target, share, vary=True)
+    tried = search.distinct(ranked)[:config.search_compiles]
+    telemetry.say(f"igpt_jax plan: {len(ranked):,} settings by estimate; compiling {len(tried)}")
+    found, refusal = [], None
+    for candidate in tqdm(tried, unit="compile", desc="search", disable=None):
+        try:
+            found.append(answer(candidate.config, target, verdict_for(candidate.config), share, evidence))
+        except UserError as error:  # a back-end may not take what the formula does not know of
+            refusal = error
+    if refusal and not found:
+        raise refusal
+    return sorted(found, key=lambda each: (not each.fits, each.forecast.step_seconds if each.fits
+                                           else each.verdict.required_bytes))
+
+
+def _ranking(found: list[Answer]) -> list[str]:
+    lines = [("GiB per device", "s per step", "setting")]
+    for each in found:
+        seconds = f"{each.forecast.step_seconds:.3g}" if each.forecast else "-"
+        lines.append((f"{each.verdict.required_bytes / GIB:.2f}{'' if each.fits else ' no'}", seconds,
+                      search.settings(each.config)))
+    return [f"{memory:18}  {seconds:10}  {setting}" for memory, seconds, setting in lines]
+
+
+def _remedy(result: Answer, share: float, evidence: Evidence) -> str:
+    """The least change that makes it fit, found by compiling."""
+    tried = search.remedies(result.config, result.verdict, result.target, share)[:REMEDY_COMPILES]
+    for candidate in tqdm(tried, unit="compile", desc="looking for what fits", disable=None):
+        try:
+            other = answer(candidate.config, result.target, verdict_for(candidate.config), share, evidence)
+        except UserError:  # a back-end may not take it
+            continue
+        if other.fits:
+            return f"{search.settings(candidate.config)} takes {other.verdict.required_bytes / GIB:.2f} GiB"
+    larger = topology.resized(result.target, 2 * result.target.devices)
+    return f"nothing tried ({len(tried)} settings); more devices might: {larger.name if larger else 'a larger slice'}"
+
+
+def _draw(result: Answer, share: float, path: Any) -> None:
+    curve = []
+    for count in COUNTS:
+        target = topology.resized(result.target, count)
+        found = target and search.candidates(result.config, target, share, vary=False)
+        if found:
+            curve.append((count, found[0].forecast.step_seconds, found[0].estimate.required_bytes))
+    config = result.config
+    title = (f"{config.model.name} at {config.image_size}x{config.image_size}, batch {config.batch_size}, "
+             f"{result.target.chip.name}: step time is {result.forecast.evidence}")
+    figures.scaling_curve(path, title, curve, (result.target.devices, result.forecast.step_seconds,
+                                        result.verdict.required_bytes), result.usable_bytes)

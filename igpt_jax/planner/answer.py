@@ -1,0 +1,151 @@
+"""The answer to a plan: figures from a verdict, each with its evidence, as JSON and as a table."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+from igpt_jax import telemetry
+from igpt_jax.config import PlanConfig
+from igpt_jax.model import Dims
+from igpt_jax.planner import Evidence
+from igpt_jax.planner.compilation import Verdict
+from igpt_jax.planner.roofline import Forecast, forecast
+from igpt_jax.planner.schedule import Schedule, schedule
+from igpt_jax.topology import GIB, Target
+
+EXACT, COMPILER, ESTIMATE = Evidence.EXACT, Evidence.COMPILER, Evidence.ESTIMATE
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What `config` means on `target`. `forecast`, `schedule` and `mfu` only where the step compiled.
+
+    Attributes:
+      usable_bytes: of a device's memory.
+      model_flops: of one step over all devices: causal half, nothing computed twice.
+    """
+    config: PlanConfig
+    target: Target
+    verdict: Verdict
+    usable_bytes: int
+    model_flops: float
+    forecast: Forecast | None = None
+    schedule: Schedule | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the compiler failed on something else."""
+        if self.verdict.status == "failed":
+            return None
+        return self.verdict.status == "compiled" and self.verdict.required_bytes <= self.usable_bytes
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation (see `telemetry.mfu`)."""
+        if not self.forecast:
+            return None
+        speed = self.model_flops / self.target.devices / self.forecast.step_seconds
+        return telemetry.mfu(speed, self.target.chip.peak_bf16_flops)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """For result.json."""
+        return {"parameters": self.verdict.parameters, "fits": self.fits,
+                "bytes_per_device": self.verdict.required_bytes, "hbm_bytes": self.usable_bytes,
+                "step_seconds": self.forecast and self.forecast.step_seconds, "mfu": self.mfu}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for plan.json; `evidence` has each figure's kind."""
+        rows = {name: {"value": value, "evidence": str(evidence)} for name, value, evidence in self.rows()}
+        optional = {name: part and dataclasses.asdict(part) for name, part in
+                    (("forecast", self.forecast), ("schedule", self.schedule))}
+        return {**self.metrics, "model_flops": self.model_flops, **optional, "table": rows,
+                "verdict": dataclasses.asdict(self.verdict)}
+
+    def rows(self) -> list[tuple[str, str, Evidence | str]]:
+        """The table: what, figure, evidence."""
+        v, config = self.verdict, self.config
+        mesh = " x ".join(f"{axis}={size}" for axis, size in v.mesh.items() if size > 1) or "one device"
+        rows = [("what", f"{config.step} step of {config.model.name}, {v.parameters:,} parameters, {config.image_size}x"
+                         f"{config.image_size}, batch {config.batch_size:,}", EXACT),
+                ("where", f"{config.topology}, {v.devices:,} x {v.device_kind}, mesh {mesh}", EXACT),
+                ("how", f"{v.attention} attention, remat {config.model.remat}, accumulate {config.accumulate}, "
+                        f"{config.precision}", EXACT),
+                ("fits", self._fit(), COMPILER)]
+        if v.status != "compiled":
+            return rows
+        others = v.temporaries_bytes - v.gradients_bytes
+        rows += [("  parameters", _gib(v.params_bytes), EXACT), ("  moments", _gib(v.moments_bytes), EXACT),
+                 ("  gradients", _gib(v.gradients_bytes), EXACT),
+                 ("  activations and other temporaries", _gib(max(0, others)), COMPILER)]
+        if self.model_flops:
+            again = v.flops / self.model_flops - 1
+            rows += [("model FLOPs per step", f"{self.model_flops:.4g} (causal half)", EXACT),
+                     ("executed FLOPs per step", f"{v.flops:.4g} ({again:+.0%}: remat, and attention's own)", EXACT)]
+        rows += [("memory traffic per device and step", _gib(v.memory_bytes), ESTIMATE)]
+        rows += [(f"sent per device and step over {axes}", _gib(size), ESTIMATE)
+                 for axes, size in sorted(v.collective_bytes.items()) if size >= 2**20]
+        rows += self._time_rows()
+        if v.unknown_loops:
+            rows.append(("note", f"{v.unknown_loops} loops of unknown length counted once", ESTIMATE))
+        return rows
+
+    def _fit(self) -> str:
+        v = self.verdict
+        used, room = v.required_bytes, self.usable_bytes
+        if v.status != "compiled" and not used:
+            return f"{'not known' if self.fits is None else 'no'}: {v.message}"
+        if self.fits:
+            return f"yes: {_gib(used)} of {_gib(room)} per device, {1 - used / room:.0%} free"
+        return f"no: {_gib(used)} of {_gib(room)} per device, {_gib(used - room)} too much"
+
+    def _time_rows(self) -> list[tuple[str, str, Evidence]]:
+        if not self.forecast:
+            return []
+        f, evidence = self.forecast, self.forecast.evidence
+        rows = [("at peak", f"compute {f.compute_seconds:.3g} s, memory {f.memory_seconds:.3g} s; network "
+                            f"{f.waited_seconds:.3g} s waited for, {f.beside_seconds:.3g} s beside", ESTIMATE),
+                ("step time", f"{f.step_seconds:.3g} s ({f.bound_seconds / f.step_seconds:.0%} of the bound's speed)",
+                 evidence)]
+        if self.config.step == "train":
+            s = self.schedule
+            rows += [("MFU", f"{self.mfu:.1%} (causal half)", evidence),
+                     ("images per second", f"{self.config.batch_size / f.step_seconds:,.1f}", evidence),
+                     (f"{self.config.steps:,} steps", f"{s.days:,.2f} days, {s.device_hours:,.0f} device-hours, "
+                                                      f"${s.dollars:,.0f}", evidence),
+                     ("  in the paper's unit", f"{s.v100_days:,.0f} V100-days", ESTIMATE),
+                     ("checkpoint", _gib(s.checkpoint_bytes), EXACT),
+                     ("  save", f"{s.save_seconds:,.1f} s; best every {s.save_every_seconds / 60:,.0f} minutes, "
+                                f"{s.save_every_seconds / f.step_seconds:,.0f} steps", ESTIMATE)]
+        else:
+            rows.append(("images per second", f"{self.config.batch_size / f.step_seconds:,.1f}", evidence))
+        return rows
+
+
+def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, evidence: Evidence) -> Answer:
+    """Puts the figures together; `share` and `evidence` as `roofline.forecast` takes them."""
+    d = Dims.of(config.model, config.palette_size, config.image_size)
+    flops = config.batch_size * telemetry.train_flops_per_image(d.L, d.D, d.F, d.V, d.T)
+    flops = flops if config.step == "train" else 0.0
+    usable = target.chip.usable_bytes
+    if target.platform == "cpu":  # they share the machine's memory
+        usable = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // target.devices
+    plain = Answer(config, target, verdict, usable, flops)
+    if verdict.status != "compiled":
+        return plain
+    time = forecast(target, verdict.mesh, verdict.flops, verdict.memory_bytes, verdict.collective_bytes, share,
+                    evidence)
+    return dataclasses.replace(plain, forecast=time, schedule=schedule(
+        config, target, time.step_seconds, flops, verdict.checkpoint_bytes))
+
+
+def table(rows: list[tuple[str, str, Any]]) -> str:
+    """Aligned text."""
+    widths = [max(len(str(row[column])) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {evidence}".rstrip() for name, value, evidence in rows)
+
+
+def _gib(size: float) -> str:
+    digits = 2 if size == 0 or abs(size) >= GIB / 10 else 2 - math.floor(math.log10(abs(size) / GIB))
+    return f"{size / GIB:,.{digits}f} GiB"

@@ -1,0 +1,184 @@
+"""One step, the very one of the job, compiled for a topology: what the compiler says of it, as a verdict.
+
+`python -m igpt_jax.planner.compilation FILE` does so in a process of its own, which a vendor's compiler may bring down:
+the request comes as JSON on stdin, the verdict goes to FILE.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from igpt_jax import decode, evaluation, sharding, steps, topology
+from igpt_jax.config import PlanConfig, UserError, parse
+from igpt_jax.model import Model, count_parameters
+from igpt_jax.planner import flops, program, targets
+from igpt_jax.runtime import set_precision
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What compiling one step gave. Bytes are of one device.
+
+    Attributes:
+      status: 'compiled', 'out_of_memory' (the compiler refused), 'refused' (the config cannot run there) or 'failed'.
+      message: of the refusal or failure.
+      required_bytes: what the step takes: arguments, temporaries, outputs that reuse no argument, and code. Where the
+        compiler refused, what it asked for; 0 where it did not say.
+      params_bytes, moments_bytes, batch_bytes: of the arguments.
+      checkpoint_bytes: of the whole training state, over all devices together.
+      gradients_bytes: of a whole set of gradients, as split as the parameters; they are among the temporaries.
+      temporaries_bytes: activations, gradients and all else that lives during the step.
+      flops: matrix products in the step as written, remat's recomputation included, over all devices.
+      memory_bytes: read from and written to memory.
+      collective_bytes: sent, by mesh axes.
+      collectives: how many run, by kind.
+      unknown_loops: loops whose length the compiled text does not tell.
+    """
+    status: str
+    message: str = ""
+    device_kind: str = ""
+    devices: int = 0
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    attention: str = ""
+    parameters: int = 0
+    required_bytes: int = 0
+    params_bytes: int = 0
+    moments_bytes: int = 0
+    batch_bytes: int = 0
+    checkpoint_bytes: int = 0
+    gradients_bytes: int = 0
+    temporaries_bytes: int = 0
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    collectives: dict[str, float] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+    compile_seconds: float = 0.0
+
+
+def compile_step(config: PlanConfig) -> Verdict:
+    """Compiles `config.step` for `config.topology` in this process.
+
+    Raises:
+      UserError: topology, mesh, batch and model do not go together, or a vendor's compiler is missing.
+    """
+    target = topology.parse(config.topology)
+    mesh = sharding.make_mesh(config.mesh, targets.devices_for(target))
+    function, arguments, model = step_for(config, mesh)
+    state = arguments[0]
+    params = state["params"] if config.step == "train" else state
+    known = {"device_kind": mesh.devices.flat[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape),
+             "attention": model.config.attention, "parameters": count_parameters(params),
+             "params_bytes": _shard_bytes(params), "batch_bytes": _shard_bytes(arguments[1:])}
+    if config.step == "train":
+        known |= {"moments_bytes": _shard_bytes(state["optimizer"]), "gradients_bytes": _shard_bytes(params),
+                  "checkpoint_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))}
+    with jax.set_mesh(mesh):
+        traced = function.trace(*arguments)
+        known["flops"] = flops.count(traced.jaxpr)
+        lowered = traced.lower()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            # as_text() fails on some TPU programs; the dump of the same compilation does not.
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if target.platform == "tpu" else None
+            compiled = lowered.compile(dump)
+        except jax.errors.JaxRuntimeError as error:
+            return _compile_error(str(error), known)
+        seconds = time.perf_counter() - start
+        text = _dumped(folder) if dump else compiled.as_text()
+    memory, moved = compiled.memory_analysis(), program.traffic(text, dict(mesh.shape))
+    new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes if target.platform == "tpu" else 0  # elsewhere in the host's memory
+    required = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs + code
+    return Verdict("compiled", required_bytes=required, temporaries_bytes=memory.temp_size_in_bytes,
+                   memory_bytes=moved.memory_bytes, collective_bytes=moved.collective_bytes,
+                   collectives=moved.collectives, unknown_loops=moved.unknown_loops, compile_seconds=seconds, **known)
+
+
+def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], Model]:
+    """The job's own jitted step, its arguments as shapes with shardings, and the model."""
+    sharding.check_batch(config.batch_size, mesh, config.accumulate if config.step == "train" else 1)
+    model = Model(config.model, config.palette_size, config.image_size, config.precision, mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    by_image, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    tokens_BT = array((config.batch_size, model.dims.T), jnp.int32, by_image)
+    state = steps.abstract_state(model, config, mesh)
+    if config.step == "train":
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        step = steps.jit_train_step(model, config, mesh, max(0, config.optimizer.warmup_steps))
+        return step, (state, tokens_BT, array(key.shape, key.dtype, everywhere)), model
+    if config.step == "evaluate":
+        step = evaluation.jit_over_batches(steps.make_eval_step(model), mesh)
+        return step, (state["params"], tokens_BT), model
+
+    def sample(params: Any, given_BP: jax.Array, index_B: jax.Array) -> jax.Array:
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index_B)
+        return decode.generate(model, params, given_BP, keys_B, decode.Sampling())
+
+    nothing_BP = array((config.batch_size, 0), jnp.int32, by_image)
+    index_B = array((config.batch_size,), jnp.int32, by_image)
+    return jax.jit(sample, out_shardings=everywhere), (state["params"], nothing_BP, index_B), model
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total += itemsize * math.prod(shape)
+    return total
+
+
+def _dumped(folder: str) -> str:
+    """The step's module among those that the compiler wrote: the largest."""
+    files = glob.glob(os.path.join(folder, "*.after_optimizations.txt"))
+    with open(max(files, key=os.path.getsize), encoding="utf-8") as file:
+        return file.read()
+
+
+def _compile_error(message: str, known: dict[str, Any]) -> Verdict:
+    line = " ".join(message.split())[:500]
+    if "RESOURCE_EXHAUSTED" not in message:
+        return Verdict("failed", line, **known)
+    asked = re.search(r"(?:[Uu]sed |required[\w ]*\()([\d.]+)([KMGT])", message)
+    required = int(float(asked[1]) * UNITS[asked[2]]) if asked else 0
+    if "for HLO temporaries" in message:
+        required += sum(known.get(f"{name}_bytes", 0) for name in ("params", "moments", "batch"))
+    return Verdict("out_of_memory", line, required_bytes=required, **known)
+
+
+def main(file: str) -> None:
+    """Reads a PlanConfig as JSON on stdin, writes its Verdict as JSON to `file`."""
+    config = parse("plan", json.load(sys.stdin))
+    set_precision(config.precision)
+    try:
+        verdict = compile_step(config)
+    except UserError as error:
+        verdict = Verdict("refused", str(error))
+    with open(file, "w", encoding="utf-8") as out:
+        json.dump(dataclasses.asdict(verdict), out)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(sys.argv[1])

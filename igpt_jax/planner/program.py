@@ -1,0 +1,322 @@
+"""What a compiled program moves, read in its text: bytes to and from memory, and between devices by mesh axis.
+
+XLA's own `cost_analysis` counts the body of a loop once, whatever its length. The text names every loop's body and
+bound, so that each instruction here counts as often as it runs. What XLA keeps in on-chip memory (`S(1)` in a layout)
+is no traffic; a slice of a stack of weights counts as the slice.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What moves nothing by itself: bookkeeping, or the end of what its start counts already.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+        "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "send", "recv"}
+BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    def called(self, kind: str) -> str | None:
+        """The computation named by an attribute such as `body`."""
+        found = re.search(rf"\b{kind}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+    @property
+    def base(self) -> str:
+        """The opcode without -start."""
+        return self.opcode.removesuffix("-start")
+
+
+Computation = dict[str, Instruction]  # in order; the root comes last
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one device moves in one run of a program.
+
+    Attributes:
+      memory_bytes: read from and written to its memory.
+      collective_bytes: sent to other devices, by the mesh axes that they differ along ('fsdp', 'data+fsdp').
+      collectives: how many run, by kind.
+      unknown_loops: loops whose length the text does not tell; their bodies count once.
+    """
+    memory_bytes: float
+    collective_bytes: Mapping[str, float]
+    collectives: Mapping[str, float]
+    unknown_loops: int
+
+
+def traffic(text: str, mesh_shape: Mapping[str, int]) -> Traffic:
+    """Reads the text of a partitioned, optimized HLO module.
+
+    Args:
+      text: `compiled.as_text()`, or XLA's dump after optimizations.
+      mesh_shape: sizes of the mesh axes by name, in order; devices are numbered in this order.
+    """
+    program = _parse(text)
+    memory, sent, counts, unknown = 0.0, defaultdict(float), defaultdict(float), 0
+    chains = set()
+    for computation, instruction, times in _executed(program, program["ENTRY"], 1.0):
+        unknown += instruction.opcode == "while" and _trip_count(program, computation, instruction) is None
+        memory += times * _memory_bytes(program, computation, instruction)
+        for where, collective, kind in _collectives(program, computation, instruction):
+            # A collective that overlaps with other work is spread over several fusions, which name one chain.
+            if chain := re.search(r'chain_id="\d+"', collective.attributes):
+                link = chain[0], re.search(r"channel_id=\d+", collective.attributes)[0]
+                if link in chains:
+                    continue
+                chains.add(link)
+            axes, size = _group(collective.attributes, mesh_shape)
+            if size > 1:
+                sent[axes] += times * _sent(collective, where, kind, size)
+                counts[kind] += times
+    return Traffic(memory, dict(sent), dict(counts), unknown)
+
+
+def _parse(text: str) -> dict[str, Computation]:
+    """Computations by name; the one that runs is ENTRY too."""
+    program: dict[str, Computation] = {}
+    current: Computation = {}
+    for line in text.splitlines():
+        if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+            current = program[header[2]] = {}
+            if header[1]:
+                program["ENTRY"] = current
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
+            kind, rest = _split_type(line[found.end():])
+            opcode, _, rest = rest.partition("(")
+            operands, attributes = _split_parenthesis(rest)
+            current[found[1]] = Instruction(found[1], kind, opcode.strip(),
+                                            tuple(re.findall(r"%([\w.\-]+)", operands)) or (operands,), attributes)
+    return program
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    inside, rest = _split_parenthesis(text[1:])
+    return f"({inside})", rest
+
+
+def _split_parenthesis(text: str) -> tuple[str, str]:
+    """What lies before and after the parenthesis that closes one opened just before `text`."""
+    depth = 1
+    for found in re.finditer(r"[()]", text):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return text[:found.start()], text[found.end():]
+    return text, ""
+
+
+def _executed(program: dict[str, Computation], computation: Computation, times: float
+              ) -> Iterator[tuple[Computation, Instruction, float]]:
+    """Every instruction that runs, with its computation and how often; bodies of fusions are not gone into."""
+    for instruction in computation.values():
+        yield computation, instruction, times
+        if instruction.opcode == "while":
+            inner = times * (_trip_count(program, computation, instruction) or 1)
+            yield from _executed(program, program[instruction.called("body")], inner)
+        elif instruction.opcode == "conditional":
+            found = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+            names = re.findall(r"%([\w.\-]+)", found[1]) if found else [
+                instruction.called("true_computation"), instruction.called("false_computation")]
+            for name in names:
+                yield from _executed(program, program[name], times)
+        elif instruction.opcode in ("call", "async-start"):
+            name = instruction.called("to_apply") or instruction.called("calls")
+            yield from _executed(program, program[name], times)
+
+
+def _trip_count(program: dict[str, Computation], computation: Computation, loop: Instruction) -> int | None:
+    """How often a loop runs: stated, or from the bound that its counter, which starts at 0, is compared to."""
+    if stated := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(stated[1])
+    condition = program[loop.called("condition")]
+    compared = list(condition.values())[-1]
+    # The comparison may stand alone in a fusion.
+    if compared.opcode != "fusion" and not (compared.opcode == "compare" and "direction=LT" in compared.attributes):
+        return None
+    operands = [condition[name] for name in compared.operands]
+    indices = [int(re.search(r"index=(\d+)", operand.attributes)[1]) for operand in operands
+               if operand.opcode == "get-tuple-element"]
+    bounds = [_constant(operand) for operand in operands if operand.opcode == "constant"]
+    counters = indices
+    if not bounds:  # the bound travels with the loop: see what it started as
+        start = computation[loop.operands[0]]
+        if start.opcode != "tuple":
+            return None
+        values = {index: _source(computation, start.operands[index]) for index in indices}
+        bounds = [_constant(value) for value in values.values() if value.opcode == "constant" and _constant(value)]
+        counters = [index for index, value in values.items() if not (value.opcode == "constant" and _constant(value))]
+    if len(bounds) != 1 or not bounds[0] or len(counters) != 1:
+        return None
+    return -(-bounds[0] // _step(program[loop.called("body")], counters[0]))
+
+
+def _step(body: Computation, counter: int) -> int:
+    """By how much a loop's counter grows on each turn: two turns in one, where XLA has unrolled it."""
+    root = list(body.values())[-1]
+    grown = _source(body, root.operands[counter]) if root.opcode == "tuple" else root
+    added = [_source(body, name) for name in grown.operands] if grown.opcode == "add" else []
+    steps = [_constant(each) for each in added if each.opcode == "constant"]
+    return steps[0] if steps and steps[0] else 1
+
+
+def _source(computation: Computation, name: str) -> Instruction:
+    while computation[name].opcode in ("copy", "bitcast") and computation[name].operands[0] in computation:
+        name = computation[name].operands[0]
+    return computation[name]
+
+
+def _constant(instruction: Instruction) -> int | None:
+    return int(instruction.operands[0]) if re.fullmatch(r"\d+", instruction.operands[0]) else None
+
+
+# Collectives.
+
+def _collectives(program: dict[str, Computation], computation: Computation, instruction: Instruction
+                 ) -> Iterator[tuple[Computation, Instruction, str]]:
+    """The collective that an instruction is, or those in a fusion: with the computation around it, and its kind."""
+    between_slices = instruction.opcode == "send" and "_xla_megascale" in instruction.attributes
+    if instruction.base in COLLECTIVES or between_slices:
+        yield computation, instruction, instruction.base
+    elif instruction.opcode == "fusion":
+        inside = program[instruction.called("calls")]
+        sliced = any(each.opcode == "dynamic-slice" for each in inside.values())
+        for each in inside.values():
+            if each.base in COLLECTIVES:  # a TPU's reduce-scatter is a sum of which a device takes its slice
+                yield inside, each, "reduce-scatter" if each.base == "all-reduce" and sliced else each.base
+
+
+def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
+    """The mesh axes that the devices of one group differ along, joined by +, and the size of a group."""
+    if "_xla_megascale" in attributes:  # between TPU slices, which lie along the first mesh axis that is split
+        return next((axis for axis, size in mesh_shape.items() if size > 1), ""), 2
+    sizes = tuple(mesh_shape.values())
+    devices = np.arange(math.prod(sizes))
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
+        pairs = np.array([list(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
+        moved = pairs[pairs[:, 0] != pairs[:, 1]]
+        differ = np.array(np.unravel_index(moved[:, 0], sizes)) != np.array(np.unravel_index(moved[:, 1], sizes))
+        return _names(differ.any(axis=1), mesh_shape), 2
+    groups = devices[None]
+    if listed := re.search(r"replica_groups=\{(\{[\d,{} ]+\})\}", attributes):
+        groups = [list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])][:1]
+    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        dims = list(map(int, iota[3].split(",")))
+        order = list(map(int, iota[4].split(","))) if iota[4] else range(len(dims))
+        groups = devices.reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
+    elif named := re.search(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        dims = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1])}
+        used = re.findall(r"'(\w+)'", named[2])
+        kept = [list(dims).index(name) for name in used]
+        rest = [index for index in range(len(dims)) if index not in kept]
+        whole = devices.reshape(list(dims.values())).transpose(rest + kept)
+        groups = whole.reshape(-1, math.prod(dims[name] for name in used))
+    coordinates = np.array(np.unravel_index(np.asarray(groups[0]), sizes))
+    return _names((coordinates != coordinates[:, :1]).any(axis=1), mesh_shape), len(groups[0])
+
+
+def _names(differ: np.ndarray, mesh_shape: Mapping[str, int]) -> str:
+    return "+".join(axis for axis, used in zip(mesh_shape, differ, strict=True) if used)
+
+
+def _sent(instruction: Instruction, computation: Computation, kind: str, size: int) -> float:
+    """Bytes that a device sends, by the algorithms that move least: rings, or their like on a torus."""
+    operands = instruction.operands[:1] if kind == "send" else instruction.operands
+    given = sum(_bytes(computation[name].type) for name in operands if name in computation)
+    return given * {"all-gather": size - 1, "all-reduce": 2 * (size - 1) / size, "reduce-scatter": (size - 1) / size,
+                    "all-to-all": (size - 1) / size, "collective-permute": 1, "send": 1}[kind]
+
+
+# Memory.
+
+def _bytes(kind: str, memory_only: bool = False) -> float:
+    """Bytes of a type, a tuple's elements together; with `memory_only` those that lie in the device's main memory."""
+    total = 0.0
+    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", kind):
+        if memory_only and re.search(r"S\([1-9]\d*\)", layout):
+            continue
+        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["32"])[0])
+        total += math.prod(map(int, filter(None, dims.split(",")))) * bits / 8
+    return total
+
+
+def _elements(kind: str) -> list[str]:
+    """The element types of a tuple (nested ones flat), or the type itself."""
+    return re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", kind)
+
+
+def _in_memory(kind: str) -> bool:
+    return _bytes(kind, memory_only=True) > 0
+
+
+def _memory_bytes(program: dict[str, Computation], computation: Computation, instruction: Instruction) -> float:
+    """Bytes that an instruction reads from and writes to main memory."""
+    opcode = instruction.opcode
+    if opcode in FREE or opcode.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.attributes:
+        return 0.0
+    types = [computation[name].type for name in instruction.operands if name in computation]
+    if opcode == "fusion":
+        inside = program[instruction.called("calls")]
+        parameters = {int(each.operands[0]): each.name for each in inside.values() if each.opcode == "parameter"}
+        read = sum(min(_read(program, inside, parameters[index]), _bytes(kind)) for index, kind in enumerate(types)
+                   if _in_memory(kind) and index in parameters)
+        return read + _written(inside, instruction)
+    written = _elements(instruction.type)
+    if opcode.endswith("-start"):  # a tuple of what is read, what is written and semaphores
+        written = written[1:2] if opcode == "copy-start" else written[len(types):2 * len(types)]
+        written = written if opcode != "copy-start" else _elements(instruction.type)[:1]
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return sum(2 * _bytes(kind, memory_only=True) for kind in written)
+    if opcode in ("dynamic-update-slice", "scatter"):
+        return 2 * _bytes(types[1 if opcode == "dynamic-update-slice" else -1], memory_only=_in_memory(types[0]))
+    return sum(_bytes(kind, memory_only=True) for kind in (*types, *written))
+
+
+def _read(program: dict[str, Computation], inside: Computation, name: str) -> float:
+    """Bytes of an array that a fusion reads: of a stack of which it takes a slice, the slice."""
+    total = 0.0
+    for user in inside.values():
+        if name not in user.operands or user.opcode == "parameter":
+            continue
+        if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
+            total += _bytes(user.type)
+        elif user.opcode == "bitcast":
+            total += _read(program, inside, user.name)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            pass  # updated in place
+        elif user.opcode == "fusion":
+            within = program[user.called("calls")]
+            parameters = {int(each.operands[0]): each.name for each in within.values() if each.opcode == "parameter"}
+            total += sum(_read(program, within, parameters[index]) for index, operand in enumerate(user.operands)
+                         if operand == name)
+        else:
+            total += _bytes(inside[name].type)
+    return total
+
+
+def _written(inside: Computation, fusion: Instruction) -> float:
+    """Bytes that a fusion writes: of a stack that it updates in place, the update."""
+    root = list(inside.values())[-1]
+    roots = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = 0.0
+    for kind, each in zip(_elements(fusion.type), roots, strict=False):
+        while each.opcode == "bitcast":
+            each = inside[each.operands[0]]
+        updated = each.opcode == "dynamic-update-slice"
+        total += _in_memory(kind) * _bytes(inside[each.operands[1]].type if updated else kind)
+    return total

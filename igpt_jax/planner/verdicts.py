@@ -1,0 +1,114 @@
+"""Asks for verdicts, each from a process of its own, and keeps them by the content of all that decides them."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from igpt_jax import storage, topology
+from igpt_jax.config import PlanConfig, UserError, to_dict
+from igpt_jax.planner.compilation import Verdict, compile_step
+
+PACKAGE = pathlib.Path(__file__).parent.parent
+# The files that a step and its reading are made of; another loop or job changes no verdict. What config.py decides is
+# in the config itself.
+CODE = ("sharding.py", "attention", "model.py", "objectives.py", "decode.py", "optimizer.py", "steps.py",
+        "planner/flops.py", "planner/program.py", "planner/targets.py", "planner/compilation.py")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda13-plugin")
+# What a plan can be told that changes nothing in the step.
+WITHOUT_EFFECT = (
+    "data", "seed", "palette", "steps", "max_skipped_updates", "log_every_steps", "eval_every_steps",
+    "checkpoint_every_steps", "keep_newest", "keep_steps", "python", "search", "search_compiles", "calibration",
+    "roofline_share", "dollars_per_device_hour", "save_gigabytes_per_second", "failures_per_1000_device_days")
+TIMEOUT_SECONDS = 1800
+
+
+def verdict_for(config: PlanConfig) -> Verdict:
+    """What compiling `config`'s step gives, from $IGPT_CACHE (~/.cache/igpt_jax where unset) where it is known.
+
+    A step for the devices of this machine is compiled here, since no second process can have them, and is not kept.
+
+    Raises:
+      UserError: the config cannot run on that topology, or a vendor's compiler is missing.
+    """
+    if config.topology == "attached":
+        return compile_step(config)
+    folder = storage.path(os.environ.get("IGPT_CACHE") or "~/.cache/igpt_jax") / "verdicts"
+    file = folder / f"{_digest(config)}.json"
+    if file.exists():
+        return Verdict(**json.loads(file.read_text()))
+    verdict = _ask(config)
+    if verdict.status == "refused":
+        raise UserError(verdict.message)
+    if verdict.status != "failed":
+        storage.publish(file, json.dumps(dataclasses.asdict(verdict)))
+    return verdict
+
+
+def _ask(config: PlanConfig) -> Verdict:
+    """Compiles in a new process; whatever ends that process, this one has a verdict."""
+    python = os.path.expanduser(config.python) or sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "verdict.json"
+        try:
+            done = subprocess.run([python, "-m", "igpt_jax.planner.compilation", str(out)], text=True,
+                                  input=json.dumps(to_dict(config)), capture_output=True, timeout=TIMEOUT_SECONDS,
+                                  env=_environment(topology.parse(config.topology)))
+        except subprocess.TimeoutExpired:
+            return Verdict("failed", f"the compiler took more than {TIMEOUT_SECONDS / 60:.0f} minutes.")
+        if out.exists() and done.returncode == 0:
+            return Verdict(**json.loads(out.read_text()))
+        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"])[-1]
+        return Verdict("failed", f"the compiler's process ended with code {done.returncode}: {last.strip()}")
+
+
+def _environment(target: topology.Target) -> dict[str, str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(PACKAGE.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes out of a cache tells less of itself
+    if target.platform == "tpu":
+        # No query for the machine's own TPUs, and no wait for the lock that a program holds which has them.
+        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
+    if target.platform == "cpu":
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.devices}"
+    return environment
+
+
+def _digest(config: PlanConfig) -> str:
+    """Of the config that matters, the code of the step, and the compilers' versions."""
+    values = {name: value for name, value in to_dict(config).items() if name not in WITHOUT_EFFECT}
+    values["optimizer"] = {name: value for name, value in values["optimizer"].items()
+                           if name not in ("learning_rate", "beta1", "beta2", "epsilon")}
+    text = json.dumps([values, _code_digest(), _versions(config.python)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for name in CODE:
+        found = PACKAGE / name
+        for file in sorted(found.rglob("*.py")) if found.is_dir() else [found]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _versions(python: str) -> dict[str, str]:
+    """Versions of what compiles, in the environment of `python`, empty for this one's. Raises UserError."""
+    if python:
+        script = "import importlib.metadata as m; [print(d.name, d.version) for d in m.distributions()]"
+        try:
+            lines = subprocess.run([os.path.expanduser(python), "-c", script], capture_output=True, text=True,
+                                   check=True).stdout.splitlines()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"python={python!r} does not run: {error}. Name a Python interpreter.") from None
+        have = dict(line.split() for line in lines)
+    else:
+        have = {each.name: each.version for each in importlib.metadata.distributions()}
+    return {name: have.get(name, "") for name in PACKAGES}

@@ -1,0 +1,113 @@
+"""What is read in a compiled program's text, on a text small enough to add up by hand."""
+
+from igpt_jax.planner.program import traffic
+
+# A loop of 5 layers. Each reads one of 5 stacked weights f32[8,4] by a slice (128 bytes), gathers it over fsdp, and
+# writes one of 5 rows f32[4] (16 bytes) in place. The gather runs beside two fusions of one chain.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%sliced (p0: f32[5,8,4], p1: s32[]) -> f32[8,4] {
+  %p0 = f32[5,8,4]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,4]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  ROOT %out = f32[8,4]{1,0} bitcast(%slice)
+}
+
+%stored (p2: f32[5,4], p3: f32[1,4], p4: s32[]) -> f32[5,4] {
+  %p2 = f32[5,4]{1,0} parameter(0)
+  %p3 = f32[1,4]{1,0} parameter(1)
+  %p4 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %update = f32[5,4]{1,0} dynamic-update-slice(%p2, %p3, %p4, %zero.1)
+}
+
+%started (p5: f32[8,4]) -> f32[16,4] {
+  %p5 = f32[8,4]{1,0} parameter(0)
+  ROOT %gather = f32[16,4]{1,0} all-gather(%p5), channel_id=7, replica_groups=GATHER, fronted={chain_id="3"}
+}
+
+%ended (p6: f32[8,4]) -> f32[16,4] {
+  %p6 = f32[8,4]{1,0} parameter(0)
+  ROOT %gather.1 = f32[16,4]{1,0} all-gather(%p6), channel_id=7, replica_groups=GATHER, fronted={chain_id="3"}
+}
+
+%condition (c: (s32[], f32[5,8,4], f32[5,4], s32[])) -> pred[] {
+  %c = (s32[], f32[5,8,4]{2,1,0}, f32[5,4]{1,0}, s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] get-tuple-element(%c), index=3
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+%body (b: (s32[], f32[5,8,4], f32[5,4], s32[])) -> (s32[], f32[5,8,4], f32[5,4], s32[]) {
+  %b = (s32[], f32[5,8,4]{2,1,0}, f32[5,4]{1,0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %weights = f32[5,8,4]{2,1,0} get-tuple-element(%b), index=1
+  %rows = f32[5,4]{1,0} get-tuple-element(%b), index=2
+  %bound = s32[] get-tuple-element(%b), index=3
+  %one = f32[8,4]{1,0:S(1)} fusion(%weights, %i), kind=kLoop, calls=%sliced
+  %first = f32[16,4]{1,0:S(1)} fusion(%one), kind=kCustom, calls=%started
+  %second = f32[16,4]{1,0:S(1)} fusion(%one), kind=kCustom, calls=%ended
+  %sum = f32[16,4]{1,0:S(1)} all-reduce(%second), channel_id=8, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %shift = f32[1,4]{1,0:S(1)} collective-permute(%row), channel_id=9, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %row = f32[1,4]{1,0:S(1)} custom-call(%sum), custom_call_target="AllocateBuffer"
+  %new = f32[5,4]{1,0} fusion(%rows, %row, %i), kind=kLoop, calls=%stored
+  %two = s32[]{:T(128)} constant(STEP)
+  %i.2 = s32[]{:S(6)} add(%i, %two)
+  ROOT %next = (s32[], f32[5,8,4]{2,1,0}, f32[5,4]{1,0}, s32[]) tuple(%i.2, %weights, %new, %bound)
+}
+
+ENTRY %main (w: f32[5,8,4], r: f32[5,4]) -> f32[5,4] {
+  %w = f32[5,8,4]{2,1,0} parameter(0)
+  %r = f32[5,4]{1,0} parameter(1)
+  %five = s32[]{:T(128)} constant(5)
+  %five.1 = s32[]{:T(128)} copy(%five)
+  %start = s32[] constant(0)
+  %tuple = (s32[], f32[5,8,4]{2,1,0}, f32[5,4]{1,0}, s32[]) tuple(%start, %w, %r, %five.1)
+  %loop = (s32[], f32[5,8,4]{2,1,0}, f32[5,4]{1,0}, s32[]) while(%tuple), condition=%condition, body=%body
+  ROOT %result = f32[5,4]{1,0} get-tuple-element(%loop), index=2
+}
+"""
+MESH = {"data": 2, "fsdp": 2, "tensor": 1, "context": 1}
+
+
+def read(groups="[2,2]<=[4]", step=1):
+    return traffic(TEXT.replace("GATHER", groups).replace("STEP", str(step)), MESH)
+
+
+def test_each_turn_of_a_loop_counts():
+    """5 turns of: a slice of 128 bytes read, 16 written, the counter read twice, and read with its step to grow.
+
+    The bound is copied once. What lies in S(1) or S(6) is no traffic.
+
+    Seen to fail with the whole stack read for a slice of it, and with loops counted once.
+    """
+    found = read()
+    assert found.unknown_loops == 0
+    assert found.memory_bytes == 5 * (128 + 16 + 2 * 4 + 2 * 4) + 2 * 4
+
+
+def test_an_unrolled_loop_turns_less_often():
+    """5 turns by 2 are 3. Seen to fail with the bound taken for the number of turns."""
+    assert read(step=2).collectives["all-reduce"] == 3
+
+
+def test_collectives_by_mesh_axis():
+    """Over 2 devices each: a gather sends its 128 bytes, once for both fusions of its chain; a sum twice a half of its
+    256; a permutation its 16.
+
+    Seen to fail with each fusion of a chain counted.
+    """
+    found = read()
+    assert found.collective_bytes == {"fsdp": 5 * (128 + 16), "data": 5 * 256}
+    assert found.collectives == {"all-gather": 5, "all-reduce": 5, "collective-permute": 5}
+
+
+def test_groups_in_every_spelling():
+    """Listed, counted and transposed, or by named axes. Seen to fail with the transposition left out."""
+    assert read("{{0,1},{2,3}}").collective_bytes == read().collective_bytes
+    assert read("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}").collective_bytes == read().collective_bytes
+    over_data = {"data": 5 * (256 + 128), "fsdp": 5 * 16}
+    for groups in ("[2,2]<=[2,2]T(1,0)", "{{0,2},{1,3}}", "mesh['axis_0'=2,'axis_1'=2] {'axis_0'}"):
+        assert read(groups).collective_bytes == over_data, groups
+    assert read("mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}").collective_bytes["data+fsdp"] == 5 * 3 * 128

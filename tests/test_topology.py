@@ -1,0 +1,54 @@
+"""Names of device groups, and what is known of them."""
+
+import pytest
+
+from igpt_jax import topology
+from igpt_jax.config import UserError
+
+
+@pytest.mark.parametrize("name, chip, devices, groups", [
+    ("v5e:16x16", "TPU v5e", 256, 1), ("v5e:16x16*4", "TPU v5e", 1024, 4), ("v5p:4x4x8", "TPU v5p", 128, 1),
+    ("h100:8", "H100 SXM", 8, 1), ("h200:8x4", "H200 SXM", 32, 4), ("cpu:8", "CPU", 8, 1)])
+def test_names(name, chip, devices, groups):
+    """Seen to fail with slices left out of the product."""
+    target = topology.parse(name)
+    assert (target.chip.name, target.devices, target.groups) == (chip, devices, groups)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("v5:16x16", "Did you mean 'v5e:16x16'?"), ("tpu", "Kinds: v4, v5e"), ("v5e:16", "a slice of v5e has 2 dims"),
+    ("v5p:4x4", "a slice of v5p has 3 dims"), ("v5e:0x4", "a slice of v5e"), ("h100:0", "h100:8x4 for 4 nodes"),
+    ("cpu:8x2", "cpu:8."), ("v5e:4x4*0", "*4 after them for 4 slices"), ("", "Kinds")])
+def test_mistakes_say_what_there_is(name, says):
+    """Must fail with `parse` passing what it does not know on to the compiler."""
+    with pytest.raises(UserError) as error:
+        topology.parse(name)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_same_kind_in_another_number():
+    """As square as it goes. Must fail with the largest side first."""
+    assert topology.resized(topology.parse("v5e:4x4"), 32).name == "v5e:4x8"
+    assert topology.resized(topology.parse("v5p:2x2x1"), 128).name == "v5p:4x4x8"
+    assert topology.resized(topology.parse("h100:8"), 32).name == "h100:8x4"
+    assert topology.resized(topology.parse("v5e:4x4"), 12) is None
+    assert topology.like("TPU v5 lite", 8).name == "v5e:2x4"
+    assert topology.like("NVIDIA H200", 8).chip is topology.chip_for("NVIDIA H200")
+    with pytest.raises(UserError, match="Add a row to CHIPS"):
+        topology.like("NVIDIA T4", 1)
+
+
+def test_the_slowest_link_decides():
+    """Over slices the network; within one the torus, whose sides an axis larger than one of them has all.
+
+    Seen to fail with the span of an axis taken as its own size.
+    """
+    slices = topology.parse("v5e:4x4*2")
+    mesh = {"data": 2, "fsdp": 16, "tensor": 1, "context": 1}
+    assert topology.bandwidth(slices, mesh, ("data",)) == slices.chip.network_bandwidth
+    assert topology.bandwidth(slices, mesh, ("fsdp",)) == 2 * slices.chip.link_bandwidth
+    assert topology.bandwidth(slices, {**mesh, "fsdp": 4, "tensor": 4}, ("tensor",)) == slices.chip.link_bandwidth
+    nodes = topology.parse("h100:8x4")
+    mesh = {"data": 1, "fsdp": 16, "tensor": 2, "context": 1}
+    assert topology.bandwidth(nodes, mesh, ("fsdp",)) == nodes.chip.network_bandwidth
+    assert topology.bandwidth(nodes, mesh, ("tensor",)) == nodes.chip.link_bandwidth
