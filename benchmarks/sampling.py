@@ -1,0 +1,171 @@
+"""Sampling: how near to the speed of memory, and how far from transformers' `generate`, in one run.
+
+    python benchmarks/sampling.py [--size igpt_s] [--side 16] [--batch 8] [--precision float32] [--cache float32]
+        [--rounds 3] [--theirs 32] [--json FILE]
+
+Bytes per pixel drawn = weights read (blocks and head, in the compute dtype) + keys and values written so far
+(2 x layers x batch x width x pixels so far, in the cache's dtype): what a step must read, not what it does read.
+Share = those bytes / time / bandwidth. The bandwidth is that of a sum over 1 GiB of float32, measured between the
+rounds. --theirs: pixels that transformers draws of each image (0: none); its steps only grow dearer after those.
+
+Then the cost of one step with the cache of each segment, at 1,024 and 4,096 pixels (--lengths).
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax import decode
+from igpt_jax.config import ModelConfig
+from igpt_jax.decode import Sampling, generate
+from igpt_jax.model import Dims, Model
+from igpt_jax.runtime import set_precision
+
+COLOURS = 512
+STEPS = 32  # in a row, for the cost of a step
+
+
+def bandwidth(array: jax.Array, read: Callable) -> float:
+    """Bytes a second of a sum over `array`."""
+    start = time.perf_counter()
+    read(array).block_until_ready()
+    return array.nbytes / (time.perf_counter() - start)
+
+
+def step_bytes(d: Dims, batch: int, pixels: float, weight_bytes: int, cache_bytes: int) -> float:
+    """What a step must read with `pixels` cached."""
+    weights = d.L * (4 * d.D**2 + 2 * d.D * d.F) + d.V * d.D
+    return weights * weight_bytes + 2 * d.L * batch * d.D * pixels * cache_bytes
+
+
+def ours(model: Model, params: dict, batch: int, cache: str) -> Callable:
+    """() -> seconds of one batch of whole images."""
+    given, keys = jnp.zeros((batch, 0), jnp.int32), jax.random.split(jax.random.key(1), batch)
+    run = jax.jit(generate, static_argnums=(0, 4, 5)).lower(model, params, given, keys, Sampling(), cache).compile()
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        run(params, given, keys).block_until_ready()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def theirs(d: Dims, batch: int, pixels: int, precision: str) -> Callable:
+    """() -> seconds of transformers' `generate` for `pixels` pixels of as many images, on the same device."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = transformers.ImageGPTConfig(vocab_size=d.V + 1, n_positions=d.T, n_embd=d.D, n_layer=d.L, n_head=d.N)
+    model = transformers.ImageGPTForCausalImageModeling(config).eval().to(device, getattr(torch, precision))
+    start_B1 = torch.full((batch, 1), d.V, device=device)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            made = model.generate(input_ids=start_B1, max_new_tokens=pixels, min_new_tokens=pixels, do_sample=True,
+                                  top_k=0, pad_token_id=0)
+        made.cpu()
+        assert made.shape == (batch, pixels + 1)
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def step_cost(model: Model, params: dict, batch: int, cached: int, cache: str) -> float:
+    """Median seconds of a step with a cache of `cached` positions, all of them written."""
+    d = model.dims
+
+    def run(params):
+        gpt = model.bind(params)
+        blocks = decode.unstacked(gpt)
+
+        def step(i, carry):
+            logits_BV, caches = decode.decode_pixel(gpt, blocks, carry[0], cached - STEPS + i, carry[1])
+            return jnp.argmax(logits_BV, -1).astype(jnp.int32), caches
+
+        caches = [(jnp.zeros((batch, d.N, cached, d.H), cache),) * 2 for _ in range(d.L)]
+        return jax.lax.fori_loop(0, STEPS, step, (jnp.zeros(batch, jnp.int32), caches))[0]
+
+    compiled = jax.jit(run).lower(params).compile()
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        compiled(params).block_until_ready()
+        times.append((time.perf_counter() - start) / STEPS)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="igpt_s", help="row of the model table")
+    parser.add_argument("--side", type=int, default=16, help="height and width, pixels")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--cache", default="", help="dtype of the cache; empty: the precision")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--theirs", type=int, default=32, help="pixels that transformers draws; 0: leave it out")
+    parser.add_argument("--lengths", default="1024,4096", help="pixels of an image, for the cost of a step")
+    parser.add_argument("--lengths_batch", type=int, default=2)
+    parser.add_argument("--json", help="file for the figures")
+    arguments = parser.parse_args()
+    set_precision(arguments.precision)
+    batch, cache = arguments.batch, arguments.cache or arguments.precision
+    weight_bytes, cache_bytes = (jnp.dtype(dtype).itemsize for dtype in (arguments.precision, cache))
+
+    def make(side: int) -> tuple[Model, dict]:
+        model = Model(ModelConfig(arguments.size), COLOURS, side, arguments.precision)
+        return model, jax.jit(model.init)(jax.random.key(0))
+
+    model, params = make(arguments.side)
+    d = model.dims
+    array, read = jnp.ones(2**28, jnp.float32), jax.jit(jnp.sum)
+    bandwidth(array, read)
+    run = ours(model, params, batch, cache)
+    their_run = arguments.theirs and theirs(d, batch, arguments.theirs, arguments.precision)
+    speeds, seconds, their_seconds = [], [], []
+    for _ in range(arguments.rounds):  # in turn, so that a noisy machine is noisy for all
+        speeds.append(bandwidth(array, read))
+        seconds.append(run())
+        speeds.append(bandwidth(array, read))
+        if their_run:
+            their_seconds.append(their_run())
+    median, speed = statistics.median(seconds), statistics.median(speeds)
+    reached = step_bytes(d, batch, d.T / 2, weight_bytes, cache_bytes) * d.T / median
+    figures = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "size": arguments.size, "pixels": d.T,
+               "batch": batch, "precision": arguments.precision, "cache": cache, "bandwidth": speed,
+               "seconds": median, "pixels_per_second": batch * d.T / median, "images_per_second": batch / median,
+               "bytes_per_second": reached, "share_of_bandwidth": reached / speed}
+    print(f"{figures['device']}, {arguments.size}, {d.T} pixels, batch {batch}, {arguments.precision}, cache {cache}, "
+          f"jax {jax.__version__}, median of {arguments.rounds}")
+    print(f"memory: {speed / 1e9:.1f} GB/s read ({', '.join(f'{each / 1e9:.1f}' for each in speeds)})")
+    print(f"ours:   {median:.2f} s, {figures['pixels_per_second']:.1f} pixels/s, {figures['images_per_second']:.3g} "
+          f"images/s; {reached / 1e9:.2f} GB/s, {figures['share_of_bandwidth']:.0%} of memory's")
+    if their_run:
+        figures["transformers_pixels_per_second"] = batch * arguments.theirs / statistics.median(their_seconds)
+        figures["times_faster"] = figures["pixels_per_second"] / figures["transformers_pixels_per_second"]
+        print(f"transformers generate, the first {arguments.theirs} pixels: "
+              f"{figures['transformers_pixels_per_second']:.1f} pixels/s; ours is {figures['times_faster']:.1f} x")
+
+    figures["steps"] = []
+    for pixels in map(int, filter(None, arguments.lengths.split(","))):
+        model, params = make(round(pixels ** 0.5))
+        for end in decode.segments(0, pixels):
+            cost = step_cost(model, params, arguments.lengths_batch, end + 1, cache)
+            gigabytes = step_bytes(model.dims, arguments.lengths_batch, end + 1, weight_bytes, cache_bytes) / 1e9
+            figures["steps"].append({"pixels": pixels, "cached": end + 1, "seconds": cost, "gigabytes": gigabytes})
+            print(f"{pixels:5} pixels, batch {arguments.lengths_batch}, {end + 1:5} cached: {cost * 1e3:7.1f} ms a "
+                  f"step, {gigabytes:.2f} GB, {gigabytes / cost:.1f} GB/s")
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
