@@ -4,9 +4,10 @@ A step holds two trees, `params` and `training` (the rest of the state), so that
 parameters alone, straight into their own mesh; and a record (JSON) of the config, the palette and the data.
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -207,5 +208,61 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
     abstract = model.abstract_parameters()
     abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                             abstract, sharding.parameter_shardings(abstract, mesh))
-    params = ocp.load_checkpointables(_step_path(folder, step), {"params": abstract})["params"]
+    with _partial_load():  # what the model has no place for, such as a class head, stays on disk
+        params = ocp.load_checkpointables(_step_path(folder, step), {"params": abstract})["params"]
     return model, params, record
+
+
+def _partial_load(read_bytes: int | None = None) -> ocp.Context:
+    """To read in: parameters that are not asked for are left out; at most `read_bytes` are on their way at once."""
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    context.memory_options.read_concurrent_bytes = read_bytes
+    return context
+
+
+# One parameter at a time, for converting weights larger than memory. Paths are keys of the tree: ("blocks", "up_DF").
+
+def parameter_shapes(typed: str) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shapes of the parameters that the checkpoint `typed` holds, by path. Raises UserError where there is none."""
+    tree = ocp.checkpointables_metadata(_step_path(*locate(typed))).metadata["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def load_parameter(typed: str, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """One parameter of the checkpoint `typed`, float32, in the host's memory."""
+    leaf: Any = np.empty(shape, np.float32)
+    for name in reversed(path):
+        leaf = {name: leaf}
+    with _partial_load(64 * 2**20):
+        tree = ocp.load_checkpointables(_step_path(*locate(typed)), {"params": leaf})["params"]
+    return jax.tree.leaves(tree)[0]
+
+
+def save_parameters(workdir: str, params: dict[str, Any], record: Record) -> None:
+    """Writes WORKDIR/checkpoints/STEP with parameters alone; arrays of mapped files stay out of memory.
+
+    Its arrays are files of their own, in chunks of 16 MiB: Orbax's usual single database holds all that it is to write
+    in memory until the end.
+    """
+    context = ocp.Context()
+    context.array_options.saving.use_ocdbt = False
+    context.array_options.saving.storage_options.chunk_byte_size = 16 * 2**20
+    context.memory_options.write_concurrent_bytes = 64 * 2**20
+    context.memory_options.deepcopy_host_arrays = False
+    with context, _quiet():
+        ocp.save_checkpointables(_step_path(str(storage.path(workdir) / "checkpoints"), record.steps_done),
+                                 {"params": params}, custom_metadata=record.to_json(), overwrite=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that there is no database to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

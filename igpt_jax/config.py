@@ -69,6 +69,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
     "probe": "a linear classifier on the features of every layer: accuracy by depth",
     "sample": "unconditional samples, and completions of given pictures",
     "plan": "compiles the very step for a TPU or GPU topology that is not there: fits? how fast? which mesh?",
+    "convert": "weights of OpenAI and Hugging Face <-> our checkpoints, with a certificate",
 })
 
 
@@ -153,6 +154,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleMeshConfig(MeshConfig):
+    """By default every device has the weights: split over fsdp they would be gathered for every pixel."""
+    data: int = key(-1, "copies of the weights; the batch is split over data x fsdp")
+    fsdp: int = key(1, "devices that share one copy of the weights, which is gathered for every pixel: slow")
+
+
+@dataclasses.dataclass(frozen=True)
 class SplitConfig:
     store: str = key("", "pixel store; empty: the one that the checkpoint was trained on")
     split: str = key("held_out", "split of it; several joined with +")
@@ -188,9 +196,9 @@ class DataConfig:
 def _check_job(config: Any) -> None:
     """The rules that hold for any job that has the key."""
     for name in ("steps", "batch_size", "accumulate", "log_every_steps", "keep_newest", "max_skipped_updates"):
-        value = getattr(config, name, 1)
+        value = getattr(config, name, 1) or (config.job == "sample" and name == "batch_size")
         _require(value >= 1, f"{name}={value} must be at least 1.")
-    for name in ("image_size", "checkpoint_every_steps", "eval_every_steps"):
+    for name in ("image_size", "checkpoint_every_steps", "eval_every_steps", "limit"):
         value = getattr(config, name, 0)
         _require(value >= 0, f"{name}={value} must not be negative.")
     seed = getattr(config, "seed", 0)
@@ -198,6 +206,12 @@ def _check_job(config: Any) -> None:
     _one_of("precision", getattr(config, "precision", "float32"), PRECISIONS)
     for step in getattr(config, "keep_steps", ()):
         _require(isinstance(step, int) and step > 0, f"keep_steps: {step!r} must be a positive number of steps.")
+
+
+def _check_sampling(prefix: str, config: Any) -> None:
+    _require(config.temperature >= 0, f"{prefix}temperature={config.temperature} must not be negative.")
+    _require(0 < config.top_p <= 1, f"{prefix}top_p={config.top_p} must lie in (0, 1].")
+    _require(config.top_k >= 0, f"{prefix}top_k={config.top_k} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +282,8 @@ class EvaluateConfig:
     job: str = key("evaluate", "the job that this configuration is for")
     checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob")
     data: SplitConfig = section(SplitConfig)
+    tokens: str = key("", "in place of data: an .npy of tokens [n, T], such as OpenAI's imagenet_teX.npy")
+    limit: int = key(0, "examples counted, from the first on; 0: all (OpenAI's figures count 49984)")
     mesh: MeshConfig = section(MeshConfig)
     batch_size: int = key(128, "images per step over all devices; any size gives the same figures")
     precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
@@ -326,24 +342,27 @@ class SampleConfig:
     job: str = key("sample", "the job that this configuration is for")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
     data: SplitConfig = section(SplitConfig)
-    mesh: MeshConfig = section(MeshConfig)
-    count: int = key(64, "unconditional samples; 0: none")
-    images: int = key(16, "images of data.split to complete; 0: none")
+    mesh: SampleMeshConfig = section(SampleMeshConfig)
+    images: str = key("", "pictures of yours to complete: a folder, a file or a glob (JPEG, PNG, WebP)")
+    examples: int = key(-1, "images of data.split to complete; -1: 16, or none with `images` or without a store")
+    count: int = key(-1, "unconditional samples; -1: 64, or none with `images`")
     rows: int = key(-1, "rows given of each image to complete; -1: the upper half")
     completions: int = key(4, "completions of each image")
     temperature: float = key(1.0, "divides the logits; 0: the most likely colour always")
     top_k: int = key(0, "sample from the k most likely colours; 0: all")
     top_p: float = key(1.0, "sample from the most likely colours that hold this share of the probability")
-    batch_size: int = key(64, "images decoded at once over all devices; any size gives the same samples")
-    seed: int = key(0, "each image's stream is the seed folded with its index")
-    precision: str = key("float32", "of activations, matrix products and the cache: bfloat16 or float32")
+    batch_size: int = key(0, "images drawn at once over all devices; any size gives the same samples; "
+                             "0: 16 on CPU, 64 elsewhere")
+    seed: int = key(0, "each sample's stream is the seed folded with its image's index and its own")
+    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
+    cache_dtype: str = key("", "of cached keys and values: bfloat16 or float32; empty: the precision")
 
     def __post_init__(self):
         _check_job(self)
-        _require(self.temperature >= 0, f"temperature={self.temperature} must not be negative.")
-        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1].")
-        for name in ("count", "images", "top_k"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
+        _check_sampling("", self)
+        _one_of("cache_dtype", self.cache_dtype or self.precision, PRECISIONS)
+        for name, least in (("count", -1), ("examples", -1), ("batch_size", 0)):
+            _require(getattr(self, name) >= least, f"{name}={getattr(self, name)} must be {least} or more.")
         _require(self.completions >= 1, f"completions={self.completions} must be at least 1.")
         _require(self.rows >= -1, f"rows={self.rows} must be -1 (the upper half) or more.")
 
@@ -377,8 +396,43 @@ class PlanConfig(PretrainConfig):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
 
 
-JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig,
-               "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig, "plan": PlanConfig}
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    rows: int = key(0, "rows that the exported sampler is given of each picture")
+    temperature: float = key(1.0, "as the sample job's")
+    top_k: int = key(0, "as the sample job's")
+    top_p: float = key(1.0, "as the sample job's")
+    platforms: tuple[str, ...] = key(("cpu", "cuda", "tpu"), "where the programs run")
+
+    def __post_init__(self):
+        _check_sampling("export.", self)
+        _require(self.rows >= 0, f"export.rows={self.rows} must not be negative.")
+        for platform in self.platforms:
+            _one_of("export.platforms", platform, ["cpu", "cuda", "rocm", "tpu"])
+        _require(bool(self.platforms), "export.platforms is empty. Name at least one: ('cpu',)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    job: str = key("convert", "the job that this configuration is for")
+    convert_from: str = key("", "openai:PREFIX (DIR/model.ckpt-1000000) | huggingface:DIR | orbax:DIR (a workdir of "
+                                "pretrain, or one step of it)")
+    convert_to: str = key("", "the same kinds, or export:DIR (programs that run where only jax is installed); "
+                              "empty: orbax:WORKDIR, which other jobs take as their checkpoint")
+    palette: str = key("", "a palette's .npy, where the weights come without one, as OpenAI's do; empty: theirs")
+    head: str = key("pixels", "which model of transformers is written: pixels (ImageGPTForCausalImageModeling) or "
+                              "classes (ImageGPTForImageClassification)")
+    certificate: str = key("full", "full: hashes of all tensors, and logits of both sides (both models in memory); "
+                                   "hashes: without logits")
+    export: ExportConfig = section(ExportConfig)
+
+    def __post_init__(self):
+        _one_of("head", self.head, ["pixels", "classes"])
+        _one_of("certificate", self.certificate, ["full", "hashes"])
+
+
+JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "probe": ProbeConfig,
+               "sample": SampleConfig, "plan": PlanConfig, "convert": ConvertConfig}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from igpt_jax import sharding
 from igpt_jax.data import process_rows, put
 from igpt_jax.data.store import Split, tokens_of
+from igpt_jax.data.tokens import TokenFile
 from igpt_jax.model import Model
 from igpt_jax.steps import make_eval_step
 
 
-def over_split(step: Callable, params: Any, split: Split, mesh: Mesh, batch_size: int, table: np.ndarray,
+def over_split(step: Callable, params: Any, split: Split | TokenFile, mesh: Mesh, batch_size: int, table: np.ndarray,
                give_up: Callable[[], bool] | None = None) -> Iterator[np.ndarray | None]:
     """Yields `step(params, tokens_BT)` [B, ...] of all examples in order, batch by batch, on the host.
 
@@ -28,7 +29,7 @@ def over_split(step: Callable, params: Any, split: Split, mesh: Mesh, batch_size
     Args:
       step: jitted, its result on all devices (`jit_over_batches`).
       params: its first argument.
-      split: to read.
+      split: to read; a file of tokens needs no table.
       mesh: of the parameters.
       batch_size: global; must divide over data x fsdp.
       table: `palette.lookup_table`'s.
@@ -38,7 +39,7 @@ def over_split(step: Callable, params: Any, split: Split, mesh: Mesh, batch_size
 
     def read(start: int) -> np.ndarray:
         ids = np.arange(start, start + batch_size)[rows] % split.count
-        return tokens_of(split, table, ids).astype(np.int32)
+        return split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, table, ids).astype(np.int32)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(read, 0)
@@ -72,7 +73,7 @@ def make_evaluate(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray) 
     """
     step = jit_over_batches(make_eval_step(model), mesh)
 
-    def evaluate(params: Any, split: Split, give_up: Callable[[], bool] | None = None) -> float | None:
+    def evaluate(params: Any, split: Split | TokenFile, give_up: Callable[[], bool] | None = None) -> float | None:
         results = list(over_split(step, params, split, mesh, batch_size, table, give_up))
         return None if results[-1] is None else float(np.concatenate(results).mean(dtype=np.float64))
 

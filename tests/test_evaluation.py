@@ -6,8 +6,9 @@ import pytest
 from test_model import random_parameters
 
 from igpt_jax import evaluation, objectives, palette, sharding, storage
-from igpt_jax.config import MeshConfig, ModelConfig
+from igpt_jax.config import MeshConfig, ModelConfig, UserError
 from igpt_jax.data.store import Store, Writer
+from igpt_jax.data.tokens import TokenFile
 from igpt_jax.model import Model
 
 
@@ -33,3 +34,41 @@ def test_every_image_counts_once(tmp_path, monkeypatch):
         evaluate = evaluation.make_evaluate(model, mesh, batch_size, table)
         assert evaluate(params, split) == pytest.approx(expected, rel=1e-6)
     assert evaluate(params, split, lambda: True) is None
+
+
+TOKENS = {
+    "labels": (np.zeros((3, 10), np.float32), "float32"),
+    "another size": (np.zeros((3, 64), np.int64), r"\[3, 64\]"),
+    "archive": (None, "an archive"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_what_is_no_file_of_tokens_is_refused(tmp_path, case):
+    """One line that says what it is. Seen to fail with the check of the width left out."""
+    array, message = TOKENS[case]
+    path = tmp_path / "teX.npy"
+    with path.open("wb") as file:
+        np.savez(file, a=1) if array is None else np.save(file, array)
+    with pytest.raises(UserError, match=message):
+        TokenFile(str(path), 4, 5)
+
+
+def test_a_file_of_tokens_in_openais_layout(tmp_path):
+    """int64 [n, T] as published: every row counts once; a row with a colour that the palette lacks is named.
+
+    Seen to fail with the check of the tokens left out; must fail with the rows read in another order.
+    """
+    tokens = np.random.default_rng(0).integers(0, 5, (11, 16))
+    np.save(tmp_path / "imagenet_teX.npy", tokens)
+    file = TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, 5)
+    np.testing.assert_array_equal(file.tokens(np.array([3, 10, 0])), tokens[[3, 10, 0]])
+    model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
+    params = random_parameters(model)
+    expected = float(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens).mean())
+    evaluate = evaluation.make_evaluate(model, sharding.make_mesh(MeshConfig()), 8, np.empty(0))
+    assert evaluate(params, file) == pytest.approx(expected, rel=1e-6)
+    tokens[7, 2] = 5
+    np.save(tmp_path / "imagenet_teX.npy", tokens)
+    with pytest.raises(UserError, match="row 7 has a token outside 0..4"):
+        evaluate(params, TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, 5))

@@ -12,6 +12,8 @@ import jax
 from igpt_jax import checkpoint, evaluation, palette, runtime, sharding, storage, telemetry
 from igpt_jax.config import EvaluateConfig, UserError
 from igpt_jax.data import open_split
+from igpt_jax.data.store import Split
+from igpt_jax.data.tokens import TokenFile
 
 
 def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
@@ -25,16 +27,25 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     rows = []
     for where in _checkpoints(config.checkpoints):
         model, params, record = checkpoint.load_model(where, mesh, config.precision, config.attention)
-        split = open_split(config.data.store or record.config.data.store, config.data.split, record.image_size)
+        split = _examples(config, record)
         table = palette.lookup_table(record.palette_VC)
         nats = evaluation.make_evaluate(model, mesh, config.batch_size, table)(params, split)
-        rows.append({"checkpoint": where, "steps": record.steps_done, "split": config.data.split,
+        rows.append({"checkpoint": where, "steps": record.steps_done, "split": config.tokens or config.data.split,
                      "examples": split.count, "nats_per_pixel": nats, "bits_per_pixel": nats / math.log(2)})
         telemetry.say(f"{where}: step {record.steps_done:,}, {nats:.6f} nats per pixel over {split.count:,} images")
         if jax.process_index() == 0:  # after each, so that nothing is lost where a later one cannot be read
             storage.publish(storage.path(workdir) / "evaluation.json", runtime.to_json(rows))
     return {"nats_per_pixel": {row["checkpoint"]: row["nats_per_pixel"] for row in rows},
             "examples": {row["checkpoint"]: row["examples"] for row in rows}}
+
+
+def _examples(config: EvaluateConfig, record: checkpoint.Record) -> Split | TokenFile:
+    if config.tokens:
+        split = TokenFile(config.tokens, record.image_size, len(record.palette_VC))
+    else:
+        split = open_split(config.data.store or record.config.data.store, config.data.split, record.image_size)
+    split.count = min(split.count, config.limit or split.count)
+    return split
 
 
 def _checkpoints(typed: str) -> list[str]:

@@ -1,0 +1,93 @@
+"""Programs that run where only jax is installed: StableHLO of sampler, losses and features, the weights beside them.
+
+    folder/sampler.jax     (weights, given int32 [B, P], seeds uint32 [B]) -> tokens int32 [B, T]
+    folder/losses.jax      (weights, tokens int32 [B, T]) -> nats per pixel float32 [B]
+    folder/features.jax    (weights, tokens int32 [B, T]) -> features of every layer, float32 [B, L + 1, D]: those that
+                           the probe job fits its linear classifiers on
+    folder/weights.npz     float32 arrays by name
+    folder/palette.npy     float32 [V, 3] in [-1, 1]: 8-bit colours are 127.5 (c + 1)
+    folder/run.py          samples pictures with the files above; all that a user's own program needs to do is in it
+
+Any batch size B. One file serves all platforms that it was made for.
+
+B batch, P given tokens, T tokens, V palette, L layers, D embed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from igpt_jax import objectives
+from igpt_jax.decode import Sampling, generate
+from igpt_jax.features import make_feature_step
+from igpt_jax.model import Model
+
+RUN = '''\
+"""Draws pictures: python run.py COUNT OUT.npz. Needs jax alone; given pixels come before those drawn."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from jax import export
+
+here = pathlib.Path(__file__).parent
+sampler = export.deserialize(bytearray((here / "sampler.jax").read_bytes()))
+with np.load(here / "weights.npz") as file:
+    weights = dict(file)
+palette = np.load(here / "palette.npy")
+count, out = int(sys.argv[1]), sys.argv[2]
+given_pixels = sampler.in_avals[-2].shape[1]
+given = np.zeros((count, given_pixels), np.int32)  # yours: indices of the nearest palette colours, row by row
+tokens = np.asarray(jax.jit(sampler.call)(weights, given, np.arange(count, dtype=np.uint32)))
+side = round(tokens.shape[1] ** 0.5)
+images = np.rint(127.5 * (palette[tokens] + 1)).astype(np.uint8).reshape(count, side, side, 3)
+np.savez(out, tokens=tokens, images=images)
+'''
+
+
+def flat(params: dict[str, Any]) -> dict[str, jax.Array]:
+    """Parameters by one name each: {'blocks/query_DNH': ...}."""
+    blocks = {f"blocks/{name}": array for name, array in params["blocks"].items()}
+    return blocks | {name: array for name, array in params.items() if name != "blocks"}
+
+
+def _nested(weights: dict[str, jax.Array]) -> dict[str, Any]:
+    blocks = {name.removeprefix("blocks/"): array for name, array in weights.items() if name.startswith("blocks/")}
+    return {"blocks": blocks} | {name: array for name, array in weights.items() if "/" not in name}
+
+
+def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[str]) -> dict[str, bytes]:
+    """The serialized programs, by name.
+
+    Args:
+      model: its attention back-end must run on all platforms: `reference` does.
+      given: pixels that the sampler is given of each image.
+      sampling: how it draws.
+      platforms: 'cpu', 'cuda', 'rocm', 'tpu'.
+    """
+    batch, = jax.export.symbolic_shape("b")
+    T = model.dims.T
+    weights = flat(model.abstract_parameters())
+
+    def sampler(weights, given_BP, seeds_B):
+        return generate(model, _nested(weights), given_BP, jax.vmap(jax.random.key)(seeds_B), sampling)
+
+    def losses(weights, tokens_BT):
+        logits_BTV = model.logits(_nested(weights), tokens_BT)
+        return objectives.nats_per_token(logits_BTV, tokens_BT).mean(axis=1)
+
+    def features(weights, tokens_BT):
+        return make_feature_step(model, "normalized")(_nested(weights), tokens_BT)
+
+    def serialized(function: Callable, *shapes: tuple) -> bytes:
+        arguments = (jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in shapes)
+        return bytes(jax.export.export(jax.jit(function), platforms=platforms)(weights, *arguments).serialize())
+
+    return {"sampler": serialized(sampler, ((given,), jnp.int32), ((), jnp.uint32)),
+            "losses": serialized(losses, ((T,), jnp.int32)),
+            "features": serialized(features, ((T,), jnp.int32))}

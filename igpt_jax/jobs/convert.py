@@ -1,0 +1,170 @@
+"""Weights of OpenAI (TF1 checkpoints) and Hugging Face (safetensors) <-> our checkpoints, with a certificate.
+
+Writes the weights where convert_to says, and certificate.json: SHA-256 of every tensor on both sides, the number of
+parameters, and how far the logits of the two sides are apart.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from igpt_jax import export, palette, runtime, storage, telemetry
+from igpt_jax.config import ConvertConfig, ExportConfig, UserError
+from igpt_jax.decode import Sampling
+from igpt_jax.model import Model
+from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
+from igpt_jax.weights.certificate import certify, fixed_tokens, nats_per_pixel
+from igpt_jax.weights.names import Weights
+
+CERTIFICATE = "certificate.json"
+
+
+def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
+    """Converts. Returns `parameters`, `max_logit_difference` (None where not compared) and where the weights are.
+
+    Raises:
+      UserError: the source is missing, damaged or no ImageGPT; the target is in the way; or the two sides differ.
+    """
+    _return_freed_memory()
+    if jax.process_count() > 1:
+        raise UserError("convert runs in one process. Start it without launch/local.sh and without srun.")
+    source_kind, source_path = kind_and_path("convert_from", config.convert_from)
+    target_kind, target_path = kind_and_path("convert_to", config.convert_to or f"orbax:{workdir}", [*KINDS, "export"])
+    source = open_weights(source_kind, source_path)
+    palette_VC = _palette_for(config, source)
+    _refuse_non_square(config.convert_from, source)
+    head = {"pixels": huggingface.PIXELS, "classes": huggingface.CLASSES}[config.head]
+    _refuse_missing_head(config, source, target_kind)
+
+    certificate = {"from": f"{source_kind}:{source_path}", "to": f"{target_kind}:{target_path}"}
+    file = storage.path(workdir) / CERTIFICATE
+    place = _place(target_kind, target_path, source.steps_done)
+    _refuse_to_overwrite(place, f"{target_kind}:{target_path}", file)
+    storage.publish(file, runtime.to_json({**certificate, "verdict": "unfinished"}))
+    telemetry.say(f"{certificate['from']} -> {certificate['to']}: {source.sizes['L']} layers, width "
+                  f"{source.sizes['D']}, {source.sizes['V']} colours")
+    if target_kind == "openai":
+        openai.write(source, target_path)
+    elif target_kind == "orbax":
+        ours.write(source, target_path, palette_VC)
+    elif target_kind == "huggingface":
+        with _appearing_whole(place) as folder:
+            huggingface.write(source, folder, head, palette_VC, ours.dropout_of(source))
+    else:
+        with _appearing_whole(place) as folder:
+            _export(source, folder, palette_VC, config.export)
+
+    if target_kind == "export":
+        certificate |= _certify_export(source, place)
+    else:
+        certificate |= certify(source, open_weights(target_kind, target_path), config.certificate == "full")
+    storage.publish(file, runtime.to_json(certificate))
+    if certificate["verdict"] != "same":
+        raise UserError(f"the converted weights are not the same model: {_difference(certificate)}. Do not use them; "
+                        f"{file} has the details.")
+    return {"parameters": certificate["parameters"], "converted_to": certificate["to"],
+            "max_logit_difference": certificate["logits"].get("max_difference")}
+
+
+def _return_freed_memory() -> None:
+    """Has glibc give back every array of 1 MiB and more when it is freed; by itself it keeps two stacks of layers."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, which then no longer grows
+
+
+def _palette_for(config: ConvertConfig, source: Weights) -> Any:
+    palette_VC = palette.load(config.palette) if config.palette else source.palette_VC
+    if palette_VC is None:
+        raise UserError(f"{config.convert_from} comes without its palette. Set --config.palette to its .npy file "
+                        "(OpenAI's is kmeans_centers.npy).")
+    if len(palette_VC) != source.sizes["V"]:
+        raise UserError(f"palette {config.palette} has {len(palette_VC)} colours, the weights in {config.convert_from} "
+                        f"have {source.sizes['V']}. Give the palette that they were trained with.")
+    return palette_VC
+
+
+def _refuse_non_square(typed: str, source: Weights) -> None:
+    if round(source.sizes["T"] ** 0.5) ** 2 != source.sizes["T"]:
+        raise UserError(f"{typed} has {source.sizes['T']} positions, which are no square image.")
+
+
+def _refuse_missing_head(config: ConvertConfig, source: Weights, target_kind: str) -> None:
+    if target_kind == "huggingface" and config.head == "classes" and "class_head_KD" not in source.names:
+        raise UserError(f"head=classes: {config.convert_from} holds no class head. Leave head=pixels.")
+    if target_kind == "huggingface" and config.head == "pixels" and "head_VD" not in source.names:
+        raise UserError(f"head=pixels: {config.convert_from} holds no head for pixels. Set --config.head=classes.")
+
+
+def _place(kind: str, path: str, step: int) -> Path:
+    """What appears when the target is complete."""
+    if kind == "orbax":
+        return storage.path(path) / "checkpoints" / str(step)
+    return Path(storage.path(f"{path}.index" if kind == "openai" else path))
+
+
+def _refuse_to_overwrite(place: Path, to: str, certificate: storage.epath.Path) -> None:
+    """An unfinished or former result of the same command may be replaced, nothing else."""
+    mine = certificate.exists() and f'"to": "{to}"' in certificate.read_text()
+    if place.exists() and not mine and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"convert_to: {place} is already there. Remove it, or name another place.")
+
+
+@contextlib.contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `folder` when all is written."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig) -> None:
+    record = ours.record_for(source, palette_VC)
+    if config.rows >= record.image_size:
+        raise UserError(f"export.rows={config.rows} leaves nothing to draw of {record.image_size} rows. Give fewer.")
+    model = Model(dataclasses.replace(record.config.model, attention="reference"), len(palette_VC), record.image_size,
+                  "float32")
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    for name, program in export.programs(model, config.rows * record.image_size, sampling, config.platforms).items():
+        (folder / f"{name}.jax").write_bytes(program)
+    weights = export.flat(ours.parameters(source, lambda shape, name: np.empty(shape, np.float32)))
+    np.savez(folder / "weights.npz", **{name: weights[name] for name in export.flat(model.abstract_parameters())})
+    np.save(folder / "palette.npy", palette_VC)
+    (folder / "run.py").write_text(export.RUN)
+
+
+def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:
+    """What the exported program gives for images of random colours, beside what the source's own framework does."""
+    tokens_BT = fixed_tokens(source.sizes["V"], source.sizes["T"])
+    losses = jax.export.deserialize(bytearray((folder / "losses.jax").read_bytes()))
+    with np.load(folder / "weights.npz") as file:
+        weights = dict(file)
+    certificate = {"parameters": sum(array.size for array in weights.values()), "verdict": "same", "logits": {}}
+    logits_BTV = source.logits(tokens_BT)
+    if logits_BTV is not None and jax.default_backend() in (name.replace("cuda", "gpu") for name in losses.platforms):
+        nats = {"source": nats_per_pixel(logits_BTV, tokens_BT),
+                "target": float(np.mean(losses.call(weights, tokens_BT.astype(np.int32))))}
+        certificate["nats_per_pixel"] = nats
+        certificate["verdict"] = "same" if abs(nats["source"] - nats["target"]) < 1e-4 else "differs"
+    return certificate
+
+
+def _difference(certificate: dict[str, Any]) -> str:
+    if "differing" not in certificate:
+        return f"their losses are {certificate['nats_per_pixel']}"
+    differing = certificate["differing"]
+    if differing:
+        return f"{len(differing)} parameters differ, the first of them {differing[0]}"
+    logits = certificate["logits"]
+    return f"their logits are {logits['max_difference']:.3g} apart (limit {logits['limit']:.3g})"

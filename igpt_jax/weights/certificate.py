@@ -1,0 +1,86 @@
+"""The proof of a conversion: what lies on both sides, bit by bit, and what each side's own framework computes from it.
+
+Equal bits under the name table do not prove the table. The logits do: OpenAI's side is computed from the variables'
+own names, Hugging Face's by transformers, ours by the model that trains and samples.
+
+B batch, T tokens, V palette.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from igpt_jax.weights.names import Weights
+
+IMAGES, SEED = 2, 0
+LOGIT_LIMIT = 1e-4  # largest difference in float32, relative to the largest logit where that exceeds 1
+
+
+def fixed_tokens(palette_size: int, tokens: int) -> np.ndarray:
+    """int64 [B, T]: the same random colours for every conversion of a size; they reach every row of the tables."""
+    return np.random.default_rng(SEED).integers(palette_size, size=(IMAGES, tokens))
+
+
+def nats_per_pixel(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> float:
+    """Mean negative log likelihood, added up in float64."""
+    wide_BTV = logits_BTV.astype(np.float64)
+    largest_BT1 = wide_BTV.max(-1, keepdims=True)
+    log_sum_BT1 = largest_BT1 + np.log(np.exp(wide_BTV - largest_BT1).sum(-1, keepdims=True))
+    return float((log_sum_BT1 - np.take_along_axis(wide_BTV, tokens_BT[..., None], -1)).mean())
+
+
+def certify(source: Weights, target: Weights, compare_logits: bool) -> dict[str, Any]:
+    """Reads both sides from their files and compares them.
+
+    Args:
+      source, target: the same model in two kinds of files.
+      compare_logits: also compute: both models whole in memory, one after the other.
+
+    Returns:
+      verdict: `same` or `differs`; parameters: their number; differing: parameters whose bits differ, with the layer;
+      not_carried: parameters of the source that the target has no place for; tensors: SHA-256 of each side's tensors
+      (float32, C order); logits: see `_compare_logits`.
+    """
+    shared = [name for name in source.names if name in target.names]
+    count, differing = 0, []
+    for name in shared:
+        size, faults = _compare(name, source, target)
+        count += size
+        differing += faults
+    logits = _compare_logits(source, target) if compare_logits and not differing else {"compared": False}
+    same = not differing and logits.get("max_difference", 0.0) <= logits.get("limit", 0.0)
+    return {"verdict": "same" if same else "differs", "parameters": count, "differing": differing,
+            "not_carried": [name for name in source.names if name not in target.names], "logits": logits,
+            "tensors": {side: {name: _sha256(weights.tensor(name)) for name in weights.tensor_names()}
+                        for side, weights in (("source", source), ("target", target))}}
+
+
+def _compare(name: str, source: Weights, target: Weights) -> tuple[int, list[str]]:
+    """The size of a parameter, and where its bits differ. Nothing of it is held when the next one is read."""
+    ours, theirs = source.layers(name), target.layers(name)
+    if len(ours) != len(theirs):
+        return 0, [f"{name} ({len(ours)} layers, {len(theirs)} in the target)"]
+    different = [layer for layer in range(len(ours)) if _sha256(ours[layer]) != _sha256(theirs[layer])]
+    size = len(ours) * ours[0].size
+    return size, [f"{name}[{layer}]" if len(ours) > 1 else name for layer in different]
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
+
+
+def _compare_logits(source: Weights, target: Weights) -> dict[str, Any]:
+    """The largest difference of the logits, its limit, and nats per pixel of both sides, on `fixed_tokens`."""
+    tokens_BT = fixed_tokens(source.sizes["V"], source.sizes["T"])
+    sides = {"source": source, "target": target}
+    logits = {side: weights.logits(tokens_BT) for side, weights in sides.items()}
+    missing = [side for side, logits_BTV in logits.items() if logits_BTV is None]
+    if missing:
+        return {"compared": False, "reason": f"the {' and the '.join(missing)} cannot be computed here: transformers "
+                                             "is not installed, or the model has no head for pixels"}
+    largest = max(1.0, *(float(np.abs(logits_BTV).max()) for logits_BTV in logits.values()))
+    return {"compared": True, "images": IMAGES, "seed": SEED, "limit": LOGIT_LIMIT * largest,
+            "max_difference": float(np.abs(logits["source"] - logits["target"]).max()),
+            "nats_per_pixel": {side: nats_per_pixel(logits_BTV, tokens_BT) for side, logits_BTV in logits.items()},
+            "computed_by": {side: weights.framework for side, weights in sides.items()}}

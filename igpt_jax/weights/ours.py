@@ -1,0 +1,109 @@
+"""Our own checkpoints, as weights to convert: read one parameter at a time, written from a file of mapped memory."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from igpt_jax import checkpoint, sharding, storage
+from igpt_jax.checkpoint import Record
+from igpt_jax.config import MODELS, MeshConfig, ModelConfig, PretrainConfig, UserError
+from igpt_jax.model import Dims
+from igpt_jax.weights.names import OPENAI, Weights
+
+OUTSIDE_BLOCKS = frozenset(tensor.parts[0].ours for tensor in OPENAI if not tensor.stacked)
+
+
+class OurWeights:
+    """The parameters of a checkpoint: a workdir (its newest step) or one step of it."""
+
+    framework = "igpt_jax"
+
+    def __init__(self, typed: str):
+        self._typed = typed
+        self.record = checkpoint.load_record(typed)
+        self._shapes = checkpoint.parameter_shapes(typed)
+        self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
+        dims = Dims.of(self.record.config.model, len(self.palette_VC), self.record.image_size)
+        self.names = tuple(path[-1] for path in self._shapes)
+        classes = self._shapes.get(("class_head_KD",), ())
+        self.sizes = dataclasses.asdict(dims) | ({"K": classes[0]} if classes else {})
+
+    def layers(self, name: str) -> Sequence[np.ndarray]:
+        array = self._load(name)
+        return array[None] if name in OUTSIDE_BLOCKS else array
+
+    def tensor_names(self) -> list[str]:
+        return ["/".join(path) for path in self._shapes]
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self._load(name.rpartition("/")[2])
+
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+        model, params, _ = checkpoint.load_model(self._typed, mesh, "float32")
+        return np.asarray(jax.jit(model.logits)(params, tokens_BT.astype(np.int32)))
+
+    def _load(self, name: str) -> np.ndarray:
+        path = (name,) if name in OUTSIDE_BLOCKS else ("blocks", name)
+        return checkpoint.load_parameter(self._typed, path, self._shapes[path])
+
+
+def dropout_of(weights: Weights) -> float:
+    """Of the residual stream while training; 0 where the files do not say, as in the paper."""
+    return weights.record.config.model.dropout if isinstance(weights, OurWeights) else 0.0
+
+
+def record_for(weights: Weights, palette_VC: np.ndarray) -> Record:
+    """What a checkpoint made of weights says of itself: what it said before, or what their sizes tell."""
+    if isinstance(weights, OurWeights):
+        return dataclasses.replace(weights.record, palette_VC=palette_VC)
+    sizes = weights.sizes
+    row = (sizes["L"], sizes["D"], sizes["N"])
+    name = next((name for name, sized in MODELS.items() if sized == row), ModelConfig().name)
+    model = ModelConfig(name, layers=sizes["L"], embed=sizes["D"], heads=sizes["N"], mlp=sizes["F"])
+    return Record(PretrainConfig(model=model), palette_VC, image_size=round(sizes["T"] ** 0.5), data_fingerprint="",
+                  steps_done=weights.steps_done)
+
+
+def write(weights: Weights, workdir: str, palette_VC: np.ndarray) -> None:
+    """Writes WORKDIR/checkpoints/STEP. The stacked parameters lie in a temporary file, not in memory.
+
+    Raises:
+      UserError: weights that our model cannot hold.
+    """
+    folder = storage.path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = str(folder) if storage.is_local(folder) else None
+    with tempfile.TemporaryDirectory(dir=place, prefix=".convert-") as temporary:
+        def mapped(shape: tuple[int, ...], name: str) -> np.ndarray:
+            return np.memmap(f"{temporary}/{name}", np.float32, "w+", shape=shape)
+
+        checkpoint.save_parameters(workdir, parameters(weights, mapped), record_for(weights, palette_VC))
+
+
+def parameters(weights: Weights, make: Callable[[tuple[int, ...], str], np.ndarray]) -> dict[str, Any]:
+    """All parameters, stacked as in our checkpoints, in arrays that `make(shape, name)` gives.
+
+    Raises:
+      UserError: weights that our model cannot hold.
+    """
+    if "start_D" not in weights.names:
+        raise UserError("these are the weights of a BERT model: they have no start vector (model/sos), and the model "
+                        "here is autoregressive. Give a checkpoint that is not called -bert.")
+    params: dict[str, Any] = {"blocks": {}}
+    for tensor in OPENAI:
+        name, letters = tensor.parts[0].ours, tensor.parts[0].letters
+        if name == "class_head_KD" and "K" not in weights.sizes:
+            continue
+        array = make(tuple(weights.sizes[letter] for letter in ("L" if tensor.stacked else "") + letters), name)
+        if name in weights.names:
+            for layer, values in enumerate(weights.layers(name)):
+                (array[layer] if tensor.stacked else array)[...] = values
+        else:  # a head that is not there, as in a classifier, starts at zero
+            array[...] = 0
+        (params["blocks"] if tensor.stacked else params)[name] = array
+    return params
