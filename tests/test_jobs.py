@@ -165,7 +165,7 @@ def test_sample_is_the_same_at_any_batch_and_mesh(folder, store, trained):
                           (8, ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"])):
         workdir = folder / f"sample{devices}-{len(more)}"
         done = run_job_command("sample", f"--workdir={workdir}", f"--config.checkpoint={trained}",
-                               f"--config.data.store={store}", "--config.count=5", "--config.images=2",
+                               f"--config.data.store={store}", "--config.count=5", "--config.examples=2",
                                "--config.completions=3", "--config.rows=3", *more, devices=devices)
         assert done.returncode == 0, done.stderr
         with np.load(workdir / "samples.npz") as file:

@@ -19,11 +19,7 @@ WITHOUT_JAX = {"config", "storage", "palette", "topology"}
 def place(module: str) -> str:
     """The entry of ORDER that a module of the package belongs to."""
     parts = module.split(".")
-    "attention.blocked", "attention.splash", "attention", "model", "objectives", "features", "decode", "export",
-    "linear_probe", "optimizer", "steps", "data.order", "data.images", "data.sources", "data.store", "data.ingest",
-    "data.colours", "data.augment", "data.ledger", "data.stage", "data", "data.tokens", "data.resident", "data.jpeg",
-    "data.pipeline", "data.records", "orbax_s3", "checkpoint", "weights", "telemetry", "figures", "runtime",
-    "evaluation", "planner", "loop", "report", "jobs", "__main__",
+    if parts[0] in ("jobs", "planner", "report", "weights"):
         return parts[0]
     if parts[:2] == ["data", "sources"]:
         return "data.sources"

@@ -62,7 +62,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     for processes in (1, 2):
         workdir = tmp_path / f"sample{processes}"
         with local(processes, ["sample", f"--workdir={workdir}", f"--config.checkpoint={tmp_path / 'one'}",
-                               "--config.count=6", "--config.images=0"], devices=2) as job:
+                               "--config.count=6", "--config.examples=0"], devices=2) as job:
             log = job.stderr.read()
         assert job.returncode == 0, log
         with np.load(workdir / "samples.npz") as file:

@@ -1,6 +1,7 @@
 """Unconditional samples, and completions of given pictures: the first rows stay, the model goes on from there.
 
-Writes figures/samples.png, figures/completions.png (original, what was given, completions) and samples.npz.
+Writes figures/samples.png, figures/completions.png (original, what was given, completions) and samples.npz with all
+tokens. Needs nothing but a checkpoint; --config.images=FOLDER completes pictures of your own.
 """
 
 import io
@@ -9,56 +10,58 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from igpt_jax import checkpoint, palette, sharding, storage, telemetry
+from igpt_jax.checkpoint import Record
 from igpt_jax.config import SampleConfig, UserError
 from igpt_jax.data import open_split, process_rows, put, tokens_of
+from igpt_jax.data.images import SUFFIXES, Unusable, decode
 from igpt_jax.decode import Sampling, generate
 
 UNKNOWN = 127  # grey level of the pixels that the model was not given
+EXAMPLES, COUNT = 16, 64  # where the config leaves them open
 
 
 def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     """Samples. Returns `images_per_second` (compilation included, once per kind) and how many of each kind.
 
     Raises:
-      UserError: the checkpoint is missing, the data does not fit it, or nothing was asked for.
+      UserError: the checkpoint is missing, the pictures or the data do not fit it, or nothing was asked for.
     """
     mesh = sharding.make_mesh(config.mesh)
     model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision)
-    size, table = record.image_size, palette.lookup_table(record.palette_VC)
+    size = record.image_size
     rows = size // 2 if config.rows < 0 else config.rows
     if rows > size:
         raise UserError(f"rows={rows} exceeds the model's {size} rows. Choose 0 to {size}.")
-    store = config.data.store or record.config.data.store
-    split = open_split(store, config.data.split, size) if config.images else None
-    if not (config.count or split):
-        raise UserError("nothing to sample: count=0 and images=0. Set one of them.")
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    figures, arrays, images = storage.path(workdir) / "figures", {}, 0
+    count = (0 if config.images else COUNT) if config.count < 0 else config.count
+    originals_BT, names = _originals(config, record)
+    if not (count or len(names)):
+        raise UserError("nothing to sample: no images, examples=0 and count=0. Set one of them.")
+    draw = _Drawing(model, params, config, mesh)
+    figures, arrays = storage.path(workdir) / "figures", {}
     start = time.perf_counter()
 
-    if config.count:
-        nothing = np.zeros((config.count, 0), np.int32)
-        arrays["samples"] = _generate(model, params, nothing, config, mesh, sampling, "samples")
-        images += config.count
-        grid = palette.decode(arrays["samples"], record.palette_VC).reshape(-1, size, size, 3)
-        _save_grid(figures / "samples.png", grid, math.isqrt(config.count - 1) + 1)
+    if count:
+        index_B2 = np.stack([np.arange(count), np.zeros(count, int)], axis=1)
+        arrays["samples"] = draw("samples", np.zeros((count, 0), np.int32), index_B2)
+        _save_grid(figures / "samples.png", _pictures(arrays["samples"], record), math.isqrt(count - 1) + 1)
 
-    if split:
-        count = min(config.images, split.count)
-        originals = tokens_of(split, table, np.arange(count)).astype(np.int32)
-        given = originals[:, :rows * size].repeat(config.completions, axis=0)
-        completed = _generate(model, params, given, config, mesh, sampling, "completions")
-        images += len(completed)
-        arrays |= {"originals": originals, "completions": completed.reshape(count, config.completions, -1)}
-        columns = _pictures(arrays["originals"][:, None], record, size), _pictures(arrays["completions"], record, size)
-        known = columns[0].copy()
-        known[:, :, rows:] = UNKNOWN
-        grid = np.concatenate([columns[0], known, columns[1]], axis=1)
+    if len(names):
+        index_B2 = np.stack(np.divmod(np.arange(len(names) * config.completions), config.completions), axis=1)
+        given_BP = originals_BT[index_B2[:, 0], :rows * size]
+        completed_BT = draw("completions", given_BP, index_B2)
+        arrays |= {"originals": originals_BT, "names": np.array(names),
+                   "completions": completed_BT.reshape(len(names), config.completions, -1)}
+        original_BYXC = _pictures(originals_BT, record)
+        known_BYXC = original_BYXC.copy()
+        known_BYXC[:, rows:] = UNKNOWN
+        completions = _pictures(completed_BT, record).reshape(len(names), config.completions, size, size, 3)
+        grid = np.concatenate([original_BYXC[:, None], known_BYXC[:, None], completions], axis=1)
         _save_grid(figures / "completions.png", grid.reshape(-1, size, size, 3), grid.shape[1])
 
     seconds = time.perf_counter() - start
@@ -66,37 +69,95 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
         file = io.BytesIO()
         np.savez_compressed(file, palette=record.palette_VC, **arrays)
         storage.publish(storage.path(workdir) / "samples.npz", file.getvalue())
-    return {"images_per_second": images / seconds, "samples": config.count, "completions": images - config.count}
+    completions = len(names) * config.completions
+    return {"images_per_second": (count + completions) / seconds, "samples": count, "completions": completions}
 
 
-def _generate(model: Any, params: Any, given_BP: np.ndarray, config: SampleConfig, mesh: Mesh, sampling: Sampling,
-              what: str) -> np.ndarray:
-    """Tokens [B, T] after `given_BP`, batch by batch. Image i draws from the seed folded with its kind and with i."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_size = -(-min(config.batch_size, len(given_BP)) // parts) * parts
-    place = sharding.batch_sharding(mesh)
-    mine = process_rows(place, batch_size)
-    kind = jax.random.fold_in(jax.random.key(config.seed), ["samples", "completions"].index(what))
-
-    def run(params, given_BP, index_B):
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(kind, index_B)
-        return generate(model, params, given_BP, keys_B, sampling)
-
-    run = jax.jit(run, out_shardings=sharding.replicated(mesh))
-    out = []
-    with jax.set_mesh(mesh), tqdm(total=len(given_BP), unit="image", desc=what, disable=None) as bar:
-        for start in range(0, len(given_BP), batch_size):
-            index_B = np.arange(start, start + batch_size)  # those past the end are drawn and dropped
-            batch = given_BP[index_B % len(given_BP)]
-            arguments = (put(whole[mine], place, batch_size) for whole in (batch, index_B.astype(np.int32)))
-            out.append(np.asarray(run(params, *arguments)))
-            bar.update(min(batch_size, len(given_BP) - start))
-    return np.concatenate(out)[:len(given_BP)]
+def _originals(config: SampleConfig, record: Record) -> tuple[np.ndarray, list[str]]:
+    """Tokens int32 [B, T] of the pictures to complete, and what each is called."""
+    size, table = record.image_size, palette.lookup_table(record.palette_VC)
+    if config.images:
+        images_BYXC, names = _users_pictures(config.images, size)
+        return palette.encode(images_BYXC, table).astype(np.int32), names
+    store = config.data.store or record.config.data.store
+    if config.examples == 0 or not store and config.examples < 0:
+        return np.zeros((0, size ** 2), np.int32), []
+    if config.examples < 0 and not config.data.store and not storage.path(store).exists():
+        telemetry.say(f"no completions: the checkpoint's store {store} is not here. Set data.store or images.")
+        return np.zeros((0, size ** 2), np.int32), []
+    split = open_split(store, config.data.split, size)
+    ids = np.arange(min(EXAMPLES if config.examples < 0 else config.examples, split.count))
+    return tokens_of(split, table, ids).astype(np.int32), [f"{config.data.split} {i}" for i in ids]
 
 
-def _pictures(tokens_BNT: np.ndarray, record: checkpoint.Record, size: int) -> np.ndarray:
-    """RGB uint8 [B, N, Y, X, C] of tokens."""
-    return palette.decode(tokens_BNT, record.palette_VC).reshape(*tokens_BNT.shape[:2], size, size, 3)
+def _users_pictures(typed: str, size: int) -> tuple[np.ndarray, list[str]]:
+    """uint8 [B, Y, X, 3] and names of the pictures that a folder, a file or a glob stands for; says what it leaves out.
+
+    Raises:
+      UserError: no picture there, or none that can be used.
+    """
+    files = []
+    for path in storage.matching(typed):
+        children = storage.children(path) if path.is_dir() else []
+        files += [child for child in children if child.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
+    images, unusable = {}, {}
+    for file in files:
+        try:
+            images[file.name] = decode(storage.read(file), size)
+        except Unusable as reason:
+            unusable[file.name] = str(reason)
+    if not images:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
+        raise UserError(f"images={typed!r} holds no picture that can be used{f' ({reasons})' if reasons else ''}. "
+                        f"Give JPEG, PNG or WebP files of at least {size}x{size} pixels.")
+    for name, reason in unusable.items():
+        telemetry.say(f"left out {name}: {reason}")
+    return np.stack(list(images.values())), list(images)
+
+
+class _Drawing:
+    """Draws batch by batch: (what, given tokens [B, P], indices [B, 2]) -> tokens [B, T].
+
+    A sample draws from the seed folded with what it is and with its two indices: the image's and its own among the
+    image's samples. So it changes neither with the batch size nor with how many others are drawn.
+    """
+
+    def __init__(self, model: Any, params: Any, config: SampleConfig, mesh: Mesh):
+        self._params, self._config, self._mesh = params, config, mesh
+        self._seed = jax.random.key(config.seed)
+        sampling = Sampling(config.temperature, config.top_k, config.top_p)
+
+        def run(params, given_BP, index_B2, kind):
+            def fold(index_2):
+                return jax.random.fold_in(jax.random.fold_in(kind, index_2[0]), index_2[1])
+            cache_dtype = jnp.dtype(config.cache_dtype or config.precision)
+            return generate(model, params, given_BP, jax.vmap(fold)(index_B2), sampling, cache_dtype)
+
+        self._run = jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, what: str, given_BP: np.ndarray, index_B2: np.ndarray) -> np.ndarray:
+        count, mesh = len(given_BP), self._mesh
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        wanted = self._config.batch_size or (16 if mesh.devices.flat[0].platform == "cpu" else 64)
+        batch_size = -(-min(wanted, count) // parts) * parts
+        place = sharding.batch_sharding(mesh)
+        mine = process_rows(place, batch_size)
+        kind = jax.random.fold_in(self._seed, ["samples", "completions"].index(what))
+        out = []
+        with jax.set_mesh(mesh), tqdm(total=count, unit="image", desc=what, disable=None) as bar:
+            for start in range(0, count, batch_size):
+                rows = np.arange(start, start + batch_size) % count  # those past the end are drawn again and dropped
+                arguments = (put(whole[rows][mine].astype(np.int32), place, batch_size)
+                             for whole in (given_BP, index_B2))
+                out.append(np.asarray(self._run(self._params, *arguments, kind)))
+                bar.update(min(batch_size, count - start))
+        return np.concatenate(out)[:count]
+
+
+def _pictures(tokens_BT: np.ndarray, record: Record) -> np.ndarray:
+    """RGB uint8 [B, Y, X, C] of tokens."""
+    size = record.image_size
+    return palette.decode(tokens_BT, record.palette_VC).reshape(-1, size, size, 3)
 
 
 def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int) -> None:

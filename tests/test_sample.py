@@ -1,0 +1,84 @@
+"""Completing pictures of a user's own, from a checkpoint alone."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_weights import make_huggingface, run
+
+from igpt_jax import palette
+from igpt_jax.config import SampleConfig, SampleMeshConfig, UserError
+from igpt_jax.jobs import sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A converted model of 5x5 pixels, and pictures: wide, tall, grey, too small and broken."""
+    folder = tmp_path_factory.mktemp("sample")
+    make_huggingface(folder / "hf", "small", 0)
+    run(folder / "model", f"huggingface:{folder}/hf", "")
+    pictures, rng = folder / "pictures", np.random.default_rng(0)
+    pictures.mkdir()
+    Image.fromarray(rng.integers(0, 256, (10, 30, 3), np.uint8)).save(pictures / "a wide.png")
+    Image.fromarray(rng.integers(0, 256, (40, 20, 3), np.uint8)).save(pictures / "b tall.jpg")
+    Image.fromarray(rng.integers(0, 256, (5, 5), np.uint8)).save(pictures / "c grey.webp", lossless=True)
+    Image.fromarray(rng.integers(0, 256, (4, 9, 3), np.uint8)).save(pictures / "small.png")
+    (pictures / "broken.png").write_bytes(b"not a picture")
+    (pictures / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def complete(folder, name, **more):
+    metrics = sample.run(SampleConfig(checkpoint=str(folder / "model"), images=str(folder / "pictures"), rows=2,
+                                      mesh=SampleMeshConfig(), **more), str(folder / name))
+    with np.load(folder / name / "samples.npz") as file:
+        return metrics, dict(file)
+
+
+def test_pictures_are_completed_below_the_rows_given(folder, capsys):
+    """Cropped, reduced and quantized; named; what cannot be used is said; a completion is the same however many others
+    there are and in whatever batch.
+
+    Must fail with a completion's stream folded with its index among all completions.
+    """
+    metrics, made = complete(folder, "one", completions=2, batch_size=2)
+    said = capsys.readouterr().err
+    assert "left out small.png: 9x4: smaller than 5 pixels" in said and "left out broken.png" in said
+    assert metrics["completions"] == 6 and metrics["samples"] == 0
+    assert made["names"].tolist() == ["a wide.png", "b tall.jpg", "c grey.webp"]
+    assert made["completions"].shape == (3, 2, 25) and "samples" not in made
+    with Image.open(folder / "pictures" / "a wide.png") as image:
+        square = np.asarray(image)[:, 10:20].reshape(5, 2, 5, 2, 3).mean((1, 3))
+    table = palette.lookup_table(made["palette"])
+    expected = palette.encode(np.rint(square).astype(np.uint8)[None], table)[0]
+    assert (made["originals"][0] == expected).mean() > 0.9  # means of .5 may round either way
+    np.testing.assert_array_equal(made["completions"][:, :, :10],
+                                  np.repeat(made["originals"][:, None, :10], 2, axis=1))
+    assert (made["completions"][:, 0] != made["completions"][:, 1]).any(axis=1).all()
+    with Image.open(folder / "one/figures/completions.png") as image:
+        pixel, gap = 96 // 5, 96 // 5 // 2  # each pixel a square: original, what was given, two completions
+        assert image.size == (4 * 5 * pixel + 3 * gap, 3 * 5 * pixel + 2 * gap)
+        first = np.asarray(image)[:5 * pixel, :5 * pixel]
+    sharp = palette.decode(made["originals"][0], made["palette"]).reshape(5, 5, 3).repeat(pixel, 0).repeat(pixel, 1)
+    np.testing.assert_array_equal(first, sharp)
+
+    _, more = complete(folder, "more", completions=3, count=1)
+    np.testing.assert_array_equal(more["completions"][:, :2], made["completions"])
+    assert more["samples"].shape == (1, 25)
+
+
+@pytest.mark.parametrize("images, message", [
+    ("broken.png", "no picture that can be used .broken.png: "),
+    ("notes.txt", "no picture that can be used"), ("none", "matches nothing"), ("*.gif", "matches nothing")])
+def test_nothing_to_complete_is_said_in_one_line(folder, images, message):
+    """Must fail with a ValueError in place of one UserError."""
+    config = SampleConfig(checkpoint=str(folder / "model"), images=f"{folder}/pictures/{images}")
+    with pytest.raises(UserError, match=message) as caught:
+        sample.run(config, str(folder / "bad"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_checkpoint_without_data_gives_samples_alone(folder):
+    """Weights from elsewhere name no store: nothing is completed, and nothing is missing."""
+    metrics = sample.run(SampleConfig(checkpoint=str(folder / "model"), count=3), str(folder / "alone"))
+    assert metrics["samples"] == 3 and metrics["completions"] == 0
+    assert not (folder / "alone/figures/completions.png").exists()
