@@ -196,8 +196,9 @@ class DataConfig:
 def _check_job(config: Any) -> None:
     """The rules that hold for any job that has the key."""
     for name in ("steps", "batch_size", "accumulate", "log_every_steps", "keep_newest", "max_skipped_updates"):
-        value = getattr(config, name, 1) or (config.job == "sample" and name == "batch_size")
-        _require(value >= 1, f"{name}={value} must be at least 1.")
+        value = getattr(config, name, 1)
+        chosen_by_job = config.job == "sample" and name == "batch_size" and value == 0
+        _require(value >= 1 or chosen_by_job, f"{name}={value} must be at least 1.")
     for name in ("image_size", "checkpoint_every_steps", "eval_every_steps", "limit"):
         value = getattr(config, name, 0)
         _require(value >= 0, f"{name}={value} must not be negative.")
