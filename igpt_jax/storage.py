@@ -7,9 +7,11 @@ and `lock` give both kinds of storage the same meaning.
 import contextlib
 import fcntl
 import glob
+import itertools
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -23,8 +25,10 @@ from igpt_jax.config import UserError
 
 SCHEMES = ("gs://", "s3://")
 LOCK = ".lock"
+TEMPORARY = ".tmp"  # ends the names of files that `publish` has not finished
 HEARTBEAT_SECONDS = 20.0
 PART_SECONDS = 60.0
+PENDING_BYTES = 2**24  # lines that wait for a disk that is full; further ones are dropped
 
 
 def path(text: str | os.PathLike) -> epath.Path:
@@ -151,7 +155,7 @@ def publish(path: epath.Path, data: bytes | str) -> None:
     if not is_local(path):
         path.write_bytes(data)
         return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -166,51 +170,70 @@ def publish(path: epath.Path, data: bytes | str) -> None:
         raise
 
 
+def sweep(workdir: epath.Path) -> None:
+    """Removes what a killed `publish` left in a workdir and its folders. Only the holder of its lock may."""
+    if is_local(workdir):  # in a bucket nothing is left
+        for folder in (workdir, *(child for child in workdir.iterdir() if child.is_dir())):
+            for file in folder.glob(f".*{TEMPORARY}"):
+                file.unlink(missing_ok=True)
+
+
 class LineWriter:
     """Appends lines of text to a file, over any number of runs.
 
     On a local disk each line is written at once. In a bucket, where nothing can be appended, lines go to numbered
     parts beside it (`metrics-00001.jsonl` for `metrics.jsonl`), one a minute at most, and on `flush` and `close`.
-    `read_lines` reads both.
+    `read_lines` reads both. Where writing fails, `error` says why, and lines wait for the next call.
     """
 
     def __init__(self, path: epath.Path):
+        self.error: Exception | None = None
         self._path = path
-        self._lines: list[str] = []
+        self._pending = bytearray()
         self._flushed = time.monotonic()
         self._file = None
         if is_local(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self._file = open(path, "a", encoding="utf-8")
-            if torn:  # a full disk can cut the last line of an earlier run
-                self._file.write("\n")
+            self._file = open(path, "ab", buffering=0)
+            if torn:  # a run that was killed can leave part of a line
+                self._pending += b"\n"
         else:
             numbers = [int(part.stem.rpartition("-")[2]) for part in _parts(path)]
             self._next_part = max(numbers, default=0) + 1
 
     def write(self, line: str) -> None:
         """Appends one line; `line` comes without its newline."""
-        if self._file:
-            self._file.write(line + "\n")
-            self._file.flush()
-            return
-        self._lines.append(line + "\n")
-        if time.monotonic() - self._flushed >= PART_SECONDS:
-            self.flush()
+        if len(self._pending) < PENDING_BYTES:
+            self._pending += line.encode() + b"\n"
+        if self._file or time.monotonic() - self._flushed >= PART_SECONDS:
+            self._write_out()
 
     def flush(self) -> None:
-        if self._lines:
-            name = f"{self._path.stem}-{self._next_part:05d}{self._path.suffix}"
-            publish(self._path.parent / name, "".join(self._lines))
-            self._next_part += 1
-            self._lines.clear()
-        self._flushed = time.monotonic()
+        """Writes out all lines; on a local disk they then outlast even a loss of power."""
+        self._write_out()
+        if self._file:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.flush()
         if self._file:
             self._file.close()
+
+    def _write_out(self) -> None:
+        self._flushed = time.monotonic()
+        try:
+            while self._file and self._pending:  # a disk that fills up may take a part: the rest goes on from there
+                del self._pending[:self._file.write(self._pending)]
+            if self._pending:
+                name = f"{self._path.stem}-{self._next_part:05d}{self._path.suffix}"
+                publish(self._path.parent / name, bytes(self._pending))
+                self._next_part += 1
+                self._pending.clear()
+            self.error = None
+        except Exception as error:  # a bucket's client has errors of its own
+            self.error = error
 
 
 def _parts(path: epath.Path) -> list[epath.Path]:
@@ -237,7 +260,9 @@ def lock(workdir: epath.Path) -> Iterator[None]:
 
     Local: an flock on `workdir/.lock`; the kernel lets go of it when its process ends, however it ends. Bucket: an
     object that its holder writes anew every 20 seconds and deletes at the end; one that stays the same for a minute,
-    or whose process on this host is gone, belonged to a dead job and is taken over. No clocks are compared.
+    or whose process on this host is gone, belonged to a dead job and is taken over. No clocks are compared. A bucket
+    cannot refuse the slower of two starts: should two jobs both go on, or one be taken over while it was frozen, the
+    one that finds the other's lock in place of its own ends with exit code 2, within 20 seconds.
 
     Raises:
       UserError: another job holds it; names its host, process and start.
@@ -291,18 +316,22 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
         time.sleep(3 * HEARTBEAT_SECONDS)
         if content() not in ("", found):
             raise _in_use(workdir, content())
-    text = beat(0)
+    latest = beat(0)
     time.sleep(HEARTBEAT_SECONDS / 10)  # of two that start at once, the later write wins
-    if content() != text:
+    if content() != latest:
         raise _in_use(workdir, content())
     done = threading.Event()
 
     def keep() -> None:
-        count = 0
-        while not done.wait(HEARTBEAT_SECONDS):
-            count += 1
-            with contextlib.suppress(OSError):  # a beat may be missed: two more come before others take over
-                beat(count)
+        nonlocal latest
+        for count in itertools.count(1):
+            if done.wait(HEARTBEAT_SECONDS):
+                return
+            with contextlib.suppress(Exception):  # a beat may be missed: two more come before others take over
+                if (now := content()) not in ("", latest):
+                    print(f"igpt_jax: {_in_use(workdir, now)} This job ends.", file=sys.stderr, flush=True)
+                    os._exit(2)
+                latest = beat(count)
 
     thread = threading.Thread(target=keep, name="lock heartbeat", daemon=True)
     thread.start()
@@ -311,7 +340,8 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        file.unlink(missing_ok=True)
+        if content() == latest:
+            file.unlink(missing_ok=True)
 
 
 def _gone(text: str) -> bool:

@@ -1,5 +1,6 @@
 """Paths, publishing, appended lines and locks, on a local disk and under a bucket's rules."""
 
+import errno
 import json
 import os
 import subprocess
@@ -90,6 +91,48 @@ def test_a_torn_last_line_does_not_swallow_the_next(tmp_path):
     assert storage.read_lines(path) == ['{"step": 1}', '{"st', '{"step": 2}']
 
 
+class FillingDisk:
+    """A raw file whose disk takes a few bytes, then is full until `space` is given again."""
+
+    def __init__(self, file, space):
+        self.file, self.space = file, space
+
+    def write(self, data):
+        if not self.space:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.file.write(bytes(data[:self.space]))
+        self.space -= taken
+        return taken
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_lines_wait_for_a_full_disk_and_none_is_torn(tmp_path):
+    """Seen to fail with a partly written line begun anew."""
+    path = storage.path(tmp_path / "metrics.jsonl")
+    writer = storage.LineWriter(path)
+    writer._file = disk = FillingDisk(writer._file, space=10)
+    for line in ("first", "second", "third"):
+        writer.write(line)
+    assert writer.error.errno == errno.ENOSPC and path.read_text() == "first\nseco"
+    disk.space = 100
+    writer.write("fourth")
+    assert writer.error is None
+    writer.close()
+    assert storage.read_lines(path) == ["first", "second", "third", "fourth"]
+
+
+def test_sweep_removes_what_a_killed_publish_left(tmp_path):
+    left = [tmp_path / ".result.json.abc.tmp", tmp_path / "figures" / ".loss.png.xyz.tmp"]
+    kept = [tmp_path / ".lock", tmp_path / "result.json", tmp_path / "figures" / "loss.png"]
+    (tmp_path / "figures").mkdir()
+    for file in left + kept:
+        file.write_text("")
+    storage.sweep(storage.path(tmp_path))
+    assert not any(file.exists() for file in left) and all(file.exists() for file in kept)
+
+
 def test_lines_in_a_bucket_are_numbered_parts(tmp_path, as_bucket):
     path = storage.path(tmp_path / "metrics.jsonl")
     for run in (["a", "b"], ["c"]):
@@ -132,3 +175,24 @@ def test_lock_in_a_bucket(tmp_path, as_bucket):
     lock.write_text(json.dumps({"host": "another", "pid": 1, "start": "long ago"}))
     with storage.lock(workdir):  # it has stayed the same: its job is dead
         assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_who_loses_a_bucket_lock_ends(tmp_path):
+    """Two starts that both went on, as a slow write can make them: the one whose lock was written over ends with 2.
+
+    Seen to fail with the heartbeat written without a look at what is there.
+    """
+    script = f"""
+import time
+from igpt_jax import storage
+storage.is_local, storage.HEARTBEAT_SECONDS = (lambda path: False), 0.2
+with storage.lock(storage.path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(30)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": os.getcwd()}) as job:
+        assert job.stdout.readline() == "held\n"
+        (tmp_path / storage.LOCK).write_text(json.dumps({"host": "other", "pid": 7, "start": "now"}))
+        assert "in use by host other, process 7" in job.stderr.read()
+    assert job.returncode == 2
