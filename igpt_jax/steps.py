@@ -16,14 +16,19 @@ from igpt_jax.config import PretrainConfig
 from igpt_jax.model import Model
 from igpt_jax.optimizer import learning_rate, make_optimizer
 
-# step, skipped (bad updates so far) and skipped_in_a_row: int32; params: a dict; optimizer: optax's state.
+# step, skipped (bad updates so far) and skipped_in_a_row: int32; params: a dict; optimizer: optax's state; where
+# optimizer.spike_factor is set also usual_gradient_norm, the running mean that it multiplies.
 State = dict[str, Any]
+
+# The running mean of the gradient norm forgets with this factor per step, and judges nothing before so many steps.
+SPIKE_DECAY, SPIKE_AFTER = 0.98, 50
 
 
 def init_state(model: Model, config: PretrainConfig, key: jax.Array) -> State:
     """The state before step 0."""
     params = model.init(key)
-    return {"step": jnp.int32(0), "skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0), "params": params,
+    spikes = {"usual_gradient_norm": jnp.float32(0)} if config.optimizer.spike_factor else {}
+    return {**spikes, "step": jnp.int32(0), "skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0), "params": params,
             "optimizer": make_optimizer(config.optimizer).init(params)}
 
 
@@ -46,8 +51,9 @@ def abstract_state(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
 def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> Callable:
     """(state, tokens_BT, key) -> (state, metrics).
 
-    A loss or gradient that is not finite leaves parameters and moments exactly as they were and is counted in
-    `skipped`; the step counter, and with it data order and schedule, goes on.
+    An update whose loss or gradient is not finite, or whose gradient norm exceeds `optimizer.spike_factor` times its
+    running mean over accepted updates, leaves parameters and moments exactly as they were and is counted in `skipped`;
+    the step counter, and with it data order and schedule, goes on.
     """
     optimizer = make_optimizer(config.optimizer)
     uses_dropout = config.model.dropout > 0
@@ -60,16 +66,20 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
         loss, gradients = _accumulated(jax.value_and_grad(loss_fn), state["params"], tokens_BT, step_key,
                                        config.accumulate)
         gradient_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        if config.optimizer.spike_factor:
+            good, spikes = _unless_spiking(state, good, gradient_norm, config.optimizer.spike_factor)
+        else:
+            spikes = {}
         rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
         directions, moments = optimizer.update(gradients, state["optimizer"], state["params"])
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state["params"], directions)
 
         def unless_bad(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        state = {"step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(finite, 0, 1),
-                 "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+        state = {**spikes, "step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(good, 0, 1),
+                 "skipped_in_a_row": jnp.where(good, 0, state["skipped_in_a_row"] + 1),
                  "params": unless_bad(params, state["params"]), "optimizer": unless_bad(moments, state["optimizer"])}
         return state, {"train/nats_per_pixel": loss, "train/gradient_norm": gradient_norm,
                        "train/learning_rate": rate, "train/skipped_updates": state["skipped"],
@@ -105,6 +115,16 @@ def jit_train_step(model: Model, config: PretrainConfig, mesh: Mesh, warmup_step
     """The jitted training step: the state stays in its shardings, and its memory is used again."""
     return jax.jit(make_train_step(model, config, warmup_steps), donate_argnums=0,
                    out_shardings=(state_shardings(model, config, mesh), None))
+
+
+def _unless_spiking(state: State, good: jax.Array, gradient_norm: jax.Array,
+                    factor: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Whether to accept an update that is otherwise good, and the running mean of the norms of accepted ones."""
+    mean, accepted = state["usual_gradient_norm"], state["step"] - state["skipped"]
+    unbiased = mean / (1 - SPIKE_DECAY ** jnp.maximum(accepted, 1))  # as Adam corrects its moments
+    good &= (accepted < SPIKE_AFTER) | (gradient_norm <= factor * unbiased)
+    moved = SPIKE_DECAY * mean + (1 - SPIKE_DECAY) * gradient_norm
+    return good, {"usual_gradient_norm": jnp.where(good, moved, mean).astype(jnp.float32)}
 
 
 def make_eval_step(model: Model) -> Callable:

@@ -156,3 +156,26 @@ def test_second_moments_may_rest_in_less_memory():
         np.testing.assert_allclose(directions["factored"][leaf], directions["float32"][leaf], rtol=1e-4)
     assert states["bfloat16"][0].nu["query_DNH"].dtype == jnp.bfloat16
     assert states["factored"][0].column["query_DNH"].shape == (2, 1, 2, 4)
+
+
+def test_a_spike_is_skipped_bit_for_bit_and_then_the_run_goes_on():
+    """After 60 usual updates a gradient a thousand times the usual: no bit of parameters, moments or running mean
+    moves; the next usual update is accepted again.
+
+    Seen to fail with the comparison of the norm turned round, and with the mean moved by the spike.
+    """
+    config, model = make(",optimizer.spike_factor=4.0")
+    step = jax.jit(steps.make_train_step(model, config, warmup_steps=1))
+    state = steps.init_state(model, config, jax.random.key(0))
+    for number in range(60):
+        state, metrics = step(state, tokens_of_step(number), jax.random.key(0))
+    assert int(state["skipped"]) == 0
+    usual = float(metrics["train/gradient_norm"])
+    spiked = {**state, "usual_gradient_norm": state["usual_gradient_norm"] / 1000}  # as if this gradient were 1000 x
+    after, _ = step(spiked, tokens_of_step(60), jax.random.key(0))
+    for name in ("params", "optimizer", "usual_gradient_norm"):
+        for one, other in zip(jax.tree.leaves(spiked[name]), jax.tree.leaves(after[name]), strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), name
+    assert (int(after["skipped"]), int(after["skipped_in_a_row"])) == (1, 1)
+    after, _ = step(state, tokens_of_step(60), jax.random.key(0))
+    assert int(after["skipped"]) == 0 and 0 < float(after["usual_gradient_norm"]) < 3 * usual
