@@ -1,36 +1,75 @@
-"""Checkpoints: Orbax's files, each step self-describing, so that other jobs need nothing but its path.
+"""Checkpoints: Orbax's files, each step self-describing and checked, so that other jobs need nothing but its path.
 
 A step holds two trees, `params` and `training` (the rest of the state), so that jobs other than training read the
 parameters alone, straight into their own mesh; and a record (JSON) of the config, the palette and the data.
+
+What is read is believed only where it is what was written. The record has a CRC and holds a checksum of each array,
+taken on the devices before anything was written and compared after restoring, on whatever mesh. SHA256SUMS, written
+last, names the file that is damaged (`sha256sum -c SHA256SUMS` reads it too). A damaged step is moved to quarantine/
+and the newest good one is used.
 """
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import time
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from igpt_jax import orbax_s3, sharding, storage
+from igpt_jax import __version__, checksum, orbax_s3, sharding, storage
 from igpt_jax.config import ModelConfig, PretrainConfig, UserError, parse, to_dict
 from igpt_jax.model import Model
 from igpt_jax.steps import State
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_CHECKSUMS = 1  # the format that had none: still read, with a warning
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every kind of storage
+RECORD = "_CHECKPOINT_METADATA"  # Orbax's file of a step that holds ours
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's folders for steps that it has not finished
+HASHES = "SHA256SUMS"
+EVALUATION = "evaluation.json"  # figures that came after the step was saved
+DELETING = ".deleting"
+QUARANTINE = "quarantine"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+ATTEMPTS, LONGEST_PAUSE = 3, 64.0  # of saving what must be saved; seconds between retries of what may wait
 # Keys that may differ between a checkpoint and the run that goes on from it: they change neither the model nor what
 # it sees. `steps` may differ too where neither the schedule nor the warm-up depends on it. (The record compares image
 # size and palette themselves.)
 FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefetch", "data.stage", "model.attention",
-                       "model.remat", "accumulate", "image_size", "palette", "log_every_steps", "eval_every_steps",
-                       "checkpoint_every_steps", "keep_newest", "keep_steps", "max_skipped_updates"})
+                       "model.remat", "accumulate", "images_per_pass", "image_size", "palette", "log_every_steps",
+                       "eval_every_steps", "checkpoint_every_steps", "keep_newest", "keep_steps",
+                       "max_skipped_updates", "skip_divergence", "accept_changes", "stall_seconds",
+                       "compare_replicas_every_steps", "replay_check"})
 
 log = logging.getLogger(__name__)
 orbax_s3.teach()
+# Orbax prints the stack of each failed save. What failed is told here, in one line.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written. The message names the file or the array."""
+
+
+class Unsaved(Exception):
+    """A state that had to be saved could not be. The message says why, and which step is the newest on disk."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that decide what it computes."""
+    return {"igpt_jax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,38 +81,55 @@ class Record:
     data_fingerprint: str
     steps_done: int
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # those of an evaluation at this step
+    data_offset: int = 0  # step s reads the examples of step s + data_offset of the order
+    changes: tuple[Mapping[str, Any], ...] = ()  # accepted: {"step", "key", "from", "to"}
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+    checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by array; `Checkpoints.save` fills it in
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "config": to_dict(self.config), "palette": self.palette_VC.tolist(),
-                "image_size": self.image_size, "data_fingerprint": self.data_fingerprint,
-                "steps_done": self.steps_done, "metrics": dict(self.metrics)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "format": FORMAT, "config": to_dict(self.config), "palette_VC": self.palette_VC.tolist()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Record":
-        if value.get("format") != FORMAT:
+        fields = {name: part for name, part in value.items() if name != "format"}
+        if value.get("format") == WITHOUT_CHECKSUMS:
+            fields = {**fields, "palette_VC": fields.pop("palette"), "versions": {}}
+        elif value.get("format") != FORMAT:
             raise UserError(f"a checkpoint of format {value.get('format')!r} cannot be read here: format {FORMAT} is "
                             "the one that this version knows. Use the version that wrote it.")
-        return cls(config=parse("pretrain", value["config"]), palette_VC=np.asarray(value["palette"], np.float32),
-                   image_size=value["image_size"], data_fingerprint=value["data_fingerprint"],
-                   steps_done=value["steps_done"], metrics=value["metrics"])
+        return cls(**{**fields, "config": parse("pretrain", value["config"]),
+                      "palette_VC": np.asarray(fields["palette_VC"], np.float32)})
 
-    def check_continues(self, new: "Record", where: str) -> None:
-        """Raises UserError, naming each difference, where the run `new` is not the one that wrote this checkpoint."""
+    def check_continues(self, new: "Record", where: str) -> tuple[Mapping[str, Any], ...]:
+        """The accepted changes from the run that wrote this checkpoint to the run `new`.
+
+        Raises:
+          UserError: they differ in what `new.config.accept_changes` does not name; tells each difference.
+        """
         optimizer = self.config.optimizer
         independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
         free = FREE_KEYS | ({"steps"} if independent else set())
         mine, others = _flat(to_dict(self.config)), _flat(to_dict(new.config))
-        differences = [f"{key}={others[key]!r} (checkpoint: {mine[key]!r})" for key in mine
-                       if mine[key] != others[key] and key not in free and not key.startswith("mesh.")]
+        changes = {key: (mine[key], others[key]) for key in mine
+                   if mine[key] != others[key] and key not in free and not key.startswith("mesh.")}
         if self.image_size != new.image_size:
-            differences.append(f"images of {new.image_size} pixels (checkpoint: {self.image_size})")
+            changes["image_size"] = (self.image_size, new.image_size)
         if not np.array_equal(self.palette_VC, new.palette_VC):
-            differences.append("another palette")
+            changes["palette"] = (_digest(self.palette_VC), _digest(new.palette_VC))
         if self.data_fingerprint != new.data_fingerprint:
-            differences.append("another pixel store or split")
-        if differences:
-            raise UserError(f"the run in {where} was started with other settings: {'; '.join(differences)}. "
-                            "Give the same, or a new --workdir.")
+            changes["data"] = (self.data_fingerprint, new.data_fingerprint)
+        refused = [f"{key}={after!r} (checkpoint: {before!r})" for key, (before, after) in changes.items()
+                   if key not in new.config.accept_changes]
+        if refused:
+            raise UserError(f"the run in {where} was started with other settings: {'; '.join(refused)}. Give the "
+                            "same, name the keys in --config.accept_changes, or give a new --workdir.")
+        return tuple({"step": self.steps_done, "key": key, "from": before, "to": after}
+                     for key, (before, after) in changes.items())
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -84,67 +140,392 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one training run, in WORKDIR/checkpoints/STEP. Leaving its context waits for saves."""
+    """The checkpoints of one training run, in WORKDIR/checkpoints/STEP. Leaving its context waits for saves.
+
+    Saving is asynchronous: `save` returns once the arrays are copied; a thread waits for the disk, hashes what is on
+    it, and then removes superseded steps. A save that failed is told in one line, shows in `failed_saves`, and is
+    tried again when `retry_due`.
+    """
 
     def __init__(self, workdir: str, config: PretrainConfig):
-        policies = ocp.training.preservation_policies
-        self._where = workdir
-        self._orbax = ocp.training.Checkpointer(
-            storage.absolute(storage.path(workdir)) / "checkpoints",
-            # The loop decides when to save; Orbax's own default silently skips steps while a save runs.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy([
-                policies.LatestN(config.keep_newest),
-                policies.CustomSteps(config.keep_steps),
-                policies.BestN(get_metric_fn=lambda metrics: metrics["eval/nats_per_pixel"], reverse=True, n=1,
-                               keep_checkpoints_without_metrics=False),
-            ]),
-            cleanup_tmp_directories=True)
+        self._where, self._folder = workdir, storage.absolute(storage.path(workdir)) / "checkpoints"
+        self._keep_newest, self._keep_steps = config.keep_newest, set(config.keep_steps)
+        self._losses: dict[int, float] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish checkpoint")
+        self._saving: Future | None = None
+        self._problem, self._retry_at, self._pause = "", 0.0, 1.0
+        self.failed_saves = 0
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            for step in self.steps:
+                with contextlib.suppress(Damaged, UserError):  # whoever restores it will say so
+                    self._note(step, _read_record(self._folder, step).metrics)
+        _meet("checkpoints are swept")
+
+    @property
+    def steps(self) -> list[int]:
+        """All that there are, ascending."""
+        return steps_in(self._folder)
 
     @property
     def latest_step(self) -> int | None:
         """Finished steps of the newest checkpoint, or None."""
-        return self._orbax.latest.step if self._orbax.latest else None
+        return max(self.steps, default=None)
 
-    def save(self, state: State, record: Record) -> None:
+    def save(self, state: State, record: Record, surely: bool = False) -> None:
         """Starts to save; returns once the arrays are copied, so that the next step may overwrite them.
 
         Args:
           state: the state after `record.steps_done` steps.
           record: written beside it; its metric `eval/nats_per_pixel` decides which checkpoint is the best.
-        """
-        if self.latest_step == record.steps_done:
-            return
-        params, training = _split(state)
-        response = self._orbax.save_checkpointables_async(
-            record.steps_done, {"params": params, "training": training}, force=True,
-            metrics=dict(record.metrics) or None, custom_metadata=record.to_json())
-        if response is None:
-            raise RuntimeError(f"Orbax declined to save step {record.steps_done} in {self._where}.")
-
-    def restore(self, abstract: State, record: Record) -> tuple[State, Record]:
-        """The newest state, in the shardings of `abstract`, and its record.
+          surely: wait until it is on disk, and try again where it fails.
 
         Raises:
-          UserError: the run that `record` describes is not the one that wrote it.
+          Unsaved: `surely`, and it failed three times.
         """
-        step = self.latest_step
-        stored = Record.from_json(self._orbax.checkpointables_metadata(step).custom_metadata)
-        stored.check_continues(record, self._where)
-        params, training = _split(abstract)
-        trees = self._orbax.load_checkpointables(step, {"params": params, "training": training})
-        return {"params": trees["params"], **trees["training"]}, stored
+        for attempt in range(ATTEMPTS if surely else 1):
+            if attempt:
+                time.sleep(2**attempt)
+            self.wait()
+            if record.steps_done in self.steps:
+                return
+            self._start(state, record)
+            if surely:
+                self.wait()
+            if not self._problem:
+                return
+        if surely:
+            raise Unsaved(f"step {record.steps_done:,} could not be saved: {self._problem}. Make room or mend "
+                          f"{self._folder}: the same command then goes on from step {self.latest_step or 0:,}.")
+
+    def _start(self, state: State, record: Record) -> None:
+        params, training = _split(state)
+        record = dataclasses.replace(record, checksums=checksum.of_tree(state))
+        try:
+            if self._problem and jax.process_index() == 0:
+                self._sweep()
+            response = ocp.save_checkpointables_async(
+                self._folder / str(record.steps_done), {"params": params, "training": training},
+                custom_metadata=_sealed(record.to_json()))
+        except Exception as error:  # whatever the storage's client raises: training goes on
+            self._failed(record.steps_done, error)
+            return
+        self._saving = self._thread.submit(self._finish, response, record)
+
+    def _finish(self, response: Any, record: Record) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                _write_hashes(self._folder / str(record.steps_done))
+                self._note(record.steps_done, record.metrics)
+                self._remove_superseded()
+            self._problem, self._pause = "", 1.0
+        except Exception as error:
+            self._failed(record.steps_done, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self.failed_saves += 1
+        self._problem = next(iter(str(error).splitlines()), "") or type(error).__name__
+        self._retry_at, self._pause = time.monotonic() + self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        log.error("Step %s could not be saved: %s. Training goes on.", f"{step:,}", self._problem)
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved any more."""
+        if self._saving:
+            self._saving.result()
+            self._saving = None
+
+    @property
+    def retry_due(self) -> bool:
+        """Whether the last save failed and it is time to try again. Several processes wait for the next save due."""
+        idle = not self._saving or self._saving.done()
+        return bool(idle and self._problem and time.monotonic() >= self._retry_at) and jax.process_count() == 1
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds to a saved step the figures of an evaluation that came later."""
+        if jax.process_index() == 0:
+            storage.publish(self._folder / str(step) / EVALUATION, json.dumps(_sealed({"metrics": dict(metrics)})))
+            self._note(step, metrics)
+
+    def restore(self, abstract: State, record: Record, at: int | None = None) -> tuple[State, Record] | None:
+        """The newest good state, in the shardings of `abstract`, with its record; None where nothing was saved yet.
+
+        Newer ones that are damaged are moved to WORKDIR/quarantine, each with a line that says what is wrong. The
+        returned record holds the changes of settings that `record` accepts. Steps after `at` are passed over.
+
+        Raises:
+          UserError: the run that `record` describes is not the one that wrote it; or all steps are damaged.
+        """
+        for step in reversed([step for step in self.steps if at is None or step <= at]):
+            with self._quarantined_if_damaged(step):
+                stored = _read_record(self._folder, step)
+                changes = stored.check_continues(record, self._where)
+                if stored.versions and stored.versions != record.versions:
+                    log.warning("The checkpoint was written with other versions: the run goes on, but not bit for bit. "
+                                "%s", "; ".join(f"{name} {stored.versions.get(name)}, now {now}" for name, now in
+                                                record.versions.items() if stored.versions.get(name) != now))
+                params, training = _split(abstract)
+                trees = _load(self._folder, step, {"params": params, "training": training}, stored)
+                return ({"params": trees["params"], **trees["training"]},
+                        dataclasses.replace(stored, changes=(*stored.changes, *changes)))
+        quarantine = self._folder.parent / QUARANTINE
+        if quarantine.exists() and any(quarantine.iterdir()):
+            raise UserError(f"all checkpoints of {self._where} are damaged: see {quarantine}. Put a good copy into "
+                            f"{self._folder}, or remove {quarantine} to train from the start.")
+        return None
+
+    @contextlib.contextmanager
+    def _quarantined_if_damaged(self, step: int) -> Iterator[None]:
+        """Moves a step away where the code inside raises Damaged on any process; then nothing is raised."""
+        problem = None
+        try:
+            yield
+        except Damaged as damage:
+            problem = str(damage)
+        if problem:
+            log.error("Checkpoint %s is damaged: %s. It goes to %s/, and an older one is used.", step, problem,
+                      QUARANTINE)
+            if jax.process_index() == 0:
+                _quarantine(self._folder, step, problem)
+            _meet(f"step {step} is in quarantine")
+
+    def _note(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "eval/nats_per_pixel" in metrics:
+            self._losses[step] = metrics["eval/nats_per_pixel"]
+
+    def _remove_superseded(self) -> None:
+        """Keeps the newest, the named and the best steps. Runs after a save has succeeded, so one always stays."""
+        steps = self.steps
+        best = min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
+        for step in set(steps[:-self._keep_newest]) - self._keep_steps - {best}:
+            _remove(self._folder / str(step))
+
+    def _sweep(self) -> None:
+        """Removes what killed runs left: parts of saves and of removals. On a local disk a step appears whole or not
+        at all, so one without its mark has lost it."""
+        for left in (*self._folder.glob(UNFINISHED), *self._folder.glob(f"*{DELETING}")):
+            left.rmtree()
+        for child in [child for child in self._folder.iterdir() if child.name.isdigit()]:
+            if not (child / COMMITTED).exists():
+                if storage.is_local(child):
+                    log.error("Checkpoint %s is damaged: %s is missing. It goes to %s/.", child.name, COMMITTED,
+                              QUARANTINE)
+                    _quarantine(self._folder, int(child.name), f"{COMMITTED} is missing")
+                else:
+                    child.rmtree()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._orbax.close()
+        self.wait()
+        self._thread.shutdown()
 
 
 def _split(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
     return state["params"], {name: value for name, value in state.items() if name != "params"}
 
+
+def _meet(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _quarantine(folder: storage.epath.Path, step: int, problem: str) -> None:
+    to = folder.parent / QUARANTINE / str(step)
+    while to.exists():
+        to = to.parent / f"{to.name}-again"
+    to.parent.mkdir(exist_ok=True)
+    (folder / str(step)).rename(to)
+    storage.publish(to / "problem.txt", f"{problem}\n")
+
+
+def _remove(step: storage.epath.Path) -> None:
+    """Removes a step so that no kill leaves a part of it that looks whole."""
+    if storage.is_local(step):
+        step = step.rename(step.parent / f"{step.name}{DELETING}")
+    else:
+        (step / COMMITTED).unlink()
+    step.rmtree()
+
+
+@contextlib.contextmanager
+def _float64(needed: bool) -> Iterator[None]:
+    """Lets 64-bit types be read, in Orbax's threads too: `jax.enable_x64` holds for one thread only."""
+    former = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", former or needed)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", former)
+
+
+# What is on disk against what was written.
+
+def _sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON with a CRC of itself."""
+    value = json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
+    return {**value, "crc32": zlib.crc32(json.dumps(value, sort_keys=True).encode())}
+
+
+def _unsealed(value: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """`value` without its CRC. Raises Damaged."""
+    rest = {name: part for name, part in value.items() if name != "crc32"}
+    old = value.get("format") == WITHOUT_CHECKSUMS
+    if not old and zlib.crc32(json.dumps(rest, sort_keys=True).encode()) != value.get("crc32"):
+        raise Damaged(f"the CRC in {file} is wrong")
+    return rest
+
+
+def _read_json(path: storage.epath.Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, FileNotFoundError) as error:
+        raise Damaged(f"{path.name} cannot be read: {error}") from None
+
+
+def _read_record(folder: Any, step: int) -> Record:
+    """What a step says of itself. Raises Damaged, or UserError for a format that is not known."""
+    path = _step_path(folder, step)
+    value = _read_json(path / RECORD)
+    try:
+        record = Record.from_json(_unsealed(value["custom_metadata"], RECORD))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"{RECORD} is not a record: {error!r}") from None
+    if (path / EVALUATION).exists():
+        later = _unsealed(_read_json(path / EVALUATION), EVALUATION)
+        record = dataclasses.replace(record, metrics={**record.metrics, **later["metrics"]})
+    return record
+
+
+def _load(folder: Any, step: int, trees: dict[str, Any], record: Record) -> dict[str, Any]:
+    """The arrays of a step, in the shardings of the abstract `trees`, checked. Raises Damaged, on all processes."""
+    path, problem, loaded, hashed = _step_path(folder, step), None, {}, False
+    try:
+        hashed = jax.process_index() == 0 and check_hashes(path, unread={"params", "training"} - set(trees))
+        try:
+            loaded = ocp.load_checkpointables(path, trees)
+        except Exception as error:
+            # All files are what they were: then it is no damage, but no memory left, or no network.
+            if hashed or isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise Damaged(f"it cannot be read: {next(iter(str(error).splitlines()), repr(error))}") from error
+    except Damaged as damage:
+        problem = str(damage)
+    if jax.process_count() > 1:
+        bad_P = multihost_utils.process_allgather(np.int32(problem is not None))
+        problem = problem or (f"process {bad_P.argmax()} says so" if bad_P.any() else None)
+    if not problem and record.checksums:
+        state = {name: tree for name, tree in loaded.items() if name != "training"} | loaded.get("training", {})
+        if array := checksum.difference(record.checksums, checksum.of_tree(state)):
+            problem = f"the array {array} is not what was saved"
+    if problem:
+        raise Damaged(problem)
+    if not record.checksums:
+        log.warning("Checkpoint %s has no checksums of its arrays: %s.", path,
+                    "its files alone are as they were written" if hashed else "it is used as it is")
+    return loaded
+
+
+def _files(step: storage.epath.Path) -> list[str]:
+    """The files of a step on a local disk, relative to it. Raises Damaged where one is a link: it leads elsewhere."""
+    files = []
+    for root, folders, names in os.walk(step):
+        for name in (*folders, *names):
+            if os.path.islink(os.path.join(root, name)):
+                raise Damaged(f"{name} is a link")
+        files += [os.path.relpath(os.path.join(root, name), step) for name in names]
+    return sorted(files)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_hashes(step: storage.epath.Path) -> None:
+    """Writes SHA256SUMS, of all files of a finished step. Buckets keep checksums of their own."""
+    if storage.is_local(step):
+        with ThreadPoolExecutor() as pool:
+            files = _files(step)
+            hashes = pool.map(_sha256, [step / file for file in files])
+            lines = [f"{digest}  {file}\n" for digest, file in zip(hashes, files, strict=True)]
+        storage.publish(step / HASHES, "".join(lines))
+
+
+def check_hashes(step: storage.epath.Path, unread: Collection[str] = ()) -> bool:
+    """Whether a step has file hashes at all; all are compared but those of files in the folders `unread`.
+
+    Raises:
+      Damaged: names the first file that is missing or is not what was written.
+    """
+    if not storage.is_local(step):
+        return False
+    _files(step)
+    if not (step / HASHES).exists():  # the run was killed before it could write them
+        return False
+    lines = (step / HASHES).read_bytes().decode(errors="replace").splitlines()
+    parts = [line.partition("  ") for line in lines]
+    if not parts or not all(len(digest) == 64 and file and ".." not in file.split("/") for digest, _, file in parts):
+        raise Damaged(f"{HASHES} is not a list of hashes")
+    wanted = [(digest, file) for digest, _, file in parts if file.split("/")[0] not in unread]
+    with ThreadPoolExecutor() as pool:
+        for (digest, file), found in zip(wanted, pool.map(lambda part: _hash_of(step / part[1]), wanted), strict=True):
+            if found != digest:
+                raise Damaged(f"{file} is not what was written" if found else f"{file} is missing")
+    return True
+
+
+def _hash_of(path: storage.epath.Path) -> str | None:
+    try:
+        return _sha256(path)
+    except (OSError, ValueError):  # no such file, or a name that a damaged list made up
+        return None
+
+
+def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
+    """Reads a whole step, compares all that it can be compared with, and leaves it where it is.
+
+    Args:
+      typed: the directory of steps.
+      step: to read.
+      mesh: its devices hold the arrays, split wherever they divide.
+
+    Returns:
+      `problem`: None, or what is damaged; `bytes` of its files; `arrays` compared; and the seconds that both took,
+      `hash_seconds` and `array_seconds`.
+    """
+    path, found = _step_path(typed, step), {"problem": None, "arrays": 0, "hash_seconds": 0.0, "array_seconds": 0.0}
+    everywhere = tuple(mesh.axis_names)
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        dim = next((dim for dim, size in enumerate(leaf.shape) if size % mesh.size == 0 and size), None)
+        spec = PartitionSpec(*(everywhere if d == dim else None for d in range(len(leaf.shape))))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    try:
+        record = _read_record(typed, step)
+        start = time.perf_counter()
+        check_hashes(path)
+        found["hash_seconds"] = time.perf_counter() - start
+        found["bytes"] = sum((path / file).stat().length for file in _files(path)) if storage.is_local(path) else None
+        try:
+            with _float64(True):
+                trees = ocp.checkpointables_metadata(path).metadata
+                trees = jax.tree.map(place, {name: trees[name] for name in ("params", "training") if name in trees})
+                start = time.perf_counter()
+                _load(typed, step, trees, record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"its metadata cannot be read: {error}") from None
+        found["array_seconds"] = time.perf_counter() - start
+        found["arrays"] = len(record.checksums)
+    except Damaged as damage:
+        found["problem"] = str(damage)
+    return found
+
+
+# For other jobs.
 
 def locate(typed: str) -> tuple[str, int]:
     """(directory of steps, step) of a workdir (its newest step) or of one step of it. Raises UserError."""
@@ -184,33 +565,53 @@ def _step_path(folder: str, step: int) -> storage.epath.Path:
 
 def load_record(typed: str) -> Record:
     """What the checkpoint `typed` says of itself. Raises UserError where there is none."""
-    folder, step = locate(typed)
-    metadata = ocp.checkpointables_metadata(_step_path(folder, step))
-    return Record.from_json(metadata.custom_metadata)
+    return _newest_good(typed, _read_record)
 
 
 def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") -> tuple[Model, dict[str, Any], Record]:
     """The model of a checkpoint with its parameters alone, read straight into `mesh`, and the checkpoint's record.
 
     Args:
-      typed: a workdir of pretrain (its newest step), or one step of it.
+      typed: a workdir of pretrain (its newest good step), or one step of it.
       mesh: where the parameters go, by the same rules as in training.
       precision: of the computation; parameters come as float32 (float64 in that mode).
       attention: the back-end, whatever the training used.
 
     Raises:
-      UserError: no checkpoint there.
+      UserError: no checkpoint there, or none that is what was written.
     """
-    folder, step = locate(typed)
-    record = load_record(typed)
-    config: ModelConfig = dataclasses.replace(record.config.model, attention=attention)
-    model = Model(config, len(record.palette_VC), record.image_size, precision, mesh)
-    abstract = model.abstract_parameters()
-    abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                            abstract, sharding.parameter_shardings(abstract, mesh))
-    with _partial_load():  # what the model has no place for, such as a class head, stays on disk
-        params = ocp.load_checkpointables(_step_path(folder, step), {"params": abstract})["params"]
-    return model, params, record
+    def load(folder: str, step: int) -> tuple[Model, dict[str, Any], Record]:
+        record = _read_record(folder, step)
+        config: ModelConfig = dataclasses.replace(record.config.model, attention=attention)
+
+        def model_for(precision: str) -> Model:
+            return Model(config, len(record.palette_VC), record.image_size, precision, mesh)
+
+        # Checked in the dtype in which they were saved: what they are cast to has another checksum.
+        with _float64(record.config.precision == "float64"):
+            abstract = model_for(record.config.precision).abstract_parameters()
+            abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                                    abstract, sharding.parameter_shardings(abstract, mesh))
+            with _partial_load():  # what the model has no place for, such as a class head, stays on disk
+                params = _load(folder, step, {"params": abstract}, record)["params"]
+        model = model_for(precision)
+        return model, jax.tree.map(lambda p, like: p.astype(like.dtype), params, model.abstract_parameters()), record
+
+    return _newest_good(typed, load)
+
+
+def _newest_good(typed: str, read: Any) -> Any:
+    """`read(folder, step)` of the checkpoint `typed`; where that is a workdir, of its newest step that is good."""
+    folder, newest = locate(typed)
+    one_step = storage.path(typed).name == str(newest)
+    for step in [newest] if one_step else reversed(steps_in(folder)):
+        try:
+            return read(folder, step)
+        except Damaged as damage:
+            problem = f"checkpoint {_step_path(folder, step)} is damaged: {damage}"
+            if not one_step:
+                log.error("%s. An older one is used.", problem)
+    raise UserError(f"{problem}. Name another step.")
 
 
 def _partial_load(read_bytes: int | None = None) -> ocp.Context:
@@ -244,7 +645,7 @@ def save_parameters(workdir: str, params: dict[str, Any], record: Record) -> Non
     """Writes WORKDIR/checkpoints/STEP with parameters alone; arrays of mapped files stay out of memory.
 
     Its arrays are files of their own, in chunks of 16 MiB: Orbax's usual single database holds all that it is to write
-    in memory until the end.
+    in memory until the end. They have no checksums, which would take them all to a device; the files have hashes.
     """
     context = ocp.Context()
     context.array_options.saving.use_ocdbt = False
@@ -253,7 +654,9 @@ def save_parameters(workdir: str, params: dict[str, Any], record: Record) -> Non
     context.memory_options.deepcopy_host_arrays = False
     with context, _quiet():
         ocp.save_checkpointables(_step_path(str(storage.path(workdir) / "checkpoints"), record.steps_done),
-                                 {"params": params}, custom_metadata=record.to_json(), overwrite=True)
+                                 {"params": params}, custom_metadata=_sealed(record.to_json()), overwrite=True)
+    if jax.process_index() == 0:
+        _write_hashes(_step_path(str(storage.path(workdir) / "checkpoints"), record.steps_done))
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
     "sample": "unconditional samples, and completions of given pictures",
     "plan": "compiles the very step for a TPU or GPU topology that is not there: fits? how fast? which mesh?",
     "convert": "weights of OpenAI and Hugging Face <-> our checkpoints, with a certificate",
+    "verify": "holds checkpoints or a pixel store against their checksums",
 })
 
 
@@ -116,6 +117,9 @@ class OptimizerConfig:
     weight_decay: float = key(0.0, "decoupled weight decay of matrices; the paper uses none")
     clip_norm: float = key(0.0, "global gradient norm above which gradients are scaled down; 0: off, as in the paper")
 
+    spike_factor: float = key(0.0, "gradient norm, in multiples of its running mean, above which an update is skipped "
+                                   "as a non-finite one is; 0: off, as in the paper")
+
     def __post_init__(self):
         _one_of("optimizer.schedule", self.schedule, ["cosine", "constant"])
         _one_of("optimizer.second_moment", self.second_moment, SECOND_MOMENTS)
@@ -125,6 +129,8 @@ class OptimizerConfig:
                  f"optimizer.beta1={self.beta1} and optimizer.beta2={self.beta2} must lie in [0, 1).")
         for name in ("epsilon", "weight_decay", "clip_norm"):
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative.")
+        _require(self.spike_factor == 0 or self.spike_factor > 1,
+                 f"optimizer.spike_factor={self.spike_factor} must exceed 1, or be 0 to skip no spikes.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +205,8 @@ def _check_job(config: Any) -> None:
         value = getattr(config, name, 1)
         chosen_by_job = config.job == "sample" and name == "batch_size" and value == 0
         _require(value >= 1 or chosen_by_job, f"{name}={value} must be at least 1.")
-    for name in ("image_size", "checkpoint_every_steps", "eval_every_steps", "limit"):
+    for name in ("image_size", "checkpoint_every_steps", "eval_every_steps", "limit", "stall_seconds",
+                 "compare_replicas_every_steps", "images_per_pass"):
         value = getattr(config, name, 0)
         _require(value >= 0, f"{name}={value} must not be negative.")
     seed = getattr(config, "seed", 0)
@@ -261,12 +268,23 @@ class PretrainConfig:
     palette: str = key("", "a palette's .npy; empty: the store's own")
     steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)")
     batch_size: int = key(128, "images per step over all devices (paper: 128; 64 for XL)")
+    images_per_pass: int = key(0, "images that one device takes at once: a step accumulates as many parts as "
+                                  "that takes, so that a run can go on with fewer devices; 0: as accumulate says")
     accumulate: int = key(1, "parts that a step computes one after the other: memory of batch_size / accumulate images")
     seed: int = key(0, "chooses initial weights, data order and dropout")
     precision: str = key("bfloat16", "of activations and matrix products (parameters are float32): bfloat16 or float32;"
                                      " float64: everything, for tests")
-    max_skipped_updates: int = key(20, "updates in a row skipped for a loss or gradient that is not finite, then "
-                                       "the run stops as diverged")
+    max_skipped_updates: int = key(20, "updates in a row skipped for a loss or gradient that is not finite or spikes, "
+                                       "then the run stops as diverged (exit code 77)")
+    skip_divergence: bool = key(False, "after exit code 77: go on from the newest checkpoint with the examples after "
+                                       "those that the run diverged on")
+    accept_changes: tuple[str, ...] = key((), "keys (also palette, data) in which this run may differ from its "
+                                              "checkpoint; recorded in the next ones")
+    stall_seconds: float = key(1800.0, "seconds without a finished step, evaluated batch or save before the run ends "
+                                       "as stuck (exit code 76); compilation does not count; 0: never")
+    compare_replicas_every_steps: int = key(0, "steps between comparisons of what several devices hold copies of, "
+                                               "also before each save; 0: never")
+    replay_check: bool = key(False, "on resume, repeat steps of the log from a checkpoint before and compare the loss")
     log_every_steps: int = key(50, "steps between metrics lines")
     eval_every_steps: int = key(5000, "steps between evaluations of data.held_out, each saved too; 0: only at the end")
     checkpoint_every_steps: int = key(1000, "steps between checkpoints; 0: only at the end")
@@ -369,6 +387,15 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    job: str = key("verify", "the job that this configuration is for")
+    path: str = key("", "a pixel store, a workdir of pretrain or finetune, or one step of it (DIR/checkpoints/STEP)")
+
+    def __post_init__(self):
+        _check_job(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig(PretrainConfig):
     """Pretrain's keys, which decide its step, and what to compile it for. Keys of reading and saving have no effect."""
     job: str = key("plan", "the job that this configuration is for")
@@ -433,7 +460,7 @@ class ConvertConfig:
 
 
 JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "probe": ProbeConfig,
-               "sample": SampleConfig, "plan": PlanConfig, "convert": ConvertConfig}
+               "sample": SampleConfig, "plan": PlanConfig, "convert": ConvertConfig, "verify": VerifyConfig}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,20 +1,26 @@
 """THE training loop. It computes nothing itself: it puts the parts together, in this order, and turns the crank."""
 
 import contextlib
+import dataclasses
+import json
 import logging
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from igpt_jax import checkpoint, evaluation, palette, sharding, steps, storage, telemetry, topology
+from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, steps, storage, telemetry, topology
 from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data import Batches, open_data, train_batches
 from igpt_jax.model import Model, count_parameters
 from igpt_jax.optimizer import warmup_steps_for
 from igpt_jax.runtime import Diverged, Preempted, StopSignal
+from igpt_jax.watchdog import Watchdog
+
+DIVERGENCE = "divergence.json"  # what skip_divergence needs: up to where in the order the examples were bad
+REPLAY_TOLERANCE = 1e-3  # relative, of a loss; other devices and meshes sum in another order
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +32,18 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
       The metrics for result.json: parameters, steps, train and eval nats per pixel, images per second.
 
     Raises:
-      UserError: the data, mesh or checkpoint do not fit the config.
+      UserError: the data, mesh or checkpoint do not fit the config; `replay_check` found another loss.
       Preempted: asked to stop; the state is saved.
-      Diverged: `max_skipped_updates` updates in a row were not finite; nothing is saved since.
+      Diverged: `max_skipped_updates` updates in a row were skipped, or copies of the state differ between devices;
+        nothing is saved since.
+      Unsaved: the last state could not be saved.
     """
+    ledger = telemetry.Ledger("start")
     # Mesh.
     mesh = sharding.make_mesh(config.mesh)
+    if config.images_per_pass:
+        parts = sharding.parts_for(config.batch_size, mesh, config.images_per_pass)
+        config = dataclasses.replace(config, accumulate=parts)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
 
     # Data.
@@ -53,25 +65,48 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignal())
+        watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
 
-        # Restore or initialise.
-        def record(steps_done: int, evaluated: dict[str, float]) -> checkpoint.Record:
-            return checkpoint.Record(config, palette_VC, store.image_size, train_split.fingerprint, steps_done,
-                                     metrics=evaluated)
+        # The compiled step.
+        train_step = steps.jit_train_step(model, config, mesh, warmup_steps)
+        tokens = jax.ShapeDtypeStruct((config.batch_size, model.dims.T), jnp.int32,
+                                      sharding=sharding.batch_sharding(mesh))
+        watchdog.beat("compiling")
+        with ledger("compile"):
+            train_step = train_step.lower(abstract, tokens, key).compile()
 
-        start, evaluated = checkpoints.latest_step or 0, {}
-        if start:
-            state, stored = checkpoints.restore(abstract, record(start, {}))
-            evaluated = dict(stored.metrics)
+        def batches_from(position: int) -> Batches:
+            batches = train_batches(train_split, table, reader=config.data.reader, seed=config.seed,
+                                    batch_size=config.batch_size, start_step=position,
+                                    sharding=sharding.batch_sharding(mesh), prefetch=config.data.prefetch,
+                                    recipe=config.data.augment, window=config.data.window)
+            stack.callback(batches.close)
+            return batches
+
+        # Restore or initialise.
+        mine = checkpoint.Record(config, palette_VC, store.image_size, train_split.fingerprint, steps_done=0)
+        if config.replay_check and checkpoints.latest_step:
+            _replay(workdir, checkpoints, abstract, mine, train_step, batches_from, key)
+        watchdog.beat("restoring")
+        restored = checkpoints.restore(abstract, mine)
+        if restored:
+            state, stored = restored
+            start, evaluated, changes = stored.steps_done, dict(stored.metrics), stored.changes
         else:
             state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(key)
+            stored, start, evaluated, changes = mine, 0, {}, ()
+        offset = _offset_after_divergence(config, workdir, start, stored.data_offset)
 
-        # Compiled steps, input, output.
-        train_step = steps.jit_train_step(model, config, mesh, warmup_steps)
+        def record(steps_done: int, evaluated: dict[str, float]) -> checkpoint.Record:
+            return dataclasses.replace(mine, steps_done=steps_done, metrics=evaluated, data_offset=offset,
+                                       changes=changes)
+
+        # Input, output.
+        watchdog.beat("reading the first examples")
         measure = evaluation.make_evaluate(model, mesh, config.batch_size, table)
         throughput = _throughput(config, model, mesh)
-        metrics = telemetry.Metrics(workdir, config.steps, start)
+        metrics = telemetry.Metrics(workdir, config.steps, start, ledger)
         stack.callback(metrics.close)
         parameters = count_parameters(abstract["params"])
         if jax.process_index() == 0:
@@ -80,49 +115,74 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
                           f"{len(palette_VC)} colours, {train_split.count:,} images, mesh {dict(mesh.shape)}, "
                           f"{model.config.attention} attention, {config.precision}")
             if start:
-                telemetry.say(f"goes on from step {start:,} of {config.steps:,}")
-        batches: Iterator[Any] = iter(())
-        if start < config.steps:
-            batches = train_batches(train_split, table, reader=config.data.reader, seed=config.seed,
-                                    batch_size=config.batch_size, start_step=start,
-                                    sharding=sharding.batch_sharding(mesh), prefetch=config.data.prefetch,
-                                    recipe=config.data.augment, window=config.data.window)
-            stack.callback(batches.close)
+                skipping = f", {offset:,} steps of examples further on" if offset else ""
+                telemetry.say(f"goes on from step {start:,} of {config.steps:,}{skipping}")
+        batches = batches_from(start + offset) if start < config.steps else None
+
+        def give_up() -> bool:
+            watchdog.beat("evaluating")
+            return stop.should_stop()
 
         def evaluate(step: int) -> dict[str, float]:
             """Held-out figures, logged; none where there is no such split, or where a stop is asked for meanwhile."""
-            nats = measure(state["params"], held_out, lambda: stop.requested_here) if held_out else None
-            if nats is None:
-                return {}
-            metrics.log(step, {"eval/nats_per_pixel": nats})
-            return {"eval/nats_per_pixel": nats}
+            with ledger("evaluate"):
+                nats = measure(state["params"], held_out, give_up) if held_out else None
+                if nats is None:
+                    return {}
+                metrics.log(step, {"eval/nats_per_pixel": nats})
+                return {"eval/nats_per_pixel": nats}
+
+        def stopped(step: int) -> Preempted:
+            metrics.log(step, {})
+            return Preempted(f"stopped after step {step:,} of {config.steps:,}, saved.")
 
         if start and not evaluated and (start == config.steps or _due(start, config.eval_every_steps)):
             evaluated = evaluate(start)  # the run was stopped before it could
+            if evaluated:
+                checkpoints.add_metrics(start, evaluated)
+            elif held_out and start == config.steps:
+                raise stopped(start)
 
         # The loop. A step's metrics are read after the next step is under way, so that devices never wait.
         late: tuple[int, dict[str, jax.Array]] | None = None
+        ledger.enter("step")
+        stop.saves = True
         for step in range(start + 1, config.steps + 1):
+            watchdog.beat(f"doing step {step:,}")
             with jax.transfer_guard("disallow"):
-                state, measured = train_step(state, next(batches).tokens, key)
+                with ledger("input"):
+                    tokens = next(batches).tokens
+                state, measured = train_step(state, tokens, key)
             throughput.step()
-            if late:
-                _report(*late, config, metrics, throughput, batches)
-            late = step, measured
+            try:
+                if late:
+                    _report(*late, config, metrics, throughput, checkpoints, batches)
+                late = step, measured
 
-            last, stopping = step == config.steps, stop.should_stop(step)
-            eval_now = last or _due(step, config.eval_every_steps)
-            save_now = _due(step, config.checkpoint_every_steps) or step in config.keep_steps
-            if not (eval_now or save_now or stopping):
-                continue
-            _report(*late, config, metrics, throughput, batches)
-            late = None
+                last, stopping = step == config.steps, stop.should_stop()
+                eval_now = last or _due(step, config.eval_every_steps)
+                save_now = _due(step, config.checkpoint_every_steps) or step in config.keep_steps
+                save_now = save_now or eval_now or stopping or checkpoints.retry_due
+                if config.compare_replicas_every_steps and (save_now or _due(step,
+                                                                             config.compare_replicas_every_steps)):
+                    _compare_replicas(step, state, mesh)
+                if not save_now:
+                    continue
+                _report(*late, config, metrics, throughput, checkpoints, batches)
+                late = None
+            except Diverged:
+                _note_divergence(workdir, checkpoints, late[0] + offset)
+                raise
             with throughput.paused():
                 evaluated = evaluate(step) if eval_now and not stopping else {}
-                checkpoints.save(state, record(step, evaluated))
-            stopping = stopping or stop.requested_here
+                stopping = stopping or stop.should_stop()
+                metrics.flush()
+                watchdog.beat(f"saving step {step:,}")
+                with ledger("save"):
+                    checkpoints.save(state, record(step, evaluated), surely=last or stopping)
             if stopping and (not last or held_out and not evaluated):
-                raise Preempted(f"stopped after step {step:,} of {config.steps:,}, saved.")
+                raise stopped(step)
+        metrics.log(max(start, config.steps), {})
 
     figures = {"parameters": parameters, "steps": max(start, config.steps), **evaluated, **throughput.overall()}
     if jax.process_index() == 0:
@@ -131,6 +191,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         figures["train/nats_per_pixel"] = losses[-1] if losses else None
         speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
         figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
+        figures["goodput"] = telemetry.goodput(telemetry.metrics_lines(workdir)).get("goodput")
         telemetry.loss_curve(storage.path(workdir) / "figures" / "loss.png", lines, len(palette_VC))
     return figures
 
@@ -146,12 +207,75 @@ def _throughput(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -
 
 
 def _report(step: int, measured: dict[str, jax.Array], config: PretrainConfig, metrics: telemetry.Metrics,
-            throughput: telemetry.Throughput, batches: Batches) -> None:
-    """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay non-finite."""
+            throughput: telemetry.Throughput, checkpoints: checkpoint.Checkpoints, batches: Batches) -> None:
+    """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay bad."""
     values = {name: float(np.asarray(value)) for name, value in jax.device_get(measured).items()}
     in_a_row = int(values.pop("train/skipped_in_a_row"))
+    if checkpoints.failed_saves:
+        values["failed_saves"] = checkpoints.failed_saves
     if step in (1, config.steps) or _due(step, config.log_every_steps) or in_a_row:
         metrics.log(step, {**values, **throughput.read(), **batches.metrics()})
     if in_a_row >= config.max_skipped_updates:
-        raise Diverged(f"{in_a_row} updates in a row up to step {step:,} were not finite and were skipped. The newest "
-                       "checkpoint is older and good: lower optimizer.learning_rate or set optimizer.clip_norm.")
+        checkpoints.wait()
+        raise Diverged(f"{in_a_row} updates in a row up to step {step:,} were not finite or spiked, and were skipped. "
+                       f"The newest checkpoint, step {checkpoints.latest_step or 0:,}, is good: go on past these "
+                       "examples (--config.skip_divergence=True), or with a lower optimizer.learning_rate or with "
+                       "optimizer.clip_norm, named in --config.accept_changes.")
+
+
+# Disbelief: of the examples, of the devices, of the machine.
+
+def _note_divergence(workdir: str, checkpoints: checkpoint.Checkpoints, position: int) -> None:
+    """Writes down, for `skip_divergence`, up to where in the order the run used the examples and has diverged."""
+    if jax.process_index() == 0:
+        storage.publish(storage.path(workdir) / DIVERGENCE,
+                        json.dumps({"newest_checkpoint": checkpoints.latest_step or 0, "position": position}))
+
+
+def _offset_after_divergence(config: PretrainConfig, workdir: str, start: int, offset: int) -> int:
+    """How many steps of examples to be ahead of the step's own: past those on which the run diverged, if it did."""
+    file = storage.path(workdir) / DIVERGENCE
+    if config.skip_divergence and file.exists():
+        noted = json.loads(storage.read(file))
+        if noted["newest_checkpoint"] == start:  # later checkpoints hold the offset themselves
+            return noted["position"] - start
+    return offset
+
+
+def _compare_replicas(step: int, state: steps.State, mesh: jax.sharding.Mesh) -> None:
+    """Raises Diverged where devices that should hold the same bits do not; names them."""
+    odd = checksum.odd_devices(state, mesh)
+    if odd:
+        array, devices = next(iter(odd.items()))
+        raise Diverged(f"copies of {len(odd)} arrays differ between devices at step {step:,}: of {array} those on "
+                       f"{', '.join(devices)}. Nothing is saved; take that device out of service, and the same command "
+                       "goes on from the newest checkpoint.")
+
+
+def _replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract: steps.State, mine: checkpoint.Record,
+            train_step: Any, batches_from: Any, key: jax.Array) -> None:
+    """Repeats steps of the log, from the newest of the checkpoints with the nearest logged step after them.
+
+    Raises:
+      UserError: the loss is not the one in the log.
+    """
+    logged = {line["step"]: line["train/nats_per_pixel"] for line in telemetry.load_metrics(workdir)
+              if line.get("train/nats_per_pixel") is not None}
+    ways = [(after - before, -before) for before in checkpoints.steps for after in logged if after > before]
+    before = -min(ways)[1] if ways else 0
+    restored = checkpoints.restore(abstract, mine, at=before) if ways else None
+    if not restored or restored[1].steps_done != before:
+        telemetry.say("replay_check: no logged step follows a good checkpoint; nothing is repeated")
+        return
+    after = before + min(ways)[0]
+    state, stored = restored
+    batches = batches_from(before + stored.data_offset)
+    for _ in range(before, after):
+        state, measured = train_step(state, next(batches).tokens, key)
+    loss = float(measured["train/nats_per_pixel"])
+    difference = abs(loss - logged[after]) / abs(logged[after])
+    if not difference <= REPLAY_TOLERANCE:
+        raise UserError(f"replay_check: step {after:,} repeated from checkpoint {before:,} gives the loss {loss!r}, "
+                        f"but the log says {logged[after]!r}. The code, the data or a device is not what it was.")
+    telemetry.say(f"replay_check: step {after:,} repeated from checkpoint {before:,}: "
+                  f"{'the same loss, bit for bit' if difference == 0 else f'the loss differs by {difference:.1e}'}")

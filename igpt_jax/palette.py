@@ -71,9 +71,9 @@ def load(path: str | os.PathLike) -> np.ndarray:
     data = storage.read(storage.path(path))
     try:
         palette_VC = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"palette {path}: not a plain .npy array ({str(error).splitlines()[0]}). "
-                        "Save it with numpy.save.") from None
+    except Exception as error:  # NumPy parses the header as Python: a damaged one raises SyntaxError and more
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"palette {path}: not a plain .npy array ({reason}). Save it with numpy.save.") from None
     rule = f"palette {path}: a palette is floats [V, 3] in [-1, 1] with 2 <= V <= {LARGEST}"
     if not (isinstance(palette_VC, np.ndarray) and palette_VC.dtype.kind == "f" and palette_VC.ndim == 2
             and palette_VC.shape[1] == 3 and 2 <= len(palette_VC) <= LARGEST):

@@ -1,11 +1,13 @@
 """Around a job: devices and processes, precision, signals, its workdir's records and its exit code."""
 
 import contextlib
-import importlib.metadata
+import errno
 import json
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,26 +17,44 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from igpt_jax import __version__, storage
+from igpt_jax import checkpoint, storage
 from igpt_jax.config import UserError, to_dict
 from igpt_jax.telemetry import say
+from igpt_jax.watchdog import compiling
 
-DONE, BUG, INPUT, PREEMPTED, DIVERGED, INTERRUPTED = 0, 1, 2, 75, 77, 130
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+DONE, BUG, INPUT, PREEMPTED, DIVERGED, INTERRUPTED = 0, 1, 2, 75, 77, 130  # and watchdog.EXIT_CODE, 76
+PEER = 134  # as JAX itself ends the survivors of a dead process, where no collective fails before
+PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+GRACE_SECONDS = 3.0  # for the main thread to hear a signal
 
 
-class Preempted(Exception):
+class Ended(Exception):
+    """A job ended before its end, with a message of one line, a status for result.json and an exit code."""
+    status, code = "failed", INPUT
+
+    def __init__(self, message: str, metrics: dict[str, Any] | None = None):
+        super().__init__(message)
+        self.metrics = metrics or {}
+
+
+class Preempted(Ended):
     """The run was asked to stop and has saved its state. The message says at which step."""
+    status, code = "preempted", PREEMPTED
 
 
-class Diverged(Exception):
+class Diverged(Ended):
     """Losses or gradients stayed non-finite. The message says since when, and what to change."""
+    status, code = "diverged", DIVERGED
 
 
 # Start-up.
 
-def initialize() -> None:
+def initialize(saves: bool = False) -> None:
     """Sets up the compilation cache and, where several processes run this job, connects them.
+
+    A job that `saves` when it is asked to stop needs JAX's preemption service, which takes SIGTERM for itself. A
+    process that gives no sign of life for IGPT_HEARTBEAT_SECONDS (100) is taken for dead, and ends the others.
 
     Processes find each other through IGPT_COORDINATOR (host:port), IGPT_PROCESSES and IGPT_PROCESS_ID, as
     `launch/local.sh` sets them, or through what JAX itself detects: srun with several tasks, GKE's TPU slices of
@@ -49,6 +69,7 @@ def initialize() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "igpt_jax", "compiled"))
     several = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     coordinator = os.environ.get("IGPT_COORDINATOR", "auto" if several else "")
+    jax.config.update("jax_enable_preemption_service", saves)
     if coordinator == "auto":
         _connect()
     elif coordinator:
@@ -62,7 +83,8 @@ def initialize() -> None:
 
 def _connect(**arguments: Any) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**arguments)
+    heartbeat = int(os.environ.get("IGPT_HEARTBEAT_SECONDS", 100))
+    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **arguments)
 
 
 def set_precision(precision: str) -> None:
@@ -74,50 +96,68 @@ def set_precision(precision: str) -> None:
 # Signals.
 
 class StopSignal:
-    """Turns SIGINT (Ctrl-C) or SIGTERM into `should_stop`; a further SIGINT ends the process at once.
+    """Turns SIGINT (Ctrl-C) or SIGTERM into an orderly end; a second one, a second or more later, ends at once.
 
-    A further SIGTERM changes nothing: launchers pass one on after a Ctrl-C, and schedulers that lose patience kill.
+    While `saves` is false there is nothing to lose: the signal interrupts the job where it happens to be, and leaving
+    the context raises Preempted; inside a compiler, which cannot be interrupted, the process ends by itself. Once
+    `saves` is true a signal only makes `should_stop` true. (Launchers pass a SIGTERM on after a Ctrl-C: what follows
+    within a second is the same request.)
 
-    With several processes, JAX's preemption service hears SIGTERM on any of them and lets all stop at one step; SIGINT
-    is passed on to it. Use it as a context manager, from the main thread: the former handlers return at the end.
+    With several processes, JAX's preemption service hears SIGTERM on any of them and lets all stop at the same call of
+    `should_stop`; SIGINT is passed on to it. Use it from the main thread.
     """
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, saves: bool = False):
+        self.requested, self.saves = False, saves
         self._distributed = jax.distributed.is_initialized()
+        self._asked, self._agreed, self._requested_at = 0, False, 0.0
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.requested:
+            if time.monotonic() - self._requested_at >= 1:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.requested, self._requested_at = True, time.monotonic()
+        if self._distributed:
+            say("saving, then stopping; press Ctrl-C again to stop at once")
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self.saves:
+            say("saving, then stopping; a second signal stops at once")
+        else:
+            raise KeyboardInterrupt
+
+    def _end_compilation(self, pipe: int) -> None:
+        """A thread that is told of signals while the main one, in C++, cannot be."""
+        while os.read(pipe, 1):
+            time.sleep(GRACE_SECONDS)
+            if not self.saves and not self.requested and compiling():
+                say("stopped while compiling, before there was anything to save. The same command starts again.")
+                os._exit(PREEMPTED)
+
+    def should_stop(self) -> bool:
+        """Whether to save and stop now. All processes must ask equally often; the answer stays true."""
+        if self._distributed and not self._agreed:
+            self._asked += 1
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._agreed if self._distributed else self.requested
+
+    def __enter__(self) -> "StopSignal":
         # The preemption service has its own SIGTERM handler, which Python's would displace.
         signals = (signal.SIGINT,) if self._distributed else (signal.SIGINT, signal.SIGTERM)
         self._former = {number: signal.signal(number, self._on_signal) for number in signals}
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if not self.requested:
-            self.requested = True
-            say("saving, then stopping; press Ctrl-C again to stop at once")
-            if self._distributed:
-                os.kill(os.getpid(), signal.SIGTERM)
-        elif number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    @property
-    def requested_here(self) -> bool:
-        """Whether a run of one process is asked to stop; several agree by `should_stop` alone."""
-        return self.requested and not self._distributed
-
-    def should_stop(self, step: int) -> bool:
-        """Whether to save and stop now, after `step` finished steps. All processes must ask at every step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._distributed else self.requested
-
-    def close(self) -> None:
-        """Puts the former signal handlers back."""
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def __enter__(self) -> "StopSignal":
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_compilation, args=(read,), name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt) and self.requested:
+            raise Preempted("stopped before there was anything new to save.") from None
 
 
 # One job.
@@ -135,23 +175,35 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     """
     start = time.time()
     name = f"igpt_jax {config.job}"
+    asked_to_stop, interrupted = threading.Event(), False
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        asked_to_stop.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        initialize()
+        initialize(saves=hasattr(config, "checkpoint_every_steps"))
         set_precision(getattr(config, "precision", "float32"))
         with _workdir_for(config, workdir) as folder:
-            status, metrics, message = "done", {}, ""
+            status, code, message = "done", DONE, ""
             try:
                 metrics = run(config, workdir)
-            except Preempted as stop:
-                status, message = "preempted", f"{stop} The same command goes on from there."
-            except Diverged as error:
-                status, message = "diverged", str(error)
+            except checkpoint.Unsaved as error:
+                status, code, message, metrics = "failed", INPUT, str(error), {}
+            except Ended as end:
+                status, code, message, metrics = end.status, end.code, str(end), end.metrics
+                message += " The same command goes on from there." if isinstance(end, Preempted) else ""
+                interrupted = isinstance(end.__context__, KeyboardInterrupt)
             if jax.process_index() == 0:
                 result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
-                          "versions": _versions(), "wall_seconds": round(time.time() - start, 1)}
-                storage.publish(folder / "result.json", to_json(result))
+                          "versions": checkpoint.versions(), "wall_seconds": round(time.time() - start, 1)}
                 say(f"{name}: {message or _summary(metrics)} [{folder / 'result.json'}]")
-        return {"done": DONE, "preempted": PREEMPTED, "diverged": DIVERGED}[status]
+                storage.publish(folder / "result.json", to_json(result))
+        if not interrupted:
+            return code
     except _ElsewhereError:
         code = INPUT
     except UserError as error:
@@ -159,11 +211,19 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
         code = INPUT
     except KeyboardInterrupt:
         say(f"{name}: interrupted. The same command starts it again.")
-        code = INTERRUPTED
-    except Exception:
-        say(traceback.format_exc())
-        code = BUG
-    if jax.distributed.is_initialized():
+        code, interrupted = PREEMPTED if asked_to_stop.is_set() else INTERRUPTED, True
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
+            say(f"{name}: {error}. Make room, or give another --workdir.")
+            code = INPUT
+        elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
+            say(f"{name}: another process is gone: {str(error).splitlines()[0]} The same command goes on from the "
+                "newest checkpoint.")
+            code = PEER
+        else:
+            say(traceback.format_exc())
+            code = BUG
+    if interrupted or jax.distributed.is_initialized():
         _leave(code)
     return code
 
@@ -181,6 +241,7 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.epath.Path]:
         if jax.process_index() == 0:
             try:
                 stack.enter_context(storage.lock(folder))
+                storage.sweep(folder)
                 stack.enter_context(_records(folder, config))
             except UserError as caught:
                 error = caught
@@ -223,10 +284,11 @@ def _job_of(text: str) -> str | None:
 
 
 def _leave(code: int) -> None:
-    """Ends a process of a failed job of several, which must not wait for the others: they may wait for it."""
+    """Ends the process at once: what an exception has interrupted, JAX's tracing for one, may crash while Python tidies
+    up; and a failed process of several must not wait for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(1)  # it hosts the coordination service: let the others report first
     os._exit(code)
 
@@ -235,10 +297,6 @@ def _device() -> dict[str, Any]:
     device = jax.devices()[0]
     return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(),
             "processes": jax.process_count()}
-
-
-def _versions() -> dict[str, str]:
-    return {"igpt_jax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def to_json(value: Any) -> str:

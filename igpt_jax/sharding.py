@@ -121,6 +121,13 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
                         f"Choose a multiple of {parts}, such as {max(1, round(batch_size / parts)) * parts}.")
 
 
+def parts_for(batch_size: int, mesh: Mesh, images_per_pass: int) -> int:
+    """The fewest equal parts of a batch of which each device holds at most `images_per_pass` images at once."""
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    images = max(1, batch_size // devices)
+    return next(parts for parts in range(1, images + 1) if images % parts == 0 and images // parts <= images_per_pass)
+
+
 def check_model(heads: int, tokens: int, mesh: Mesh) -> None:
     """Raises UserError where the heads do not divide over the tensor axis, or the tokens over the context axis."""
     tensor, context = mesh.shape["tensor"], mesh.shape[CONTEXT]

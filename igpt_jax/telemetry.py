@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from igpt_jax import storage
+from igpt_jax.config import UserError
 
 # What the progress bar and the log lines show, in this order: metric, label, format.
 SHOWN = (
@@ -127,6 +128,62 @@ class Throughput:
         return rates
 
 
+# Where the time goes.
+
+PHASES = ("start", "compile", "input", "step", "save", "evaluate")
+
+
+class Ledger:
+    """Adds up the seconds of a run by phase: `with ledger("save"): ...`. What is in no other phase is `step`.
+
+    Args:
+      phase: the one that begins now.
+      clock: seconds.
+    """
+
+    def __init__(self, phase: str = "start", clock: Callable[[], float] = time.monotonic):
+        self._phase, self._clock, self._since = phase, clock, clock()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    def enter(self, phase: str) -> str:
+        """Goes over to another phase; returns the former one."""
+        now, former = self._clock(), self._phase
+        self._seconds[former] += now - self._since
+        self._phase, self._since = phase, now
+        return former
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        former = self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(former)
+
+    def read(self) -> dict[str, float]:
+        """{"seconds/save": ...} of the phases that took time since the last `read`."""
+        self.enter(self._phase)
+        spent = {f"seconds/{phase}": round(seconds, 4) for phase, seconds in self._seconds.items() if seconds > 0}
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        return spent
+
+
+def goodput(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Where the wall time of a run went, over all its restarts, from its metrics lines alone. Seconds.
+
+    Returns:
+      `seconds/PHASE` of each phase; `seconds/lost`: work that a crash undid; `seconds/down`: between the last line
+      that a process wrote and the start of the next one; `goodput`: the share of steps that counted in all of it.
+    """
+    total: dict[str, float] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith("seconds/") and value is not None:
+                total[name] = total.get(name, 0.0) + value
+    wall = sum(total.values())
+    return {**total, "goodput": total.get("seconds/step", 0.0) / wall} if wall else {}
+
+
 # Metrics.
 
 class Metrics:
@@ -134,27 +191,44 @@ class Metrics:
 
     `step` counts finished optimizer steps: the line of step s tells about the model after s updates. A run that goes
     on after step s drops the lines after s that an interrupted run has left, and so writes each of them once. In a
-    bucket, where lines cannot be taken back, they stay and `load_metrics` takes the later ones.
+    bucket, where lines cannot be taken back, they stay and `load_metrics` passes them over. The first line of such a
+    run says `resumed_from`, the seconds of the dropped lines as `seconds/lost`, and how long no process ran.
 
     Args:
       workdir: the job's folder.
       total_steps: where the run will end.
       start_step: finished steps that the run goes on from; 0 for a new run.
+      ledger: its seconds go into each line.
     """
 
-    def __init__(self, workdir: str, total_steps: int, start_step: int = 0):
+    def __init__(self, workdir: str, total_steps: int, start_step: int = 0, ledger: Ledger | None = None):
         self._active = jax.process_index() == 0
         if not self._active:
             return
         self._total_steps, self._start_step, self._started = total_steps, start_step, time.time()
+        self._ledger, self._told = ledger, ""
         path = storage.path(workdir) / "metrics.jsonl"
-        if storage.is_local(path) and path.exists():
-            _drop_lines_after(path, start_step)
+        self._resumed = self._resume(path, start_step)
         self._lines = storage.LineWriter(path)
         self._tensorboard = TensorBoard(os.fspath(storage.path(workdir) / "tensorboard"))
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
                          disable=not sys.stderr.isatty())
         self._latest: dict[str, float] = {}
+
+    def _resume(self, path: storage.epath.Path, start_step: int) -> dict[str, float]:
+        """Drops the lines of steps that will be done again; returns what the next line says of them."""
+        try:
+            lines = [_parse_line(line) for line in storage.read_lines(path)]
+        except UserError:  # a new run
+            return {}
+        valid = _valid(lines)
+        kept = [line for line in valid if line["step"] <= start_step]
+        if storage.is_local(path) and len(kept) < len(lines):
+            storage.publish(path, "".join(json.dumps(line) + "\n" for line in kept))
+        spent = goodput([line for line in valid if line["step"] > start_step])
+        spent.pop("goodput", None)
+        down = spent.pop("seconds/down", 0.0) + time.time() - max((line["time"] for line in valid), default=time.time())
+        return {"resumed_from": start_step, "seconds/lost": sum(spent.values()), "seconds/down": max(0.0, down)}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` of a step. In metrics.jsonl NaN and infinities are null, as JSON has no word for them."""
@@ -162,22 +236,38 @@ class Metrics:
             return
         now = time.time()
         values = {name: float(value) for name, value in values.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        told = {**values, **self._resumed, **(self._ledger.read() if self._ledger else {})}
+        self._resumed = {}
+        finite = {name: value if math.isfinite(value) else None for name, value in told.items()}
         self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}, allow_nan=False))
+        self._tell_problem()
         self._tensorboard.write(step, now, values)
         self._latest.update(values)
         if self._bar.disable:
-            say(self._line(step, now, values))
+            if values:
+                say(self._line(step, now, values))
         else:
             self._bar.set_postfix_str(_describe(self._latest), refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def flush(self) -> None:
+        """Makes sure that the lines outlast a loss of power, as the checkpoint will that is saved next."""
+        if self._active:
+            self._lines.flush()
 
     def close(self) -> None:
         """Ends the bar and writes out what is buffered."""
         if self._active:
             self._bar.close()
             self._lines.close()
+            self._tell_problem()
             self._tensorboard.close()
+
+    def _tell_problem(self) -> None:
+        problem = str(self._lines.error or "")
+        if problem and problem != self._told:
+            say(f"Metrics lines cannot be written and wait in memory: {problem}. Training goes on.")
+        self._told = problem
 
     def _line(self, step: int, now: float, values: Mapping[str, float]) -> str:
         line = f"step {step:,}/{self._total_steps:,}  {_describe(values)}"
@@ -191,18 +281,31 @@ def _describe(values: Mapping[str, float]) -> str:
     return "  ".join(f"{label} {values[name]:{form}}" for name, label, form in SHOWN if name in values)
 
 
-def _drop_lines_after(path: storage.epath.Path, step: int) -> None:
-    lines = storage.read_lines(path)
-    kept = [line for line in lines if step and _parse_line(line).get("step", math.inf) <= step]
-    if kept != lines:
-        storage.publish(path, "".join(line + "\n" for line in kept))
-
-
 def _parse_line(line: str) -> dict[str, float | None]:
     try:
         return json.loads(line)
-    except ValueError:  # a run that was killed, or whose disk was full, may leave part of a line
+    except ValueError:  # a run that was killed may leave part of a line
         return {}
+
+
+def _valid(lines: Sequence[dict[str, float | None]]) -> list[dict[str, float | None]]:
+    """The lines of which no later run says, by going on from an earlier step, that they were undone."""
+    valid: list[dict[str, float | None]] = []
+    for line in lines:
+        if "resumed_from" in line:
+            valid = [earlier for earlier in valid if earlier["step"] <= line["resumed_from"]]
+        if "step" in line:
+            valid.append(line)
+    return valid
+
+
+def metrics_lines(workdir: str) -> list[dict[str, float | None]]:
+    """The lines of a run as they were written, but for those that a later run undid; for `goodput`.
+
+    Raises:
+      UserError: the workdir has no metrics.
+    """
+    return _valid([_parse_line(line) for line in storage.read_lines(storage.path(workdir) / "metrics.jsonl")])
 
 
 def load_metrics(workdir: str) -> list[dict[str, float | None]]:
@@ -212,10 +315,8 @@ def load_metrics(workdir: str) -> list[dict[str, float | None]]:
       UserError: the workdir has no metrics.
     """
     by_step: dict[int, dict[str, float | None]] = {}
-    for line in storage.read_lines(storage.path(workdir) / "metrics.jsonl"):
-        values = _parse_line(line)
-        if "step" in values:
-            by_step.setdefault(values["step"], {}).update(values)
+    for line in metrics_lines(workdir):
+        by_step.setdefault(line["step"], {}).update(line)
     return [by_step[step] for step in sorted(by_step)]
 
 

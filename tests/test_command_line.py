@@ -162,23 +162,53 @@ def test_a_refused_config_leaves_the_former_one(config, tmp_path, capsys):
     assert "belongs to the job 'prepare'" in capsys.readouterr().err
 
 
-def test_a_signal_asks_to_stop_and_a_second_ctrl_c_ends_the_process(python, capsys):
-    """Handlers return to what they were at the end. Seen to fail without re-raising."""
+def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(python, capsys):
+    """Handlers return to what they were at the end; what follows within a second is the same request, passed on by a
+    launcher. Seen to fail without re-raising, and with the second of grace left out.
+    """
     former = signal.getsignal(signal.SIGTERM)
     with runtime.StopSignal() as stop:
-        assert not stop.should_stop(1)
-        for _ in range(2):  # a scheduler may send it twice
+        stop.saves = True
+        assert not stop.should_stop()
+        for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.should_stop(2)
+        assert stop.should_stop()
     assert signal.getsignal(signal.SIGTERM) == former
     assert "saving, then stopping" in capsys.readouterr().err
-    python("""
-import signal, subprocess, sys
-script = "import os, signal; from igpt_jax import runtime; stop = runtime.StopSignal();" \
-         "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]; print('still here')"
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        python(f"""
+import subprocess, sys
+script = "import os, time; from igpt_jax import runtime; stop = runtime.StopSignal().__enter__(); stop.saves = True;" \\
+         "os.kill(os.getpid(), {number}); time.sleep(1.1); os.kill(os.getpid(), {number}); print('still here')"
 done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-assert done.returncode == -signal.SIGINT and not done.stdout, done
+assert done.returncode == -{number} and not done.stdout, done
 """, devices=1)
+
+
+COMPILES_FOR_EVER = """
+import ctypes, os, threading, jax._src.compiler
+from igpt_jax import runtime
+
+runtime.GRACE_SECONDS = 0.3
+mutex = ctypes.create_string_buffer(64)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+with runtime.StopSignal():
+    threading.Timer(0.5, os.kill, (os.getpid(), 15)).start()
+    exec(compile("lock(mutex)", jax._src.compiler.__file__, "exec"))
+"""
+
+
+def test_a_signal_before_there_is_anything_to_save_ends_the_job_where_it_is(run_job):
+    """In Python; and inside a compiler, which hears no exception. Seen to fail without the thread that hears signals:
+    the process never ended.
+    """
+    with pytest.raises(runtime.Preempted, match="before there was anything new to save"):
+        with runtime.StopSignal():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    done = run_job(script=COMPILES_FOR_EVER, timeout=60)
+    assert done.returncode == 75 and "stopped while compiling" in done.stderr, done
 
 
 LAUNCHED = """#!{python}
@@ -200,12 +230,12 @@ def run(config, workdir):
                 if sys.argv[3] == "sample":
                     raise UserError("only process 1 sees this.")
                 os.kill(os.getpid(), signal.SIGINT)
-            if stop.should_stop(step):
+            if stop.should_stop():
                 print(f"stops at {{step}}", flush=True)
                 raise runtime.Preempted("stopped.")
 
 
-sys.exit(runtime.run_job(run, parse("prepare", base_config("prepare")), sys.argv[4]))
+sys.exit(runtime.run_job(run, parse("pretrain", base_config("pretrain")), sys.argv[4]))
 """
 
 
@@ -226,4 +256,4 @@ def test_launched_processes_stop_together(tmp_path, job, code):
         assert first == second
         assert record(tmp_path / "workdir", "result.json")["device"]["processes"] == 2
     else:
-        assert "[1] igpt_jax prepare: only process 1 sees this." in done.stderr
+        assert "[1] igpt_jax pretrain: only process 1 sees this." in done.stderr

@@ -84,10 +84,10 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     quarantine = ingest.Quarantine(inputs, config.max_quarantined, bad)
     start = time.perf_counter()
     try:
-        with StopSignal() as stop:
+        with StopSignal(saves=True) as stop:
             finished = ingest.ingest(given, writer, quarantine, image_size=size, held_out=config.held_out,
                                      seed=config.seed, workers=config.workers, notes=notes, done=done,
-                                     stopping=lambda: stop.requested_here)
+                                     stopping=stop.should_stop)
     finally:
         if quarantine.entries:
             storage.publish(path / "quarantined.json", json.dumps(quarantine.entries, indent=1) + "\n")

@@ -1,0 +1,10 @@
+"""Holds every byte of checkpoints, or of a pixel store, against its checksums.
+
+    python -m igpt_jax verify --config=configs/verify.py --workdir=runs/verify --config.path=runs/pretrain
+"""
+
+from igpt_jax.config import base_config
+
+
+def get_config(arguments: str = ""):
+    return base_config("verify", arguments)
