@@ -3,6 +3,7 @@
 # make slow         the tests that take minutes
 # make buckets      the tests against emulators of S3 and Google Cloud Storage, in an environment of their own
 # make scaling      compiles the table of docs/scaling.md; GPU cells with CUDA_PYTHON=..., see there
+# make faults       the fault tests alone; make faults-long: 200 kills and all the rest, an hour
 # make lint         ruff
 # make clean        removes the environment, caches and runs/quickstart
 
@@ -16,7 +17,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow buckets scaling lint clean
+.PHONY: setup quickstart test slow buckets scaling faults faults-long lint clean
 
 setup: $(INSTALLED)
 
@@ -47,6 +48,12 @@ buckets:
 scaling: setup
 	$(VENV)/bin/python -m pip install --quiet libtpu==0.0.51
 	$(VENV)/bin/python benchmarks/scaling.py --python "$(CUDA_PYTHON)"
+
+faults: setup
+	$(VENV)/bin/python -m pytest -m fault
+
+faults-long: setup
+	$(VENV)/bin/python -W ignore benchmarks/faults.py --json=runs/faults.json
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,72 @@
+"""What checking costs:  python benchmarks/checksums.py [--gib=1]
+
+Checksums of a state on the devices, the time that `save` holds up training, and the whole way to the disk and back,
+hashes included, in MB/s. Prints a table; medians of --rounds.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    import jax
+    import numpy as np
+
+    from igpt_jax import checkpoint, checksum, model, sharding, steps
+    from igpt_jax.config import base_config, parse
+
+    # An igpt_s of as many layers as make the state, parameters and two moments in float32, as large as asked.
+    layers = max(1, round(given.gib * 2**30 / (3 * 4 * 12 * 512**2)))
+    config = parse("pretrain", base_config("pretrain", f"model=igpt_s,model.layers={layers},keep_newest=1"))
+    mesh = sharding.make_mesh(config.mesh)
+    built = model.Model(config.model, 512, 8, config.precision, mesh)
+    abstract = steps.abstract_state(built, config, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.jit(lambda key: steps.init_state(built, config, key), out_shardings=places)(jax.random.key(0))
+    jax.block_until_ready(state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    record = checkpoint.Record(config, np.zeros((512, 3), np.float32), 8, "none", 0)
+    took = {"checksums": [], "save, training held up": [], "save, whole": [], "restore and compare": []}
+
+    def timed(name: str, run):
+        start = time.perf_counter()
+        found = run()
+        took[name].append(time.perf_counter() - start)
+        return found
+
+    checksum.of_tree(state)  # compiles
+    folder = tempfile.mkdtemp()
+    try:
+        with checkpoint.Checkpoints(folder, config) as checkpoints:
+            for step in range(1, given.rounds + 1):
+                timed("checksums", lambda: checksum.of_tree(state))
+                begun = time.perf_counter()
+                timed("save, training held up",
+                      lambda step=step: checkpoints.save(state, dataclasses.replace(record, steps_done=step)))
+                checkpoints.wait()
+                took["save, whole"].append(time.perf_counter() - begun)
+                timed("restore and compare", lambda: checkpoints.restore(abstract, record))
+    finally:
+        shutil.rmtree(folder)
+    print(f"state of {size / 2**30:.2f} GiB, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print("| what | seconds | seconds per GiB | MB/s |\n|---|---|---|---|")
+    for name, seconds in took.items():
+        median = statistics.median(seconds)
+        print(f"| {name} | {median:.2f} | {median / size * 2**30:.2f} | {size / 1e6 / median:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Faults in real runs, the short form of `benchmarks/faults.py`; and runs that go on after what they could not prevent.
+
+Run by `make faults`, which takes under three minutes on 2 cores; `make faults-long` takes an hour.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_job_command
+from test_jobs import losses, pretrain_arguments, result
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    done = run_job_command("prepare", f"--workdir={folder / 'store'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "store"
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop", "files", "store"])
+def test_nothing_is_lost(folder, store, fault):
+    """Seen to fail with the data order starting at 0 after a restart (kill), with StopSignal left out (stop), without
+    the comparison of hashes (files), and with a store that is not asked for its checksums (store).
+    """
+    command = [sys.executable, "-W", "ignore", "benchmarks/faults.py", fault, "--short", f"--keep={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Image 0 alone, on 6 steps of the order: on such a batch the loss is NaN.
+BAD_WINDOW = """
+import os, sys
+import jax.numpy as jnp
+import numpy as np
+from igpt_jax import objectives
+from igpt_jax.data import order
+ask, loss = order.batch, objectives.autoregressive
+log = open(sys.argv[1], "a")
+
+def batch(seed, step, *rest):
+    log.write(f"{step}\\n")
+    log.flush()
+    return ask(seed, step, *rest) * (not 12 <= step < 18)
+
+order.batch = batch
+objectives.autoregressive = lambda logits, tokens: jnp.where((tokens == tokens[0]).all(), jnp.nan, loss(logits, tokens))
+from igpt_jax.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_run_goes_on_past_the_examples_on_which_it_diverged(folder, store):
+    """Exit code 77 names the last good step; the same command diverges again; skip_divergence goes on with the
+    examples after the bad ones, and all later checkpoints say so.
+
+    Seen to fail with the offset forgotten after the next restart.
+    """
+    workdir, asked = folder / "diverged", folder / "asked"
+    arguments = [*pretrain_arguments(store, workdir), "--config.steps=24", "--config.data.reader=resident",
+                 "--config.max_skipped_updates=3"]
+
+    def run(*more):
+        asked.unlink(missing_ok=True)
+        done = subprocess.run([sys.executable, "-c", BAD_WINDOW, str(asked), *arguments, *more], cwd=ROOT,
+                              capture_output=True, text=True)
+        return done, [int(line) for line in asked.read_text().split()]
+
+    for _ in range(2):
+        done, _ = run()
+        assert done.returncode == 77 and "3 updates in a row up to step 15" in done.stderr, done.stderr
+        assert "The newest checkpoint, step 12, is good" in done.stderr
+        assert result(workdir)["status"] == "diverged"
+    done, positions = run("--config.skip_divergence=True", "--config.steps=17")
+    assert done.returncode == 2 and "steps=17" in done.stderr  # another schedule: refused, and nothing is forgotten
+    done, positions = run("--config.skip_divergence=True")
+    # 15 to 17 are bad still: skipped one by one, and the run diverges once more, at their end
+    assert done.returncode == 77 and positions[0] == 15, (positions, done.stderr)
+    done, positions = run("--config.skip_divergence=True")
+    assert done.returncode == 0 and positions == list(range(18, 30)), (positions, done.stderr)
+    assert "goes on from step 12 of 24, 6 steps of examples further on" in done.stderr
+    record = json.loads((workdir / "checkpoints" / "24" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    assert record["data_offset"] == 6
+    assert np.isfinite(list(value for value in losses(workdir).values() if value is not None)).all()
+
+
+STOPPING = """
+import os, signal, sys
+from igpt_jax import telemetry
+log = telemetry.Metrics.log
+
+def stop(self, step, values):
+    log(self, step, values)
+    if step == {stop_at}:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+telemetry.Metrics.log = stop
+from igpt_jax.__main__ import main
+sys.exit(main({arguments}))
+"""
+
+
+@pytest.mark.parametrize("devices, precision, bound", [
+    ((4, 2, 4), "float64", 1e-8),
+    pytest.param((8, 4, 8), "float64", 1e-8, marks=pytest.mark.slow),
+    pytest.param((8, 4, 8), "float32", 1e-4, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_the_devices_that_are_left(folder, store, devices, precision, bound):
+    """One command; fewer devices accumulate, so that none holds more images at once, and `replay_check` finds the
+    losses of other devices again. Held against one device that was not disturbed.
+
+    Seen to fail with parts that are added up and not averaged.
+    """
+    name = f"{devices[0]}-{precision}"
+    arguments = [*pretrain_arguments(store, folder / f"one-{name}"), f"--config.precision={precision}"]
+    assert (done := run_job_command(*arguments)).returncode == 0, done.stderr
+    arguments = [*pretrain_arguments(store, folder / f"elastic-{name}"), f"--config.precision={precision}",
+                 "--config.images_per_pass=2", "--config.replay_check=True"]
+    for count, stop_at, code in zip(devices, (3, 7, 99), (75, 75, 0), strict=True):
+        done = run_job_command(script=STOPPING.format(stop_at=stop_at, arguments=arguments), devices=count)
+        assert done.returncode == code, done.stderr
+    assert "replay_check: step" in done.stderr
+    one, other = losses(folder / f"one-{name}"), losses(folder / f"elastic-{name}")
+    assert one.keys() == other.keys()
+    np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=bound, atol=1e-12)
+
+
+def test_replay_check_refuses_another_loss(folder, store):
+    """A log that says another loss than the checkpoint gives. Seen to fail without the comparison."""
+    workdir = folder / "replay"
+    arguments = [*pretrain_arguments(store, workdir), "--config.data.reader=resident"]
+    assert (done := run_job_command(*arguments)).returncode == 0, done.stderr
+    for changed, code in ((False, 0), (True, 2)):
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        if changed:
+            for line in lines:
+                if line["step"] == 11 and "train/nats_per_pixel" in line:
+                    line["train/nats_per_pixel"] *= 1.01
+            (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = run_job_command(*arguments, "--config.replay_check=True")
+        assert done.returncode == code, done.stderr
+        said = "step 11 repeated from checkpoint 10" if changed else "from checkpoint 10: the same loss, bit for bit"
+        assert said in done.stderr
