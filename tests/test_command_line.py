@@ -164,7 +164,7 @@ def test_a_refused_config_leaves_the_former_one(config, tmp_path, capsys):
 
 def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(python, capsys):
     """Handlers return to what they were at the end; what follows within a second is the same request, passed on by a
-    launcher. Seen to fail without re-raising, and with the second of grace left out.
+    launcher. Must fail without re-raising, and with the second of grace left out.
     """
     former = signal.getsignal(signal.SIGTERM)
     with runtime.StopSignal() as stop:
@@ -200,7 +200,7 @@ with runtime.StopSignal():
 
 
 def test_a_signal_before_there_is_anything_to_save_ends_the_job_where_it_is(run_job):
-    """In Python; and inside a compiler, which hears no exception. Seen to fail without the thread that hears signals:
+    """In Python; and inside a compiler, which hears no exception. Must fail without the thread that hears signals:
     the process never ended.
     """
     with pytest.raises(runtime.Preempted, match="before there was anything new to save"):

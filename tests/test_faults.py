@@ -30,7 +30,7 @@ def store(folder):
 
 @pytest.mark.parametrize("fault", ["kill", "stop", "files", "store"])
 def test_nothing_is_lost(folder, store, fault):
-    """Seen to fail with the data order starting at 0 after a restart (kill), with StopSignal left out (stop), without
+    """Must fail with the data order starting at 0 after a restart (kill), with StopSignal left out (stop), without
     the comparison of hashes (files), and with a store that is not asked for its checksums (store).
     """
     command = [sys.executable, "-W", "ignore", "benchmarks/faults.py", fault, "--short", f"--keep={folder}"]
@@ -64,7 +64,7 @@ def test_a_run_goes_on_past_the_examples_on_which_it_diverged(folder, store):
     """Exit code 77 names the last good step; the same command diverges again; skip_divergence goes on with the
     examples after the bad ones, and all later checkpoints say so.
 
-    Seen to fail with the offset forgotten after the next restart.
+    Must fail with the offset forgotten after the next restart.
     """
     workdir, asked = folder / "diverged", folder / "asked"
     arguments = [*pretrain_arguments(store, workdir), "--config.steps=24", "--config.data.reader=resident",
@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_the_devices_that_are_left(folder, store, devices, pr
     """One command; fewer devices accumulate, so that none holds more images at once, and `replay_check` finds the
     losses of other devices again. Held against one device that was not disturbed.
 
-    Seen to fail with parts that are added up and not averaged.
+    Must fail with parts that are added up and not averaged.
     """
     name = f"{devices[0]}-{precision}"
     arguments = [*pretrain_arguments(store, folder / f"one-{name}"), f"--config.precision={precision}"]
@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_devices_that_are_left(folder, store, devices, pr
 
 
 def test_replay_check_refuses_another_loss(folder, store):
-    """A log that says another loss than the checkpoint gives. Seen to fail without the comparison."""
+    """A log that says another loss than the checkpoint gives. Must fail without the comparison."""
     workdir = folder / "replay"
     arguments = [*pretrain_arguments(store, workdir), "--config.data.reader=resident"]
     assert (done := run_job_command(*arguments)).returncode == 0, done.stderr
