@@ -225,7 +225,7 @@ def test_the_test_images_have_the_classes_of_the_training_images(messy, tmp_path
 def stop_after(monkeypatch, groups):
     """Ctrl-C after so many groups of images."""
     calls = iter(range(10**9))
-    monkeypatch.setattr(prepare.StopSignal, "requested_here", property(lambda self: next(calls) + 1 >= groups))
+    monkeypatch.setattr(prepare.StopSignal, "should_stop", lambda self: next(calls) + 1 >= groups)
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
