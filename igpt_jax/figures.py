@@ -36,7 +36,7 @@ def accuracy_curve(path: storage.epath.Path, by_layer: Sequence[Mapping[str, Any
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="0.92", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # nothing is drawn over
     png = io.BytesIO()
     figure.savefig(png, format="png")
     storage.publish(path, png.getvalue())
