@@ -181,7 +181,7 @@ class DataConfig:
     held_out: str = key("held_out", "split to evaluate on while training; empty: none")
     augment: str = key("none", "none; cifar: reflect-pad 4, random crop, mirror; imagenet (of tfds): shorter side 256 "
                                "to 384, random 224 crop (paper, Section 3.1)")
-    reader: str = key("auto", "tfdata: stream from the store; resident: hold all tokens on the devices (no TensorFlow);"
+    reader: str = key("auto", "tfdata: stream from the store; resident: hold all tokens in memory (no TensorFlow);"
                               " auto: resident up to 256 MiB of tokens")
     stage: str = key("", "folder of this machine to copy the store to first, once; empty: read it where it is")
     window: int = key(0, "of a store with chunk > 1: chunks whose images are shuffled together; 0: 1024")

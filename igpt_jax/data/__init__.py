@@ -5,7 +5,6 @@ Dimensions: B batch, T tokens.
 
 import contextlib
 import importlib.util
-import itertools
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -156,11 +155,16 @@ def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, ba
         raise UserError("data.augment=imagenet crops whole pictures: set data.store=tfds:NAME, or data.augment=cifar.")
     if recipe == "cifar" and split.image_size <= augment.PAD:
         raise UserError(f"data.augment=cifar pads by {augment.PAD} pixels: images of {split.image_size} are too small.")
-    kind, window = _reader_for(split, reader, recipe), window or WINDOW
-    common = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "recipe": recipe, "window": window}
-    given = (_resident_batches(split, table, sharding=sharding, **common) if kind == "resident" else
-             _streamed_batches(split, table, sharding=sharding, prefetch=prefetch, **common))
-    return Batches(given, Ledger(seed, start_step * batch_size, split.components, window))
+    options = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "recipe": recipe,
+               "window": window or WINDOW, "rows": process_rows(sharding, batch_size)}
+    if _reader_for(split, reader, recipe) == "resident":
+        read = resident.batches(split, table, **options)
+    else:
+        from igpt_jax.data import pipeline  # TensorFlow: 5 seconds and 665 MiB
+
+        read = pipeline.batches(split, table, prefetch=prefetch, **options)
+    given = _on_devices(read, sharding, batch_size, start_step)
+    return Batches(given, Ledger(seed, start_step * batch_size, split.components, options["window"]))
 
 
 def _reader_for(split: Split, reader: str, recipe: str = "none") -> str:
@@ -177,19 +181,8 @@ def _reader_for(split: Split, reader: str, recipe: str = "none") -> str:
     return "tfdata" if reader == "auto" else reader
 
 
-def _resident_batches(split: Split, table: np.ndarray, *, start_step: int, **options) -> Iterator[Batch]:
-    batches = resident.batches(split, table, start_step=start_step, **options)
-    with contextlib.closing(batches):
-        for step, (ids, tokens) in zip(itertools.count(start_step), batches, strict=False):
-            yield Batch(step, ids, tokens)
-
-
-def _streamed_batches(split: Split, table: np.ndarray, *, batch_size: int, start_step: int,
-                      sharding: NamedSharding, **options) -> Iterator[Batch]:
-    from igpt_jax.data import pipeline  # TensorFlow: 5 seconds and 665 MiB
-
-    batches = pipeline.batches(split, table, batch_size=batch_size, start_step=start_step,
-                               rows=process_rows(sharding, batch_size), **options)
-    with contextlib.closing(batches):
-        for step, (ids, tokens) in zip(itertools.count(start_step), batches, strict=False):
+def _on_devices(read: Iterator[tuple[np.ndarray, np.ndarray]], sharding: NamedSharding, batch_size: int,
+                start_step: int) -> Iterator[Batch]:
+    with contextlib.closing(read):
+        for step, (ids, tokens) in enumerate(read, start_step):
             yield Batch(step, ids, put(tokens, sharding, batch_size))

@@ -1,14 +1,14 @@
-"""Arrays onto devices; and small sets, whose tokens all lie there and are gathered there. No TensorFlow.
+"""Arrays onto devices; and small sets, whose tokens are all kept in memory. No TensorFlow.
 
-Dimensions: B batch, T tokens, I images of the split.
+Dimensions: B batch of all processes, R its rows that this process reads, T tokens, I images of the split.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from igpt_jax.data import augment, order
 from igpt_jax.data.store import Split, tokens_of
@@ -45,32 +45,18 @@ def put(rows: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, jax.device_put(shards, devices))
 
 
-def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int, sharding: NamedSharding,
-            recipe: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, jax.Array]]:
-    """Yields, for each step from start_step, the global batch's ids int64 [B] and its tokens int32 [B, T].
+def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int, rows: slice,
+            recipe: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields, for each step from start_step, the global batch's ids int64 [B] and tokens int32 [R, T] of its `rows`.
 
-    Every process holds all tokens, so none needs another's; `sharding` is that of the tokens. A crop moves pixels and
-    changes none, so it is done on tokens.
+    The tokens lie in the memory of each process. On the device the gather would save nothing, as ids have to get there
+    in place of tokens, and it stands in line behind the training step.
     """
-    replicated, size = NamedSharding(sharding.mesh, PartitionSpec()), split.image_size
-
-    def gather(tokens_IT: jax.Array, ids_B: jax.Array, places: tuple[jax.Array, ...]) -> jax.Array:
-        tokens_BT = tokens_IT.at[ids_B].get(mode="promise_in_bounds").astype(jnp.int32)
-        if places:
-            rows_BY, columns_BX = places
-            tokens_BYX = tokens_BT.reshape(-1, size, size)
-            tokens_BYX = jnp.take_along_axis(tokens_BYX, rows_BY[:, :, None], axis=1)
-            tokens_BT = jnp.take_along_axis(tokens_BYX, columns_BX[:, None, :], axis=2).reshape(tokens_BT.shape)
-        return tokens_BT
-
-    gather = jax.jit(gather, out_shardings=sharding)
-    tokens_IT = put(load_tokens(split, table), replicated, split.count)
-    step = start_step
-    while True:
+    tokens_IT = load_tokens(split, table)
+    for step in itertools.count(start_step):
         ids_B = order.batch(seed, step, batch_size, split.components, window)
-        places = ()
+        tokens_RT = tokens_IT[ids_B[rows]]
         if recipe == "cifar":
-            places = augment.crop_and_mirror(seed, step * batch_size + np.arange(batch_size), size)
-        yield ids_B, gather(tokens_IT, put(ids_B.astype(np.int32), replicated, batch_size),
-                            tuple(put(place, replicated, batch_size) for place in places))
-        step += 1
+            position_R = step * batch_size + np.arange(rows.start, rows.stop)
+            tokens_RT = augment.moved(tokens_RT, *augment.crop_and_mirror(seed, position_R, split.image_size))
+        yield ids_B, tokens_RT.astype(np.int32)
