@@ -1,6 +1,6 @@
 """The table of docs/scaling.md: every size at every resolution on one slice of each kind, compiled and not run.
 
-    python benchmarks/scaling.py [--python cuda/bin/python] [--only TEXT] [--out docs/scaling.json]
+    python benchmarks/scaling.py [--python cuda/bin/python] [--only TEXT] [--missing] [--out docs/scaling.json]
 
 A cell takes the setting that `plan` estimates to be the fastest, compiles it, and where it does not fit compiles the
 least changed one that should. Cells are written as they are done and verdicts are kept under $IGPT_CACHE: started
@@ -155,10 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default="", help="interpreter with jax[cuda13], for the GPU cells")
     parser.add_argument("--only", default="", help="only cells whose title holds this text")
+    parser.add_argument("--missing", action="store_true", help="only cells that the JSON file lacks")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS / "scaling.json")
     options = parser.parse_args()
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    todo = [(title, *what) for title, what in cells().items() if options.only in title]
+    todo = [(title, *what) for title, what in cells().items()
+            if options.only in title and not (options.missing and title in known)]
     for title, settings, choose in tqdm(todo, unit="cell", disable=None):
         if topology.parse(dict(pair.split("=", 1) for pair in settings.split(","))["topology"]).platform == "gpu" and (
                 not options.python):

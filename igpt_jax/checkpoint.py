@@ -306,7 +306,7 @@ class Checkpoints:
         at all, so one without its mark has lost it."""
         for left in (*self._folder.glob(UNFINISHED), *self._folder.glob(f"*{DELETING}")):
             left.rmtree()
-        for child in [child for child in self._folder.iterdir() if child.name.isdigit()]:
+        for child in _numbered(self._folder):
             if not (child / COMMITTED).exists():
                 if storage.is_local(child):
                     log.error("Checkpoint %s is damaged: %s is missing. It goes to %s/.", child.name, COMMITTED,
@@ -552,11 +552,12 @@ def is_checkpoint(typed: str) -> bool:
 
 def steps_in(folder: Any) -> list[int]:
     """The finished steps in a directory of checkpoints, ascending; what is still being written does not count."""
-    folder = storage.path(folder)
-    if not folder.exists():
-        return []
-    steps = (child for child in folder.iterdir() if child.name.isdigit())
-    return sorted(int(step.name) for step in steps if (step / COMMITTED).exists())
+    return sorted(int(step.name) for step in _numbered(storage.path(folder)) if (step / COMMITTED).exists())
+
+
+def _numbered(folder: storage.epath.Path) -> list[storage.epath.Path]:
+    """The folders of steps, finished or not. An empty folder of a bucket is none."""
+    return [child for child in folder.iterdir() if child.name.isdigit()] if folder.exists() else []
 
 
 def _step_path(folder: str, step: int) -> storage.epath.Path:

@@ -21,13 +21,16 @@ def decode(data: tf.Tensor, draws: tf.Tensor, image_size: int, random: bool) -> 
       draws: float64 [3] in [0, 1); used where `random`.
       random: crop as for training; else the centre.
     """
-    is_jpeg = tf.io.is_jpeg(data)
-    shape = tf.cond(is_jpeg, lambda: tf.io.extract_jpeg_shape(data)[:2],
-                    lambda: tf.shape(tf.io.decode_png(data, channels=3))[:2])
-    window = window_of(shape, draws, random)
-    crop_YXC = tf.cond(
-        is_jpeg, lambda: tf.image.decode_and_crop_jpeg(data, window, channels=3, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.image.crop_to_bounding_box(tf.io.decode_png(data, channels=3), *tf.unstack(window)))
+    def of_jpeg() -> tf.Tensor:
+        window = window_of(tf.io.extract_jpeg_shape(data)[:2], draws, random)
+        return tf.image.decode_and_crop_jpeg(data, window, channels=3, dct_method="INTEGER_ACCURATE")
+
+    def of_png() -> tf.Tensor:
+        picture_YXC = tf.io.decode_png(data, channels=3)
+        window = window_of(tf.shape(picture_YXC)[:2], draws, random)
+        return tf.image.crop_to_bounding_box(picture_YXC, *tf.unstack(window))
+
+    crop_YXC = tf.cond(tf.io.is_jpeg(data), of_jpeg, of_png)
     small = tf.raw_ops.ResizeArea(images=crop_YXC[None], size=[image_size, image_size])[0]
     return tf.ensure_shape(tf.cast(tf.round(small), tf.uint8), [image_size, image_size, 3])
 

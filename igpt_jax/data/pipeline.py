@@ -55,26 +55,29 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
         ids = order.batch(seed, group, STEPS_AT_ONCE * batch_size, split.components, window)
         return ids.reshape(STEPS_AT_ONCE, batch_size)
 
-    def ids_at(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
-        """The batch's ids, and the places of this process's rows in the run's sequence."""
-        group, place = divmod(int(step), STEPS_AT_ONCE)
-        return ids_of(group)[place], int(step) * batch_size + np.arange(rows.start, rows.stop)
+    def ids_at(step: int) -> np.ndarray:
+        group, place = divmod(step, STEPS_AT_ONCE)
+        return ids_of(group)[place]
+
+    def rows_at(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of this process's rows, and their places in the run's sequence."""
+        return ids_at(int(step))[rows], int(step) * batch_size + np.arange(rows.start, rows.stop)
 
     @reporting
-    def read(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
-        ids_B, position_R = ids_at(step)
-        tokens_RT = palette.encode(split.read(ids_B[rows]), table)
+    def read(step: np.int64) -> np.ndarray:
+        ids_R, position_R = rows_at(step)
+        tokens_RT = palette.encode(split.read(ids_R), table)
         if recipe == "cifar":
             tokens_RT = augment.moved(tokens_RT, *augment.crop_and_mirror(seed, position_R, size))
-        return ids_B, tokens_RT.astype(np.int32)
+        return tokens_RT.astype(np.int32)
 
     @reporting
-    def read_examples(step: np.int64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids_B, position_R = ids_at(step)
-        return ids_B, np.array(split.examples(ids_B[rows]), object), augment.unit_draws(seed, position_R, 3)
+    def read_examples(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
+        ids_R, position_R = rows_at(step)
+        return np.array(split.examples(ids_R), object), augment.unit_draws(seed, position_R, 3)
 
-    def quantize(ids_B: np.ndarray, images_RYXC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return ids_B, palette.encode(images_RYXC, table).astype(np.int32)
+    def quantize(images_RYXC: np.ndarray) -> np.ndarray:
+        return palette.encode(images_RYXC, table).astype(np.int32)
 
     with tf.device("cpu"):
         dataset = tf.data.Dataset.range(start_step, tf.int64.max)
@@ -82,11 +85,12 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
             dataset = _pictures(dataset, read_examples, split, size, count)
         # NumPy's look-up needs a third of the time of TensorFlow's gather, and lets go of Python's lock.
         function = quantize if recipe == "imagenet" else read
-        dataset = dataset.map(lambda *arguments: tf.numpy_function(function, arguments, (tf.int64, tf.int32)),
+        dataset = dataset.map(lambda given: tf.numpy_function(function, [given], tf.int32),
                               num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         iterator = dataset.prefetch(prefetch).as_numpy_iterator()
     try:
-        yield from iterator
+        for step, tokens_RT in enumerate(iterator, start_step):
+            yield ids_at(step), tokens_RT
     except Exception:
         if failures:
             raise failures[0] from None
@@ -96,15 +100,13 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
 
 
 def _pictures(steps: tf.data.Dataset, read_examples: Callable, split, size: int, count: int) -> tf.data.Dataset:
-    """(ids [B], images uint8 [R, Y, X, 3]) of each step: examples are read by the batch, decoded one by one."""
+    """Images uint8 [R, Y, X, 3] of each step: examples are read by the batch, decoded one by one."""
     def load(step: tf.Tensor):
-        ids_B, examples_R, draws_R3 = tf.numpy_function(read_examples, [step], (tf.int64, tf.string, tf.float64))
-        pictures_R = tf.ensure_shape(split.pictures(examples_R), [count])
-        return tf.repeat(ids_B[None], count, axis=0), pictures_R, tf.ensure_shape(draws_R3, [count, 3])
+        examples_R, draws_R3 = tf.numpy_function(read_examples, [step], (tf.string, tf.float64))
+        return tf.ensure_shape(split.pictures(examples_R), [count]), tf.ensure_shape(draws_R3, [count, 3])
 
-    def decode(ids_B, picture, draws):
-        return ids_B, jpeg.decode(picture, draws, size, random=True)
+    def decode(picture, draws):
+        return jpeg.decode(picture, draws, size, random=True)
 
     dataset = steps.map(load, num_parallel_calls=2, deterministic=True).prefetch(2).unbatch()
-    dataset = dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return dataset.batch(count).map(lambda ids_RB, images_RYXC: (ids_RB[0], images_RYXC))
+    return dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(count)
