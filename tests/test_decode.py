@@ -105,7 +105,8 @@ def test_draws_follow_the_distribution():
 
 
 def test_a_split_prefill_gives_the_same_tokens(python):
-    """Completions on data, tensor and context axes, from 0, 7 and 40 given pixels, equal those of one device.
+    """Completions on fsdp, tensor and context axes, drawn and greedy, from 0, 7 and 40 given pixels, equal those of one
+    device.
 
     Seen to fail with the logits taken at the end of the padded prefill.
     """
@@ -116,7 +117,7 @@ from igpt_jax.config import MeshConfig, ModelConfig
 from igpt_jax.decode import Sampling, generate
 from igpt_jax.model import Model
 
-def run(mesh_config, devices, given):
+def run(mesh_config, devices, given, temperature):
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     model = Model(ModelConfig("igpt_tiny", layers=2, embed=32, heads=2), 13, 8, "float32", mesh)
     params = model.init(jax.random.key(0))
@@ -125,8 +126,10 @@ def run(mesh_config, devices, given):
         params = jax.device_put(params, sharding.parameter_shardings(params, mesh))
         keys = jax.vmap(jax.random.key)(jnp.arange(4))
         given_BP = np.random.default_rng(0).integers(0, 13, (4, given)).astype(np.int32)
-        return np.asarray(jax.jit(generate, static_argnums=(0, 4))(model, params, given_BP, keys, Sampling()))
+        return np.asarray(jax.jit(generate, static_argnums=(0, 4))(
+            model, params, given_BP, keys, Sampling(temperature)))
 
-for given in (0, 7, 40):
-    np.testing.assert_array_equal(run(MeshConfig(1, 2, 2, 2), 8, given), run(MeshConfig(), 1, given))
+for given, temperature in ((0, 1.0), (7, 0.0), (40, 1.0)):
+    np.testing.assert_array_equal(run(MeshConfig(1, 2, 2, 2), 8, given, temperature),
+                                  run(MeshConfig(), 1, given, temperature))
 """)
