@@ -4,6 +4,7 @@
 # make buckets      the tests against emulators of S3 and Google Cloud Storage, in an environment of their own
 # make scaling      compiles the table of docs/scaling.md; GPU cells with CUDA_PYTHON=..., see there
 # make faults       the fault tests alone; make faults-long: 200 kills and all the rest, an hour
+# make browser      the report page in headless Chromium
 # make lint         ruff
 # make clean        removes the environment, caches and runs/quickstart
 
@@ -17,7 +18,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow buckets scaling faults faults-long lint clean
+.PHONY: setup quickstart test slow buckets scaling faults faults-long browser lint clean
 
 setup: $(INSTALLED)
 
@@ -32,7 +33,7 @@ quickstart: setup
 	launch/quickstart.sh $(VENV)/bin/python runs/quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not buckets"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not buckets and not browser"
 
 slow: setup
 	$(VENV)/bin/python -m pytest -m slow
@@ -54,6 +55,10 @@ faults: setup
 
 faults-long: setup
 	$(VENV)/bin/python -W ignore benchmarks/faults.py --json=runs/faults.json
+
+# Needs Chromium: apt-get install chromium.
+browser: setup
+	$(VENV)/bin/python -m pytest -m browser
 
 lint: setup
 	$(VENV)/bin/ruff check .

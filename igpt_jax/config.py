@@ -71,6 +71,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
     "plan": "compiles the very step for a TPU or GPU topology that is not there: fits? how fast? which mesh?",
     "convert": "weights of OpenAI and Hugging Face <-> our checkpoints, with a certificate",
     "verify": "holds checkpoints or a pixel store against their checksums",
+    "report": "one self-contained HTML page from any set of workdirs",
 })
 
 
@@ -396,6 +397,15 @@ class VerifyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    job: str = key("report", "the job that this configuration is for")
+    workdirs: str = key("", "workdirs of jobs: comma list, globs too ('runs/*')")
+
+    def __post_init__(self):
+        _check_job(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig(PretrainConfig):
     """Pretrain's keys, which decide its step, and what to compile it for. Keys of reading and saving have no effect."""
     job: str = key("plan", "the job that this configuration is for")
@@ -460,7 +470,8 @@ class ConvertConfig:
 
 
 JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "probe": ProbeConfig,
-               "sample": SampleConfig, "plan": PlanConfig, "convert": ConvertConfig, "verify": VerifyConfig}
+               "sample": SampleConfig, "plan": PlanConfig, "convert": ConvertConfig, "verify": VerifyConfig,
+               "report": ReportConfig}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,0 +1,10 @@
+"""One HTML page from workdirs.
+
+    python -m igpt_jax report --config=configs/report.py --workdir=runs/report --config.workdirs='runs/quickstart/*'
+"""
+
+from igpt_jax.config import base_config
+
+
+def get_config(arguments: str = ""):
+    return base_config("report", arguments)

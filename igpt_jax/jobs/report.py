@@ -1,0 +1,31 @@
+"""One self-contained HTML page from any set of workdirs: what was run, its curves, tables and pictures, and where it
+stands beside the paper.
+
+Writes report.html, which needs neither network nor scripts, and its charts as SVG into figures/.
+"""
+
+from typing import Any
+
+import jax
+
+from igpt_jax import report, storage, telemetry
+from igpt_jax.config import ReportConfig, UserError
+
+
+def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
+    """Returns how many `workdirs` are on the page, and its size in `bytes`.
+
+    Raises:
+      UserError: `workdirs` names no workdir of a job.
+    """
+    if not config.workdirs:
+        raise UserError("workdirs is empty. Set --config.workdirs to folders that jobs have written, as in 'runs/*'.")
+    found = [one for one in report.load(config.workdirs) if storage.path(one.path) != storage.path(workdir)]
+    page, charts = report.render(found)
+    folder = storage.path(workdir)
+    if jax.process_index() == 0:
+        for name, svg in charts.items():
+            storage.publish(folder / "figures" / name, svg)
+        storage.publish(folder / "report.html", page)
+        telemetry.say(f"{folder / 'report.html'}: {len(found)} workdirs")
+    return {"workdirs": len(found), "bytes": len(page.encode())}

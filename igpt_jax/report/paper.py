@@ -1,0 +1,75 @@
+"""The paper's figures, and in plain sentences where a run stands beside them.
+
+Chen et al. 2020, "Generative Pretraining from Pixels"; losses: the README of OpenAI's release, ImageNet at 32x32.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from igpt_jax.report.runs import Run
+
+# Model, what, figure, unit.
+FIGURES = (
+    ("iGPT-S, 76M", "ImageNet 32x32, test loss", 2.0895, "nats per pixel"),
+    ("iGPT-M, 455M", "ImageNet 32x32, test loss", 2.0614, "nats per pixel"),
+    ("iGPT-L, 1.4B", "ImageNet 32x32, test loss", 2.0466, "nats per pixel"),
+    ("iGPT-L, 1.4B", "CIFAR-10, linear probe of the best layer", 96.3, "%"),
+    ("iGPT-L, 1.4B", "CIFAR-10, low data, 4 / 25 / 400 labels per class", "73.2 / 87.6 / 94.3", "%"),
+    ("iGPT-L, 1.4B", "CIFAR-10, fine-tuned", 99.0, "%"),
+    ("iGPT-L BERT, 1.4B", "CIFAR-10, fine-tuned", 98.6, "%"),
+    ("iGPT-S / M / L", "ImageNet 32x32, linear probe", "41.9 / 54.5 / 60.3", "%"),
+    ("iGPT-XL, 6.8B", "ImageNet 64x64, linear probe, five layers", 72.0, "%"),
+)
+IMAGES = 128_000_000  # that each model of the paper saw: 1M steps of 128, XL 2M of 64
+
+
+def pretraining(run: Run) -> list[str]:
+    """How far a pretraining is from the paper's: images seen, size."""
+    steps, parameters = run.metrics.get("steps"), run.metrics.get("parameters")
+    if not steps or not parameters:
+        return []
+    batch = next((value for name, value, _ in run.changed if name == "batch_size"), 128)
+    seen = steps * batch
+    return [f"It saw {seen:,} images, {seen / IMAGES:.2g} of the paper's {IMAGES:,}, with {parameters:,} parameters, "
+            f"{parameters / 76_571_648:.2g} of iGPT-S's. Its loss compares with the paper's only on the same data, "
+            "resolution and palette."]
+
+
+def probing(run: Run) -> list[str]:
+    """What accuracies by layer say beside the paper's Figure 2 and Table 1."""
+    by_layer = {int(layer): accuracy for layer, accuracy in (run.metrics.get("accuracy_by_layer") or {}).items()}
+    if len(by_layer) < 2:
+        return []
+    first, last = min(by_layer), max(by_layer)
+    best = max(by_layer, key=by_layer.__getitem__)
+    rise, fall = 100 * (by_layer[best] - by_layer[first]), 100 * (by_layer[best] - by_layer[last])
+    shape = "rises and then falls, as the paper's does" if first < best < last else (
+        "rises to the last layer; the paper's falls after the middle" if best == last else
+        "is highest at the first layer probed; the paper's rises first")
+    sentences = [f"Accuracy {shape}: by {rise:.1f} points from layer {first} to layer {best}, "
+                 f"{fall:.1f} points lower at layer {last} (paper, iGPT-L on CIFAR-10: 2.4)."]
+    for name, label in (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "the untrained model")):
+        other, mine = run.metrics.get(name), run.metrics.get("test_accuracy")
+        if other is not None and mine is not None:
+            verb = "beats" if mine > other else "does not beat"
+            sentences.append(f"The layer chosen on held-out images, {100 * mine:.1f} %, {verb} {label}, "
+                             f"{100 * other:.1f} %.")
+    return sentences
+
+
+def finetuning(run: Run, others: Sequence[Run]) -> list[str]:
+    """Fine-tuning beside the best probe in the report."""
+    mine = run.metrics.get("test_accuracy")
+    probes = [other for other in others if other.job == "probe" and other.metrics.get("test_accuracy") is not None]
+    if mine is None or not probes:
+        return []
+    best = max(probes, key=lambda other: other.metrics["test_accuracy"])
+    difference = 100 * (mine - best.metrics["test_accuracy"])
+    return [f"Fine-tuned: {100 * mine:.1f} %, {abs(difference):.1f} points {'above' if difference > 0 else 'below'} "
+            f"the probe {best.path} (paper, iGPT-L on CIFAR-10: 2.7 above, where both use the same labels)."]
+
+
+def sentences(run: Run, runs: Sequence[Run]) -> list[str]:
+    """All that can be said of a run beside the paper's."""
+    say: Mapping[str, Any] = {"pretrain": pretraining, "probe": probing, "finetune": lambda run: finetuning(run, runs)}
+    return say[run.job](run) if run.job in say else []
