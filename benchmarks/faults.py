@@ -105,6 +105,11 @@ class Run:
         folder = self.workdir / "checkpoints"
         return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit()) if folder.exists() else []
 
+    def began_since(self, moment: float) -> bool:
+        """Whether the job itself has begun, behind the command line and the imports."""
+        file = self.workdir / "config.json"
+        return file.exists() and file.stat().st_mtime > moment
+
     def newest_logged(self) -> int:
         file = self.workdir / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
@@ -210,7 +215,10 @@ def end(processes: list[subprocess.Popen], number: signal.Signals = signal.SIGKI
 
 
 def stop(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int, processes: int = 1) -> list[Tally]:
-    """SIGTERM or SIGINT in each phase in turn: exit code 75 within 5 s, and no finished step is lost."""
+    """SIGTERM or SIGINT in each phase in turn: exit code 75 within 5 s, and no finished step is lost.
+
+    Until the command line is read, a few tenths of a second, a signal ends Python as it ends any program.
+    """
     phases = ["start", "compile", "step", "evaluate", "save"]
     words = {1: "one process", 2: "one of two processes"}[processes]
     tallies = {phase: Tally(f"SIGTERM/SIGINT to {words}: {phase}") for phase in phases}
@@ -221,10 +229,14 @@ def stop(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int, p
             number += 1
             run = Run(folder, f"stop{processes}-{number}", processes=processes)
         run.env["JAX_COMPILATION_CACHE_DIR"] = str(folder / (f"cold{attempt}" if phase == "compile" else "cache"))
-        done = max(run.checkpoints(), default=0)
+        done, began = max(run.checkpoints(), default=0), time.time()
         ranks = run.start()
-        if phase in ("start", "compile"):
-            rest(ranks, rng.uniform(1.0, 4.0) if phase == "start" else rng.uniform(3.5, 6.5))
+        if phase == "start":
+            rest(ranks, rng.uniform(0, 4))
+        elif phase == "compile":  # which begins about a second after the job
+            while ranks[0].poll() is None and not run.began_since(began):
+                time.sleep(0.01)
+            rest(ranks, rng.uniform(0.5, 3))
         else:
             due = {"step": done + rng.randint(2, 20),
                    "evaluate": (done // EVALUATE_EVERY + 1) * EVALUATE_EVERY,
@@ -232,17 +244,17 @@ def stop(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int, p
             run.wait_for(ranks, rf"step {due}/\d+ +loss")
             rest(ranks, rng.uniform(0, 0.03))
         sent = time.monotonic()
-        # A scheduler tells all processes; while nothing can be saved, one alone would be missed by the others.
-        told = ranks if phase in ("start", "compile") else [rng.choice(ranks)]
-        for process in told:
+        reading = not run.began_since(began)
+        # A scheduler tells all processes. One is enough once they are connected, which they are not while they start.
+        for process in ranks if phase == "start" else [rng.choice(ranks)]:
             if process.poll() is None:
                 process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
         codes = {process.wait() for process in ranks}
         seconds = time.monotonic() - sent
         lost = run.newest_logged() - max(run.checkpoints(), default=0)
         finished = max(run.checkpoints(), default=0) == STEPS
-        # Ctrl-C while JAX is imported, before there is a run that could be preempted, is 130.
-        good = codes <= {75, 0 if finished else 75, 130 if phase == "start" else 75} and lost == 0
+        allowed = {75} | ({0} if finished else set()) | ({-signal.SIGTERM, -signal.SIGINT} if reading else set())
+        good = codes <= allowed and lost == 0
         tallies[phase].add(good and seconds <= 5, seconds, steps_lost=lost)
         if not good or seconds > 5:
             print(f"  {phase}: exit codes {codes} after {seconds:.1f} s, {lost} steps lost\n"
