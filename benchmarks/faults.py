@@ -376,7 +376,7 @@ def damage(file: pathlib.Path, kind: str, rng: random.Random) -> bool:
 
 def files(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int) -> list[Tally]:
     """Each file of the newest checkpoint, damaged: never restored; the step before is used and the bad one moved."""
-    from igpt_jax import checkpoint, model, sharding, steps
+    from igpt_jax import checkpoint, integrity, model, sharding, steps
 
     record = checkpoint.load_record(str(reference.workdir))
     config, mesh = record.config, sharding.make_mesh(record.config.mesh)
@@ -401,7 +401,7 @@ def files(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int) 
                     state, stored = checkpoints.restore(abstract, record)
                 right = _equal(state, bits[stored.steps_done])
                 # Without SHA256SUMS, as a run that is killed leaves it, the arrays alone are compared.
-                unhashed = name == checkpoint.HASHES and not (copy / "quarantine").exists() and right
+                unhashed = name == integrity.HASHES and not (copy / "quarantine").exists() and right
                 tally.add(right and (stored.steps_done == older or unhashed), silent=int(not right),
                           without_fallback=int(stored.steps_done != older))
                 if not right or stored.steps_done != older and not unhashed:

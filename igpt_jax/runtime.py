@@ -305,9 +305,9 @@ def _job_of(text: str) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Ends the process at once: what an exception has interrupted, JAX's tracing for one, may crash while Python tidies
-    up; a failed process of several must not wait for the others, which may wait for it; and tidying up takes a second of
-    CPU time, of the few seconds that a preempted run has."""
+    """Ends the process at once: tidying up takes Python a second of CPU time, and a preempted run has few; what an
+    exception has interrupted, JAX's tracing for one, may crash meanwhile; and a failed process of several must not wait
+    for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
     if _connected.is_set() and jax_distributed.global_state.process_id == 0:

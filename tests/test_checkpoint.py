@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from igpt_jax import checkpoint, sharding, steps
+from igpt_jax import checkpoint, integrity, sharding, steps
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.model import Model
 
@@ -150,7 +150,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
             restored, stored = checkpoints.restore(abstract, record)
         assert same(restored, state), name
-        if name == checkpoint.HASHES and kind == "deleted":
+        if name == integrity.HASHES and kind == "deleted":
             continue
         assert stored.steps_done == 40, f"{name} {kind} went unseen"
         (quarantined,) = (workdir / "quarantine").iterdir()

@@ -241,8 +241,8 @@ sys.exit(runtime.run_job(run, parse("pretrain", base_config("pretrain")), sys.ar
 
 @pytest.mark.parametrize("job, code", [("prepare", 75), ("plan", 75), ("sample", 2)])
 def test_launched_processes_stop_together(tmp_path, job, code):
-    """Ctrl-C in one process stops both, at one step where they save (prepare) and at once where there is nothing to save
-    (plan); a failure of one ends both. Seen to fail without passing SIGINT on as SIGTERM, with a SIGTERM handler of
+    """Ctrl-C in one process stops both: at one step where they save (prepare), at once where there is nothing to save
+    (plan). A failure of one ends both. Seen to fail without passing SIGINT on as SIGTERM, with a SIGTERM handler of
     Python's beside JAX's, and with `should_stop` that asks only its own process.
     """
     stand_in = tmp_path / "python"  # started by the launcher as `stand_in -m igpt_jax JOB WORKDIR`
