@@ -167,6 +167,11 @@ class Ledger:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return spent
 
+    @property
+    def unread(self) -> float:
+        """Seconds since the last `read`."""
+        return sum(self._seconds.values()) + self._clock() - self._since
+
 
 def goodput(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     """Where the wall time of a run went, over all its restarts, from its metrics lines alone. Seconds.
@@ -227,7 +232,8 @@ class Metrics:
             storage.publish(path, "".join(json.dumps(line) + "\n" for line in kept))
         spent = goodput([line for line in valid if line["step"] > start_step])
         spent.pop("goodput", None)
-        down = spent.pop("seconds/down", 0.0) + time.time() - max((line["time"] for line in valid), default=time.time())
+        began = time.time() - (self._ledger.unread if self._ledger else 0.0)
+        down = spent.pop("seconds/down", 0.0) + began - max((line["time"] for line in valid), default=began)
         return {"resumed_from": start_step, "seconds/lost": sum(spent.values()), "seconds/down": max(0.0, down)}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
