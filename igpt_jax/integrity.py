@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import zlib
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,18 +38,20 @@ def read_json(path: storage.epath.Path) -> Any:
     try:
         if (size := path.stat().length) > LARGEST:
             raise Damaged(f"{path.name} has {size:,} bytes: more than it can need")
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError, FileNotFoundError) as error:
+        return storage.parse_json(path.read_bytes())
+    except (ValueError, FileNotFoundError) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from None
 
 
 def files_of(step: storage.epath.Path) -> list[str]:
-    """The files of a step on a local disk, relative to it. Raises Damaged where one is a link: it leads elsewhere."""
+    """The files of a step on a local disk, relative to it. Raises Damaged where one is a link, which leads elsewhere,
+    or a pipe or device, which may never end."""
     files = []
     for root, folders, names in os.walk(step):
         for name in (*folders, *names):
-            if os.path.islink(os.path.join(root, name)):
-                raise Damaged(f"{name} is a link")
+            mode = os.lstat(os.path.join(root, name)).st_mode
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                raise Damaged(f"{name} is {'a link' if stat.S_ISLNK(mode) else 'no file'}")
         files += [os.path.relpath(os.path.join(root, name), step) for name in names]
     return sorted(files)
 

@@ -25,7 +25,7 @@ from igpt_jax.telemetry import say
 DONE, BUG, INPUT, PREEMPTED, DIVERGED = 0, 1, 2, 75, 77  # and watchdog.EXIT_CODE, 76
 PEER = 134  # as JAX itself ends the survivors of a dead process, where no collective fails before
 PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
-FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 GRACE_SECONDS = 1.0  # for the main thread to hear a signal
 STOPPING = "igpt_stopping"  # in the coordination service: a process ends before there is anything to save
 
@@ -224,6 +224,9 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                     say(f"{name}: {message or _summary(metrics)} [{folder / 'result.json'}]")
                     storage.publish(folder / "result.json", to_json(result))
         if not interrupted:
+            if _connected.is_set():
+                jax.distributed.shutdown()  # waits for the others
+                _connected.clear()
             return code
     except _ElsewhereError:
         code = INPUT
@@ -234,8 +237,8 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
         say(f"{name}: interrupted. The same command starts it again.")
         code, interrupted = PREEMPTED, True
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
-            say(f"{name}: {error}. Make room, or give another --workdir.")
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            say(f"{name}: {error}. Make room, give the right to write there, or another --workdir.")
             code = INPUT
         elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
             say(f"{name}: another process is gone: {str(error).splitlines()[0]} The same command goes on from the "

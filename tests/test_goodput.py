@@ -68,7 +68,8 @@ def test_lost_and_down_time_add_up_to_the_wall_time(tmp_path, clock, in_a_bucket
     """Three crashes: after step 7 back to 5; at once after 6, whose line says what the first crash lost, back to 5
     again; and one before anything is logged. In a bucket no line can be taken back.
 
-    Seen to fail with the time that a process takes to start counted as down too, with the lost seconds of an undone line forgotten, and with lines that are undone still counted.
+    Seen to fail with the time that a process takes to start counted as down too, with the lost seconds of an undone
+    line forgotten, and with lines that are undone still counted.
     """
     monkeypatch.setattr(telemetry.storage, "is_local", lambda path: not in_a_bucket)
     monkeypatch.setattr(telemetry.storage, "LineWriter", Lines)
