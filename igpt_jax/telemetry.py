@@ -341,6 +341,19 @@ class _BucketFile:
     close = flush
 
 
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Within, a module that is not imported yet cannot be."""
+    hide = module not in sys.modules
+    if hide:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[module]
+
+
 class TensorBoard:
     """TensorBoard scalars in `folder`. Training never suffers from it: the first failure says so and ends it.
 
@@ -352,8 +365,9 @@ class TensorBoard:
         self._writer = None
         self._flushed = time.monotonic()
         with self._harmless():
-            from tensorboardX import event_file_writer, record_writer, summary
-            from tensorboardX.proto import event_pb2
+            with _hidden("torch"):  # which tensorboardX imports where it finds it, without need, for seconds
+                from tensorboardX import event_file_writer, record_writer, summary
+                from tensorboardX.proto import event_pb2
 
             bucket = types.SimpleNamespace(open=_BucketFile, directory_check=lambda folder: None)
             for scheme in storage.SCHEMES:
