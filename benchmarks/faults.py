@@ -260,7 +260,7 @@ def stop(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int, p
         seconds = time.monotonic() - sent
         lost = run.newest_logged() - max(run.checkpoints(), default=0)
         finished = max(run.checkpoints(), default=0) == STEPS
-        allowed = {75} | ({0} if finished else set()) | ({-signal.SIGTERM, -signal.SIGINT} if reading else set())
+        allowed = {75} | ({0} if finished else set()) | ({-signal.SIGTERM, -signal.SIGINT, 1} if reading else set())
         good = codes <= allowed and lost == 0
         tallies[phase].add(good and seconds <= 5, seconds, steps_lost=lost)
         if not good or seconds > 5:
