@@ -40,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if job == "plan" and config.topology != "attached":  # leave this machine's accelerators to those who use them
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Nothing has begun while JAX is imported: no traceback, and the job can begin another time.
-    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame, code=code: os._exit(code))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(75))
     from igpt_jax import runtime  # the first import of JAX
 
-    return runtime.run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
+    code = runtime.run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
+    if code:
+        runtime.leave(code)
+    return code
 
 
 def _job_list() -> str:

@@ -15,10 +15,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import time
-import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,20 +26,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from igpt_jax import __version__, checksum, orbax_s3, sharding, storage
+from igpt_jax import __version__, checksum, integrity, orbax_s3, sharding, step_folders, storage
 from igpt_jax.config import ModelConfig, PretrainConfig, UserError, parse, to_dict
+from igpt_jax.integrity import Damaged
 from igpt_jax.model import Model
+from igpt_jax.step_folders import COMMITTED, QUARANTINE, step_path, steps_in
 from igpt_jax.steps import State
 
 FORMAT = 2
 WITHOUT_CHECKSUMS = 1  # the format that had none: still read, with a warning
-COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every kind of storage
 RECORD = "_CHECKPOINT_METADATA"  # Orbax's file of a step that holds ours
-UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's folders for steps that it has not finished
-HASHES = "SHA256SUMS"
 EVALUATION = "evaluation.json"  # figures that came after the step was saved
-DELETING = ".deleting"
-QUARANTINE = "quarantine"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 ATTEMPTS, LONGEST_PAUSE = 3, 64.0  # of saving what must be saved; seconds between retries of what may wait
 # Keys that may differ between a checkpoint and the run that goes on from it: they change neither the model nor what
@@ -57,10 +52,6 @@ log = logging.getLogger(__name__)
 orbax_s3.teach()
 # Orbax prints the stack of each failed save. What failed is told here, in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was written. The message names the file or the array."""
 
 
 class Unsaved(Exception):
@@ -157,7 +148,7 @@ class Checkpoints:
         self.failed_saves = 0
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            step_folders.sweep(self._folder)
             for step in self.steps:
                 with contextlib.suppress(Damaged, UserError):  # whoever restores it will say so
                     self._note(step, _read_record(self._folder, step).metrics)
@@ -204,10 +195,10 @@ class Checkpoints:
         record = dataclasses.replace(record, checksums=checksum.of_tree(state))
         try:
             if self._problem and jax.process_index() == 0:
-                self._sweep()
+                step_folders.sweep(self._folder)
             response = ocp.save_checkpointables_async(
                 self._folder / str(record.steps_done), {"params": params, "training": training},
-                custom_metadata=_sealed(record.to_json()))
+                custom_metadata=integrity.sealed(record.to_json()))
         except Exception as error:  # whatever the storage's client raises: training goes on
             self._failed(record.steps_done, error)
             return
@@ -217,7 +208,7 @@ class Checkpoints:
         try:
             response.result()
             if jax.process_index() == 0:
-                _write_hashes(self._folder / str(record.steps_done))
+                integrity.write_hashes(self._folder / str(record.steps_done))
                 self._note(record.steps_done, record.metrics)
                 self._remove_superseded()
             self._problem, self._pause = "", 1.0
@@ -245,7 +236,8 @@ class Checkpoints:
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds to a saved step the figures of an evaluation that came later."""
         if jax.process_index() == 0:
-            storage.publish(self._folder / str(step) / EVALUATION, json.dumps(_sealed({"metrics": dict(metrics)})))
+            sealed = integrity.sealed({"metrics": dict(metrics)})
+            storage.publish(self._folder / str(step) / EVALUATION, json.dumps(sealed))
             self._note(step, metrics)
 
     def restore(self, abstract: State, record: Record, at: int | None = None) -> tuple[State, Record] | None:
@@ -287,7 +279,7 @@ class Checkpoints:
             log.error("Checkpoint %s is damaged: %s. It goes to %s/, and an older one is used.", step, problem,
                       QUARANTINE)
             if jax.process_index() == 0:
-                _quarantine(self._folder, step, problem)
+                step_folders.quarantine(self._folder, step, problem)
             _meet(f"step {step} is in quarantine")
 
     def _note(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -299,21 +291,7 @@ class Checkpoints:
         steps = self.steps
         best = min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
         for step in set(steps[:-self._keep_newest]) - self._keep_steps - {best}:
-            _remove(self._folder / str(step))
-
-    def _sweep(self) -> None:
-        """Removes what killed runs left: parts of saves and of removals. On a local disk a step appears whole or not
-        at all, so one without its mark has lost it."""
-        for left in (*self._folder.glob(UNFINISHED), *self._folder.glob(f"*{DELETING}")):
-            left.rmtree()
-        for child in _numbered(self._folder):
-            if not (child / COMMITTED).exists():
-                if storage.is_local(child):
-                    log.error("Checkpoint %s is damaged: %s is missing. It goes to %s/.", child.name, COMMITTED,
-                              QUARANTINE)
-                    _quarantine(self._folder, int(child.name), f"{COMMITTED} is missing")
-                else:
-                    child.rmtree()
+            step_folders.remove(self._folder / str(step))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -332,24 +310,6 @@ def _meet(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def _quarantine(folder: storage.epath.Path, step: int, problem: str) -> None:
-    to = folder.parent / QUARANTINE / str(step)
-    while to.exists():
-        to = to.parent / f"{to.name}-again"
-    to.parent.mkdir(exist_ok=True)
-    (folder / str(step)).rename(to)
-    storage.publish(to / "problem.txt", f"{problem}\n")
-
-
-def _remove(step: storage.epath.Path) -> None:
-    """Removes a step so that no kill leaves a part of it that looks whole."""
-    if storage.is_local(step):
-        step = step.rename(step.parent / f"{step.name}{DELETING}")
-    else:
-        (step / COMMITTED).unlink()
-    step.rmtree()
-
-
 @contextlib.contextmanager
 def _float64(needed: bool) -> Iterator[None]:
     """Lets 64-bit types be read, in Orbax's threads too: `jax.enable_x64` holds for one thread only."""
@@ -363,47 +323,27 @@ def _float64(needed: bool) -> Iterator[None]:
 
 # What is on disk against what was written.
 
-def _sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON with a CRC of itself."""
-    value = json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
-    return {**value, "crc32": zlib.crc32(json.dumps(value, sort_keys=True).encode())}
-
-
-def _unsealed(value: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """`value` without its CRC. Raises Damaged."""
-    rest = {name: part for name, part in value.items() if name != "crc32"}
-    old = value.get("format") == WITHOUT_CHECKSUMS
-    if not old and zlib.crc32(json.dumps(rest, sort_keys=True).encode()) != value.get("crc32"):
-        raise Damaged(f"the CRC in {file} is wrong")
-    return rest
-
-
-def _read_json(path: storage.epath.Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, FileNotFoundError) as error:
-        raise Damaged(f"{path.name} cannot be read: {error}") from None
-
-
 def _read_record(folder: Any, step: int) -> Record:
     """What a step says of itself. Raises Damaged, or UserError for a format that is not known."""
-    path = _step_path(folder, step)
-    value = _read_json(path / RECORD)
+    path = step_path(folder, step)
+    value = integrity.read_json(path / RECORD)
     try:
-        record = Record.from_json(_unsealed(value["custom_metadata"], RECORD))
+        value = value["custom_metadata"]
+        old = value.get("format") == WITHOUT_CHECKSUMS
+        record = Record.from_json(value if old else integrity.unsealed(value, RECORD))
     except (TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{RECORD} is not a record: {error!r}") from None
     if (path / EVALUATION).exists():
-        later = _unsealed(_read_json(path / EVALUATION), EVALUATION)
+        later = integrity.unsealed(integrity.read_json(path / EVALUATION), EVALUATION)
         record = dataclasses.replace(record, metrics={**record.metrics, **later["metrics"]})
     return record
 
 
 def _load(folder: Any, step: int, trees: dict[str, Any], record: Record) -> dict[str, Any]:
     """The arrays of a step, in the shardings of the abstract `trees`, checked. Raises Damaged, on all processes."""
-    path, problem, loaded, hashed = _step_path(folder, step), None, {}, False
+    path, problem, loaded, hashed = step_path(folder, step), None, {}, False
     try:
-        hashed = jax.process_index() == 0 and check_hashes(path, unread={"params", "training"} - set(trees))
+        hashed = jax.process_index() == 0 and integrity.check_hashes(path, unread={"params", "training"} - set(trees))
         try:
             loaded = ocp.load_checkpointables(path, trees)
         except Exception as error:
@@ -428,62 +368,6 @@ def _load(folder: Any, step: int, trees: dict[str, Any], record: Record) -> dict
     return loaded
 
 
-def _files(step: storage.epath.Path) -> list[str]:
-    """The files of a step on a local disk, relative to it. Raises Damaged where one is a link: it leads elsewhere."""
-    files = []
-    for root, folders, names in os.walk(step):
-        for name in (*folders, *names):
-            if os.path.islink(os.path.join(root, name)):
-                raise Damaged(f"{name} is a link")
-        files += [os.path.relpath(os.path.join(root, name), step) for name in names]
-    return sorted(files)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_hashes(step: storage.epath.Path) -> None:
-    """Writes SHA256SUMS, of all files of a finished step. Buckets keep checksums of their own."""
-    if storage.is_local(step):
-        with ThreadPoolExecutor() as pool:
-            files = _files(step)
-            hashes = pool.map(_sha256, [step / file for file in files])
-            lines = [f"{digest}  {file}\n" for digest, file in zip(hashes, files, strict=True)]
-        storage.publish(step / HASHES, "".join(lines))
-
-
-def check_hashes(step: storage.epath.Path, unread: Collection[str] = ()) -> bool:
-    """Whether a step has file hashes at all; all are compared but those of files in the folders `unread`.
-
-    Raises:
-      Damaged: names the first file that is missing or is not what was written.
-    """
-    if not storage.is_local(step):
-        return False
-    _files(step)
-    if not (step / HASHES).exists():  # the run was killed before it could write them
-        return False
-    lines = (step / HASHES).read_bytes().decode(errors="replace").splitlines()
-    parts = [line.partition("  ") for line in lines]
-    if not parts or not all(len(digest) == 64 and file and ".." not in file.split("/") for digest, _, file in parts):
-        raise Damaged(f"{HASHES} is not a list of hashes")
-    wanted = [(digest, file) for digest, _, file in parts if file.split("/")[0] not in unread]
-    with ThreadPoolExecutor() as pool:
-        for (digest, file), found in zip(wanted, pool.map(lambda part: _hash_of(step / part[1]), wanted), strict=True):
-            if found != digest:
-                raise Damaged(f"{file} is not what was written" if found else f"{file} is missing")
-    return True
-
-
-def _hash_of(path: storage.epath.Path) -> str | None:
-    try:
-        return _sha256(path)
-    except (OSError, ValueError):  # no such file, or a name that a damaged list made up
-        return None
-
-
 def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
     """Reads a whole step, compares all that it can be compared with, and leaves it where it is.
 
@@ -496,7 +380,7 @@ def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
       `problem`: None, or what is damaged; `bytes` of its files; `arrays` compared; and the seconds that both took,
       `hash_seconds` and `array_seconds`.
     """
-    path, found = _step_path(typed, step), {"problem": None, "arrays": 0, "hash_seconds": 0.0, "array_seconds": 0.0}
+    path, found = step_path(typed, step), {"problem": None, "arrays": 0, "hash_seconds": 0.0, "array_seconds": 0.0}
     everywhere = tuple(mesh.axis_names)
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -507,9 +391,10 @@ def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
     try:
         record = _read_record(typed, step)
         start = time.perf_counter()
-        check_hashes(path)
+        integrity.check_hashes(path)
         found["hash_seconds"] = time.perf_counter() - start
-        found["bytes"] = sum((path / file).stat().length for file in _files(path)) if storage.is_local(path) else None
+        files = integrity.files_of(path) if storage.is_local(path) else None
+        found["bytes"] = files and sum((path / file).stat().length for file in files)
         try:
             with _float64(True):
                 trees = ocp.checkpointables_metadata(path).metadata
@@ -550,20 +435,6 @@ def is_checkpoint(typed: str) -> bool:
         return False
 
 
-def steps_in(folder: Any) -> list[int]:
-    """The finished steps in a directory of checkpoints, ascending; what is still being written does not count."""
-    return sorted(int(step.name) for step in _numbered(storage.path(folder)) if (step / COMMITTED).exists())
-
-
-def _numbered(folder: storage.epath.Path) -> list[storage.epath.Path]:
-    """The folders of steps, finished or not. An empty folder of a bucket is none."""
-    return [child for child in folder.iterdir() if child.name.isdigit()] if folder.exists() else []
-
-
-def _step_path(folder: str, step: int) -> storage.epath.Path:
-    return storage.absolute(storage.path(folder)) / str(step)
-
-
 def load_record(typed: str) -> Record:
     """What the checkpoint `typed` says of itself. Raises UserError where there is none."""
     return _newest_good(typed, _read_record)
@@ -593,7 +464,7 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
             abstract = model_for(record.config.precision).abstract_parameters()
             abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                                     abstract, sharding.parameter_shardings(abstract, mesh))
-            with _partial_load():  # what the model has no place for, such as a class head, stays on disk
+            with partial_load():  # what the model has no place for, such as a class head, stays on disk
                 params = _load(folder, step, {"params": abstract}, record)["params"]
         model = model_for(precision)
         return model, jax.tree.map(lambda p, like: p.astype(like.dtype), params, model.abstract_parameters()), record
@@ -609,64 +480,15 @@ def _newest_good(typed: str, read: Any) -> Any:
         try:
             return read(folder, step)
         except Damaged as damage:
-            problem = f"checkpoint {_step_path(folder, step)} is damaged: {damage}"
+            problem = f"checkpoint {step_path(folder, step)} is damaged: {damage}"
             if not one_step:
                 log.error("%s. An older one is used.", problem)
     raise UserError(f"{problem}. Name another step.")
 
 
-def _partial_load(read_bytes: int | None = None) -> ocp.Context:
-    """To read in: parameters that are not asked for are left out; at most `read_bytes` are on their way at once."""
+def partial_load(read_bytes: int | None = None) -> ocp.Context:
+    """For reading: parameters that are not asked for are left out; at most `read_bytes` are on their way at once."""
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     context.memory_options.read_concurrent_bytes = read_bytes
     return context
-
-
-# One parameter at a time, for converting weights larger than memory. Paths are keys of the tree: ("blocks", "up_DF").
-
-def parameter_shapes(typed: str) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Shapes of the parameters that the checkpoint `typed` holds, by path. Raises UserError where there is none."""
-    tree = ocp.checkpointables_metadata(_step_path(*locate(typed))).metadata["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def load_parameter(typed: str, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """One parameter of the checkpoint `typed`, float32, in the host's memory."""
-    leaf: Any = np.empty(shape, np.float32)
-    for name in reversed(path):
-        leaf = {name: leaf}
-    with _partial_load(64 * 2**20):
-        tree = ocp.load_checkpointables(_step_path(*locate(typed)), {"params": leaf})["params"]
-    return jax.tree.leaves(tree)[0]
-
-
-def save_parameters(workdir: str, params: dict[str, Any], record: Record) -> None:
-    """Writes WORKDIR/checkpoints/STEP with parameters alone; arrays of mapped files stay out of memory.
-
-    Its arrays are files of their own, in chunks of 16 MiB: Orbax's usual single database holds all that it is to write
-    in memory until the end. They have no checksums, which would take them all to a device; the files have hashes.
-    """
-    context = ocp.Context()
-    context.array_options.saving.use_ocdbt = False
-    context.array_options.saving.storage_options.chunk_byte_size = 16 * 2**20
-    context.memory_options.write_concurrent_bytes = 64 * 2**20
-    context.memory_options.deepcopy_host_arrays = False
-    with context, _quiet():
-        ocp.save_checkpointables(_step_path(str(storage.path(workdir) / "checkpoints"), record.steps_done),
-                                 {"params": params}, custom_metadata=_sealed(record.to_json()), overwrite=True)
-    if jax.process_index() == 0:
-        _write_hashes(_step_path(str(storage.path(workdir) / "checkpoints"), record.steps_done))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Orbax's warning that there is no database to merge."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -36,7 +36,29 @@ def of_array(x: jax.Array) -> jax.Array:
 
 def _mixed(words: jax.Array) -> jax.Array:
     """Brings high bits to low places, where a product keeps them: low bits of floats are often all zero."""
-    return (words ^ (words >> 16)) * jnp.uint32(0x9E3779B1)
+    return (words ^ (words >> 16)) * np.uint32(0x9E3779B1)
+
+
+def of_host_array(x: np.ndarray) -> int:
+    """`of_array` of an array in the host's memory or in a mapped file, of which a few MiB at a time are read."""
+    def words_of(part: np.ndarray) -> np.ndarray:
+        words = np.ascontiguousarray(part).view(np.dtype(WORDS[part.dtype.itemsize]))
+        return _mixed(words.reshape(*part.shape, *[2] * (part.dtype.itemsize == 8)))
+
+    def summed(words: np.ndarray, first: int = 0) -> np.ndarray:
+        place = np.arange(first, first + len(words), dtype=np.uint32).reshape(-1, *[1] * (words.ndim - 1))
+        return np.sum(words * (2 * place + 1), axis=0, dtype=np.uint32)
+
+    with np.errstate(over="ignore"):  # modulo 2^32
+        if not x.ndim:
+            words = words_of(x[None])[0]
+        else:
+            rows = max(1, 2**20 // max(1, x[:1].size))
+            parts = (summed(words_of(x[first:first + rows]), first) for first in range(0, len(x), rows))
+            words = _mixed(sum(parts, start=np.zeros(words_of(x[:0]).shape[1:], np.uint32)))
+        while words.ndim:
+            words = _mixed(summed(words))
+    return int(words)
 
 
 def of_tree(tree: Any) -> dict[str, int]:

@@ -15,18 +15,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed  # the coordination service's client has no public name
 from jax.experimental import multihost_utils
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import UserError, to_dict
 from igpt_jax.telemetry import say
-from igpt_jax.watchdog import compiling
 
-DONE, BUG, INPUT, PREEMPTED, DIVERGED, INTERRUPTED = 0, 1, 2, 75, 77, 130  # and watchdog.EXIT_CODE, 76
+DONE, BUG, INPUT, PREEMPTED, DIVERGED = 0, 1, 2, 75, 77  # and watchdog.EXIT_CODE, 76
 PEER = 134  # as JAX itself ends the survivors of a dead process, where no collective fails before
 PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
-FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-GRACE_SECONDS = 3.0  # for the main thread to hear a signal
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+GRACE_SECONDS = 1.0  # for the main thread to hear a signal
+STOPPING = "igpt_stopping"  # in the coordination service: a process ends before there is anything to save
 
 
 class Ended(Exception):
@@ -50,11 +51,13 @@ class Diverged(Ended):
 
 # Start-up.
 
-def initialize(saves: bool = False) -> None:
+_connected = threading.Event()  # to the other processes; a question to JAX's client before that aborts the process
+
+
+def initialize() -> None:
     """Sets up the compilation cache and, where several processes run this job, connects them.
 
-    A job that `saves` when it is asked to stop needs JAX's preemption service, which takes SIGTERM for itself. A
-    process that gives no sign of life for IGPT_HEARTBEAT_SECONDS (100) is taken for dead, and ends the others.
+    A process that gives no sign of life for IGPT_HEARTBEAT_SECONDS (100) is taken for dead, and ends the others.
 
     Processes find each other through IGPT_COORDINATOR (host:port), IGPT_PROCESSES and IGPT_PROCESS_ID, as
     `launch/local.sh` sets them, or through what JAX itself detects: srun with several tasks, GKE's TPU slices of
@@ -69,7 +72,6 @@ def initialize(saves: bool = False) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "igpt_jax", "compiled"))
     several = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     coordinator = os.environ.get("IGPT_COORDINATOR", "auto" if several else "")
-    jax.config.update("jax_enable_preemption_service", saves)
     if coordinator == "auto":
         _connect()
     elif coordinator:
@@ -83,8 +85,10 @@ def initialize(saves: bool = False) -> None:
 
 def _connect(**arguments: Any) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself: `StopSignal` begins it
     heartbeat = int(os.environ.get("IGPT_HEARTBEAT_SECONDS", 100))
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **arguments)
+    _connected.set()
 
 
 def set_precision(precision: str) -> None:
@@ -99,17 +103,18 @@ class StopSignal:
     """Turns SIGINT (Ctrl-C) or SIGTERM into an orderly end; a second one, a second or more later, ends at once.
 
     While `saves` is false there is nothing to lose: the signal interrupts the job where it happens to be, and leaving
-    the context raises Preempted; inside a compiler, which cannot be interrupted, the process ends by itself. Once
-    `saves` is true a signal only makes `should_stop` true. (Launchers pass a SIGTERM on after a Ctrl-C: what follows
-    within a second is the same request.)
+    the context raises Preempted. What cannot be interrupted, a compiler or the wait for other processes, is ended
+    after GRACE_SECONDS, by a thread. Once `saves` is true a signal only makes `should_stop` true. (Launchers pass a
+    SIGTERM on after a Ctrl-C: what follows within a second is the same request.)
 
-    With several processes, JAX's preemption service hears SIGTERM on any of them and lets all stop at the same call of
-    `should_stop`; SIGINT is passed on to it. Use it from the main thread.
+    Of several processes one that is told tells the others, and from the first call of `should_stop` JAX's preemption
+    service hears SIGTERM on any of them and lets all stop at the same call; SIGINT is passed on to it. Use it from the
+    main thread; one may hold another.
     """
 
     def __init__(self, saves: bool = False):
         self.requested, self.saves = False, saves
-        self._distributed = jax.distributed.is_initialized()
+        self._left = threading.Event()
         self._asked, self._agreed, self._requested_at = 0, False, 0.0
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -119,45 +124,69 @@ class StopSignal:
                 signal.raise_signal(number)
             return
         self.requested, self._requested_at = True, time.monotonic()
-        if self._distributed:
-            say("saving, then stopping; press Ctrl-C again to stop at once")
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif self.saves:
-            say("saving, then stopping; a second signal stops at once")
-        else:
+        if not self.saves:
             raise KeyboardInterrupt
+        if self._asked:
+            say("saving, then stopping; press Ctrl-C again to stop at once")
+            os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service has taken
+        else:
+            say("saving, then stopping; a second signal stops at once")
 
-    def _end_compilation(self, pipe: int) -> None:
+    def _end_what_is_deaf(self, pipe: int) -> None:
         """A thread that is told of signals while the main one, in C++, cannot be."""
         while os.read(pipe, 1):
-            time.sleep(GRACE_SECONDS)
-            if not self.saves and not self.requested and compiling():
-                say("stopped while compiling, before there was anything to save. The same command starts again.")
-                os._exit(PREEMPTED)
+            if not self.saves and _connected.is_set():
+                threading.Thread(target=_tell_others, daemon=True).start()  # it may find nobody, or wait for ever
+            if not self._left.wait(GRACE_SECONDS) and not self.saves:
+                say("stopped before there was anything to save. The same command starts again.")
+                leave(PREEMPTED)
+        os.close(pipe)
+
+    def _listen_to_others(self) -> None:
+        """A thread, for as long as a process that is told would leave the others behind."""
+        while not self._left.wait(GRACE_SECONDS) and not self.saves:
+            in_charge = signal.getsignal(signal.SIGINT) == self._on_signal
+            if in_charge and _connected.is_set():
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said so
+                    jax_distributed.global_state.client.key_value_try_get(STOPPING)
+                    return os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self) -> bool:
         """Whether to save and stop now. All processes must ask equally often; the answer stays true."""
-        if self._distributed and not self._agreed:
+        if not _connected.is_set():
+            return self.requested
+        if not self._asked:
+            jax.config.update("jax_enable_preemption_service", True)
+            jax_distributed.global_state.initialize_preemption_sync_manager()
+            if self.requested:
+                os.kill(os.getpid(), signal.SIGTERM)
+        if not self._agreed:
             self._asked += 1
             self._agreed = multihost_utils.reached_preemption_sync_point(self._asked)
-        return self._agreed if self._distributed else self.requested
+        return self._agreed
 
     def __enter__(self) -> "StopSignal":
-        # The preemption service has its own SIGTERM handler, which Python's would displace.
-        signals = (signal.SIGINT,) if self._distributed else (signal.SIGINT, signal.SIGTERM)
-        self._former = {number: signal.signal(number, self._on_signal) for number in signals}
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        threading.Thread(target=self._end_compilation, args=(read,), name="signals", daemon=True).start()
+        self._former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        self._former_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_what_is_deaf, args=(read,), name="signals", daemon=True).start()
+        threading.Thread(target=self._listen_to_others, name="others' signals", daemon=True).start()
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        signal.set_wakeup_fd(-1)
+        self._left.set()
+        signal.set_wakeup_fd(self._former_pipe)
+        os.close(self._pipe)
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if isinstance(error, KeyboardInterrupt) and self.requested:
             raise Preempted("stopped before there was anything new to save.") from None
+
+
+def _tell_others() -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax_distributed.global_state.client.key_value_set(STOPPING, "", allow_overwrite=True)
 
 
 # One job.
@@ -173,48 +202,43 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
       config: the job's dataclass.
       workdir: local path, gs:// or s3://.
     """
-    start = time.time()
+    start, interrupted = time.time(), False
     name = f"igpt_jax {config.job}"
-    asked_to_stop, interrupted = threading.Event(), False
-
-    def on_sigterm(number: int, frame: Any) -> None:
-        asked_to_stop.set()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, on_sigterm)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        initialize(saves=hasattr(config, "checkpoint_every_steps"))
-        set_precision(getattr(config, "precision", "float32"))
-        with _workdir_for(config, workdir) as folder:
-            status, code, message = "done", DONE, ""
-            try:
-                metrics = run(config, workdir)
-            except checkpoint.Unsaved as error:
-                status, code, message, metrics = "failed", INPUT, str(error), {}
-            except Ended as end:
-                status, code, message, metrics = end.status, end.code, str(end), end.metrics
-                message += " The same command goes on from there." if isinstance(end, Preempted) else ""
-                interrupted = isinstance(end.__context__, KeyboardInterrupt)
-            if jax.process_index() == 0:
-                result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
-                          "versions": checkpoint.versions(), "wall_seconds": round(time.time() - start, 1)}
-                say(f"{name}: {message or _summary(metrics)} [{folder / 'result.json'}]")
-                storage.publish(folder / "result.json", to_json(result))
+        with StopSignal():
+            initialize()
+            set_precision(getattr(config, "precision", "float32"))
+            with _workdir_for(config, workdir) as folder:
+                status, code, message = "done", DONE, ""
+                try:
+                    metrics = run(config, workdir)
+                except checkpoint.Unsaved as error:
+                    status, code, message, metrics = "failed", INPUT, str(error), {}
+                except Ended as end:
+                    status, code, message, metrics = end.status, end.code, str(end), end.metrics
+                    message += " The same command goes on from there." if isinstance(end, Preempted) else ""
+                    interrupted = isinstance(end.__context__, KeyboardInterrupt)
+                if jax.process_index() == 0:
+                    result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
+                              "versions": checkpoint.versions(), "wall_seconds": round(time.time() - start, 1)}
+                    say(f"{name}: {message or _summary(metrics)} [{folder / 'result.json'}]")
+                    storage.publish(folder / "result.json", to_json(result))
         if not interrupted:
+            if _connected.is_set():
+                jax.distributed.shutdown()  # waits for the others
+                _connected.clear()
             return code
     except _ElsewhereError:
         code = INPUT
     except UserError as error:
         say(f"{name}: {error}")
         code = INPUT
-    except KeyboardInterrupt:
+    except Preempted:
         say(f"{name}: interrupted. The same command starts it again.")
-        code, interrupted = PREEMPTED if asked_to_stop.is_set() else INTERRUPTED, True
+        code, interrupted = PREEMPTED, True
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
-            say(f"{name}: {error}. Make room, or give another --workdir.")
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            say(f"{name}: {error}. Make room, give the right to write there, or another --workdir.")
             code = INPUT
         elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
             say(f"{name}: another process is gone: {str(error).splitlines()[0]} The same command goes on from the "
@@ -223,8 +247,8 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
         else:
             say(traceback.format_exc())
             code = BUG
-    if interrupted or jax.distributed.is_initialized():
-        _leave(code)
+    if interrupted or _connected.is_set():
+        leave(code)
     return code
 
 
@@ -283,13 +307,14 @@ def _job_of(text: str) -> str | None:
         return None
 
 
-def _leave(code: int) -> None:
-    """Ends the process at once: what an exception has interrupted, JAX's tracing for one, may crash while Python tidies
-    up; and a failed process of several must not wait for the others, which may wait for it."""
+def leave(code: int) -> None:
+    """Ends the process at once: tidying up takes Python a second of CPU time, and a preempted run has few; what an
+    exception has interrupted, JAX's tracing for one, may crash meanwhile; and a failed process of several must not wait
+    for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.distributed.is_initialized() and jax.process_index() == 0:
-        time.sleep(1)  # it hosts the coordination service: let the others report first
+    if _connected.is_set() and jax_distributed.global_state.process_id == 0:
+        time.sleep(2 * GRACE_SECONDS)  # it hosts the coordination service: let the others end first
     os._exit(code)
 
 

@@ -78,6 +78,14 @@ def read(path: epath.Path) -> bytes:
         return path.read_bytes()
 
 
+def parse_json(data: bytes) -> Any:
+    """What JSON says. Raises ValueError, where it is nested too deeply too."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def children(path: epath.Path) -> list[epath.Path]:
     """What lies in a folder that the user named, sorted by name.
 

@@ -167,6 +167,11 @@ class Ledger:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return spent
 
+    @property
+    def unread(self) -> float:
+        """Seconds since the last `read`."""
+        return sum(self._seconds.values()) + self._clock() - self._since
+
 
 def goodput(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     """Where the wall time of a run went, over all its restarts, from its metrics lines alone. Seconds.
@@ -227,7 +232,8 @@ class Metrics:
             storage.publish(path, "".join(json.dumps(line) + "\n" for line in kept))
         spent = goodput([line for line in valid if line["step"] > start_step])
         spent.pop("goodput", None)
-        down = spent.pop("seconds/down", 0.0) + time.time() - max((line["time"] for line in valid), default=time.time())
+        began = time.time() - (self._ledger.unread if self._ledger else 0.0)
+        down = spent.pop("seconds/down", 0.0) + began - max((line["time"] for line in valid), default=began)
         return {"resumed_from": start_step, "seconds/lost": sum(spent.values()), "seconds/down": max(0.0, down)}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -335,6 +341,19 @@ class _BucketFile:
     close = flush
 
 
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Within, a module that is not imported yet cannot be."""
+    hide = module not in sys.modules
+    if hide:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[module]
+
+
 class TensorBoard:
     """TensorBoard scalars in `folder`. Training never suffers from it: the first failure says so and ends it.
 
@@ -346,8 +365,9 @@ class TensorBoard:
         self._writer = None
         self._flushed = time.monotonic()
         with self._harmless():
-            from tensorboardX import event_file_writer, record_writer, summary
-            from tensorboardX.proto import event_pb2
+            with _hidden("torch"):  # which tensorboardX imports where it finds it, without need, for seconds
+                from tensorboardX import event_file_writer, record_writer, summary
+                from tensorboardX.proto import event_pb2
 
             bucket = types.SimpleNamespace(open=_BucketFile, directory_check=lambda folder: None)
             for scheme in storage.SCHEMES:

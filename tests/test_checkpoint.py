@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from igpt_jax import checkpoint, sharding, steps
+from igpt_jax import checkpoint, integrity, sharding, steps
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.model import Model
 
@@ -40,12 +40,12 @@ def run(tmp_path_factory):
 
 
 def test_kept_are_the_newest_the_best_and_the_named(run):
-    """Must fail with one more of the newest kept, and with the best taken for the worst."""
+    """Seen to fail with one fewer of the newest kept, and with the best taken for the worst."""
     assert checkpoint.steps_in(run[0] / "checkpoints") == [20, 30, 40, 50]
 
 
 def test_a_step_describes_itself_and_gives_its_parameters(run):
-    """Config, palette to the last bit, parameters alone. Must fail with the palette rounded to six digits."""
+    """Config, palette to the last bit, parameters alone. Seen to fail with the palette rounded to six digits."""
     workdir, config, mesh, state, _, record = run
     for typed, step in ((workdir, 50), (workdir / "checkpoints", 50), (workdir / "checkpoints" / "20", 20)):
         model, params, stored = checkpoint.load_model(str(typed), mesh, "float32", attention="reference")
@@ -57,7 +57,7 @@ def test_a_step_describes_itself_and_gives_its_parameters(run):
 
 
 def test_a_run_with_other_settings_is_refused_with_each_difference(run):
-    """Must fail with `model.attention` compared as well."""
+    """Seen to fail with `model.attention` compared as well."""
     workdir, config, _, state, abstract, record = run
     reference = dataclasses.replace(config.model, attention="reference")
     free = dataclasses.replace(config, log_every_steps=7, model=reference)
@@ -74,7 +74,7 @@ def test_a_run_with_other_settings_is_refused_with_each_difference(run):
 
 
 def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
-    """Neither a cosine nor a warm-up of one epoch, which may not fit. Must fail with `steps` always free."""
+    """Neither a cosine nor a warm-up of one epoch, which may not fit. Seen to fail with `steps` always free."""
     _, config, *_, record = run
     longer = dataclasses.replace(record, config=dataclasses.replace(config, steps=config.steps * 2))
     with pytest.raises(UserError, match="steps=2000000"):
@@ -91,7 +91,7 @@ def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
 
 @pytest.mark.parametrize("typed", ["", "{}", "{}/checkpoints/99", "{}/../nowhere"])
 def test_no_checkpoint_there(typed, tmp_path):
-    """Must fail with a FileNotFoundError let through."""
+    """Seen to fail with a FileNotFoundError let through."""
     with pytest.raises(UserError, match="checkpoint"):
         checkpoint.load_record(typed.format(tmp_path))
 
@@ -132,7 +132,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
     """Each file of the newest step in turn: the step goes to quarantine with its reason, the one before is used. Only
     SHA256SUMS itself may be missing, since a run can be killed before it writes it; the arrays are compared still.
 
-    `benchmarks/faults.py files` does it 20 times per file. Must fail without the file hashes (flips in places
+    `benchmarks/faults.py files` does it 20 times per file. Seen to fail without the file hashes (flips in places
     that nothing reads), and without both the hashes and the checksums (other parameters, without a word).
     """
     workdir, step, config, abstract, state, record = copy
@@ -150,7 +150,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
             restored, stored = checkpoints.restore(abstract, record)
         assert same(restored, state), name
-        if name == checkpoint.HASHES and kind == "deleted":
+        if name == integrity.HASHES and kind == "deleted":
             continue
         assert stored.steps_done == 40, f"{name} {kind} went unseen"
         (quarantined,) = (workdir / "quarantine").iterdir()
@@ -159,7 +159,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
 
 @pytest.mark.parametrize("tree", ["params", "training"])
 def test_a_bit_that_flips_in_memory_after_the_checksum_is_seen(run, tmp_path, monkeypatch, tree):
-    """What is handed to Orbax differs by one bit from what was summed. Must fail without the comparison."""
+    """What is handed to Orbax differs by one bit from what was summed. Seen to fail without the comparison."""
     _, config, _, state, abstract, record = run
     save = checkpoint.ocp.save_checkpointables_async
 
@@ -181,7 +181,7 @@ def test_a_bit_that_flips_in_memory_after_the_checksum_is_seen(run, tmp_path, mo
 
 
 def test_where_all_steps_are_damaged_nothing_starts_from_scratch(copy):
-    """Must fail with None returned where all are in quarantine. Other jobs fall back without moving anything."""
+    """Seen to fail with None returned where all are in quarantine. Other jobs fall back without moving anything."""
     workdir, step, config, abstract, _, record = copy
     mesh = sharding.make_mesh(config.mesh)
     for other in step.parent.iterdir():
@@ -202,7 +202,7 @@ def test_where_all_steps_are_damaged_nothing_starts_from_scratch(copy):
 
 
 def test_killed_saves_and_removals_leave_nothing(copy):
-    """Must fail without the sweep."""
+    """Seen to fail without the sweep."""
     workdir, step, config, *_ = copy
     for name in ("60.orbax-checkpoint-tmp", "30.deleting"):
         (step.parent / name / "params").mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_killed_saves_and_removals_leave_nothing(copy):
 
 
 def test_an_evaluation_that_came_later_decides_the_best(copy):
-    """Step 50 is evaluated after a restart, as the best: it outlives newer ones. Must fail with the figures kept in
+    """Step 50 is evaluated after a restart, as the best: it outlives newer ones. Seen to fail with the figures kept in
     memory only."""
     workdir, step, config, _, state, record = copy
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
@@ -227,7 +227,7 @@ def test_an_evaluation_that_came_later_decides_the_best(copy):
 def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatch, caplog):
     """Two saves fail; the retry is due after a pause and succeeds. A last one that fails thrice raises.
 
-    Must fail with the error of the thread dropped, and with the retry never due.
+    Seen to fail with the error of the thread dropped, and with the retry never due.
     """
     _, config, _, state, _, record = run
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
@@ -262,7 +262,7 @@ def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatc
 
 
 def test_accepted_changes_are_recorded(run):
-    """Must fail with all changes accepted once one is named."""
+    """Seen to fail with all changes accepted once one is named."""
     _, config, _, _, _, record = run
     changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.001),
                                   accept_changes=("optimizer.learning_rate",))

@@ -208,7 +208,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_job_where_it_is(run_
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
     done = run_job(script=COMPILES_FOR_EVER, timeout=60)
-    assert done.returncode == 75 and "stopped while compiling" in done.stderr, done
+    assert done.returncode == 75 and "stopped before there was anything to save" in done.stderr, done
 
 
 LAUNCHED = """#!{python}
@@ -223,14 +223,14 @@ from igpt_jax.config import UserError, base_config, parse
 
 def run(config, workdir):
     assert jax.process_count() == 2
-    with runtime.StopSignal() as stop:
+    with runtime.StopSignal(saves=sys.argv[3] != "plan") as stop:
         for step in range(1, 500):
             time.sleep(0.02)
             if step == 5 and jax.process_index() == 1:
                 if sys.argv[3] == "sample":
                     raise UserError("only process 1 sees this.")
                 os.kill(os.getpid(), signal.SIGINT)
-            if stop.should_stop():
+            if stop.saves and stop.should_stop():
                 print(f"stops at {{step}}", flush=True)
                 raise runtime.Preempted("stopped.")
 
@@ -239,10 +239,11 @@ sys.exit(runtime.run_job(run, parse("pretrain", base_config("pretrain")), sys.ar
 """
 
 
-@pytest.mark.parametrize("job, code", [("prepare", 75), ("sample", 2)])
+@pytest.mark.parametrize("job, code", [("prepare", 75), ("plan", 75), ("sample", 2)])
 def test_launched_processes_stop_together(tmp_path, job, code):
-    """Ctrl-C in one process stops both at one step; a failure of one ends both. Seen to fail without passing SIGINT on
-    as SIGTERM, with a SIGTERM handler of Python's beside JAX's, and with `should_stop` that asks only its own process.
+    """Ctrl-C in one process stops both: at one step where they save (prepare), at once where there is nothing to save
+    (plan). A failure of one ends both. Seen to fail without passing SIGINT on as SIGTERM, with a SIGTERM handler of
+    Python's beside JAX's, and with `should_stop` that asks only its own process.
     """
     stand_in = tmp_path / "python"  # started by the launcher as `stand_in -m igpt_jax JOB WORKDIR`
     stand_in.write_text(LAUNCHED.format(python=sys.executable))
@@ -251,7 +252,9 @@ def test_launched_processes_stop_together(tmp_path, job, code):
                           capture_output=True, timeout=120, env={**os.environ, "PYTHON": str(stand_in)})
     assert done.returncode == code, done.stderr
     assert (tmp_path / "workdir" / "config.json").exists()
-    if code == 75:
+    if job == "plan":
+        assert done.stderr.count("before there was anything new to save") == 1, done.stderr  # process 0's word
+    elif code == 75:
         first, second = re.findall(r"stops at (\d+)", done.stdout)
         assert first == second
         assert record(tmp_path / "workdir", "result.json")["device"]["processes"] == 2

@@ -94,6 +94,18 @@ def test_tensorboard_writes_scalars_and_its_failure_is_harmless(tmp_path, capsys
     assert len(telemetry.load_metrics(tmp_path / "other")) == 20
 
 
+def test_tensorboard_does_without_torch(tmp_path, python):
+    """Seen to fail with a plain import: a run started 5 s later on a loaded machine."""
+    python(f"""
+import sys
+from igpt_jax import telemetry
+board = telemetry.TensorBoard({str(tmp_path)!r})
+board.write(1, 1.8e9, {{"train/nats_per_pixel": 2.0}})
+board.close()
+assert "torch" not in sys.modules and "tensorboardX" in sys.modules
+""", devices=1)
+
+
 def test_tensorboard_in_a_bucket_is_published_whole(monkeypatch):
     published = {}
     monkeypatch.setattr(storage, "publish", lambda path, data: published.update({str(path): data}))

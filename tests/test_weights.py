@@ -131,13 +131,17 @@ def test_huggingface_to_ours_and_back_is_bit_identical(tmp_path, size, seed):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_openai_to_ours_and_back_is_bit_identical(tmp_path, size):
-    """And on to transformers, whose logits equal the released code's. Seen to fail with c_proj's dims as H N D."""
+    """And on to transformers, whose logits equal the released code's; our side has a checksum for each array.
+
+    Seen to fail with c_proj's dims as H N D, and with the record written without checksums.
+    """
     import tensorflow as tf
 
     arrays = make_openai(tmp_path / "oa" / "model.ckpt-131000", size, 0)
     palette = make_palette(tmp_path / "palette.npy", SIZES[size]["colours"])
     _, there = run(tmp_path / "a", f"openai:{tmp_path}/oa", "", palette=palette)
-    assert (tmp_path / "a/checkpoints/131000").exists()
+    sums = checkpoint.load_record(str(tmp_path / "a/checkpoints/131000")).checksums
+    assert len(sums) == len(there["tensors"]["target"])
     _, back = run(tmp_path / "b", f"orbax:{tmp_path}/a", f"openai:{tmp_path}/back/model.ckpt-1")
     _, across = run(tmp_path / "c", f"openai:{tmp_path}/oa", f"huggingface:{tmp_path}/hf", palette=palette)
     reader = tf.train.load_checkpoint(str(tmp_path / "back/model.ckpt-1"))

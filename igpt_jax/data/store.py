@@ -295,7 +295,7 @@ def load_manifest(path: epath.Path, name: str = MANIFEST) -> dict[str, Any] | No
     if not file.exists():
         return None
     try:
-        manifest = json.loads(storage.read(file))
+        manifest = storage.parse_json(storage.read(file))
         version = manifest["format"]
         missing = [name for name in (*IDENTITY, "fingerprint", "config", "quarantined", "files")
                    if name not in manifest]

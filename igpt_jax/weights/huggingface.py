@@ -66,7 +66,7 @@ class HuggingFaceWeights(ForeignWeights):
 
     def _json(self, name: str, where: str) -> dict[str, Any]:
         try:
-            value = json.loads(storage.read(storage.path(self._folder / name)))
+            value = storage.parse_json(storage.read(storage.path(self._folder / name)))
         except ValueError:
             raise UserError(f"{where}: {name} is not JSON. Export the folder again.") from None
         if not isinstance(value, dict):
@@ -128,7 +128,7 @@ def _safetensors_in(folder: Path, where: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(storage.parse_json(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{where}: {index.name} is not an index of shards. Export the folder again.") from None
         outside = [shard for shard in shards if os.path.basename(str(shard)) != shard]

@@ -1,17 +1,21 @@
 """Our own checkpoints, as weights to convert: read one parameter at a time, written from a file of mapped memory."""
 
+import contextlib
 import dataclasses
+import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 
-from igpt_jax import checkpoint, sharding, storage
+from igpt_jax import checkpoint, checksum, integrity, sharding, storage
 from igpt_jax.checkpoint import Record
 from igpt_jax.config import MODELS, MeshConfig, ModelConfig, PretrainConfig, UserError
 from igpt_jax.model import Dims
+from igpt_jax.step_folders import step_path
 from igpt_jax.weights.names import OPENAI, Weights
 
 OUTSIDE_BLOCKS = frozenset(tensor.parts[0].ours for tensor in OPENAI if not tensor.stacked)
@@ -23,9 +27,10 @@ class OurWeights:
     framework = "igpt_jax"
 
     def __init__(self, typed: str):
-        self._typed = typed
+        self._typed, self._path = typed, step_path(*checkpoint.locate(typed))
         self.record = checkpoint.load_record(typed)
-        self._shapes = checkpoint.parameter_shapes(typed)
+        leaves = jax.tree_util.tree_leaves_with_path(ocp.checkpointables_metadata(self._path).metadata["params"])
+        self._shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
         self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
         dims = Dims.of(self.record.config.model, len(self.palette_VC), self.record.image_size)
         self.names = tuple(path[-1] for path in self._shapes)
@@ -48,8 +53,19 @@ class OurWeights:
         return np.asarray(jax.jit(model.logits)(params, tokens_BT.astype(np.int32)))
 
     def _load(self, name: str) -> np.ndarray:
+        """One parameter, float32, in the host's memory. Raises UserError where it is not what was saved."""
         path = (name,) if name in OUTSIDE_BLOCKS else ("blocks", name)
-        return checkpoint.load_parameter(self._typed, path, self._shapes[path])
+        leaf: Any = np.empty(self._shapes[path], np.float32)
+        for key in reversed(path):
+            leaf = {key: leaf}
+        with checkpoint.partial_load(64 * 2**20):
+            (array,) = jax.tree.leaves(ocp.load_checkpointables(self._path, {"params": leaf}))
+        expected = self.record.checksums.get("/".join(("params", *path)))
+        exact = self.record.config.precision != "float64"
+        if expected is not None and exact and checksum.of_host_array(array) != expected:
+            raise UserError(f"checkpoint {self._path} is damaged: the array params/{'/'.join(path)} is not what was "
+                            "saved. Name another step.")
+        return array
 
 
 def dropout_of(weights: Weights) -> float:
@@ -82,7 +98,39 @@ def write(weights: Weights, workdir: str, palette_VC: np.ndarray) -> None:
         def mapped(shape: tuple[int, ...], name: str) -> np.ndarray:
             return np.memmap(f"{temporary}/{name}", np.float32, "w+", shape=shape)
 
-        checkpoint.save_parameters(workdir, parameters(weights, mapped), record_for(weights, palette_VC))
+        save(workdir, parameters(weights, mapped), record_for(weights, palette_VC))
+
+
+def save(workdir: str, params: dict[str, Any], record: Record) -> None:
+    """Writes WORKDIR/checkpoints/STEP with parameters alone; arrays of mapped files stay out of memory.
+
+    Its arrays are files of their own, in chunks of 16 MiB: Orbax's usual single database holds all that it is to write
+    in memory until the end.
+    """
+    sums = {name: checksum.of_host_array(array) for name, array in checksum.flat({"params": params}).items()}
+    path = step_path(storage.path(workdir) / "checkpoints", record.steps_done)
+    context = ocp.Context()
+    context.array_options.saving.use_ocdbt = False
+    context.array_options.saving.storage_options.chunk_byte_size = 16 * 2**20
+    context.memory_options.write_concurrent_bytes = 64 * 2**20
+    context.memory_options.deepcopy_host_arrays = False
+    with context, _quiet():
+        ocp.save_checkpointables(path, {"params": params}, overwrite=True, custom_metadata=integrity.sealed(
+            dataclasses.replace(record, checksums=sums).to_json()))
+    if jax.process_index() == 0:
+        integrity.write_hashes(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that there is no database to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def parameters(weights: Weights, make: Callable[[tuple[int, ...], str], np.ndarray]) -> dict[str, Any]:

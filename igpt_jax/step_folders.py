@@ -1,0 +1,61 @@
+"""The folders of checkpoints, one per step: which are finished, and how one goes without ever looking whole."""
+
+import logging
+from typing import Any
+
+from igpt_jax import storage
+
+COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every kind of storage
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's folders for steps that it has not finished
+DELETING = ".deleting"
+QUARANTINE = "quarantine"
+
+log = logging.getLogger(__name__)
+
+
+def steps_in(folder: Any) -> list[int]:
+    """The finished steps in a directory of checkpoints, ascending; what is still being written does not count."""
+    return sorted(int(step.name) for step in _numbered(storage.path(folder)) if (step / COMMITTED).exists())
+
+
+def _numbered(folder: storage.epath.Path) -> list[storage.epath.Path]:
+    """The folders of steps, finished or not. An empty folder of a bucket is none."""
+    return [child for child in folder.iterdir() if child.name.isdigit()] if folder.exists() else []
+
+
+def step_path(folder: Any, step: int) -> storage.epath.Path:
+    """The absolute path of a step in a directory of checkpoints."""
+    return storage.absolute(storage.path(folder)) / str(step)
+
+
+def sweep(folder: storage.epath.Path) -> None:
+    """Removes what killed runs left: parts of saves and of removals. On a local disk a step appears whole or not
+    at all, so one without its mark has lost it."""
+    for left in (*folder.glob(UNFINISHED), *folder.glob(f"*{DELETING}")):
+        left.rmtree()
+    for child in _numbered(folder):
+        if not (child / COMMITTED).exists():
+            if storage.is_local(child):
+                log.error("Checkpoint %s is damaged: %s is missing. It goes to %s/.", child.name, COMMITTED, QUARANTINE)
+                quarantine(folder, int(child.name), f"{COMMITTED} is missing")
+            else:
+                child.rmtree()
+
+
+def quarantine(folder: storage.epath.Path, step: int, problem: str) -> None:
+    """Moves a step out of the way, with what is wrong with it."""
+    to = folder.parent / QUARANTINE / str(step)
+    while to.exists():
+        to = to.parent / f"{to.name}-again"
+    to.parent.mkdir(exist_ok=True)
+    (folder / str(step)).rename(to)
+    storage.publish(to / "problem.txt", f"{problem}\n")
+
+
+def remove(step: storage.epath.Path) -> None:
+    """Removes a step so that no kill leaves a part of it that looks whole."""
+    if storage.is_local(step):
+        step = step.rename(step.parent / f"{step.name}{DELETING}")
+    else:
+        (step / COMMITTED).unlink()
+    step.rmtree()
