@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, steps, storage, telemetry, topology
+from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, startup, steps, storage, telemetry, topology
 from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data import Batches, open_data, train_batches
 from igpt_jax.model import Model, count_parameters
@@ -53,6 +53,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     palette_VC = palette.load(config.palette) if config.palette else store.palette
     if palette_VC is None:
         raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to a palette's .npy.")
+    startup.agree(palette=palette.digest(palette_VC), data=train_split.fingerprint)
     table = palette.lookup_table(palette_VC)
 
     # Model, optimizer and state, in shapes only.

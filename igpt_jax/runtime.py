@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from igpt_jax import checkpoint, storage
+from igpt_jax import checkpoint, launcher, startup, storage
 from igpt_jax.config import UserError, to_dict
 from igpt_jax.telemetry import say
 from igpt_jax.watchdog import compiling
@@ -50,41 +49,26 @@ class Diverged(Ended):
 
 # Start-up.
 
-def initialize(saves: bool = False) -> None:
+def initialize(saves: bool, **facts: Any) -> None:
     """Sets up the compilation cache and, where several processes run this job, connects them.
 
-    A job that `saves` when it is asked to stop needs JAX's preemption service, which takes SIGTERM for itself. A
-    process that gives no sign of life for IGPT_HEARTBEAT_SECONDS (100) is taken for dead, and ends the others.
+    A job that `saves` when it is asked to stop needs JAX's preemption service, which takes SIGTERM for itself. Call it
+    before the first JAX computation.
 
-    Processes find each other through IGPT_COORDINATOR (host:port), IGPT_PROCESSES and IGPT_PROCESS_ID, as
-    `launch/local.sh` sets them, or through what JAX itself detects: srun with several tasks, GKE's TPU slices of
-    several hosts, and with IGPT_COORDINATOR=auto whatever else JAX knows (TPU VMs, Open MPI). Call it before the first
-    JAX computation.
+    Args:
+      facts: what all processes must agree on; `startup.agree` says how.
 
     Raises:
-      UserError: the IGPT_ variables are incomplete or are no numbers.
+      UserError, startup.Elsewhere: the launcher's variables cannot be read, or the processes differ.
     """
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "igpt_jax", "compiled"))
-    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    coordinator = os.environ.get("IGPT_COORDINATOR", "auto" if several else "")
     jax.config.update("jax_enable_preemption_service", saves)
-    if coordinator == "auto":
-        _connect()
-    elif coordinator:
-        try:
-            processes, process_id = int(os.environ["IGPT_PROCESSES"]), int(os.environ["IGPT_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise UserError("IGPT_COORDINATOR is set, so IGPT_PROCESSES and IGPT_PROCESS_ID must be numbers. "
-                            "launch/local.sh sets all three; unset IGPT_COORDINATOR to run one process.") from None
-        _connect(coordinator_address=coordinator, num_processes=processes, process_id=process_id)
-
-
-def _connect(**arguments: Any) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    heartbeat = int(os.environ.get("IGPT_HEARTBEAT_SECONDS", 100))
-    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **arguments)
+    if launch := launcher.recognise(os.environ):
+        startup.connect(launch)
+        hosts = startup.agree(code=startup.code_digest(), versions=checkpoint.versions(), **facts)
+        startup.introduce(launch, hosts)
 
 
 def set_precision(precision: str) -> None:
@@ -185,7 +169,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        initialize(saves=hasattr(config, "checkpoint_every_steps"))
+        initialize(saves=hasattr(config, "checkpoint_every_steps"), workdir=workdir, **to_dict(config))
         set_precision(getattr(config, "precision", "float32"))
         with _workdir_for(config, workdir) as folder:
             status, code, message = "done", DONE, ""
@@ -204,11 +188,14 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                 storage.publish(folder / "result.json", to_json(result))
         if not interrupted:
             return code
-    except _ElsewhereError:
+    except startup.Elsewhere:
         code = INPUT
     except UserError as error:
         say(f"{name}: {error}")
         code = INPUT
+    except startup.PeerMissing as error:
+        say(f"{name}: {error}")
+        code = PEER
     except KeyboardInterrupt:
         say(f"{name}: interrupted. The same command starts it again.")
         code, interrupted = PREEMPTED if asked_to_stop.is_set() else INTERRUPTED, True
@@ -228,29 +215,22 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     return code
 
 
-class _ElsewhereError(Exception):
-    """Process 0 has said why the job cannot start."""
-
-
 @contextlib.contextmanager
 def _workdir_for(config: Any, workdir: str) -> Iterator[storage.epath.Path]:
     """The workdir, locked and labelled by process 0; the others wait for its word."""
     folder = storage.path(workdir)
     with contextlib.ExitStack() as stack:
-        error = None
+        refusal = ""
         if jax.process_index() == 0:
             try:
                 stack.enter_context(storage.lock(folder))
                 storage.sweep(folder)
                 stack.enter_context(_records(folder, config))
-            except UserError as caught:
-                error = caught
-            except (OSError, ImportError) as caught:  # ImportError: the bucket's client is not installed
-                error = UserError(f"workdir {workdir} cannot be written: {caught}. Give another --workdir.")
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
-            raise error or _ElsewhereError
-        if error:
-            raise error
+            except UserError as error:
+                refusal = str(error)
+            except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
+                refusal = f"workdir {workdir} cannot be written: {error}. Give another --workdir."
+        startup.follow(refusal)
         yield folder
 
 
@@ -288,8 +268,8 @@ def _leave(code: int) -> None:
     up; and a failed process of several must not wait for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.distributed.is_initialized() and jax.process_index() == 0:
-        time.sleep(1)  # it hosts the coordination service: let the others report first
+    if startup.coordinates():
+        time.sleep(1)  # let the others report first
     os._exit(code)
 
 
