@@ -12,7 +12,7 @@ from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
 from igpt_jax.config import UserError
 
-PORT = 8476  # of the coordinator, where the launcher names none
+PORT = "8476"  # of the coordinator where the launcher names none; JAX_COORDINATOR_PORT chooses another, as in JAX
 METADATA = "metadata.google.internal"  # tells TPU VMs of each other
 
 
@@ -62,7 +62,7 @@ def _explicit(env: Mapping[str, str]) -> Launch | None:
     if env.get("IGPT_COORDINATOR") == "auto":
         return Launch("auto")
     host, processes, process_id = (env[name] for name in names)
-    return Launch("flags", host if ":" in host else f"{host}:{PORT}", int(processes), int(process_id))
+    return Launch("flags", host if ":" in host else f"{host}:{_port(env)}", int(processes), int(process_id))
 
 
 def _slurm(env: Mapping[str, str]) -> Launch | None:
@@ -73,8 +73,8 @@ def _slurm(env: Mapping[str, str]) -> Launch | None:
     counts = [int(count) for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])
               for _ in range(int(repeated or 1))]
     hosts = tuple(node for node, count in zip(nodes, counts, strict=True) for _ in range(count))
-    port = 61440 + int(env["SLURM_JOB_ID"]) % 4096  # as JAX chooses it: two jobs may share a node
-    return Launch("SLURM", f"{nodes[0]}:{port}", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), hosts,
+    port = str(61440 + int(env["SLURM_JOB_ID"]) % 4096)  # as JAX chooses it: two jobs may share a node
+    return Launch("SLURM", f"{nodes[0]}:{_port(env, port)}", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), hosts,
                   (int(env["SLURM_LOCALID"]),))
 
 
@@ -91,8 +91,9 @@ def _expand(nodes: str) -> list[str]:
 
 def _tpu(env: Mapping[str, str]) -> Launch | None:
     """a TPU slice. On GKE variables name the hosts of the slice, on TPU VMs the metadata server does."""
-    if "TPU_WORKER_HOSTNAMES" in env:
-        hosts, worker, known = env["TPU_WORKER_HOSTNAMES"].split(","), int(env["TPU_WORKER_ID"]), env
+    if addresses := env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES"):
+        hosts = [address.split(":")[0] for address in addresses.split(",")]
+        worker, known = int(env["TPU_WORKER_ID"]), env
     elif running_in_cloud_tpu_vm or "GCE_METADATA_IP" in env:
         endpoints = _metadata(env, "worker-network-endpoints")
         if not endpoints:
@@ -108,7 +109,7 @@ def _tpu(env: Mapping[str, str]) -> Launch | None:
     # The other slices' hosts have no names here.
     names = [f"slice {of}" + (f", {host}" if of == number else f", host {at}")
              for of in range(slices) for at, host in enumerate(hosts)] if slices > 1 else hosts
-    return Launch("TPU", f"{first}:{PORT}", len(hosts) * slices, worker + number * len(hosts), tuple(names))
+    return Launch("TPU", f"{first}:{_port(env)}", len(hosts) * slices, worker + number * len(hosts), tuple(names))
 
 
 def _metadata(env: Mapping[str, str], name: str) -> str:
@@ -126,6 +127,10 @@ def _torchrun(env: Mapping[str, str]) -> Launch | None:
     """torchrun. Its own store may already listen on MASTER_PORT."""
     if not {"MASTER_ADDR", "WORLD_SIZE", "RANK"} <= env.keys():
         return None
-    port = int(env.get("MASTER_PORT", PORT)) + ("TORCHELASTIC_RUN_ID" in env)
+    port = int(env.get("MASTER_PORT", _port(env))) + ("TORCHELASTIC_RUN_ID" in env)
     devices = (int(env["LOCAL_RANK"]),) if int(env.get("LOCAL_WORLD_SIZE", 1)) > 1 else None
     return Launch("torchrun", f"{env['MASTER_ADDR']}:{port}", int(env["WORLD_SIZE"]), int(env["RANK"]), (), devices)
+
+
+def _port(env: Mapping[str, str], default: str = PORT) -> str:
+    return env.get("JAX_COORDINATOR_PORT", default)
