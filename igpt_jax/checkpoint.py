@@ -51,7 +51,7 @@ FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefe
                        "model.remat", "accumulate", "images_per_pass", "image_size", "palette", "log_every_steps",
                        "eval_every_steps", "checkpoint_every_steps", "keep_newest", "keep_steps",
                        "max_skipped_updates", "skip_divergence", "accept_changes", "stall_seconds",
-                       "compare_replicas_every_steps", "replay_check"})
+                       "compare_replicas_every_steps", "replay_check", "profile"})
 
 log = logging.getLogger(__name__)
 orbax_s3.teach()

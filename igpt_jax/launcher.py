@@ -74,8 +74,8 @@ def _slurm(env: Mapping[str, str]) -> Launch | None:
               for _ in range(int(repeated or 1))]
     hosts = tuple(node for node, count in zip(nodes, counts, strict=True) for _ in range(count))
     port = str(61440 + int(env["SLURM_JOB_ID"]) % 4096)  # as JAX chooses it: two jobs may share a node
-    return Launch("SLURM", f"{nodes[0]}:{_port(env, port)}", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), hosts,
-                  (int(env["SLURM_LOCALID"]),))
+    return Launch("SLURM", f"{nodes[0]}:{_port(env, port)}", int(env["SLURM_STEP_NUM_TASKS"]),
+                  int(env["SLURM_PROCID"]), hosts, (int(env["SLURM_LOCALID"]),))
 
 
 def _expand(nodes: str) -> list[str]:

@@ -122,7 +122,8 @@ def agree(**facts: Any) -> list[str]:
     state, prefix = jax_distributed.global_state, f"igpt_agree/{next(_rounds)}"
     if state.client is None:
         return []
-    mine = json.dumps({"host": socket.gethostname(), "facts": flat(facts)}, default=str)
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    mine = json.dumps({"host": host, "facts": flat(facts)}, default=str)
     state.client.key_value_set(f"{prefix}/{state.process_id}", mine)
     told = [json.loads(_wait_for(number, f"{prefix}/{number}"))
             for number in range(state.num_processes) if state.process_id == 0]
@@ -198,7 +199,7 @@ def introduce(launch: Launch, hosts: list[str]) -> None:
     """One line of process 0: how many processes, on which hosts, started by whom, with which devices."""
     if jax.process_index() != 0:
         return
-    names = list(dict.fromkeys(launch.hosts or hosts))
+    names = list(dict.fromkeys(hosts))
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

@@ -5,7 +5,7 @@
 #
 # RUN: a folder or bucket; each job gets RUN/JOB as its workdir. STAGES chooses the jobs (default: all that there are of
 # pretrain, probe, finetune, evaluate, report). PROBE, FINETUNE, EVALUATE and REPORT are more arguments of those jobs:
-# PROBE='--config.batch_size=512'. SBATCH="sbatch --nodes=4" sets options of sbatch; SBATCH=echo shows the jobs.
+# PROBE='--config.batch_size=512'. SBATCH="sbatch --nodes=4" sets options of sbatch.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then

@@ -5,8 +5,7 @@
 #   launch/slurm/slices.sh 5 evaluate --workdir=runs/curve --config.checkpoints='runs/igpt_l/checkpoints/*' --config.probe=True
 #
 # A slice has one process and one machine: prepare reads its share of the images, evaluate its share of the checkpoints.
-# Started again it goes on: what is there is not made twice. SBATCH="sbatch --partition=cpu" sets options of sbatch;
-# SBATCH=echo shows what would be submitted.
+# Started again it goes on: what is there is not made twice. SBATCH="sbatch --partition=cpu" sets options of sbatch.
 set -euo pipefail
 
 if [[ $# -lt 3 || ! $1 =~ ^[1-9][0-9]*$ || $3 != --workdir=?* ]]; then

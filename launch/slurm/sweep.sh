@@ -4,7 +4,7 @@
 #   launch/slurm/sweep.sh RUN --config=configs/igpt_s.py --config.data.store=STORE --config.steps=20000
 #
 # RATES (0.01 0.003 0.001 0.0003) lists the rates. RUN/lr-RATE holds each training; RUN/sweep.json and sweep.md, written
-# when all have ended, tell which rate is best. SBATCH="sbatch --nodes=1" sets options of sbatch; SBATCH=echo shows the jobs.
+# when all have ended, tell which rate is best. SBATCH="sbatch --nodes=1" sets options of sbatch.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then
