@@ -86,7 +86,7 @@ def start(command, variables, **values):
 def test_two_processes_meet(by, variables):
     """With exactly the variables that the launcher sets both connect, and one line tells of both.
 
-    Seen to fail, for each launcher, with its function left out of `recognise`.
+    Seen to fail, for each of them, with a `recognise` that knows no launcher.
     """
     port = free_port()
     with contextlib.ExitStack() as stack:
