@@ -21,5 +21,5 @@ set -x
 export VALUES="${rates[*]}"
 array=$("${sbatch[@]}" --parsable --job-name=igpt-sweep --array="0-$((${#rates[@]} - 1))" "$folder/job.sbatch" pretrain \
   --workdir="$run/lr-{value}" "$@" --config.optimizer.learning_rate="{value}")
-"${sbatch[@]}" --nodes=1 --ntasks=1 --job-name=igpt-sweep-table --output=%x-%j.log --dependency="afterany:$array" \
+"${sbatch[@]}" --parsable --nodes=1 --ntasks=1 --job-name=igpt-sweep-table --output=%x-%j.log --dependency="afterany:$array" \
   --wrap="$(printf '%q ' "${PYTHON:-python}" "$folder/../sweep.py" "$run")"
