@@ -66,7 +66,7 @@ def _explicit(env: Mapping[str, str]) -> Launch | None:
 
 
 def _slurm(env: Mapping[str, str]) -> Launch | None:
-    """srun. Each task takes the device of its number on its node."""
+    """srun."""
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None
     nodes = _expand(env["SLURM_STEP_NODELIST"])
@@ -74,8 +74,9 @@ def _slurm(env: Mapping[str, str]) -> Launch | None:
               for _ in range(int(repeated or 1))]
     hosts = tuple(node for node, count in zip(nodes, counts, strict=True) for _ in range(count))
     port = str(61440 + int(env["SLURM_JOB_ID"]) % 4096)  # as JAX chooses it: two jobs may share a node
-    return Launch("SLURM", f"{nodes[0]}:{_port(env, port)}", int(env["SLURM_STEP_NUM_TASKS"]),
-                  int(env["SLURM_PROCID"]), hosts, (int(env["SLURM_LOCALID"]),))
+    process_id = int(env["SLURM_PROCID"])
+    return Launch("SLURM", f"{nodes[0]}:{_port(env, port)}", int(env["SLURM_STEP_NUM_TASKS"]), process_id, hosts,
+                  _devices(env, int(env["SLURM_LOCALID"]), hosts.count(hosts[process_id])))
 
 
 def _expand(nodes: str) -> list[str]:
@@ -128,8 +129,14 @@ def _torchrun(env: Mapping[str, str]) -> Launch | None:
     if not {"MASTER_ADDR", "WORLD_SIZE", "RANK"} <= env.keys():
         return None
     port = int(env.get("MASTER_PORT", _port(env))) + ("TORCHELASTIC_RUN_ID" in env)
-    devices = (int(env["LOCAL_RANK"]),) if int(env.get("LOCAL_WORLD_SIZE", 1)) > 1 else None
-    return Launch("torchrun", f"{env['MASTER_ADDR']}:{port}", int(env["WORLD_SIZE"]), int(env["RANK"]), (), devices)
+    return Launch("torchrun", f"{env['MASTER_ADDR']}:{port}", int(env["WORLD_SIZE"]), int(env["RANK"]), (),
+                  _devices(env, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _devices(env: Mapping[str, str], number: int, processes: int) -> tuple[int, ...] | None:
+    """The one device for process `number` of a host's; all, where it is alone there or sees but one."""
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    return None if processes == 1 or visible and "," not in visible else (number,)
 
 
 def _port(env: Mapping[str, str], default: str = PORT) -> str:

@@ -58,6 +58,7 @@ def connect(launch: Launch) -> None:
         _jax.get_distributed_runtime_service = functools.partial(make, cluster_register_timeout=deadline)
         try:
             jax.distributed.initialize(launch.coordinator, launch.processes, launch.process_id, launch.devices,
+                                       cluster_detection_method="deactivate" if launch.coordinator else None,
                                        initialization_timeout=deadline + 10, heartbeat_timeout_seconds=heartbeat)
         except Exception as error:
             problem.append(error)

@@ -40,9 +40,9 @@ class Cluster:
     def nodes(self, verb: str, *names: str) -> None:
         subprocess.run([ROOT / "tests/slurm/cluster.sh", verb, *names, self.folder / "slurm"], check=True)
 
-    def submit(self, *arguments, options: str = TWO) -> str:
-        """Returns the id of a job of launch/slurm/job.sbatch."""
-        return self("sbatch", "--parsable", *options.split(), ROOT / "launch/slurm/job.sbatch", *arguments)
+    def submit(self, *arguments, **environment) -> str:
+        """Returns the id of a job of launch/slurm/job.sbatch on both nodes."""
+        return self("sbatch", "--parsable", *TWO.split(), ROOT / "launch/slurm/job.sbatch", *arguments, **environment)
 
     def job(self, number: str) -> dict[str, str]:
         return dict(pair.split("=", 1) for pair in self("scontrol", "show", "job", number).split() if "=" in pair)
@@ -141,6 +141,18 @@ def test_the_input_is_not_tried_again(cluster, arguments):
     number = cluster.submit(*arguments("refused"), "--config.batch_size=7")
     ended = cluster.wait(number, "FAILED")
     assert ended["Restarts"] == "0" and ended["ExitCode"] == "2:0", cluster.logs(number)
+
+
+def test_a_bug_in_one_process_is_not_tried_again(cluster, arguments, tmp_path):
+    """Process 1 ends with 1, process 0 then with 134, for it waits for a dead peer: the job's code is 134, and yet it
+    is not queued again."""
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && exit 1\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    number = cluster.submit(*arguments("broken"), PYTHON=str(broken), IGPT_START_SECONDS="15")
+    ended = cluster.wait(number, "FAILED")
+    assert ended["Restarts"] == "0" and ended["ExitCode"] == "134:0", cluster.logs(number)
+    assert "missing: process 1 (n2)." in cluster.logs(number)
 
 
 def test_the_chain_runs_to_its_last_job(cluster, store):
