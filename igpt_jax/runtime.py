@@ -268,6 +268,8 @@ def _leave(code: int) -> None:
     up; and a failed process of several must not wait for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):  # launchers end the others when one has ended: the code is decided
+        signal.signal(number, signal.SIG_IGN)
     if startup.coordinates():
         time.sleep(1)  # let the others report first
     os._exit(code)

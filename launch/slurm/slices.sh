@@ -16,11 +16,12 @@ count=$1 job=$2 workdir=${3#--workdir=}
 shift 3
 read -ra sbatch <<< "${SBATCH:-sbatch}"
 gpus=$([[ $job == prepare ]] && echo 0 || echo 1)
-options=(--parsable --nodes=1 --ntasks-per-node=1 --gpus-per-node="$gpus" --job-name="igpt-$job")
+submit=("${sbatch[0]}" --parsable --nodes=1 --ntasks-per-node=1 --gpus-per-node="$gpus" --job-name="igpt-$job"
+  "${sbatch[@]:1}")
 file=$(dirname "$0")/job.sbatch
 
 set -x
-array=$("${sbatch[@]}" "${options[@]}" --array="0-$((count - 1))" "$file" "$job" --workdir="$workdir/slice-{i}" \
+array=$("${submit[@]}" --array="0-$((count - 1))" "$file" "$job" --workdir="$workdir/slice-{i}" \
   --config.shard="{i}/$count" "$@")
-"${sbatch[@]}" "${options[@]}" --dependency="afterok:$array" --kill-on-invalid-dep=yes "$file" "$job" \
+"${submit[@]}" --dependency="afterok:$array" --kill-on-invalid-dep=yes "$file" "$job" \
   --workdir="$workdir" --config.shard=merge "$@"
