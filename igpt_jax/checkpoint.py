@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import __version__, checksum, orbax_s3, sharding, storage
-from igpt_jax.config import ModelConfig, PretrainConfig, UserError, parse, to_dict
+from igpt_jax.config import ModelConfig, PretrainConfig, UserError, flat, parse, to_dict
 from igpt_jax.model import Model
 from igpt_jax.steps import State
 
@@ -110,7 +110,7 @@ class Record:
         optimizer = self.config.optimizer
         independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
         free = FREE_KEYS | ({"steps"} if independent else set())
-        mine, others = _flat(to_dict(self.config)), _flat(to_dict(new.config))
+        mine, others = flat(to_dict(self.config)), flat(to_dict(new.config))
         changes = {key: (mine[key], others[key]) for key in mine
                    if mine[key] != others[key] and key not in free and not key.startswith("mesh.")}
         if self.image_size != new.image_size:
@@ -130,13 +130,6 @@ class Record:
 
 def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 class Checkpoints:

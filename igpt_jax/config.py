@@ -484,6 +484,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
 def _unresolved(cls: type) -> dict[str, Any]:
     """Defaults as declared, before __post_init__ fills any in."""
     return {field.name: _unresolved(field.type) if field.default is dataclasses.MISSING else field.default

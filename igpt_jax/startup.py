@@ -16,14 +16,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed as jax_distributed  # neither the client nor the service's deadline has a public name
 from jax._src.lib import _jax
 
-from igpt_jax.config import UserError
+from igpt_jax.config import UserError, flat
 from igpt_jax.launcher import Launch
 from igpt_jax.telemetry import say
 
@@ -69,8 +69,12 @@ def connect(launch: Launch) -> None:
     thread = threading.Thread(target=initialize, daemon=True)
     with _roll_call(launch, deadline):
         thread.start()
-        while thread.is_alive():
+        for tries in itertools.count():
             thread.join(0.05)
+            if not thread.is_alive():
+                break
+            if tries == 200:
+                say(f"waits for the other processes, {deadline} s at most")
     if problem:
         raise UserError(f"the processes cannot be connected (started by {launch.by}, coordinator "
                         f"{launch.coordinator}): {' '.join(str(problem[0]).split())}") from problem[0]
@@ -177,14 +181,6 @@ def _differences(told: list[dict[str, Any]]) -> str:
             differences.append(f"process {number} on {other['host']} has {values}")
     more = f"; and {len(differences) - 3} processes more" if len(differences) > 3 else ""
     return f"{'; '.join(differences[:3])}{more}. Start all with the same command, code and data." if differences else ""
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
-    found = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def code_digest() -> str:

@@ -5,9 +5,9 @@
 #
 # The buckets' clients need versions of their own of two packages, as `make buckets` tests them.
 set -euo pipefail
+[[ $# -ge 1 ]] || { echo "usage: $0 PIP [EXTRAS]" >&2; exit 2; }
+pip=$1 extras=${2:-}
 cd "$(dirname "$0")/.."
-pip=${1:?PIP}
-extras=${2:-}
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 if [[ $extras == *gcs* || $extras == *s3* ]]; then

@@ -10,6 +10,7 @@ import math
 import sys
 
 from igpt_jax import storage
+from igpt_jax.config import UserError
 
 NATS = "eval/nats_per_pixel"
 
@@ -50,10 +51,13 @@ def table(rows: list[dict]) -> str:
 
 def main(run: str) -> int:
     folder = storage.path(run)
-    rows = [row(child) for child in storage.children(folder)
-            if child.name.startswith("lr-") and (child / "config.json").exists()]
-    if not rows:
-        print(f"{run} holds no lr-RATE with a training. Start launch/slurm/sweep.sh first.", file=sys.stderr)
+    try:
+        rows = [row(child) for child in storage.children(folder)
+                if child.name.startswith("lr-") and (child / "config.json").exists()]
+        if not rows:
+            raise UserError(f"{run} holds no lr-RATE with a training. Start launch/slurm/sweep.sh first.")
+    except UserError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
         return 2
     rows.sort(key=lambda row: -row["learning_rate"])
     text = f"{table(rows)}\n\n{verdict(rows)}\n"
@@ -66,5 +70,6 @@ def main(run: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python launch/sweep.py RUN")
+        print("usage: python launch/sweep.py RUN", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(sys.argv[1]))

@@ -9,11 +9,10 @@
 #   merge.yaml   or configs/evaluate.py:checkpoints=gs://BUCKET/igpt_l/checkpoints/*) WORKDIR COUNT CPUS GPUS (0 or 1)
 set -euo pipefail
 
-manifest=$(dirname "$0")/${1:-}
-if [[ $# != 1 || ! -f $manifest ]]; then
-  echo "usage: VARIABLE=value ... $0 tpu.yaml|gpu.yaml|slices.yaml|merge.yaml" >&2
-  exit 2
-fi
+case ${1:-} in
+  tpu.yaml | gpu.yaml | slices.yaml | merge.yaml) manifest=$(dirname "$0")/$1 ;;
+  *) echo "usage: VARIABLE=value ... $0 tpu.yaml|gpu.yaml|slices.yaml|merge.yaml" >&2; exit 2 ;;
+esac
 text=$(< "$manifest")
 names=$(grep -v '^#' "$manifest" | tr '$' '\n' | sed -n 's/^{\([A-Z]*\)}.*/\1/p' | sort -u)
 for name in $names; do
