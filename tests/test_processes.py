@@ -102,7 +102,7 @@ def test_jobs_on_several_processes_equal_one(one, processes):
     """evaluate and probe in float64 to 1e-8, sample in float32 token for token; pretrain's losses to 1e-8 too (on two
     processes the test above says so).
 
-    Must fail with every process reading the first rows.
+    Seen to fail with every process evaluating the first rows.
     """
     commands = [[job, f"--workdir={one / str(processes) / job}", *arguments] for job, arguments in on_one(one).items()]
     if processes > 2:
