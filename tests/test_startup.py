@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_job_command
 
 from igpt_jax import launcher, roll_call
 from igpt_jax.config import UserError
@@ -73,10 +73,10 @@ def metadata_server(process):
     server.server_close()
 
 
-def start(command, variables, **values):
+def start(command, variables, cwd=ROOT, **values):
     """A process with the variables of a launcher and none of another's."""
     given = {name: text.format(**values) for name, text in variables.items()}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, text=True, stderr=subprocess.PIPE,
                             env={**os.environ, "XLA_FLAGS": "", "IGPT_START_SECONDS": "60", **given})
 
 
@@ -186,3 +186,23 @@ def test_a_process_that_differs_is_refused(tmp_path):
     assert codes == [2, 2], told
     assert f"process 1 on {socket.gethostname()} has batch_size=64 (process 0: 128)" in told[0]
     assert "batch_size" not in told[1] and not (tmp_path / "made").exists()
+
+
+def test_other_data_on_one_host_is_refused(tmp_path):
+    """The same command, and under the same path another store: refused before anything is computed.
+
+    Seen to fail without `agree` in loop.py.
+    """
+    port, running = free_port(), []
+    for i, seed in enumerate((0, 1)):
+        done = run_job_command("prepare", f"--workdir={tmp_path / str(i) / 'store'}", f"--config.seed={seed}")
+        assert done.returncode == 0, done.stderr
+    for i in range(2):
+        command = ["-m", "igpt_jax", "pretrain", f"--workdir={tmp_path / 'run'}", "--config.data.store=store",
+                   "--config.model.name=igpt_tiny", "--config.model.layers=1", "--config.steps=1",
+                   "--config.batch_size=8", f"--coordinator=localhost:{port}", "--processes=2",
+                   f"--process_id={i}"]
+        running.append(start(command, {}, cwd=tmp_path / str(i)))
+    told = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], told
+    assert f"process 1 on {socket.gethostname()} has data='" in told[0] and not (tmp_path / "run/checkpoints").exists()
