@@ -22,16 +22,19 @@ fi
 
 before=""
 for stage in $STAGES; do
-  more=${stage^^}
+  more=${stage^^} place=()
   read -ra arguments <<< "${!more:-}"
   case $stage in
     pretrain) arguments=("$@") ;;
     evaluate) arguments+=("--config.checkpoints=$run/pretrain/checkpoints/*") ;;
-    report) arguments+=("--config.workdirs=$run/*") ;;
+    report)
+      arguments+=("--config.workdirs=$run/*")
+      place=(--nodes=1 --ntasks-per-node=1 --gpus-per-node=0)
+      ;;
     *) arguments+=("--config.checkpoint=$run/pretrain") ;;
   esac
   command=("${sbatch[@]}" --parsable --job-name="igpt-$stage" ${before:+"--dependency=afterok:$before"}
-    --kill-on-invalid-dep=yes "$(dirname "$0")/job.sbatch" "$stage" --workdir="$run/$stage" "${arguments[@]}")
+    --kill-on-invalid-dep=yes "${place[@]}" "$(dirname "$0")/job.sbatch" "$stage" --workdir="$run/$stage" "${arguments[@]}")
   echo "+ ${command[*]}"
   before=$("${command[@]}")
   echo "$before"
