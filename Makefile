@@ -3,6 +3,7 @@
 # make slow         the tests that take minutes
 # make buckets      the tests against emulators of S3 and Google Cloud Storage, in an environment of their own
 # make reproduce    the paper's Figures 2 and 3 in small, about two hours; see launch/reproduce.sh
+# make slurm        the SLURM files on a cluster of this machine; needs Debian's slurm-wlm and munge, and root
 # make scaling      compiles the table of docs/scaling.md; GPU cells with CUDA_PYTHON=..., see there
 # make faults       the fault tests alone; make faults-long: 200 kills and all the rest, an hour
 # make browser      the report page in headless Chromium
@@ -19,7 +20,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow reproduce buckets scaling faults faults-long browser lint clean
+.PHONY: setup quickstart test slow reproduce buckets slurm scaling faults faults-long browser lint clean
 
 setup: $(INSTALLED)
 
@@ -34,7 +35,7 @@ quickstart: setup
 	launch/quickstart.sh $(VENV)/bin/python runs/quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not buckets and not browser"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not buckets and not slurm and not browser"
 
 slow: setup
 	$(VENV)/bin/python -m pytest -m slow
@@ -49,6 +50,9 @@ buckets:
 
 reproduce: setup
 	launch/reproduce.sh $(VENV)/bin/python runs/reproduce
+
+slurm: setup
+	$(VENV)/bin/python -m pytest -m slurm
 
 scaling: setup
 	$(VENV)/bin/python -m pip install --quiet libtpu==0.0.51

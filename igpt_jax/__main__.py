@@ -18,6 +18,11 @@ from ml_collections import ConfigDict, config_flags
 from igpt_jax import storage
 from igpt_jax.config import JOBS, UserError, base_config, keys, nearest, parse
 
+PROCESS_FLAGS = {
+    "coordinator": "of several processes: HOST:PORT where process 0 listens; launchers that are known need no flags",
+    "processes": "how many there are",
+    "process_id": "the number of this one, from 0",
+}
 USAGE = "python -m igpt_jax {job} [--config=FILE[:key=value,...]] --workdir=DIR [--config.key=value ...]"
 
 
@@ -64,7 +69,9 @@ def _job_help(job: str) -> str:
     table = [(f"{name}={default!r}", meaning) for name, default, meaning in keys(job) if name != "job"]
     width = max(len(setting) for setting, _ in table if len(setting) <= 40)
     lines = [f"  --config.{setting:{width}}  {meaning}" for setting, meaning in table]
-    return "\n".join([doc, "", USAGE.format(job=job), "", "Config keys and their defaults:", *lines])
+    several = [f"  --{name:{width + 7}}  {meaning}" for name, meaning in PROCESS_FLAGS.items()]
+    return "\n".join([doc, "", USAGE.format(job=job), "", "Config keys and their defaults:", *lines, "",
+                      "Processes (docs/launching.md):", *several])
 
 
 def _parse(job: str, arguments: Sequence[str]) -> tuple[Any, str]:
@@ -73,10 +80,14 @@ def _parse(job: str, arguments: Sequence[str]) -> tuple[Any, str]:
     own.set_gnu_getopt(True)
     flags.DEFINE_string("config", None, "config file", flag_values=own)
     flags.DEFINE_string("workdir", None, "folder for all that the job writes", flag_values=own)
+    for name, meaning in PROCESS_FLAGS.items():
+        flags.DEFINE_string(name, None, meaning, flag_values=own)
     try:
         rest = own([job, *arguments], known_only=True)
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
+    # Where launchers leave them.
+    os.environ.update({f"IGPT_{name.upper()}": own[name].value for name in PROCESS_FLAGS if own[name].value})
     config = _load(job, own["config"].value) if own["config"].present else base_config(job)
     _override(job, config, rest)
     if not own["workdir"].value or own["workdir"].value.startswith("-"):
@@ -89,7 +100,8 @@ def _override(job: str, config: ConfigDict, rest: list[str]) -> None:
     known = [name for name, *_ in keys(job) if name != "job"]
     for flag in filter(None, (re.match(r"--?([a-zA-Z][^=]*)", argument) for argument in rest[1:])):
         if not flag[1].startswith("config."):
-            raise UserError(f"flag {flag[0]!r} is not known. Flags: --config, --workdir, --config.key=value.")
+            raise UserError(f"flag {flag[0]!r} is not known. Flags: --config, --workdir, --config.key=value, "
+                            f"{', '.join(f'--{name}' for name in PROCESS_FLAGS)}.")
         if (name := flag[1].removeprefix("config.")) not in known:
             group = [key for key in known if key.startswith(f"{name}.")]
             hint = f"is a group. Set {' or '.join(group)}." if group else f"is not known. {nearest(name, known)}"

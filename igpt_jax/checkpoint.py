@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import __version__, checksum, integrity, orbax_s3, sharding, step_folders, storage
-from igpt_jax.config import ModelConfig, PretrainConfig, UserError, parse, to_dict
+from igpt_jax.config import ModelConfig, PretrainConfig, UserError, flat, parse, to_dict
 from igpt_jax.integrity import Damaged
 from igpt_jax.model import Model
 from igpt_jax.step_folders import COMMITTED, QUARANTINE, step_path, steps_in
@@ -46,7 +46,7 @@ FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefe
                        "model.remat", "accumulate", "images_per_pass", "image_size", "palette", "log_every_steps",
                        "eval_every_steps", "checkpoint_every_steps", "keep_newest", "keep_steps",
                        "max_skipped_updates", "skip_divergence", "accept_changes", "stall_seconds",
-                       "compare_replicas_every_steps", "replay_check"})
+                       "compare_replicas_every_steps", "replay_check", "profile"})
 
 log = logging.getLogger(__name__)
 orbax_s3.teach()
@@ -101,7 +101,7 @@ class Record:
         optimizer = self.config.optimizer
         independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
         free = FREE_KEYS | ({"steps"} if independent else set())
-        mine, others = _flat(to_dict(self.config)), _flat(to_dict(new.config))
+        mine, others = flat(to_dict(self.config)), flat(to_dict(new.config))
         changes = {key: (mine[key], others[key]) for key in mine
                    if mine[key] != others[key] and key not in free and not key.startswith("mesh.")}
         if self.image_size != new.image_size:
@@ -121,13 +121,6 @@ class Record:
 
 def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 class Checkpoints:

@@ -213,6 +213,10 @@ def _check_job(config: Any) -> None:
     seed = getattr(config, "seed", 0)
     _require(0 <= seed < 2**32, f"seed={seed} must lie in [0, 2^32).")
     _one_of("precision", getattr(config, "precision", "float32"), PRECISIONS)
+    profile = getattr(config, "profile", ())
+    _require(not profile or len(profile) == 2 and all(type(step) is int for step in profile)
+             and 1 <= profile[0] <= profile[1],
+             f"profile={profile} must be a first and a last step, such as (100,105), or empty.")
     for step in getattr(config, "keep_steps", ()):
         _require(isinstance(step, int) and step > 0, f"keep_steps: {step!r} must be a positive number of steps.")
 
@@ -286,6 +290,7 @@ class PretrainConfig:
     compare_replicas_every_steps: int = key(0, "steps between comparisons of what several devices hold copies of, "
                                                "also before each save; 0: never")
     replay_check: bool = key(False, "on resume, repeat steps of the log from a checkpoint before and compare the loss")
+    profile: tuple[int, ...] = key((), "first and last step to trace, such as (100,105); empty: none")
     log_every_steps: int = key(50, "steps between metrics lines")
     eval_every_steps: int = key(5000, "steps between evaluations of data.held_out, each saved too; 0: only at the end")
     checkpoint_every_steps: int = key(1000, "steps between checkpoints; 0: only at the end")
@@ -477,6 +482,14 @@ JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "evaluate":
 def to_dict(config: Any) -> dict[str, Any]:
     """A job's dataclass as nested plain dicts, for config.json and checkpoints."""
     return dataclasses.asdict(config)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def _unresolved(cls: type) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax import sharding
+from igpt_jax import sharding, startup
 from igpt_jax.data import process_rows, put
 from igpt_jax.data.store import Split, tokens_of
 from igpt_jax.data.tokens import TokenFile
@@ -34,6 +34,7 @@ def over_split(step: Callable, params: Any, split: Split | TokenFile, mesh: Mesh
       batch_size: global; must divide over data x fsdp.
       table: `palette.lookup_table`'s.
     """
+    startup.agree(data=split.count if isinstance(split, TokenFile) else split.fingerprint)
     place = sharding.batch_sharding(mesh)
     rows = process_rows(place, batch_size)
 

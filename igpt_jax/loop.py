@@ -16,7 +16,9 @@ from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data import Batches, open_data, train_batches
 from igpt_jax.model import Model, count_parameters
 from igpt_jax.optimizer import warmup_steps_for
+from igpt_jax.profiling import Profile
 from igpt_jax.runtime import Diverged, Preempted, StopSignal
+from igpt_jax.startup import agree
 from igpt_jax.watchdog import Watchdog
 
 DIVERGENCE = "divergence.json"  # what skip_divergence needs: up to where in the order the examples were bad
@@ -53,6 +55,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     palette_VC = palette.load(config.palette) if config.palette else store.palette
     if palette_VC is None:
         raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to a palette's .npy.")
+    agree(palette=palette.digest(palette_VC), data=train_split.fingerprint)
     table = palette.lookup_table(palette_VC)
 
     # Model, optimizer and state, in shapes only.
@@ -108,6 +111,8 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         throughput = _throughput(config, model, mesh)
         metrics = telemetry.Metrics(workdir, config.steps, start, ledger)
         stack.callback(metrics.close)
+        profile = Profile(workdir, config.profile)
+        stack.callback(profile.close)
         parameters = count_parameters(abstract["params"])
         if jax.process_index() == 0:
             storage.publish(storage.path(workdir) / "parameters.txt", sharding.table(abstract["params"], mesh) + "\n")
@@ -149,6 +154,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         stop.saves = True
         for step in range(start + 1, config.steps + 1):
             watchdog.beat(f"doing step {step:,}")
+            profile.before(step)
             with jax.transfer_guard("disallow"):
                 with ledger("input"):
                     tokens = next(batches).tokens

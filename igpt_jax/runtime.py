@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax._src import distributed as jax_distributed  # the coordination service's client has no public name
 from jax.experimental import multihost_utils
 
-from igpt_jax import checkpoint, storage
+from igpt_jax import checkpoint, launcher, startup, storage
 from igpt_jax.config import UserError, to_dict
 from igpt_jax.telemetry import say
 
@@ -54,41 +53,24 @@ class Diverged(Ended):
 _connected = threading.Event()  # to the other processes; a question to JAX's client before that aborts the process
 
 
-def initialize() -> None:
-    """Sets up the compilation cache and, where several processes run this job, connects them.
-
-    A process that gives no sign of life for IGPT_HEARTBEAT_SECONDS (100) is taken for dead, and ends the others.
-
-    Processes find each other through IGPT_COORDINATOR (host:port), IGPT_PROCESSES and IGPT_PROCESS_ID, as
-    `launch/local.sh` sets them, or through what JAX itself detects: srun with several tasks, GKE's TPU slices of
-    several hosts, and with IGPT_COORDINATOR=auto whatever else JAX knows (TPU VMs, Open MPI). Call it before the first
+def initialize(**facts: Any) -> None:
+    """Sets up the compilation cache and, where several processes run this job, connects them. Call it before the first
     JAX computation.
 
+    Args:
+      facts: what all processes must agree on; `startup.agree` says how.
+
     Raises:
-      UserError: the IGPT_ variables are incomplete or are no numbers.
+      UserError, startup.Elsewhere: the launcher's variables cannot be read, or the processes differ.
     """
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "igpt_jax", "compiled"))
-    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    coordinator = os.environ.get("IGPT_COORDINATOR", "auto" if several else "")
-    if coordinator == "auto":
-        _connect()
-    elif coordinator:
-        try:
-            processes, process_id = int(os.environ["IGPT_PROCESSES"]), int(os.environ["IGPT_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise UserError("IGPT_COORDINATOR is set, so IGPT_PROCESSES and IGPT_PROCESS_ID must be numbers. "
-                            "launch/local.sh sets all three; unset IGPT_COORDINATOR to run one process.") from None
-        _connect(coordinator_address=coordinator, num_processes=processes, process_id=process_id)
-
-
-def _connect(**arguments: Any) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself: `StopSignal` begins it
-    heartbeat = int(os.environ.get("IGPT_HEARTBEAT_SECONDS", 100))
-    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **arguments)
-    _connected.set()
+    if launch := launcher.recognise(os.environ):
+        startup.connect(launch)
+        _connected.set()
+        hosts = startup.agree(code=startup.code_digest(), versions=checkpoint.versions(), **facts)
+        startup.introduce(launch, hosts)
 
 
 def set_precision(precision: str) -> None:
@@ -206,7 +188,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     name = f"igpt_jax {config.job}"
     try:
         with StopSignal():
-            initialize()
+            initialize(workdir=workdir, **to_dict(config))
             set_precision(getattr(config, "precision", "float32"))
             with _workdir_for(config, workdir) as folder:
                 status, code, message = "done", DONE, ""
@@ -228,11 +210,14 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                 jax.distributed.shutdown()  # waits for the others
                 _connected.clear()
             return code
-    except _ElsewhereError:
+    except startup.Elsewhere:
         code = INPUT
     except UserError as error:
         say(f"{name}: {error}")
         code = INPUT
+    except startup.PeerMissing as error:
+        say(f"{name}: {error}")
+        code = PEER
     except Preempted:
         say(f"{name}: interrupted. The same command starts it again.")
         code, interrupted = PREEMPTED, True
@@ -252,29 +237,22 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     return code
 
 
-class _ElsewhereError(Exception):
-    """Process 0 has said why the job cannot start."""
-
-
 @contextlib.contextmanager
 def _workdir_for(config: Any, workdir: str) -> Iterator[storage.epath.Path]:
     """The workdir, locked and labelled by process 0; the others wait for its word."""
     folder = storage.path(workdir)
     with contextlib.ExitStack() as stack:
-        error = None
+        refusal = ""
         if jax.process_index() == 0:
             try:
                 stack.enter_context(storage.lock(folder))
                 storage.sweep(folder)
                 stack.enter_context(_records(folder, config))
-            except UserError as caught:
-                error = caught
-            except (OSError, ImportError) as caught:  # ImportError: the bucket's client is not installed
-                error = UserError(f"workdir {workdir} cannot be written: {caught}. Give another --workdir.")
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
-            raise error or _ElsewhereError
-        if error:
-            raise error
+            except UserError as error:
+                refusal = str(error)
+            except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
+                refusal = f"workdir {workdir} cannot be written: {error}. Give another --workdir."
+        startup.follow(refusal)
         yield folder
 
 
@@ -313,8 +291,10 @@ def leave(code: int) -> None:
     for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if _connected.is_set() and jax_distributed.global_state.process_id == 0:
-        time.sleep(2 * GRACE_SECONDS)  # it hosts the coordination service: let the others end first
+    for number in (signal.SIGINT, signal.SIGTERM):  # launchers end the others when one has ended: the code is decided
+        signal.signal(number, signal.SIG_IGN)
+    if _connected.is_set() and startup.coordinates():
+        time.sleep(2 * GRACE_SECONDS)  # let the others end first
     os._exit(code)
 
 

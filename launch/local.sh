@@ -14,6 +14,7 @@ fi
 count=$1
 shift
 python=${PYTHON:-python3}
+echo "$count processes: $python -m igpt_jax $*" >&2
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 label() {

@@ -126,3 +126,28 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(bucket, tmp_path, run
     assert where.startswith(str(tmp_path / "here"))
     with open(f"{where}/manifest.json") as one, open(tmp_path / "store" / "manifest.json") as other:
         assert json.load(one)["files"] == json.load(other)["files"]
+
+
+@pytest.mark.timeout(600)
+def test_programs_and_profiles_lie_in_the_bucket(bucket, run_job):
+    """With the compilation cache in the bucket a second run of the same program adds none to it; the trace of a run's
+    steps lies in its workdir."""
+    url, env = bucket
+    env = {**env, "JAX_COMPILATION_CACHE_DIR": f"{url}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert run_job("prepare", f"--workdir={url}/store", env=env).returncode == 0
+
+    def run(name, *more):
+        done = run_job("pretrain", f"--workdir={url}/{name}", f"--config.data.store={url}/store", *KEYS,
+                       "--config.steps=4", "--config.data.reader=resident", *more, env=env)
+        assert done.returncode == 0, done.stderr
+
+    def files(pattern):
+        done = run_job(script=f"from igpt_jax import storage; print(*storage.path('{url}').glob('{pattern}'))", env=env)
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.split())
+
+    run("first")
+    compiled = files("compiled/*-cache")
+    run("second", "--config.profile=(2,3)")
+    assert compiled and compiled == files("compiled/*-cache")
+    assert files("second/profile/plugins/profile/*/*.xplane.pb") and not files("first/profile")

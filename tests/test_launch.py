@@ -1,0 +1,208 @@
+"""The launch files: scripts pass shellcheck, manifests their schemas, and every command in them is one of ours."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import stat
+import subprocess
+import sys
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from conftest import ROOT, run_job_command
+
+from igpt_jax import __main__ as command_line
+
+JOBSET = json.loads((ROOT / "tests/data/jobset-v1alpha2.json").read_text())
+COMMON = {"NAME": "igpt-l", "IMAGE": "registry.io/me/igpt:1", "WORKDIR": "gs://bucket/igpt_l"}
+TRAINING = {**COMMON, "CONFIG": "configs/igpt_l.py", "STORE": "gs://bucket/imagenet32"}
+SLICES = {**COMMON, "JOB": "prepare", "CONFIG": "configs/prepare.py:source=tar:gs://b/*.tar,image_size=32",
+          "COUNT": "64", "CPUS": "8", "GPUS": "0"}
+MANIFESTS = {
+    "tpu": ("tpu.yaml", {**TRAINING, "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "SLICES": "1",
+                         "HOSTS": "4", "DEVICES": "4"}),
+    "tpu slices": ("tpu.yaml", {**TRAINING, "ACCELERATOR": "tpu-v6e-slice", "TOPOLOGY": "16x16", "SLICES": "2",
+                                "HOSTS": "64", "DEVICES": "4"}),
+    "gpu": ("gpu.yaml", {**TRAINING, "ACCELERATOR": "nvidia-h100-80gb", "HOSTS": "2", "DEVICES": "8"}),
+    "slices": ("slices.yaml", SLICES),
+    "merge": ("merge.yaml", SLICES),
+}
+
+
+def render(file, variables):
+    return subprocess.run([ROOT / "launch/gke/render.sh", file], env={"PATH": os.environ["PATH"], **variables},
+                          text=True, capture_output=True)
+
+
+def rendered(file, variables):
+    done = render(file, variables)
+    assert done.returncode == 0, done.stderr
+    manifest, = yaml.safe_load_all(done.stdout)
+    return manifest, done.stderr
+
+
+def job_of(manifest):
+    """The Kubernetes Job in a manifest: a JobSet's one template, or the Job itself."""
+    if manifest["kind"] == "Job":
+        return manifest
+    replicated, = manifest["spec"]["replicatedJobs"]
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": replicated["name"]}, **replicated["template"]}
+
+
+def parses(arguments):
+    """What our own parser makes of `python -m igpt_jax` and these arguments: the config and the workdir."""
+    job, *rest = arguments
+    return command_line._parse(job, rest)
+
+
+def test_scripts_pass_shellcheck():
+    """Seen to fail with an unquoted $count in local.sh."""
+    files = [file for folder in ("launch", "tests", ".ci") for file in (ROOT / folder).rglob("*")
+             if file.is_file() and file.read_bytes()[:20].startswith(b"#!/usr/bin/env bash")]
+    assert len(files) >= 10 and all(file.stat().st_mode & stat.S_IXUSR for file in files)
+    shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_fit_their_schemas(name):
+    """Kubernetes' own schema of a Job, strictly, and JobSet's.
+
+    Seen to fail with `maxRestart` in place of maxRestarts, and with `parallelism: four`.
+    """
+    manifest, _ = rendered(*MANIFESTS[name])
+    if manifest["kind"] == "JobSet":
+        jsonschema.validate(manifest, JOBSET)
+    kubernetes_validate.validate(job_of(manifest), kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_commands_of_manifests_parse(name, monkeypatch):
+    """The containers' commands are shown first, and our own parser takes them; $(SLICE) is a number by then.
+
+    Seen to fail with `--config.data.stores` in tpu.yaml.
+    """
+    monkeypatch.chdir(ROOT)
+    manifest, shown = rendered(*MANIFESTS[name])
+    container, = job_of(manifest)["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:3] == ["python", "-m", "igpt_jax"] and " ".join(container["command"]) in shown
+    _, workdir = parses([word.replace("$(SLICE)", "3") for word in container["command"][3:]])
+    assert workdir.startswith("gs://bucket/igpt_l")
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_exit_codes_decide_what_starts_again(name):
+    """What can go on starts again without end; a bug, the input and divergence end the JobSet."""
+    manifest, _ = rendered(*MANIFESTS[name])
+    job, policy = job_of(manifest), manifest["spec"]["failurePolicy"]
+    disrupted, ended = job["spec"]["podFailurePolicy"]["rules"]
+    assert disrupted == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert ended["action"] == "FailJob" and ended["onExitCodes"]["values"] == [75, 76, 134, 137, 143]
+    assert policy["rules"] == [{"name": "resumable", "action": "RestartJobSetAndIgnoreMaxRestarts",
+                                "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert policy["maxRestarts"] == 0 and job["spec"]["backoffLimit"] == 0
+
+
+@pytest.mark.parametrize("name, value", [("NAME", "x; rm -rf"), ("NAME", ""), ("WORKDIR", "gs://a\n- b"),
+                                         ("HOSTS", "four"), ("CONFIG", "$(rm)'")])
+def test_variables_that_would_change_a_manifest_are_refused(name, value):
+    file, variables = MANIFESTS["tpu"]
+    done = render(file, {**variables, name: value})
+    assert done.returncode == 2 and f"tpu.yaml: {name}=" in done.stderr and not done.stdout
+
+
+@pytest.fixture
+def submitted(tmp_path):
+    """The words of each sbatch command that a script of launch/slurm gives."""
+    stub, log = tmp_path / "sbatch", tmp_path / "log"
+    stub.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" >> {log}\nprintf '\\n' >> {log}\necho 17\n")
+    stub.chmod(0o755)
+
+    def run(script, *arguments, **environment):
+        log.unlink(missing_ok=True)
+        environment = {**os.environ, "SBATCH": str(stub), "PYTHON": sys.executable, **environment}
+        subprocess.run([ROOT / "launch/slurm" / script, *arguments], cwd=ROOT, env=environment, check=True,
+                       capture_output=True)
+        return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+    return run
+
+
+def jobs_in(commands):
+    """What follows job.sbatch in each command."""
+    for words in commands:
+        at = next((at for at, word in enumerate(words) if word.endswith("job.sbatch")), None)
+        if at:
+            yield [word.replace("{i}", "1").replace("{value}", "0.001") for word in words[at + 1:]]
+
+
+def test_commands_of_slurm_scripts_parse(submitted, monkeypatch):
+    """Chain, slices and sweep: what they submit, our own parser takes.
+
+    Seen to fail with `--config.checkpoints` for probe in chain.sh.
+    """
+    monkeypatch.chdir(ROOT)
+    chain = submitted("chain.sh", "runs/x", "--config=configs/igpt_s.py", "--config.data.store=runs/store",
+                      PROBE="--config.batch_size=256")
+    slices = submitted("slices.sh", "8", "prepare", "--workdir=runs/web", "--config.source=folder:pictures")
+    sweep = submitted("sweep.sh", "runs/sweep", "--config=configs/igpt_s.py")
+    parsed = [parses(arguments) for arguments in jobs_in(chain + slices + sweep)]
+    assert [config.job for config, _ in parsed][0] == "pretrain" and len(parsed) == len(chain) + 3
+    assert {config.batch_size for config, _ in parsed if config.job == "probe"} == {256}
+    assert [config.shard for config, _ in parsed if config.job == "prepare"] == ["1/8", "merge"]
+    assert parsed[-1][0].optimizer.learning_rate == 0.001 and parsed[-1][1] == "runs/sweep/lr-0.001"
+
+
+def test_tpu_vm_shows_what_it_would_run(monkeypatch):
+    """A dry run names all workers of all slices, and runs a command that our own parser takes."""
+    monkeypatch.chdir(ROOT)
+    environment = {**os.environ, "NAME": "igpt-l", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "SLICES": "2",
+                   "DRY_RUN": "1"}
+    job = ["pretrain", "--config=configs/igpt_l.py", "--workdir=gs://bucket/igpt_l"]
+    shown = {verb: subprocess.run([ROOT / "launch/tpu_vm.sh", *verb.split(), *more], env=environment, text=True,
+                                  capture_output=True, check=True).stderr
+             for verb, more in (("create", []), ("run", job), ("stop", []), ("delete", []))}
+    assert "--node-count=2 --node-prefix=igpt-l" in shown["create"]
+    assert "--worker=all --node=all" in shown["run"]
+    run, = re.findall(r"python -m igpt_jax (.*)", shown["run"].splitlines()[0])
+    assert parses(shlex.split(run))[1] == "gs://bucket/igpt_l"
+
+
+def test_the_best_rate_of_a_sweep(tmp_path):
+    """The table has all rates from the highest down; a diverged or unfinished one is never the best.
+
+    Seen to fail with `max` in place of `min`.
+    """
+    rates = {0.01: ("diverged", None), 0.003: ("done", 2.1), 0.001: ("done", 2.3), 0.0003: (None, None)}
+    for rate, (status, nats) in rates.items():
+        folder = tmp_path / f"lr-{rate}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"optimizer": {"learning_rate": rate}}))
+        if status:
+            metrics = {"eval/nats_per_pixel": nats, "steps": 100}
+            (folder / "result.json").write_text(json.dumps({"status": status, "metrics": metrics}))
+    command = [sys.executable, ROOT / "launch/sweep.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "sweep.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:6]] == ["0.01", "0.003", "0.001", "0.0003"]
+    assert "Best: learning rate 0.003, 2.1000 nats per pixel held out. 2 of 4 did not finish." in table
+    assert json.loads((tmp_path / "sweep.json").read_text())["rows"][0]["eval/nats_per_pixel"] is None
+
+
+def test_the_container_installs_by_the_constraints():
+    """The image copies all that its installation reads."""
+    dockerfile = (ROOT / "launch/Dockerfile").read_text()
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE)).split()
+    needed = {"constraints.txt", "constraints-buckets.txt", "setup.cfg", "pyproject.toml", "igpt_jax", "launch"}
+    assert needed <= set(copied) and all((ROOT / name).exists() for name in copied)
+    assert "RUN launch/install.sh" in dockerfile
+
+
+def test_every_job_tells_of_processes():
+    done = run_job_command("verify", "--help")
+    assert "--coordinator" in done.stdout and "--process_id" in done.stdout
