@@ -184,8 +184,7 @@ def surprise_maps(path: storage.epath.Path, images_NYXC: np.ndarray, nats_NYX: n
     scale = colors.Normalize(0, np.quantile(nats_NYX, 0.995))  # one freak pixel must not dim all others
     heat_NYXC = np.uint8(255 * colormaps["magma"](scale(nats_NYX).clip(0, 1))[..., :3])
     pairs = np.stack([images_NYXC, heat_NYXC], axis=1).reshape(-1, *images_NYXC.shape[1:])
-    columns = 2 * min(4, math.ceil(math.sqrt(len(images_NYXC) / 2)))
-    grid = np.asarray(image_grid(pairs, columns, scale=max(1, 96 // images_NYXC.shape[2]), gap=6))
+    grid = np.asarray(image_grid(pairs, 2 * min(4, len(images_NYXC)), scale=max(1, 96 // images_NYXC.shape[2]), gap=6))
     figure = _new(1 + grid.shape[1] / 100, 0.4 + grid.shape[0] / 100)
     axes = figure.subplots()
     axes.imshow(grid, interpolation="none")
@@ -204,7 +203,8 @@ def surprise_means(path: storage.epath.Path, nats_YX: np.ndarray, by_class: Mapp
     """
     figure = _new(10 if by_class else 5.2, 4.2)
     places, *others = np.atleast_1d(figure.subplots(1, 2 if by_class else 1))
-    figure.colorbar(places.imshow(nats_YX, cmap="magma", interpolation="none"), ax=places, label="nats per pixel")
+    image = places.imshow(nats_YX, cmap="magma", interpolation="none", vmax=np.quantile(nats_YX, 0.99))
+    figure.colorbar(image, ax=places, label="nats per pixel", extend="max")  # the first pixel is far above all others
     places.set_xlabel("column")
     places.set_ylabel("row")
     for axes in others:

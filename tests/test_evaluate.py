@@ -136,7 +136,8 @@ def test_damaged_steps_are_told_and_the_others_measured(folder, logs):
     for step in ("4", "8"):
         shutil.copytree(folder / "run" / "checkpoints" / step, steps / step)
     (steps / "12").mkdir()
-    largest = max((file for file in (steps / "4" / "params").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+    files = [file for file in (steps / "4" / "params").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)

@@ -39,7 +39,8 @@ Row = dict[str, Any]
 
 
 def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
-    """Evaluates each checkpoint that has no row yet. Returns `nats_per_pixel` and `examples` by checkpoint.
+    """Evaluates each checkpoint that has no row yet. Returns how many `checkpoints` the table has, and
+    `nats_per_pixel` and `examples` by checkpoint.
 
     Raises:
       UserError: a checkpoint or the data is missing, or they do not fit each other or the mesh.
@@ -74,8 +75,8 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         row = {"checkpoint": step, **_figures(config, step, *loaded, mesh, folder), "asked": asked,
                "identity": checkpoint.identity(step)}
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
+        _publish(folder, rows)
         telemetry.say(f"{step}: {_told(row)}")
-        _publish(folder, rows)  # after each, so that nothing is lost where a later one cannot be read
     _publish(folder, rows)
     if damaged:
         raise Ended(f"{len(damaged)} checkpoints are damaged and not in the table: {', '.join(damaged)}.",
@@ -201,7 +202,8 @@ def _joined(folder: storage.epath.Path) -> list[Row]:
 
 
 def _metrics(rows: list[Row]) -> dict[str, Any]:
-    return {name: {row["checkpoint"]: row[name] for row in rows} for name in ("nats_per_pixel", "examples")}
+    by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows} for name in ("nats_per_pixel", "examples")}
+    return {"checkpoints": len(rows), **by_checkpoint}
 
 
 def _told(row: Row) -> str:
