@@ -36,8 +36,8 @@ def listed(typed: str) -> list[str]:
     return _by_step(found)
 
 
-def follow(typed: str, idle_seconds: float, poll_seconds: float) -> Iterator[str]:
-    """Yields every step of the runs that `typed` names, each once, oldest first, as they appear.
+def follow(typed: str, idle_seconds: float, poll_seconds: float) -> Iterator[str | None]:
+    """Yields every step of the runs that `typed` names, each once, oldest first, as they appear; None where it waits.
 
     Ends when all these runs are done, says their result.json; or after `idle_seconds` (0: never) in which none came.
     What is typed need not be there yet.
@@ -57,6 +57,7 @@ def follow(typed: str, idle_seconds: float, poll_seconds: float) -> Iterator[str
         elif done or 0 < idle_seconds <= time.monotonic() - since:
             break
         else:
+            yield None
             time.sleep(poll_seconds)
     if not seen:
         raise _none(typed)
@@ -68,16 +69,19 @@ def in_slice(step: str, i: int, n: int) -> bool:
     return zlib.crc32(step.encode()) % n == i
 
 
-def on_all_processes(items: Iterator[str]) -> Iterator[str]:
-    """What process 0 finds in `items`; other processes, whose disks may show other files, do the same ones."""
+def on_all_processes(steps: Iterator[str | None]) -> Iterator[str]:
+    """The steps that process 0 finds; the others, to which a disk may show other files, take the same ones.
+
+    They hear of each None too, since a collective that waits for long fails.
+    """
     if jax.process_count() == 1:
-        yield from items
+        yield from filter(None, steps)
         return
     while True:
-        found: dict[str, str] = {}
+        found: dict[str, str | None] = {}
         if jax.process_index() == 0:
             try:
-                found = {"item": next(items)}
+                found = {"step": next(steps)}
             except StopIteration:
                 pass
             except UserError as error:
@@ -87,7 +91,8 @@ def on_all_processes(items: Iterator[str]) -> Iterator[str]:
             raise UserError(found["error"])
         if not found:
             return
-        yield found["item"]
+        if found["step"]:
+            yield found["step"]
 
 
 def _from_process_0(data: bytes) -> bytes:

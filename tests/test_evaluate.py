@@ -178,7 +178,7 @@ def test_every_checkpoint_is_in_one_slice():
 def test_surprise_counts_each_pixel_once(tmp_path, monkeypatch):
     """By place, class and picture, in batches of 7 of 23 images, against all at once.
 
-    Seen to fail with classes averaged over batches, and with places summed in float32 over the filled-up rows too.
+    Seen to fail with each image given the mean of its batch.
     """
     monkeypatch.setenv("IGPT_CACHE", str(tmp_path / "cache"))
     random = np.random.default_rng(0)

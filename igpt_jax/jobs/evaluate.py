@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -62,18 +61,19 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     damaged = []
     for step in arrivals.on_all_processes(_without_row(config, rows)):
         try:
+            identity = checkpoint.identity(step)
             loaded = checkpoint.load_model(step, mesh, config.precision, config.attention)
-        except (checkpoint.NoneGood, OSError) as error:
+        except (UserError, OSError) as error:
             if not checkpoint.is_checkpoint(step):
                 telemetry.say(f"{step}: its run has removed it meanwhile; it is passed over")
-                continue
-            if isinstance(error, OSError):
+            elif isinstance(error, checkpoint.NoneGood):
+                telemetry.say(str(error))
+                damaged.append(step)
+            else:
                 raise
-            telemetry.say(f"{error}")
-            damaged.append(step)
             continue
-        row = {"checkpoint": step, **_figures(config, step, *loaded, mesh, folder), "asked": asked,
-               "identity": checkpoint.identity(step)}
+        row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder), "asked": asked,
+               "identity": identity}
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
         _publish(folder, rows)
         telemetry.say(f"{step}: {_told(row)}")
@@ -84,17 +84,24 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     return _metrics(rows)
 
 
-def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str]:
-    """The checkpoints of this slice that have no row among those that were there at the start."""
-    known = {(row["checkpoint"], row["identity"]) for row in rows}
+def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
+    """The checkpoints of this slice that have no row among those that were there at the start; None where it waits."""
+    known = {row["checkpoint"]: row["identity"] for row in rows}
     steps = (arrivals.follow(config.checkpoints, config.idle_seconds, config.poll_seconds) if config.watch else
              arrivals.listed(config.checkpoints))
     for step in steps:
-        if arrivals.in_slice(step, *config.slice) and (step, _identity(step)) not in known:
+        if step is None or arrivals.in_slice(step, *config.slice) and not _same(step, known.get(step)):
             yield step
 
 
-def _figures(config: EvaluateConfig, step: str, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh,
+def _same(step: str, identity: str | None) -> bool:
+    try:
+        return checkpoint.identity(step) == identity
+    except UserError:  # it is gone or damaged, as will be said when it is loaded
+        return False
+
+
+def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh,
              folder: storage.epath.Path) -> Row:
     """The columns of one checkpoint; its surprise goes to files of its own."""
     split = _examples(config, record)
@@ -136,27 +143,28 @@ def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoin
 # What is written.
 
 def _publish(folder: storage.epath.Path, rows: list[Row]) -> None:
-    """The table and its figures."""
+    """The table, by run and step, and its figures."""
     if jax.process_index() != 0:
         return
+    rows = sorted(rows, key=lambda row: (str(arrivals.run_of(row["checkpoint"])), row["steps"]))
+    table.publish(folder, NAME, rows)
+    if not rows:
+        return
     runs: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (str(arrivals.run_of(row["checkpoint"])), row["steps"])):
+    for row in rows:
         runs.setdefault(str(arrivals.run_of(row["checkpoint"])), []).append(row)
-    table.publish(folder, NAME, [row for rows in runs.values() for row in rows])
-    short = os.path.commonpath([os.path.dirname(run) for run in runs]) if runs else ""
-    runs = {os.path.relpath(run, short or "."): rows for run, rows in runs.items()}
-    if runs:
-        figures.loss_over_steps(folder / "figures" / "loss.png", {
-            run: [(row["steps"], row["nats_per_pixel"]) for row in rows] for run, rows in runs.items()})
-    probed = {run: kept for run, rows in runs.items() if (kept := [row for row in rows if "probe_accuracy" in row])}
-    if probed:
-        curves = {f"{run}, step {row['steps']:,}": row["accuracy_by_layer"] for run, rows in probed.items()
-                  for row in rows}
+    names = [storage.path(run).name for run in runs]
+    runs = dict(zip(names if len(set(names)) == len(runs) else runs, runs.values(), strict=True))
+    figures.loss_over_steps(folder / "figures" / "loss.png", {
+        run: [(row["steps"], row["nats_per_pixel"]) for row in rows] for run, rows in runs.items()})
+    if "probe_accuracy" in rows[0]:
+        curves = [(f"{run}, step {row['steps']:,}", row["accuracy_by_layer"]) for run, rows in runs.items()
+                  for row in rows]
         shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
-        count = next(iter(probed.values()))[0]["probe_examples"]
+        count = rows[0]["probe_examples"]
         figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png",
-                                  {name: curves[name] for name in np.array(list(curves))[shown]}, {}, count)
-        figures.accuracy_over_loss(folder / "figures" / "accuracy_over_loss.png", probed, count)
+                                  dict(curves[index] for index in shown), {}, count)
+        figures.accuracy_over_loss(folder / "figures" / "accuracy_over_loss.png", runs, count)
 
 
 def _publish_surprise(folder: storage.epath.Path, step: str, found: surprise.Surprise, split: Split | TokenFile,
@@ -214,9 +222,3 @@ def _told(row: Row) -> str:
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
-
-def _identity(step: str) -> str | None:
-    try:
-        return checkpoint.identity(step)
-    except UserError:  # it is gone or damaged, as will be said when it is loaded
-        return None
