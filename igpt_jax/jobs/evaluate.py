@@ -50,10 +50,8 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         rows = _joined(folder)
         _publish(folder, rows)
         return _metrics(rows)
-    for name, used, default in (("probing.*", config.probe, config.probing == ProbingConfig()),
-                                ("data.*", not config.tokens, config.data == type(config.data)())):
-        if not (used or default):
-            telemetry.say(f"igpt_jax evaluate: {name} has no effect here: see probe and tokens.")
+    if not config.probe and config.probing != ProbingConfig():
+        telemetry.say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     asked = _digest({name: value for name, value in to_dict(config).items() if name not in FREE_KEYS})
