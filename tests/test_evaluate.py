@@ -15,9 +15,10 @@ from conftest import ROOT, run_job_command
 from PIL import Image
 from test_model import random_parameters
 
-from igpt_jax import arrivals, checkpoint, objectives, palette, sharding, storage, surprise
-from igpt_jax.config import MeshConfig, ModelConfig
+from igpt_jax import arrivals, checkpoint, evaluation, objectives, palette, sharding, storage, surprise
+from igpt_jax.config import MeshConfig, ModelConfig, parse
 from igpt_jax.data.store import Store, Writer
+from igpt_jax.jobs import evaluate as job
 from igpt_jax.model import Model
 
 STEPS = (4, 8, 12, 16, 20)
@@ -146,6 +147,21 @@ def test_damaged_steps_are_told_and_the_others_measured(folder, logs):
     assert [row["steps"] for row in rows_of(folder / "evaluate_damaged")] == [8]
     result = json.loads((folder / "evaluate_damaged" / "result.json").read_text())
     assert result["status"] == "failed" and len(result["metrics"]["nats_per_pixel"]) == 1
+
+
+def test_a_step_that_is_removed_while_it_is_measured_has_its_row(folder, logs, monkeypatch):
+    """As a run that goes on does it. Seen to fail, on such a run, with the identity read after the measurement."""
+    steps = folder / "vanishing" / "checkpoints"
+    shutil.copytree(folder / "run" / "checkpoints" / "4", steps / "4")
+    over_split = evaluation.over_split
+
+    def remove_first(*arguments):
+        shutil.rmtree(steps / "4", ignore_errors=True)
+        return over_split(*arguments)
+
+    monkeypatch.setattr(evaluation, "over_split", remove_first)
+    job.run(parse("evaluate", {"checkpoints": f"{steps}/4"}), str(folder / "evaluate_vanishing"))
+    assert [row["steps"] for row in rows_of(folder / "evaluate_vanishing")] == [4]
 
 
 BAD = {
