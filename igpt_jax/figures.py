@@ -73,8 +73,9 @@ def accuracy_over_loss(path: storage.epath.Path, runs: Mapping[str, Sequence[Map
     axes = figure.subplots()
     for name, rows in runs.items():
         losses, accuracies = ([row[column] for row in rows] for column in ("nats_per_pixel", "probe_accuracy"))
-        axes.errorbar(losses, [100 * each for each in accuracies], yerr=_spreads(rows, "probe_accuracy", "probe_"),
-                      marker="o", markersize=4, capsize=2.5, linewidth=1.4, label=name)
+        spreads = _spreads(rows, "probe_accuracy", "probe_interval")
+        axes.errorbar(losses, [100 * each for each in accuracies], yerr=spreads, marker="o", markersize=4, capsize=2.5,
+                      linewidth=1.4, label=name)
         for row, loss, accuracy in zip(rows, losses, accuracies, strict=True):
             axes.annotate(f"{row['steps']:,}", (loss, 100 * accuracy), textcoords="offset points", xytext=(5, -11),
                           fontsize=8, color="0.35")
@@ -97,8 +98,9 @@ def accuracy_by_layer(path: storage.epath.Path, curves: Mapping[str, Sequence[Ma
     figure = _new()
     axes = figure.subplots()
     for name, rows in curves.items():
-        axes.errorbar([row["layer"] for row in rows], [100 * row["test_accuracy"] for row in rows],
-                      yerr=_spreads(rows, "test_accuracy"), marker="o", markersize=4, capsize=2.5, linewidth=1.4,
+        spreads = _spreads(rows, "test_accuracy", "interval")
+        axes.errorbar([row["layer"] for row in rows], [100 * row["test_accuracy"] for row in rows], yerr=spreads,
+                      marker="o", markersize=4, capsize=2.5, linewidth=1.4,
                       label=name or "layers, with 95 % intervals")
     for (name, accuracy), style in zip(others.items(), ("--", ":"), strict=False):
         axes.axhline(100 * accuracy, color="0.45", linestyle=style, linewidth=1.2,
@@ -109,9 +111,9 @@ def accuracy_by_layer(path: storage.epath.Path, curves: Mapping[str, Sequence[Ma
     _save(path, figure)
 
 
-def _spreads(rows: Sequence[Mapping[str, Any]], accuracy: str, prefix: str = "") -> list[list[float]]:
+def _spreads(rows: Sequence[Mapping[str, Any]], accuracy: str, interval: str) -> list[list[float]]:
     """Distances of the lower and the upper ends of intervals from the accuracies, per cent."""
-    return [[100 * abs(row[f"{prefix}interval_{end}"] - row[accuracy]) for row in rows] for end in ("low", "high")]
+    return [[100 * abs(row[interval][end] - row[accuracy]) for row in rows] for end in (0, 1)]
 
 
 def scaling_curve(path: storage.epath.Path, title: str, curve: Sequence[tuple[int, float, float]],

@@ -123,9 +123,8 @@ class Prober:
         both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
         probe, = self._fit(*both, options[chosen:chosen + 1])
         accuracy = probe.accuracy(data.features_ED[2], data.labels_E[2])
-        low, high = linear_probe.wilson(accuracy, len(data.labels_E[2]))
         return {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
-                "test_accuracy": accuracy, "interval_low": low, "interval_high": high}
+                "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
 
     def few_labels(self, data: Labelled, count: int, draws: int) -> dict[str, Any]:
         """`count` labels of each class, drawn several times: fit on those, choose on held-out, count on test."""

@@ -12,9 +12,9 @@ Row = Mapping[str, Any]
 
 
 def publish(folder: storage.epath.Path, name: str, rows: Sequence[Row]) -> None:
-    """Writes NAME.json and NAME.csv, each of them whole or not at all. Lists of figures are in the JSON alone."""
+    """Writes NAME.json and NAME.csv, each of them whole or not at all. Tables within a row are in the JSON alone."""
     storage.publish(folder / f"{name}.json", runtime.to_json(rows))
-    columns = dict.fromkeys(column for row in rows for column, value in row.items() if not _nested(value))
+    columns = dict.fromkeys(column for row in rows for column, value in row.items() if not _is_table(value))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -28,5 +28,5 @@ def load(folder: storage.epath.Path, name: str) -> list[dict[str, Any]]:
     return json.loads(storage.read(file)) if file.exists() else []
 
 
-def _nested(value: Any) -> bool:
-    return isinstance(value, list | tuple | dict)
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value)

@@ -131,12 +131,11 @@ def test_the_job_probes_every_layer(trained):
     assert list(found["accuracy_by_layer"]) == ["0", "1", "2"]
     assert found["raw_pixel_accuracy"] > 0.8 and found["untrained_accuracy"] > 0.2
     with open(workdir / "probe.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [row["features"] for row in rows]
+        names = [row["features"] for row in csv.DictReader(file)]
     assert names[:3] == ["layer 0", "layer 1", "layer 2"] and len(names) == 7, names
-    for row in rows[:3]:
-        low, high = linear_probe.wilson(found["accuracy_by_layer"][row["layer"]], 1000)
-        np.testing.assert_allclose([float(row["interval_low"]), float(row["interval_high"])], [low, high])
+    for row in json.loads((workdir / "probe.json").read_text())[:3]:
+        expected = linear_probe.wilson(found["accuracy_by_layer"][str(row["layer"])], 1000)
+        np.testing.assert_allclose(row["interval"], expected)
     assert (workdir / "figures" / "accuracy_by_layer.png").stat().st_size > 10_000
 
 

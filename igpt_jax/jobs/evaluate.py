@@ -131,11 +131,9 @@ def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoin
     prober = Prober(dataclasses.replace(config.probing, data=data), record)
     features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
     by_layer, best = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
-    names, chosen = ("layer", "test_accuracy", "interval_low", "interval_high"), by_layer[best]
+    chosen = by_layer[best]
     return {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
-            "probe_interval_low": chosen["interval_low"], "probe_interval_high": chosen["interval_high"],
-            "probe_examples": prober.test_count,
-            "accuracy_by_layer": [{name: row[name] for name in names} for row in by_layer]}
+            "probe_interval": chosen["interval"], "probe_examples": prober.test_count, "accuracy_by_layer": by_layer}
 
 
 # What is written.

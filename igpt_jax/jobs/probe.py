@@ -52,8 +52,8 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
 
     if jax.process_index() == 0:
         for row in rows:
-            spread = (f"[{row['interval_low']:.2%}, {row['interval_high']:.2%}]" if "interval_low" in row else
-                      f"+- {row['deviation'] or 0:.2%}")
+            low, high = row.get("interval", (None, None))
+            spread = f"[{low:.2%}, {high:.2%}]" if low is not None else f"+- {row['deviation'] or 0:.2%}"
             telemetry.say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
         table.publish(folder, "probe", rows)
