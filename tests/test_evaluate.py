@@ -72,7 +72,7 @@ def evaluate(folder, name, *more, code=0):
 def test_a_followed_run_is_evaluated_once_per_step_though_the_follower_is_killed(folder, logs):
     """SIGKILL after the first row; the same command again: a row and a line per step, none twice; a table, a figure.
 
-    Seen to fail with the rows of the former process forgotten.
+    Seen to fail with a step told before its row was written. Must fail with the former process's rows forgotten.
     """
     told = "".join(logs)
     for step in STEPS:
@@ -91,7 +91,7 @@ def test_a_followed_run_is_evaluated_once_per_step_though_the_follower_is_killed
 def test_slices_join_to_the_table_of_one_job(folder, logs):
     """Two slices and their merge, against the watched table; while one is missing, the merge is refused.
 
-    Seen to fail with the slices chosen by the place in the list that is there at the time.
+    Must fail with the slices chosen by the place in the list that is there at the time.
     """
     steps = f"--config.checkpoints={folder / 'run'}/checkpoints/*"
     evaluate(folder, "array/0", steps, "--config.shard=0/2")
@@ -113,7 +113,7 @@ def test_slices_join_to_the_table_of_one_job(folder, logs):
 def test_what_another_run_wrote_in_its_place_is_evaluated_anew(folder, logs):
     """The same command again does nothing; with another step's files under the same path, it measures those.
 
-    Seen to fail with rows known by their path alone.
+    Must fail with rows known by their path alone.
     """
     steps = folder / "swapped" / "checkpoints"
     shutil.copytree(folder / "run" / "checkpoints" / "4", steps / "4")
@@ -131,7 +131,7 @@ def test_what_another_run_wrote_in_its_place_is_evaluated_anew(folder, logs):
 def test_damaged_steps_are_told_and_the_others_measured(folder, logs):
     """A flipped bit in one of two checkpoints, and a third that is still being written: exit code 2, one row.
 
-    Seen to fail with the job ended at the first damage.
+    Must fail with the job ended at the first damage.
     """
     steps = folder / "damaged" / "checkpoints"
     for step in ("4", "8"):
