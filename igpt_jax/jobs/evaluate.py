@@ -77,8 +77,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         telemetry.say(f"{step}: {_told(row)}")
     _publish(folder, rows)
     if damaged:
-        raise Ended(f"{len(damaged)} checkpoints are damaged and not in the table: {', '.join(damaged)}.",
-                    _metrics(rows))
+        raise Ended(f"damaged, and not in the table: {', '.join(damaged)}.", _metrics(rows))
     return _metrics(rows)
 
 
