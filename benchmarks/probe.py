@@ -1,23 +1,32 @@
-"""The probe's solver beside scikit-learn's LogisticRegression, on the same features, in turn.
+"""What probing costs: the solver beside scikit-learn's LogisticRegression, and features of all layers beside one.
 
-    python benchmarks/probe.py [--examples 10000] [--dims 512] [--classes 10] [--layers 25] [--json FILE]
+    python benchmarks/probe.py solver [--examples 10000] [--dims 512] [--classes 10] [--layers 25] [--json FILE]
+    python benchmarks/probe.py features [--layers 24] [--embed 64] [--size 16] [--rounds 25] [--json FILE]
 
-Features of each layer are synthetic and correlated, as a network's are. scikit-learn solves in float32 and in float64,
-to a tolerance at which its objective is no lower than ours. Prints seconds, their ratio, and how the optima differ.
+solver: features of each layer are synthetic and correlated, as a network's are. scikit-learn solves in float32 and in
+float64, to a tolerance at which its objective is no lower than ours. Prints seconds, their ratio, and how the optima
+differ. features: the same batch through both programs in turn; prints the median seconds of each, by the clock and of
+CPU time, which other jobs on the machine disturb less, and of the pairs' ratio.
 """
 
 import argparse
 import json
 import pathlib
 import time
+from typing import Any
 
+import jax
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from igpt_jax import linear_probe
+from igpt_jax.attention import attention
+from igpt_jax.config import ModelConfig
+from igpt_jax.features import make_feature_step
+from igpt_jax.model import Model, norm
 
 
-def features(examples: int, dims: int, classes: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+def synthetic(examples: int, dims: int, classes: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 [E, D] whose principal deviations fall off exponentially, and labels that depend on them with noise."""
     random = np.random.default_rng(layer)
     mix_DD = random.normal(size=(dims, dims)) * np.exp(-np.arange(dims) * 8 / dims)[:, None]
@@ -35,18 +44,11 @@ def objective(x_ED: np.ndarray, labels_E: np.ndarray, weights_DK: np.ndarray, bi
     return float(entropy.mean() + strength / 2 * np.square(weights_DK, dtype=np.float64).sum())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("examples", 10_000), ("dims", 512), ("classes", 10), ("layers", 25)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--strength", type=float, default=1e-3)
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="of scikit-learn's gradient")
-    parser.add_argument("--json", help="file for the figures")
-    arguments = parser.parse_args()
+def solver(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     strength, classes = arguments.strength, arguments.classes
     rows = []
     for layer in range(arguments.layers):
-        x_ED, labels_E = features(arguments.examples, arguments.dims, classes, layer)
+        x_ED, labels_E = synthetic(arguments.examples, arguments.dims, classes, layer)
         if layer == 0:
             linear_probe.fit(x_ED, labels_E, classes, (strength,))  # compiles
         start = time.perf_counter()
@@ -68,8 +70,62 @@ def main() -> None:
     total = {name: sum(row[name] for row in rows) for name in rows[0] if name.endswith("_seconds")}
     for name, seconds in total.items():
         print(f"{name:28} {seconds:8.2f} s  {seconds / total['ours_seconds']:6.2f} x")
+    return rows
+
+
+def features(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    config = ModelConfig("igpt_tiny", layers=arguments.layers, embed=arguments.embed, heads=arguments.heads)
+    model = Model(config, 512, arguments.size, "float32")
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens_BT = jax.random.randint(jax.random.key(1), (arguments.batch, model.dims.T), 0, 512)
+
+    def last_layer(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
+        """f^L alone: the same forward pass, whose scan gives nothing but the stream."""
+        gpt = model.bind(params)
+
+        def block(block, x_BTD, _):
+            return block.after_attention(x_BTD, attention(*block.qkv(x_BTD), causal=True,
+                                                          backend=gpt.config.attention)), None
+
+        return norm(gpt.scan_blocks(block, gpt.embed(tokens_BT))[0], gpt.final_norm_D[...]).mean(axis=1)
+
+    programs = {"one": jax.jit(last_layer), "all": jax.jit(make_feature_step(model, "normalized"))}
+    found = {name: np.asarray(program(params, tokens_BT)) for name, program in programs.items()}  # compiles
+    np.testing.assert_allclose(found["all"][:, -1], found["one"], atol=1e-5)
+    rows = []
+    for _ in range(arguments.rounds):
+        row = {}
+        for name, program in programs.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            jax.block_until_ready(program(params, tokens_BT))
+            row |= {f"{name}_seconds": time.perf_counter() - start,
+                    f"{name}_cpu_seconds": time.process_time() - cpu_start}
+        rows.append({**row, **{f"{unit}_ratio": row[f"all_{unit}"] / row[f"one_{unit}"]
+                               for unit in ("seconds", "cpu_seconds")}})
+    for name in rows[0]:
+        values = sorted(row[name] for row in rows)
+        print(f"{name:18} median {np.median(values):.4f}  from {values[0]:.4f} to {values[-1]:.4f}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    defaults = {solver: {"examples": 10_000, "dims": 512, "classes": 10, "layers": 25},
+                features: {"layers": 24, "embed": 64, "heads": 4, "size": 16, "batch": 32, "rounds": 25}}
+    for function, numbers in defaults.items():
+        part = parts.add_parser(function.__name__)
+        part.set_defaults(function=function)
+        for name, default in numbers.items():
+            part.add_argument(f"--{name}", type=int, default=default)
+        part.add_argument("--json", help="file for the figures")
+    parts.choices["solver"].add_argument("--strength", type=float, default=1e-3)
+    parts.choices["solver"].add_argument("--tolerance", type=float, default=1e-5, help="of scikit-learn's gradient")
+    arguments = parser.parse_args()
+    rows = arguments.function(arguments)
     if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1))
+        given = {name: value for name, value in vars(arguments).items() if name != "function"}
+        pathlib.Path(arguments.json).write_text(json.dumps({"arguments": given, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

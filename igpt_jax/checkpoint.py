@@ -54,6 +54,10 @@ orbax_s3.teach()
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
+class NoneGood(UserError):
+    """What was named as a checkpoint is damaged, and there is no other step to use in its place."""
+
+
 class Unsaved(Exception):
     """A state that had to be saved could not be. The message says why, and which step is the newest on disk."""
 
@@ -433,6 +437,18 @@ def load_record(typed: str) -> Record:
     return _newest_good(typed, _read_record)
 
 
+def identity(typed: str) -> str:
+    """A digest that changes with any parameter of the step `typed`. Raises UserError where it is none.
+
+    The record holds the arrays' checksums; of a checkpoint without these, SHA256SUMS stands for its arrays.
+    """
+    path = _step_path(*locate(typed))
+    data = storage.read(path / RECORD)
+    if not load_record(typed).checksums and (path / HASHES).exists():
+        data += storage.read(path / HASHES)
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") -> tuple[Model, dict[str, Any], Record]:
     """The model of a checkpoint with its parameters alone, read straight into `mesh`, and the checkpoint's record.
 
@@ -476,7 +492,7 @@ def _newest_good(typed: str, read: Any) -> Any:
             problem = f"checkpoint {step_path(folder, step)} is damaged: {damage}"
             if not one_step:
                 log.error("%s. An older one is used.", problem)
-    raise UserError(f"{problem}. Name another step.")
+    raise NoneGood(f"{problem}. Name another step.")
 
 
 def partial_load(read_bytes: int | None = None) -> ocp.Context:

@@ -65,7 +65,7 @@ SECOND_MOMENTS = ("float32", "bfloat16", "factored")
 JOBS: Mapping[str, str] = types.MappingProxyType({
     "prepare": "any image source -> pixel store; fits or imports a palette",
     "pretrain": "autoregressive pretraining, sharded; resumes where it stopped",
-    "evaluate": "exact nats per pixel of one or many checkpoints over a whole split",
+    "evaluate": "exact nats per pixel of one or many checkpoints over a whole split; can follow a run",
     "probe": "a linear classifier on the features of every layer: accuracy by depth",
     "sample": "unconditional samples, and completions of given pictures",
     "plan": "compiles the very step for a TPU or GPU topology that is not there: fits? how fast? which mesh?",
@@ -204,10 +204,10 @@ def _check_job(config: Any) -> None:
     """The rules that hold for any job that has the key."""
     for name in ("steps", "batch_size", "accumulate", "log_every_steps", "keep_newest", "max_skipped_updates"):
         value = getattr(config, name, 1)
-        chosen_by_job = config.job == "sample" and name == "batch_size" and value == 0
+        chosen_by_job = name == "batch_size" and value == 0 and config.job == "sample"
         _require(value >= 1 or chosen_by_job, f"{name}={value} must be at least 1.")
     for name in ("image_size", "checkpoint_every_steps", "eval_every_steps", "limit", "stall_seconds",
-                 "compare_replicas_every_steps", "images_per_pass"):
+                 "compare_replicas_every_steps", "images_per_pass", "surprise", "idle_seconds"):
         value = getattr(config, name, 0)
         _require(value >= 0, f"{name}={value} must not be negative.")
     seed = getattr(config, "seed", 0)
@@ -219,6 +219,17 @@ def _check_job(config: Any) -> None:
              f"profile={profile} must be a first and a last step, such as (100,105), or empty.")
     for step in getattr(config, "keep_steps", ()):
         _require(isinstance(step, int) and step > 0, f"keep_steps: {step!r} must be a positive number of steps.")
+
+
+def _slice_of(shard: str) -> tuple[int, int]:
+    """(i, n) of a key `shard`; (0, 1) for all and for merge."""
+    if shard in ("", "merge"):
+        return 0, 1
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+    _require(bool(found), f"shard={shard!r} must read i/n, such as 0/16, or merge.")
+    i, n = int(found[1]), int(found[2])
+    _require(0 <= i < n, f"shard={shard!r}: slices are 0/n to n-1/n.")
+    return i, n
 
 
 def _check_sampling(prefix: str, config: Any) -> None:
@@ -249,17 +260,11 @@ class PrepareConfig:
         _require(0 <= self.max_quarantined <= 1, f"max_quarantined={self.max_quarantined} must lie in [0, 1].")
         for name in ("chunk", "workers"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
-        i, n = self.slice
-        _require(0 <= i < n, f"shard={self.shard!r}: slices are 0/n to n-1/n.")
+        _slice_of(self.shard)
 
     @property
     def slice(self) -> tuple[int, int]:
-        """(i, n) of `shard`; (0, 1) for all and for merge."""
-        if self.shard in ("", "merge"):
-            return 0, 1
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
-        _require(bool(found), f"shard={self.shard!r} must read i/n, such as 0/16, or merge.")
-        return int(found[1]), int(found[2])
+        return _slice_of(self.shard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,22 +308,6 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    job: str = key("evaluate", "the job that this configuration is for")
-    checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob")
-    data: SplitConfig = section(SplitConfig)
-    tokens: str = key("", "in place of data: an .npy of tokens [n, T], such as OpenAI's imagenet_teX.npy")
-    limit: int = key(0, "examples counted, from the first on; 0: all (OpenAI's figures count 49984)")
-    mesh: MeshConfig = section(MeshConfig)
-    batch_size: int = key(128, "images per step over all devices; any size gives the same figures")
-    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
-    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
-
-    def __post_init__(self):
-        _check_job(self)
-
-
-@dataclasses.dataclass(frozen=True)
 class ProbeDataConfig:
     store: str = key("", "labelled pixel store; empty: the one that the checkpoint was trained on")
     train: str = key("train", "split to fit on")
@@ -327,26 +316,18 @@ class ProbeDataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-    job: str = key("probe", "the job that this configuration is for")
-    checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
+class ProbingConfig:
+    """How a probe is fit: keys of probe, and of evaluate's `probing`."""
     data: ProbeDataConfig = section(ProbeDataConfig)
-    mesh: MeshConfig = section(MeshConfig)
+    limit: int = key(0, "examples used of each split, from the first on; 0: all")
     features: str = key("normalized", "normalized: means of the stream after the next norm, as the paper's; residual: "
                                       "of the stream itself")
     layers: tuple[int, ...] = key((), "places in the stream to probe, 0 (the embedding) to L; empty: all")
-    concatenate: int = key(1, "neighbouring layers around the best one to probe together (paper: 5 for XL); 1: none")
     solver: str = key("lbfgs", "lbfgs: to the optimum; sgd: in batches, for sets of ImageNet's size")
     strengths: tuple[float, ...] = key((1e-4, 1e-3, 1e-2, 1e-1), "lbfgs: L2 penalties tried, on standardised features")
     rates: tuple[float, ...] = key((30.0, 10.0, 3.0, 1.0, 0.3, 0.1), "sgd: learning rates tried (paper: from 30 down)")
     steps: int = key(10_000, "sgd: steps (paper: 1M)")
-    labels_per_class: tuple[int, ...] = key((), "low-data rows: labels of each class used (paper: 4, 25, 400)")
-    draws: int = key(5, "low-data rows: random draws of the labels")
-    baselines: bool = key(True, "also probe the raw pixels, and the same model untrained")
-    batch_size: int = key(128, "images per step over all devices; any size gives the same features")
-    seed: int = key(0, "chooses the untrained model, the low-data labels and the order of SGD")
-    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
-    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
+    seed: int = key(0, "chooses the order of SGD; in the probe job also the untrained model and the low-data labels")
 
     def __post_init__(self):
         _check_job(self)
@@ -355,11 +336,58 @@ class ProbeConfig:
         for name in ("strengths", "rates"):
             values = getattr(self, name)
             _require(values and all(value > 0 for value in values), f"{name}={values} must be positive numbers.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig(ProbingConfig):
+    job: str = key("probe", "the job that this configuration is for")
+    checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
+    mesh: MeshConfig = section(MeshConfig)
+    concatenate: int = key(1, "neighbouring layers around the best one to probe together (paper: 5 for XL); 1: none")
+    labels_per_class: tuple[int, ...] = key((), "low-data rows: labels of each class used (paper: 4, 25, 400)")
+    draws: int = key(5, "low-data rows: random draws of the labels")
+    baselines: bool = key(True, "also probe the raw pixels, and the same model untrained")
+    batch_size: int = key(128, "images per step over all devices; any size gives the same features")
+    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
+    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
+
+    def __post_init__(self):
+        super().__post_init__()
         _require(all(count >= 1 for count in self.labels_per_class),
                  f"labels_per_class={self.labels_per_class} must be positive numbers.")
         _require(self.concatenate >= 1 and self.concatenate % 2 == 1,
                  f"concatenate={self.concatenate} must be odd: the best layer and as many on each side.")
         _require(self.draws >= 1, f"draws={self.draws} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    job: str = key("evaluate", "the job that this configuration is for")
+    checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob")
+    watch: bool = key(False, "follow the runs: every step that appears, once, until the runs are done")
+    idle_seconds: float = key(7200.0, "watch: seconds without a new checkpoint before it ends; 0: never")
+    poll_seconds: float = key(10.0, "watch: seconds between two looks")
+    shard: str = key("", "i/n: only slice i of n of the checkpoints, from 0; merge: joins the tables in the workdir's "
+                         "folders; empty: all")
+    data: SplitConfig = section(SplitConfig)
+    tokens: str = key("", "in place of data: an .npy of tokens [n, T], such as OpenAI's imagenet_teX.npy")
+    limit: int = key(0, "examples counted, from the first on; 0: all (OpenAI's figures count 49984)")
+    surprise: int = key(0, "pictures to draw with the nats of each pixel; above 0 also nats by position and by class")
+    probe: bool = key(False, "also probe each checkpoint, as the probe job does")
+    probing: ProbingConfig = section(ProbingConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    batch_size: int = key(128, "images per step over all devices; any size gives the same figures")
+    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32")
+    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}")
+
+    def __post_init__(self):
+        _check_job(self)
+        _require(self.poll_seconds > 0, f"poll_seconds={self.poll_seconds} must be positive.")
+        _slice_of(self.shard)
+
+    @property
+    def slice(self) -> tuple[int, int]:
+        return _slice_of(self.shard)
 
 
 @dataclasses.dataclass(frozen=True)

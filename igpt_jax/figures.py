@@ -1,45 +1,119 @@
-"""Curves of finished jobs, as PNG. The object interface of matplotlib keeps no global state and needs no display."""
+"""Figures of runs and of finished jobs, as PNG.
+
+N pictures, Y rows, X columns, C channels, V palette.
+"""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.figure
-import matplotlib.ticker
+import numpy as np
+from PIL import Image
 
 from igpt_jax import storage
 from igpt_jax.topology import GIB
 
+Points = Sequence[tuple[float, float]]
 
-def accuracy_curve(path: storage.epath.Path, by_layer: Sequence[Mapping[str, Any]], others: Mapping[str, float],
-                   test_count: int) -> None:
+
+# Curves.
+
+def loss_curve(path: storage.epath.Path, metrics: Sequence[Mapping[str, float | None]], palette_size: int) -> None:
+    """Draws training and held-out loss over steps, with the loss of guessing, ln V, as a dashed line.
+
+    Args:
+      path: of the PNG.
+      metrics: what `load_metrics` gives; reads `train/nats_per_pixel` and `eval/nats_per_pixel`.
+      palette_size: V, colours.
+    """
+    figure = _new()
+    axes = figure.subplots()
+    axes.axhline(math.log(palette_size), color="0.6", linestyle="--", linewidth=1,
+                 label=f"guessing: ln {palette_size} = {math.log(palette_size):.3f}")
+    curves = (("train/nats_per_pixel", "train", {"color": "tab:blue", "linewidth": 1.2}),
+              ("eval/nats_per_pixel", "held-out", {"color": "tab:orange", "linewidth": 1.6, "marker": "o",
+                                                   "markersize": 3.5}))
+    for name, label, style in curves:
+        points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=f"{label}: {points[-1][1]:.3f} at the end", **style)
+    _plain(axes, "step", "nats per pixel")
+    axes.legend(frameon=False)
+    _save(path, figure)
+
+
+def loss_over_steps(path: storage.epath.Path, runs: Mapping[str, Points]) -> None:
+    """Draws nats per pixel of checkpoints over their steps, a line for each run.
+
+    Args:
+      path: of the PNG.
+      runs: (step, nats per pixel) by name of the run.
+    """
+    figure = _new()
+    axes = figure.subplots()
+    for name, points in runs.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.4,
+                  label=f"{name}: {points[-1][1]:.3f} at the end")
+    _plain(axes, "step", "nats per pixel")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(path, figure)
+
+
+def accuracy_over_loss(path: storage.epath.Path, runs: Mapping[str, Sequence[Mapping[str, Any]]],
+                       test_count: int) -> None:
+    """Draws the accuracy of the best layer's probe over the loss, which falls to the right (the paper's Figure 3).
+
+    Args:
+      path: of the PNG.
+      runs: rows with `nats_per_pixel`, `steps`, `probe_accuracy` and its interval, by name of the run.
+      test_count: examples that the accuracies count.
+    """
+    figure = _new()
+    axes = figure.subplots()
+    for name, rows in runs.items():
+        losses, accuracies = ([row[column] for row in rows] for column in ("nats_per_pixel", "probe_accuracy"))
+        spreads = _spreads(rows, "probe_accuracy", "probe_interval")
+        axes.errorbar(losses, [100 * each for each in accuracies], yerr=spreads, marker="o", markersize=4, capsize=2.5,
+                      linewidth=1.4, label=name)
+        for row, loss, accuracy in zip(rows, losses, accuracies, strict=True):
+            axes.annotate(f"{row['steps']:,}", (loss, 100 * accuracy), textcoords="offset points", xytext=(5, -11),
+                          fontsize=8, color="0.35")
+    axes.invert_xaxis()
+    _plain(axes, "nats per pixel, falling; numbers are steps", f"accuracy on {test_count:,} test images, %")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(path, figure)
+
+
+def accuracy_by_layer(path: storage.epath.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]],
+                      others: Mapping[str, float], test_count: int) -> None:
     """Draws test accuracy over layers with its 95 % intervals (the paper's Figure 2), and baselines as dashed lines.
 
     Args:
       path: of the PNG.
-      by_layer: rows with `layer`, `test_accuracy` and `interval`.
+      curves: rows with `layer`, `test_accuracy` and its interval, by name of the checkpoint.
       others: accuracy by name.
       test_count: examples counted.
     """
-    figure = matplotlib.figure.Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    figure = _new()
     axes = figure.subplots()
-    layers = [row["layer"] for row in by_layer]
-    accuracies = [100 * row["test_accuracy"] for row in by_layer]
-    spreads = [[100 * abs(row["interval"][side] - row["test_accuracy"]) for row in by_layer] for side in (0, 1)]
-    axes.errorbar(layers, accuracies, yerr=spreads, marker="o", markersize=4, capsize=2.5, linewidth=1.4,
-                  color="tab:blue", label="layers, with 95 % intervals")
+    for name, rows in curves.items():
+        spreads = _spreads(rows, "test_accuracy", "interval")
+        axes.errorbar([row["layer"] for row in rows], [100 * row["test_accuracy"] for row in rows], yerr=spreads,
+                      marker="o", markersize=4, capsize=2.5, linewidth=1.4,
+                      label=name or "layers, with 95 % intervals")
     for (name, accuracy), style in zip(others.items(), ("--", ":"), strict=False):
         axes.axhline(100 * accuracy, color="0.45", linestyle=style, linewidth=1.2,
                      label=f"{name}: {100 * accuracy:.1f} %")
-    axes.set_xlabel("layer (0: the embedding)")
-    axes.set_ylabel(f"accuracy on {test_count:,} test images, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes, "layer (0: the embedding)", f"accuracy on {test_count:,} test images, %")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)  # nothing is drawn over
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    storage.publish(path, png.getvalue())
+    _save(path, figure)
+
+
+def _spreads(rows: Sequence[Mapping[str, Any]], accuracy: str, interval: str) -> list[list[float]]:
+    """Distances of the lower and the upper ends of intervals from the accuracies, per cent."""
+    return [[100 * abs(row[interval][end] - row[accuracy]) for row in rows] for end in (0, 1)]
 
 
 def scaling_curve(path: storage.epath.Path, title: str, curve: Sequence[tuple[int, float, float]],
@@ -53,7 +127,9 @@ def scaling_curve(path: storage.epath.Path, title: str, curve: Sequence[tuple[in
       compiled: the same of what was compiled.
       usable_bytes: of a device's memory, drawn as a line.
     """
-    figure = matplotlib.figure.Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    import matplotlib.ticker
+
+    figure = _new(9, 3.8)
     figure.suptitle(title, fontsize=11)
     counts = [point[0] for point in curve]
     panels = (("seconds per step", 1, 1.0), ("GiB per device", 2, GIB))
@@ -67,11 +143,98 @@ def scaling_curve(path: storage.epath.Path, title: str, curve: Sequence[tuple[in
         axes.set_yscale("log")
         axes.set_xticks(counts[::2], [f"{count:,}" for count in counts[::2]])
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axes.set_xlabel("devices")
-        axes.set_ylabel(label)
-        axes.grid(color="0.92", linewidth=0.8, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes, "devices", label)
         axes.legend(frameon=False, fontsize=8)
+    _save(path, figure)
+
+
+# Pictures.
+
+def image_grid(images_NYXC: np.ndarray, columns: int, scale: int = 4, gap: int = 2) -> Image.Image:
+    """The images in rows of `columns`, each pixel drawn as a sharp square of `scale` pixels, white gaps between.
+
+    Args:
+      images_NYXC: uint8, RGB.
+    """
+    big = images_NYXC.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = big.shape
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, image in enumerate(big):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        grid[top:top + height, left:left + width] = image
+    return Image.fromarray(grid)
+
+
+def save_png(path: storage.epath.Path, image: Image.Image) -> None:
+    """Writes a Pillow image as PNG, to a local path or a bucket."""
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    storage.publish(path, png.getvalue())
+
+
+def surprise_maps(path: storage.epath.Path, images_NYXC: np.ndarray, nats_NYX: np.ndarray) -> None:
+    """Draws each picture with the nats of its pixels as a heat map to its right.
+
+    Args:
+      path: of the PNG.
+      images_NYXC: uint8, RGB.
+      nats_NYX: of each pixel, given those before it.
+    """
+    from matplotlib import cm, colormaps, colors
+
+    scale = colors.Normalize(0, np.quantile(nats_NYX, 0.995))  # one freak pixel must not dim all others
+    heat_NYXC = np.uint8(255 * colormaps["magma"](scale(nats_NYX).clip(0, 1))[..., :3])
+    pairs = np.stack([images_NYXC, heat_NYXC], axis=1).reshape(-1, *images_NYXC.shape[1:])
+    grid = np.asarray(image_grid(pairs, 2 * min(4, len(images_NYXC)), scale=max(1, 96 // images_NYXC.shape[2]), gap=6))
+    figure = _new(1 + grid.shape[1] / 100, 0.4 + grid.shape[0] / 100)
+    axes = figure.subplots()
+    axes.imshow(grid, interpolation="none")
+    axes.axis("off")
+    figure.colorbar(cm.ScalarMappable(scale, "magma"), ax=axes, label="nats", fraction=0.04, pad=0.01)
+    _save(path, figure)
+
+
+def surprise_means(path: storage.epath.Path, nats_YX: np.ndarray, by_class: Mapping[str, float]) -> None:
+    """Draws mean nats by place in the picture, and beside it by class, where there are any.
+
+    Args:
+      path: of the PNG.
+      nats_YX: mean over a split.
+      by_class: mean nats per pixel by name of the class.
+    """
+    figure = _new(10 if by_class else 5.2, 4.2)
+    places, *others = np.atleast_1d(figure.subplots(1, 2 if by_class else 1))
+    image = places.imshow(nats_YX, cmap="magma", interpolation="none", vmax=np.quantile(nats_YX, 0.99))
+    figure.colorbar(image, ax=places, label="nats per pixel", extend="max")  # the first pixel is far above all others
+    places.set_xlabel("column")
+    places.set_ylabel("row")
+    for axes in others:
+        names = sorted(by_class, key=by_class.__getitem__, reverse=True)
+        axes.barh(names, [by_class[name] for name in names], color="tab:blue", height=0.7)
+        axes.bar_label(axes.containers[0], fmt="%.3f", padding=3, fontsize=8)
+        axes.margins(x=0.12)
+        _plain(axes, "nats per pixel", "class")
+    _save(path, figure)
+
+
+# Matplotlib's object interface keeps no global state and needs no display; it is imported where something is drawn.
+
+def _new(width: float = 7, height: float = 4.2) -> Any:
+    import matplotlib.figure
+
+    return matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _plain(axes: Any, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="0.92", linewidth=0.8, which="both")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(path: storage.epath.Path, figure: Any) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png")
     storage.publish(path, png.getvalue())

@@ -14,6 +14,7 @@ import numpy as np
 from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, steps, storage, telemetry, topology
 from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data import Batches, open_data, train_batches
+from igpt_jax.figures import loss_curve
 from igpt_jax.model import Model, count_parameters
 from igpt_jax.optimizer import warmup_steps_for
 from igpt_jax.profiling import Profile
@@ -198,7 +199,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
         figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
         figures["goodput"] = telemetry.goodput(telemetry.metrics_lines(workdir)).get("goodput")
-        telemetry.loss_curve(storage.path(workdir) / "figures" / "loss.png", lines, len(palette_VC))
+        loss_curve(storage.path(workdir) / "figures" / "loss.png", lines, len(palette_VC))
     return figures
 
 

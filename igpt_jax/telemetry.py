@@ -1,6 +1,4 @@
-"""What a run tells about itself: metrics lines, TensorBoard, progress, throughput and figures.
-
-Dimensions: B batch, Y rows, X columns, C channels.
+"""What a run tells about itself: metrics lines, TensorBoard, progress and throughput.
 """
 
 import contextlib
@@ -14,8 +12,6 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from igpt_jax import storage
@@ -29,7 +25,6 @@ SHOWN = (
     ("mfu", "MFU", ".1%"),
 )
 TENSORBOARD_FLUSH_SECONDS = 30.0
-
 
 
 def say(line: str) -> None:
@@ -400,59 +395,3 @@ class TensorBoard:
         except Exception as error:  # whatever it is, it is not worth a run
             self._writer = None
             say(f"TensorBoard is off for this run: {error}. metrics.jsonl goes on.")
-
-
-# Figures.
-
-def loss_curve(path: storage.epath.Path, metrics: Sequence[Mapping[str, float | None]], palette_size: int) -> None:
-    """Draws training and held-out loss over steps as a PNG, with the loss of guessing, ln V, as a dashed line.
-
-    Args:
-      path: of the PNG.
-      metrics: what `load_metrics` gives; reads `train/nats_per_pixel` and `eval/nats_per_pixel`.
-      palette_size: V, colours.
-    """
-    import matplotlib.figure  # the object interface keeps no global state and needs no display
-
-    figure = matplotlib.figure.Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(math.log(palette_size), color="0.6", linestyle="--", linewidth=1,
-                 label=f"guessing: ln {palette_size} = {math.log(palette_size):.3f}")
-    curves = (("train/nats_per_pixel", "train", {"color": "tab:blue", "linewidth": 1.2}),
-              ("eval/nats_per_pixel", "held-out", {"color": "tab:orange", "linewidth": 1.6, "marker": "o",
-                                                   "markersize": 3.5}))
-    for name, label, style in curves:
-        points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{label}: {points[-1][1]:.3f} at the end", **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("nats per pixel")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    storage.publish(path, png.getvalue())
-
-
-def image_grid(images_BYXC: np.ndarray, columns: int, scale: int = 4, gap: int = 2) -> Image.Image:
-    """The images in rows of `columns`, each pixel drawn as a sharp square of `scale` pixels, white gaps between.
-
-    Args:
-      images_BYXC: uint8, RGB.
-    """
-    big = images_BYXC.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, _ = big.shape
-    rows = math.ceil(count / columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for index, image in enumerate(big):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        grid[top:top + height, left:left + width] = image
-    return Image.fromarray(grid)
-
-
-def save_png(path: storage.epath.Path, image: Image.Image) -> None:
-    """Writes a Pillow image as PNG, to a local path or a bucket."""
-    png = io.BytesIO()
-    image.save(png, format="PNG")
-    storage.publish(path, png.getvalue())

@@ -20,8 +20,8 @@ def local(processes, arguments, devices, **options):
 
 def test_two_processes_equal_one_and_stop_together(tmp_path):
     """float64, 2 processes x 4 devices over gloo, fsdp x tensor x context, against 1 device: losses to 1e-8,
-    each process reading its own rows by tf.data. Stopped by one SIGTERM both save the same step; one process evaluates
-    what they wrote.
+    each process reading its own rows by tf.data. Stopped by one SIGTERM both save the same step; one process
+    and two evaluate what they wrote, as followers of a run that is done.
 
     Must fail with every process reading the first rows.
     """
@@ -53,11 +53,14 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     assert expected.keys() == found.keys()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-8, atol=1e-12)
 
-    done = run_job_command("evaluate", f"--workdir={tmp_path / 'evaluate'}", f"--config.checkpoints={tmp_path / 'two'}",
-                           "--config.precision=float64")
-    assert done.returncode == 0, done.stderr
-    (nats,) = result(tmp_path / "evaluate")["metrics"]["nats_per_pixel"].values()
-    np.testing.assert_allclose(nats, expected[12, "eval/nats_per_pixel"], rtol=1e-8)
+    for processes in (1, 2):
+        workdir = tmp_path / f"evaluate{processes}"
+        with local(processes, ["evaluate", f"--workdir={workdir}", f"--config.checkpoints={tmp_path / 'two'}",
+                               "--config.watch=True", "--config.precision=float64"], devices=4) as job:
+            log = job.stderr.read()
+        assert job.returncode == 0, log
+        nats = result(workdir)["metrics"]["nats_per_pixel"][f"{tmp_path / 'two'}/checkpoints/12"]
+        np.testing.assert_allclose(nats, expected[12, "eval/nats_per_pixel"], rtol=1e-8)
 
 
 def trained(folder, store, name, *more):

@@ -114,6 +114,10 @@ class RecordSplit:
         with tf.device("cpu"):
             return self._decode(self.pictures(tf.constant(self.examples(ids)))).numpy()
 
+    @property
+    def labelled(self) -> bool:
+        return bool(self._label)
+
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """Labels int32 [B] of ids [B]. Raises UserError where there are none."""
         if not self._label:

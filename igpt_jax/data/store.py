@@ -503,6 +503,11 @@ class Split:
                                   for split, weight in zip(splits, weights, strict=True))
         return joined
 
+    @property
+    def labelled(self) -> bool:
+        """Whether all its images have labels."""
+        return all(part.labelled for part in self._parts)
+
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Images uint8 [B, Y, X, 3] of ids [B].
 

@@ -1,42 +1,118 @@
-"""Exact nats per pixel of one or many checkpoints over a whole split, each over any mesh and at any batch size.
+"""Exact nats per pixel of one or many checkpoints over a whole split, each over any mesh and at any batch size; on
+request also probes and maps of surprise. With watch=True it follows runs and evaluates each step that they save, once.
 
-Writes evaluation.json, a row per checkpoint.
+Writes evaluation.json and evaluation.csv, a row per checkpoint, as they come, and figures. Started again it goes on
+with what is missing. Many checkpoints can be shared by an array job of n slices, whose tables are then joined:
+
+    python -m igpt_jax evaluate --config.shard=I/N --workdir=DIR/slice-I ...   (each I from 0 to N-1)
+    python -m igpt_jax evaluate --config.shard=merge --workdir=DIR
 """
 
-import glob
+import dataclasses
+import hashlib
+import json
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-from igpt_jax import checkpoint, evaluation, palette, runtime, sharding, storage, telemetry
-from igpt_jax.config import EvaluateConfig, UserError
+from igpt_jax import arrivals, checkpoint, evaluation, figures, palette, sharding, storage, surprise, table, telemetry
+from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, to_dict
 from igpt_jax.data import open_split
-from igpt_jax.data.store import Split
+from igpt_jax.data.store import Split, tokens_of
 from igpt_jax.data.tokens import TokenFile
+from igpt_jax.model import Model
+from igpt_jax.probing import Prober
+from igpt_jax.runtime import Ended
+
+NAME = "evaluation"
+CURVES = 8  # checkpoints whose accuracies by layer are drawn
+# Keys that decide which checkpoints are evaluated, when and how fast, but no figure.
+FREE_KEYS = ("checkpoints", "watch", "idle_seconds", "poll_seconds", "shard", "mesh", "batch_size", "attention")
+
+Row = dict[str, Any]
 
 
 def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
-    """Evaluates each checkpoint. Returns `nats_per_pixel` by checkpoint, and the number of `examples`.
+    """Evaluates each checkpoint that has no row yet. Returns how many `checkpoints` the table has, and
+    `nats_per_pixel` and `examples` by checkpoint.
 
     Raises:
       UserError: a checkpoint or the data is missing, or they do not fit each other or the mesh.
+      Ended: some checkpoints are damaged; the table holds all others.
     """
+    folder = storage.path(workdir)
+    if config.shard == "merge":
+        rows = _joined(folder)
+        _publish(folder, rows)
+        return _metrics(rows)
+    if not config.probe and config.probing != ProbingConfig():
+        telemetry.say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
-    rows = []
-    for where in _checkpoints(config.checkpoints):
-        model, params, record = checkpoint.load_model(where, mesh, config.precision, config.attention)
-        split = _examples(config, record)
-        table = palette.lookup_table(record.palette_VC)
-        nats = evaluation.make_evaluate(model, mesh, config.batch_size, table)(params, split)
-        rows.append({"checkpoint": where, "steps": record.steps_done, "split": config.tokens or config.data.split,
-                     "examples": split.count, "nats_per_pixel": nats, "bits_per_pixel": nats / math.log(2)})
-        telemetry.say(f"{where}: step {record.steps_done:,}, {nats:.6f} nats per pixel over {split.count:,} images")
-        if jax.process_index() == 0:  # after each, so that nothing is lost where a later one cannot be read
-            storage.publish(storage.path(workdir) / "evaluation.json", runtime.to_json(rows))
-    return {"nats_per_pixel": {row["checkpoint"]: row["nats_per_pixel"] for row in rows},
-            "examples": {row["checkpoint"]: row["examples"] for row in rows}}
+    asked = _digest({name: value for name, value in to_dict(config).items() if name not in FREE_KEYS})
+    rows = [row for row in table.load(folder, NAME) if row.get("asked") == asked]
+    damaged = []
+    for step in arrivals.on_all_processes(_without_row(config, rows)):
+        try:
+            identity = checkpoint.identity(step)
+            loaded = checkpoint.load_model(step, mesh, config.precision, config.attention)
+        except (UserError, OSError) as error:
+            if not checkpoint.is_checkpoint(step):
+                telemetry.say(f"{step}: its run has removed it meanwhile; it is passed over")
+            elif isinstance(error, checkpoint.NoneGood):
+                telemetry.say(str(error))
+                damaged.append(step)
+            else:
+                raise
+            continue
+        row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder), "asked": asked,
+               "identity": identity}
+        rows = [other for other in rows if other["checkpoint"] != step] + [row]
+        _publish(folder, rows)
+        telemetry.say(f"{step}: {_told(row)}")
+    _publish(folder, rows)
+    if damaged:
+        raise Ended(f"damaged, and not in the table: {', '.join(damaged)}.", _metrics(rows))
+    return _metrics(rows)
+
+
+def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
+    """The checkpoints of this slice that have no row among those that were there at the start; None where it waits."""
+    known = {row["checkpoint"]: row["identity"] for row in rows}
+    steps = (arrivals.follow(config.checkpoints, config.idle_seconds, config.poll_seconds) if config.watch else
+             arrivals.listed(config.checkpoints))
+    for step in steps:
+        if step is None or arrivals.in_slice(step, *config.slice) and not _same(step, known.get(step)):
+            yield step
+
+
+def _same(step: str, identity: str | None) -> bool:
+    try:
+        return checkpoint.identity(step) == identity
+    except UserError:  # it is gone or damaged, as will be said when it is loaded
+        return False
+
+
+def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh,
+             folder: storage.epath.Path) -> Row:
+    """The columns of one checkpoint; its surprise goes to files of its own."""
+    split = _examples(config, record)
+    lookup = palette.lookup_table(record.palette_VC)
+    nats = evaluation.make_evaluate(model, mesh, config.batch_size, lookup)(params, split)
+    row = {"steps": record.steps_done, "split": config.tokens or config.data.split, "examples": split.count,
+           "nats_per_pixel": nats, "bits_per_pixel": nats / math.log(2)}
+    if config.probe:
+        row |= _probed(config, model, params, record, mesh)
+    if config.surprise:
+        found = surprise.measure(model, params, split, mesh, config.batch_size, lookup, config.surprise)
+        if jax.process_index() == 0:
+            _publish_surprise(folder, step, found, split, lookup, record)
+    return row
 
 
 def _examples(config: EvaluateConfig, record: checkpoint.Record) -> Split | TokenFile:
@@ -48,17 +124,96 @@ def _examples(config: EvaluateConfig, record: checkpoint.Record) -> Split | Toke
     return split
 
 
-def _checkpoints(typed: str) -> list[str]:
-    """DIR/checkpoints/STEP of all that a comma list of workdirs, steps and globs names, each once, by step.
+def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh) -> Row:
+    data = config.probing.data
+    data = dataclasses.replace(data, store=data.store or config.data.store)
+    prober = Prober(dataclasses.replace(config.probing, data=data), record)
+    features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
+    by_layer, best = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
+    chosen = by_layer[best]
+    return {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
+            "probe_interval": chosen["interval"], "probe_examples": prober.test_count, "accuracy_by_layer": by_layer}
 
-    A glob may match what is no finished checkpoint, such as one that a run is just writing; it is passed over.
-    """
-    found = set()
-    for pattern in filter(None, map(str.strip, typed.split(","))):
-        matches = [str(path) for path in storage.matching(pattern)]
-        finished = [match for match in matches if checkpoint.is_checkpoint(match)]
-        found |= {checkpoint.locate(match) for match in (finished if glob.has_magic(pattern) else matches)}
-    if not found:
-        raise UserError(f"checkpoints={typed!r} names no finished checkpoint. "
-                        "Set --config.checkpoints to workdirs of pretrain or steps of one.")
-    return [str(storage.path(folder) / str(step)) for folder, step in sorted(found)]
+
+# What is written.
+
+def _publish(folder: storage.epath.Path, rows: list[Row]) -> None:
+    """The table, by run and step, and its figures."""
+    if jax.process_index() != 0:
+        return
+    rows = sorted(rows, key=lambda row: (str(arrivals.run_of(row["checkpoint"])), row["steps"]))
+    table.publish(folder, NAME, rows)
+    if not rows:
+        return
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(str(arrivals.run_of(row["checkpoint"])), []).append(row)
+    names = [storage.path(run).name for run in runs]
+    runs = dict(zip(names if len(set(names)) == len(runs) else runs, runs.values(), strict=True))
+    figures.loss_over_steps(folder / "figures" / "loss.png", {
+        run: [(row["steps"], row["nats_per_pixel"]) for row in rows] for run, rows in runs.items()})
+    if "probe_accuracy" in rows[0]:
+        curves = [(f"{run}, step {row['steps']:,}", row["accuracy_by_layer"]) for run, rows in runs.items()
+                  for row in rows]
+        shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
+        count = rows[0]["probe_examples"]
+        figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png",
+                                  dict(curves[index] for index in shown), {}, count)
+        figures.accuracy_over_loss(folder / "figures" / "accuracy_over_loss.png", runs, count)
+
+
+def _publish_surprise(folder: storage.epath.Path, step: str, found: surprise.Surprise, split: Split | TokenFile,
+                      lookup: np.ndarray, record: checkpoint.Record) -> None:
+    """surprise/NAME.json, and under figures/ the pictures with their maps, and the means by place and class."""
+    size, name = record.image_size, re.sub(r"\W+", "-", f"{arrivals.run_of(step)}-{record.steps_done}").strip("-")
+    ids = np.arange(len(found.shown_NT))
+    tokens_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
+    shown_NYX, by_place_YX = (each.reshape(-1, size, size) for each in (found.shown_NT, found.by_place_T))
+    storage.publish(folder / "surprise" / f"{name}.json", json.dumps({
+        "checkpoint": step, "examples": split.count, "nats_by_place": by_place_YX[0].round(6).tolist(),
+        "nats_by_class": {label: {"nats_per_pixel": nats, "examples": count}
+                          for label, (nats, count) in found.by_class.items()},
+        "pictures": [{"example": index, "nats_per_pixel": float(nats_YX.mean(dtype=np.float64)),
+                      "nats": nats_YX.astype(np.float64).round(5).tolist()} for index, nats_YX in enumerate(shown_NYX)],
+    }) + "\n")
+    images_NYXC = palette.decode(tokens_BT, record.palette_VC).reshape(-1, size, size, 3)
+    figures.surprise_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX)
+    figures.surprise_means(folder / "figures" / f"surprise_means-{name}.png", by_place_YX[0],
+                           {str(label): nats for label, (nats, _) in found.by_class.items()})
+
+
+def _joined(folder: storage.epath.Path) -> list[Row]:
+    """The rows of all slices in the workdir's folders. Raises UserError where one is missing or not done."""
+    slices: dict[str, list[Row]] = {}
+    for child in storage.children(folder):
+        done, given = child / "result.json", child / "config.json"
+        if child.is_dir() and done.exists() and given.exists():
+            told = json.loads(storage.read(given))
+            if told.get("job") == "evaluate" and json.loads(storage.read(done))["status"] == "done":
+                slices[told["shard"]] = table.load(child, NAME)
+    counts = {shard.partition("/")[2] for shard in slices} - {""}
+    if len(counts) != 1:
+        raise UserError(f"shard=merge: the folders in {folder} hold finished slices of {len(counts)} array jobs, where "
+                        "there must be one. Evaluate shard=i/n there first.")
+    n = int(counts.pop())
+    missing = [f"{i}/{n}" for i in range(n) if f"{i}/{n}" not in slices]
+    rows = [row for rows in slices.values() for row in rows]
+    if missing or len({row["asked"] for row in rows}) > 1:
+        raise UserError(f"shard=merge: {folder}: " + (f"slices {', '.join(missing[:5])} are not done" if missing else
+                                                     "the slices measured different things") + ". Evaluate them again.")
+    return rows
+
+
+def _metrics(rows: list[Row]) -> dict[str, Any]:
+    by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows} for name in ("nats_per_pixel", "examples")}
+    return {"checkpoints": len(rows), **by_checkpoint}
+
+
+def _told(row: Row) -> str:
+    probe = f", probe of layer {row['probe_layer']} {row['probe_accuracy']:.2%}" if "probe_accuracy" in row else ""
+    return f"step {row['steps']:,}, {row['nats_per_pixel']:.6f} nats per pixel over {row['examples']:,} images{probe}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+

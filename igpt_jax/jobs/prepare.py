@@ -25,6 +25,7 @@ from igpt_jax import palette, storage, telemetry
 from igpt_jax.config import PrepareConfig, UserError
 from igpt_jax.data import colours, images, ingest, sources, store
 from igpt_jax.data.store import Split, Writer
+from igpt_jax.figures import image_grid, save_png
 from igpt_jax.runtime import Preempted, StopSignal
 
 SHOWN = 12  # images in before_after.png
@@ -217,11 +218,11 @@ def _draw(folder: epath.Path, palette_VC: np.ndarray, images_BYXC: np.ndarray) -
     """palette.png: a square for each colour. before_after.png: images above, the same in the palette below."""
     colours_V1XC = palette.decode(np.arange(len(palette_VC)), palette_VC)[:, None, None, :]
     columns = int(np.ceil(np.sqrt(2 * len(palette_VC))))
-    telemetry.save_png(folder / "palette.png", telemetry.image_grid(colours_V1XC, columns, scale=16, gap=0))
+    save_png(folder / "palette.png", image_grid(colours_V1XC, columns, scale=16, gap=0))
     table = palette.lookup_table(palette_VC)
     after_BYXC = palette.decode(palette.encode(images_BYXC, table), palette_VC).reshape(images_BYXC.shape)
     both, scale = np.concatenate([images_BYXC, after_BYXC]), max(1, 96 // images_BYXC.shape[1])
-    telemetry.save_png(folder / "before_after.png", telemetry.image_grid(both, len(images_BYXC), scale))
+    save_png(folder / "before_after.png", image_grid(both, len(images_BYXC), scale))
 
 
 @contextlib.contextmanager

@@ -1,41 +1,15 @@
 """Linear probes of every layer: what a checkpoint knows of the classes, and where (paper, Sections 2.4 and 4).
 
 Writes probe.json and probe.csv, a row per probe, and the accuracy by layer as a figure.
-
-E examples, P places in the stream (L + 1), D features, K classes.
 """
 
-import csv
-import dataclasses
-import io
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from tqdm import tqdm
 
-from igpt_jax import checkpoint, evaluation, figures, linear_probe, palette, runtime, sharding, storage, telemetry
-from igpt_jax.config import ProbeConfig, UserError
-from igpt_jax.data import order
-from igpt_jax.data.store import Split, Store
-from igpt_jax.features import make_feature_step
-from igpt_jax.model import Model
-
-SGD_BATCH = 1024
-CHOOSING = 1e-4  # tolerance of the solver where only held-out accuracies are compared
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Features and labels of the three splits, in the order train, held-out, test."""
-    features_ED: list[np.ndarray]
-    labels_E: list[np.ndarray]
-
-    def __getitem__(self, rows: np.ndarray) -> "Labelled":
-        """With these rows of the training examples only."""
-        return Labelled([self.features_ED[0][rows], *self.features_ED[1:]],
-                        [self.labels_E[0][rows], *self.labels_E[1:]])
+from igpt_jax import checkpoint, figures, sharding, storage, table, telemetry
+from igpt_jax.config import ProbeConfig
+from igpt_jax.probing import Labelled, Prober
 
 
 def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
@@ -48,144 +22,41 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention)
-    store = Store.open(config.data.store or record.config.data.store)
-    if store.image_size != record.image_size:
-        raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
-                        f"{record.image_size}. Prepare a store with image_size={record.image_size}.")
-    splits = [store.split(name) for name in (config.data.train, config.data.held_out, config.data.test)]
-    labels = [split.labels(np.arange(split.count)) for split in splits]
-    classes = _classes(labels, splits, config)
-    table = palette.lookup_table(record.palette_VC)
-    layers = config.layers or tuple(range(model.dims.L + 1))
-    if not all(0 <= layer <= model.dims.L for layer in layers):
-        raise UserError(f"layers={config.layers}: the model has places 0 (the embedding) to {model.dims.L}.")
+    prober = Prober(config, record, max(config.labels_per_class, default=1))
+    layers = prober.layers_of(model)
 
-    fit = _Fit(config, classes)
-
-    def features(params: Any, what: str) -> list[np.ndarray]:
-        return [_features(model, params, split, config, mesh, table, layers, f"{what}, {split.name}")
-                for split in splits]
-
-    def probe_layers(features_EPD: list[np.ndarray], what: str) -> tuple[list[dict[str, Any]], int]:
-        """A row per layer, and the index of the best by held-out accuracy."""
-        found = [{"features": f"{what} {layer}", "layer": layer,
-                  **fit.row(Labelled([each[:, index] for each in features_EPD], labels))}
-                 for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None))]
-        return found, max(range(len(layers)), key=lambda index: found[index]["held_out_accuracy"])
-
-    features_EPD = features(params, "features")
-    by_layer, best = probe_layers(features_EPD, "layer")
+    features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
+    by_layer, best = prober.by_layer(features_EPD, layers, "layer")
     rows = list(by_layer)
     metrics = {"accuracy_by_layer": {str(row["layer"]): row["test_accuracy"] for row in rows},
                "best_layer": layers[best], "test_accuracy": rows[best]["test_accuracy"]}
 
     if config.concatenate > 1:
         around = [index for index in range(len(layers)) if abs(index - best) <= config.concatenate // 2]
-        data = Labelled([each[:, around].reshape(len(each), -1) for each in features_EPD], labels)
-        rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **fit.row(data)})
-    data = Labelled([each[:, best] for each in features_EPD], labels)
+        data = Labelled([each[:, around].reshape(len(each), -1) for each in features_EPD], prober.labels)
+        rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **prober.row(data)})
+    data = Labelled([each[:, best] for each in features_EPD], prober.labels)
     for count in config.labels_per_class:
-        rows.append({"features": f"layer {layers[best]}, {count} labels per class", **fit.few_labels(data, count)})
+        rows.append({"features": f"layer {layers[best]}, {count} labels per class",
+                     **prober.few_labels(data, count, config.draws)})
+    baselines = {}
     if config.baselines:
-        pixels = Labelled([split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32)
-                           for split in splits], labels)
-        rows.append({"features": "raw pixels", **fit.row(pixels)})
-        metrics["raw_pixel_accuracy"] = rows[-1]["test_accuracy"]
+        rows.append({"features": "raw pixels", **prober.row(prober.pixels())})
+        metrics["raw_pixel_accuracy"] = baselines["raw pixels"] = rows[-1]["test_accuracy"]
         untrained = jax.jit(model.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(
             jax.random.key(config.seed))
-        found, index = probe_layers(features(untrained, "untrained"), "untrained model, layer")
+        features_EPD = prober.features(model, untrained, mesh, config.batch_size, "untrained")
+        found, index = prober.by_layer(features_EPD, layers, "untrained model, layer")
         rows.append(found[index])
-        metrics["untrained_accuracy"] = rows[-1]["test_accuracy"]
+        metrics["untrained_accuracy"] = baselines[rows[-1]["features"]] = rows[-1]["test_accuracy"]
 
-    _report(workdir, rows, by_layer, splits[2].count)
+    if jax.process_index() == 0:
+        for row in rows:
+            low, high = row.get("interval", (None, None))
+            spread = f"[{low:.2%}, {high:.2%}]" if low is not None else f"+- {row['deviation'] or 0:.2%}"
+            telemetry.say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
+        folder = storage.path(workdir)
+        table.publish(folder, "probe", rows)
+        figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png", {"": by_layer}, baselines,
+                                  prober.test_count)
     return metrics
-
-
-def _classes(labels: list[np.ndarray], splits: list[Split], config: ProbeConfig) -> int:
-    """K. Raises UserError where a class has no training examples, or fewer than `labels_per_class` asks for."""
-    classes = 1 + max(int(each.max()) for each in labels)
-    counts = np.bincount(labels[0], minlength=classes)
-    if classes < 2:
-        raise UserError(f"the labels of split {splits[0].name!r} are all the same: there is nothing to classify.")
-    if not counts.all():
-        raise UserError(f"class {int(counts.argmin())} has no example in split {splits[0].name!r}. "
-                        "Prepare a store whose training split has every class.")
-    if max(config.labels_per_class, default=0) > counts.min():
-        raise UserError(f"labels_per_class={max(config.labels_per_class)}: class {int(counts.argmin())} has only "
-                        f"{counts.min()} examples in split {splits[0].name!r}. Ask for fewer.")
-    return classes
-
-
-def _features(model: Model, params: Any, split: Split, config: ProbeConfig, mesh: Any, table: np.ndarray,
-              layers: tuple[int, ...], what: str) -> np.ndarray:
-    """Features float32 [E, P, D] of a whole split, at the places `layers`."""
-    step = evaluation.jit_over_batches(make_feature_step(model, config.features), mesh)
-    out = np.empty((split.count, len(layers), model.dims.D), np.float32)
-    at = 0
-    with tqdm(total=split.count, unit="image", desc=what, disable=None) as bar:
-        for batch_BPD in evaluation.over_split(step, params, split, mesh, config.batch_size, table):
-            out[at:at + len(batch_BPD)] = batch_BPD[:, layers]
-            at += len(batch_BPD)
-            bar.update(len(batch_BPD))
-    return out
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fit:
-    """How a row of the table is made: fit on train, choose on held-out, fit on both, count on test."""
-    config: ProbeConfig
-    classes: int
-
-    def row(self, data: Labelled) -> dict[str, Any]:
-        options = self.config.strengths if self.config.solver == "lbfgs" else self.config.rates
-        probes = self._fit(data.features_ED[0], data.labels_E[0], options, tolerance=CHOOSING)
-        held_out = [probe.accuracy(data.features_ED[1], data.labels_E[1]) for probe in probes]
-        chosen = max(range(len(options)), key=lambda index: held_out[index])
-        both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
-        probe, = self._fit(*both, options[chosen:chosen + 1])
-        accuracy = probe.accuracy(data.features_ED[2], data.labels_E[2])
-        return {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
-                "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
-
-    def few_labels(self, data: Labelled, count: int) -> dict[str, Any]:
-        """`count` labels of each class, drawn several times: fit on those, choose on held-out, count on test."""
-        rows = []
-        for draw in range(self.config.draws):
-            random = np.random.default_rng([self.config.seed, count, draw])
-            few = data[np.concatenate([random.permutation(np.flatnonzero(data.labels_E[0] == label))[:count]
-                                       for label in range(self.classes)])]
-            probes = linear_probe.fit(few.features_ED[0], few.labels_E[0], self.classes, self.config.strengths,
-                                      CHOOSING)
-            chosen = max(probes, key=lambda probe: probe.accuracy(few.features_ED[1], few.labels_E[1]))
-            rows.append(chosen.accuracy(few.features_ED[2], few.labels_E[2]))
-        return {"solver": "lbfgs", "test_accuracy": float(np.mean(rows)), "deviation": float(np.std(rows, ddof=1))
-                if len(rows) > 1 else None, "draws": rows}
-
-    def _fit(self, features_ED: np.ndarray, labels_E: np.ndarray, options: tuple[float, ...],
-             tolerance: float = 1e-6) -> list[linear_probe.Probe]:
-        if self.config.solver == "lbfgs":
-            return linear_probe.fit(features_ED, labels_E, self.classes, options, tolerance)
-        return linear_probe.fit_sgd(features_ED, labels_E, self.classes, options, self._batches(len(labels_E)),
-                                    self.config.steps)
-
-    def _batches(self, count: int) -> Iterator[np.ndarray]:
-        return (order.batch(self.config.seed, step, min(SGD_BATCH, count), count) for step in range(self.config.steps))
-
-
-def _report(workdir: str, rows: list[dict[str, Any]], by_layer: list[dict[str, Any]], test_count: int) -> None:
-    if jax.process_index() != 0:
-        return
-    for row in rows:
-        low, high = row.get("interval", (None, None))
-        spread = f"[{low:.2%}, {high:.2%}]" if low is not None else f"+- {row['deviation'] or 0:.2%}"
-        telemetry.say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
-    folder = storage.path(workdir)
-    storage.publish(folder / "probe.json", runtime.to_json(rows))
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names)
-    writer.writeheader()
-    writer.writerows(rows)
-    storage.publish(folder / "probe.csv", text.getvalue())
-    others = {row["features"]: row["test_accuracy"] for row in rows if row["features"].startswith(("raw", "untrained"))}
-    figures.accuracy_curve(folder / "figures" / "accuracy_by_layer.png", by_layer, others, test_count)

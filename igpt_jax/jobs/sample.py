@@ -21,6 +21,7 @@ from igpt_jax.config import SampleConfig, UserError
 from igpt_jax.data import open_split, process_rows, put, tokens_of
 from igpt_jax.data.images import SUFFIXES, Unusable, decode
 from igpt_jax.decode import Sampling, generate
+from igpt_jax.figures import image_grid, save_png
 
 UNKNOWN = 127  # grey level of the pixels that the model was not given
 EXAMPLES, COUNT = 16, 64  # where the config leaves them open
@@ -163,4 +164,4 @@ def _pictures(tokens_BT: np.ndarray, record: Record) -> np.ndarray:
 def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int) -> None:
     if jax.process_index() == 0:
         scale = max(1, 96 // images_BYXC.shape[1])
-        telemetry.save_png(path, telemetry.image_grid(images_BYXC, columns, scale, gap=max(2, scale // 2)))
+        save_png(path, image_grid(images_BYXC, columns, scale, gap=max(2, scale // 2)))

@@ -1,0 +1,151 @@
+"""Probing models on a labelled store: features of every layer, and how a row of the table is made (paper, Section 2.4).
+
+E examples, P places in the stream (L + 1), D features, K classes.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from igpt_jax import evaluation, linear_probe, palette
+from igpt_jax.checkpoint import Record
+from igpt_jax.config import ProbingConfig, UserError
+from igpt_jax.data import order
+from igpt_jax.data.store import Store
+from igpt_jax.features import make_feature_step
+from igpt_jax.model import Model
+
+SGD_BATCH = 1024
+CHOOSING = 1e-4  # tolerance of the solver where only held-out accuracies are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Features and labels of the three splits, in the order train, held-out, test."""
+    features_ED: Sequence[np.ndarray]
+    labels_E: Sequence[np.ndarray]
+
+    def __getitem__(self, rows: np.ndarray) -> "Labelled":
+        """With these rows of the training examples only."""
+        return Labelled([self.features_ED[0][rows], *self.features_ED[1:]],
+                        [self.labels_E[0][rows], *self.labels_E[1:]])
+
+
+class Prober:
+    """Probes models on the train, held-out and test splits of one labelled store: fit on train, choose on held-out, fit
+    on both, count on test.
+
+    Args:
+      config: how.
+      record: of the checkpoint; its store is the default, its image size and palette are the model's.
+      labels_per_class: as many of each class there must be to train on.
+
+    Raises:
+      UserError: the store does not fit the checkpoint, has no labels, or too few of a class.
+    """
+
+    def __init__(self, config: ProbingConfig, record: Record, labels_per_class: int = 1):
+        self.config, data = config, config.data
+        store = Store.open(data.store or record.config.data.store)
+        if store.image_size != record.image_size:
+            raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
+                            f"{record.image_size}. Prepare a store with image_size={record.image_size}.")
+        self.splits = [store.split(name) for name in (data.train, data.held_out, data.test)]
+        for split in self.splits:
+            split.count = min(split.count, config.limit or split.count)
+        self.labels = [split.labels(np.arange(split.count)) for split in self.splits]
+        self.classes = self._count_classes(labels_per_class)
+        self._table = palette.lookup_table(record.palette_VC)
+
+    @property
+    def test_count(self) -> int:
+        return self.splits[2].count
+
+    def _count_classes(self, labels_per_class: int) -> int:
+        """K. Raises UserError where a class has no training examples, or fewer than `labels_per_class`."""
+        name, classes = self.splits[0].name, 1 + max(int(each.max()) for each in self.labels)
+        counts = np.bincount(self.labels[0], minlength=classes)
+        if classes < 2:
+            raise UserError(f"the labels of split {name!r} are all the same: there is nothing to classify.")
+        if not counts.all():
+            raise UserError(f"class {int(counts.argmin())} has no example in split {name!r}. "
+                            "Prepare a store whose training split has every class.")
+        if labels_per_class > counts.min():
+            raise UserError(f"labels_per_class={labels_per_class}: class {int(counts.argmin())} has only "
+                            f"{counts.min()} examples in split {name!r}. Ask for fewer.")
+        return classes
+
+    def layers_of(self, model: Model) -> tuple[int, ...]:
+        """The places in the stream to probe. Raises UserError where the model has no such place."""
+        layers = self.config.layers or tuple(range(model.dims.L + 1))
+        if not all(0 <= layer <= model.dims.L for layer in layers):
+            raise UserError(f"layers={self.config.layers}: the model has places 0 (the embedding) to {model.dims.L}.")
+        return layers
+
+    def features(self, model: Model, params: Any, mesh: Mesh, batch_size: int, what: str) -> list[np.ndarray]:
+        """Features float32 [E, P, D] of the three splits, at the places `layers_of(model)`."""
+        layers, found = self.layers_of(model), []
+        step = evaluation.jit_over_batches(make_feature_step(model, self.config.features), mesh)
+        for split in self.splits:
+            out_EPD = np.empty((split.count, len(layers), model.dims.D), np.float32)
+            at = 0
+            with tqdm(total=split.count, unit="image", desc=f"{what}, {split.name}", disable=None) as bar:
+                for batch_BPD in evaluation.over_split(step, params, split, mesh, batch_size, self._table):
+                    out_EPD[at:at + len(batch_BPD)] = batch_BPD[:, layers]
+                    at += len(batch_BPD)
+                    bar.update(len(batch_BPD))
+            found.append(out_EPD)
+        return found
+
+    def pixels(self) -> Labelled:
+        """The raw pixels of the three splits as features."""
+        return Labelled([split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32)
+                         for split in self.splits], self.labels)
+
+    def by_layer(self, features_EPD: Sequence[np.ndarray], layers: Sequence[int], what: str
+                 ) -> tuple[list[dict[str, Any]], int]:
+        """A row per layer, and the index of the best by held-out accuracy."""
+        rows = [{"features": f"{what} {layer}", "layer": layer,
+                 **self.row(Labelled([each[:, index] for each in features_EPD], self.labels))}
+                for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None))]
+        return rows, max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
+
+    def row(self, data: Labelled) -> dict[str, Any]:
+        """The figures of one probe."""
+        options = self.config.strengths if self.config.solver == "lbfgs" else self.config.rates
+        probes = self._fit(data.features_ED[0], data.labels_E[0], options, tolerance=CHOOSING)
+        held_out = [probe.accuracy(data.features_ED[1], data.labels_E[1]) for probe in probes]
+        chosen = max(range(len(options)), key=lambda index: held_out[index])
+        both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
+        probe, = self._fit(*both, options[chosen:chosen + 1])
+        accuracy = probe.accuracy(data.features_ED[2], data.labels_E[2])
+        return {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
+                "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
+
+    def few_labels(self, data: Labelled, count: int, draws: int) -> dict[str, Any]:
+        """`count` labels of each class, drawn several times: fit on those, choose on held-out, count on test."""
+        accuracies = []
+        for draw in range(draws):
+            random = np.random.default_rng([self.config.seed, count, draw])
+            few = data[np.concatenate([random.permutation(np.flatnonzero(data.labels_E[0] == label))[:count]
+                                       for label in range(self.classes)])]
+            probes = linear_probe.fit(few.features_ED[0], few.labels_E[0], self.classes, self.config.strengths,
+                                      CHOOSING)
+            chosen = max(probes, key=lambda probe: probe.accuracy(few.features_ED[1], few.labels_E[1]))
+            accuracies.append(chosen.accuracy(few.features_ED[2], few.labels_E[2]))
+        return {"solver": "lbfgs", "test_accuracy": float(np.mean(accuracies)),
+                "deviation": float(np.std(accuracies, ddof=1)) if draws > 1 else None, "draws": accuracies}
+
+    def _fit(self, features_ED: np.ndarray, labels_E: np.ndarray, options: Sequence[float],
+             tolerance: float = 1e-6) -> list[linear_probe.Probe]:
+        if self.config.solver == "lbfgs":
+            return linear_probe.fit(features_ED, labels_E, self.classes, options, tolerance)
+        return linear_probe.fit_sgd(features_ED, labels_E, self.classes, options, self._batches(len(labels_E)),
+                                    self.config.steps)
+
+    def _batches(self, count: int) -> Iterator[np.ndarray]:
+        return (order.batch(self.config.seed, step, min(SGD_BATCH, count), count) for step in range(self.config.steps))

@@ -1,0 +1,237 @@
+"""Evaluation in batches, as users run it: a run that is followed, slices of an array job, damage, surprise."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, run_job_command
+from PIL import Image
+from test_model import random_parameters
+
+from igpt_jax import arrivals, checkpoint, evaluation, objectives, palette, sharding, storage, surprise
+from igpt_jax.config import MeshConfig, ModelConfig, parse
+from igpt_jax.data.store import Store, Writer
+from igpt_jax.jobs import evaluate as job
+from igpt_jax.model import Model
+
+STEPS = (4, 8, 12, 16, 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    done = run_job_command("prepare", f"--workdir={folder / 'store'}", "--config.source=digits:train",
+                           "--config.test_source=digits:test")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logs(folder):
+    """A run that was followed from before its start; the follower was killed at its first row, and started again."""
+    command = [sys.executable, "-m", "igpt_jax", "evaluate", f"--workdir={folder / 'watch'}",
+               f"--config.checkpoints={folder / 'run'}", "--config.watch=True", "--config.poll_seconds=0.2",
+               "--config.idle_seconds=200"]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    train = subprocess.Popen([sys.executable, "-m", "igpt_jax", "pretrain", f"--workdir={folder / 'run'}",
+                              f"--config.data.store={folder / 'store'}", "--config.model.name=igpt_tiny",
+                              "--config.model.layers=2", "--config.model.embed=16", "--config.model.heads=2",
+                              f"--config.steps={STEPS[-1]}", "--config.batch_size=16", "--config.precision=float32",
+                              "--config.optimizer.warmup_steps=2", "--config.checkpoint_every_steps=4",
+                              "--config.eval_every_steps=0", "--config.keep_newest=9"],
+                             cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with first, train:
+        line = first.stderr.readline()
+        first.send_signal(signal.SIGKILL)
+        told = [line + first.stderr.read()]
+        second = run_job_command(*command[3:])
+        told.append(second.stderr)
+        log = train.stderr.read()
+    assert train.returncode == 0, log
+    assert second.returncode == 0, second.stderr
+    return told
+
+
+def rows_of(workdir):
+    return json.loads((workdir / "evaluation.json").read_text())
+
+
+def evaluate(folder, name, *more, code=0):
+    done = run_job_command("evaluate", f"--workdir={folder / name}", *more)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_a_followed_run_is_evaluated_once_per_step_though_the_follower_is_killed(folder, logs):
+    """SIGKILL after the first row; the same command again: a row and a line per step, none twice; a table, a figure.
+
+    Seen to fail with a step told before its row was written. Must fail with the former process's rows forgotten.
+    """
+    told = "".join(logs)
+    for step in STEPS:
+        assert told.count(f"step {step:,}, ") == 1, told
+    assert logs[0].count("nats per pixel") >= 1 and logs[1].count("nats per pixel") >= 1
+    rows = rows_of(folder / "watch")
+    assert [row["steps"] for row in rows] == list(STEPS)
+    with open(folder / "watch" / "evaluation.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for row, line in zip(rows, table, strict=True):
+        assert float(line["nats_per_pixel"]) == row["nats_per_pixel"] < 3
+        np.testing.assert_allclose(row["bits_per_pixel"], row["nats_per_pixel"] / np.log(2), rtol=1e-12)
+    assert (folder / "watch" / "figures" / "loss.png").stat().st_size > 10_000
+
+
+def test_slices_join_to_the_table_of_one_job(folder, logs):
+    """Two slices and their merge, against the watched table; while one is missing, the merge is refused.
+
+    Seen to fail with the slices chosen by the place in the list that is there at the time.
+    """
+    steps, oldest = f"--config.checkpoints={folder / 'run'}/checkpoints/*", folder / "run" / "checkpoints" / "4"
+    first, second = sorted((0, 1), key=lambda i: not arrivals.in_slice(str(oldest), i, 2))
+    evaluate(folder, "array/first", steps, f"--config.shard={first}/2")
+    done = evaluate(folder, "array", "--config.shard=merge", code=2)
+    assert f"slices {second}/2 are not done" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    shutil.move(oldest, folder / "removed")  # by the run, after the slice that it belongs to has measured it
+    try:
+        evaluate(folder, "array/second", steps, f"--config.shard={second}/2")
+    finally:
+        shutil.move(folder / "removed", oldest)
+    evaluate(folder, "array", "--config.shard=merge")
+    joined, whole = rows_of(folder / "array"), rows_of(folder / "watch")
+    assert [row["checkpoint"] for row in joined] == [row["checkpoint"] for row in whole]
+    assert [row["nats_per_pixel"] for row in joined] == [row["nats_per_pixel"] for row in whole]
+
+
+def test_what_another_run_wrote_in_its_place_is_evaluated_anew(folder, logs):
+    """The same command again does nothing; with another step's files under the same path, it measures those.
+
+    Seen to fail with rows known by their path alone.
+    """
+    steps = folder / "swapped" / "checkpoints"
+    shutil.copytree(folder / "run" / "checkpoints" / "4", steps / "4")
+    assert checkpoint.identity(steps / "4") == checkpoint.identity(folder / "run" / "checkpoints" / "4")
+    assert checkpoint.identity(steps / "4") != checkpoint.identity(folder / "run" / "checkpoints" / "8")
+    name, typed = "evaluate_swapped", f"--config.checkpoints={steps}/4"
+    evaluate(folder, name, typed)
+    assert "step 4, " not in evaluate(folder, name, typed).stderr
+    shutil.rmtree(steps / "4")
+    shutil.copytree(folder / "run" / "checkpoints" / "20", steps / "4")
+    assert "step 20, " in evaluate(folder, name, typed).stderr
+    assert [row["steps"] for row in rows_of(folder / name)] == [20]
+
+
+def test_damaged_steps_are_told_and_the_others_measured(folder, logs):
+    """A flipped bit in one of two checkpoints, and a third that is still being written: exit code 2, one row.
+
+    Seen to fail with the job ended at the first damage.
+    """
+    steps = folder / "damaged" / "checkpoints"
+    for step in ("4", "8"):
+        shutil.copytree(folder / "run" / "checkpoints" / step, steps / step)
+    (steps / "12").mkdir()
+    files = [file for file in (steps / "4" / "params").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    done = evaluate(folder, "evaluate_damaged", f"--config.checkpoints={steps}/*", code=2)
+    assert "not in the table: " in done.stderr and "is damaged" in done.stderr, done.stderr
+    assert [row["steps"] for row in rows_of(folder / "evaluate_damaged")] == [8]
+    result = json.loads((folder / "evaluate_damaged" / "result.json").read_text())
+    assert result["status"] == "failed" and len(result["metrics"]["nats_per_pixel"]) == 1
+
+
+def test_a_step_that_is_removed_while_it_is_measured_has_its_row(folder, logs, monkeypatch):
+    """As a run that goes on does it. Seen to fail, on such a run, with the identity read after the measurement."""
+    steps = folder / "vanishing" / "checkpoints"
+    shutil.copytree(folder / "run" / "checkpoints" / "4", steps / "4")
+    over_split = evaluation.over_split
+
+    def remove_first(*arguments):
+        shutil.rmtree(steps / "4", ignore_errors=True)
+        return over_split(*arguments)
+
+    monkeypatch.setattr(evaluation, "over_split", remove_first)
+    job.run(parse("evaluate", {"checkpoints": f"{steps}/4"}), str(folder / "evaluate_vanishing"))
+    assert [row["steps"] for row in rows_of(folder / "evaluate_vanishing")] == [4]
+
+
+BAD = {
+    "empty glob": (["--config.checkpoints={folder}/nothing*"], "matches nothing"),
+    "nothing ever came": (["--config.checkpoints={folder}/nothing", "--config.watch=True", "--config.idle_seconds=0.1",
+                           "--config.poll_seconds=0.1"], "names no finished checkpoint"),
+    "being written": (["--config.checkpoints={folder}/unfinished/checkpoints/12"], "holds no checkpoint"),
+    "no slice": (["--config.shard=2/2"], "slices are 0/n to n-1/n"),
+    "nothing to merge": (["--config.shard=merge"], "finished slices of 0 array jobs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, folder):
+    more, message = BAD[case]
+    (folder / "unfinished" / "checkpoints" / "12").mkdir(parents=True, exist_ok=True)
+    done = evaluate(folder, f"bad {case}", *[each.format(folder=folder) for each in more], code=2)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_every_checkpoint_is_in_one_slice():
+    """And slices are about equally large. Seen to fail with Python's own hash, which differs between processes."""
+    steps = [f"runs/pretrain/checkpoints/{step}" for step in range(0, 1_000_000, 5000)]
+    owners = [[i for i in range(4) if arrivals.in_slice(step, i, 4)] for step in steps]
+    assert all(len(owner) == 1 for owner in owners)
+    assert owners[1] == [zlib.crc32(steps[1].encode()) % 4]
+    assert min(np.bincount([owner for owner, in owners])) > 30
+
+
+def test_surprise_counts_each_pixel_once(tmp_path, monkeypatch):
+    """By place, class and picture, in batches of 7 of 23 images, against all at once.
+
+    Seen to fail with each image given the mean of its batch.
+    """
+    monkeypatch.setenv("IGPT_CACHE", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    palette_VC = random.uniform(-1, 1, (5, 3)).astype(np.float32)
+    images, labels = random.integers(0, 256, (23, 4, 4, 3), np.uint8), random.integers(0, 3, 23).astype(np.int32)
+    writer = Writer(storage.path(tmp_path), 4)
+    writer.add("test", images, labels)
+    writer.finish(palette_VC, source="", resize="", seed=0, held_out={}, config={})
+    split, table = Store.open(tmp_path).split("test"), palette.lookup_table(palette_VC)
+    model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
+    params = random_parameters(model)
+    tokens = palette.encode(images, table).astype(np.int32)
+    nats_ET = np.asarray(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens), np.float64)
+
+    found = surprise.measure(model, params, split, sharding.make_mesh(MeshConfig()), 7, table, shown=9)
+    np.testing.assert_allclose(found.by_place_T, nats_ET.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.shown_NT, nats_ET[:9], rtol=1e-4, atol=1e-5)
+    for label, (nats, count) in found.by_class.items():
+        np.testing.assert_allclose(nats, nats_ET[labels == label].mean(), rtol=1e-6)
+        assert count == (labels == label).sum()
+    assert list(found.by_class) == [0, 1, 2]
+
+
+def test_surprise_is_drawn_and_written(folder, logs):
+    """Means over places, classes and all agree with the row; heat maps have the size of their pictures."""
+    evaluate(folder, "surprise", f"--config.checkpoints={folder / 'run'}", "--config.surprise=3",
+             "--config.data.split=test", "--config.limit=100")
+    (row,) = rows_of(folder / "surprise")
+    (file,) = (folder / "surprise" / "surprise").iterdir()
+    told = json.loads(file.read_text())
+    assert np.mean(told["nats_by_place"]) == pytest.approx(row["nats_per_pixel"], rel=1e-5)
+    classes = told["nats_by_class"].values()
+    assert sum(each["examples"] for each in classes) == told["examples"] == 100
+    assert sum(each["examples"] * each["nats_per_pixel"] for each in classes) / 100 == pytest.approx(
+        row["nats_per_pixel"], rel=1e-6)
+    assert [np.shape(each["nats"]) for each in told["pictures"]] == [(8, 8)] * 3
+    figures = sorted((folder / "surprise" / "figures").glob("surprise*.png"))
+    assert len(figures) == 2
+    for figure in figures:
+        with Image.open(figure) as image:
+            assert image.width > 400
