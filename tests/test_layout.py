@@ -9,8 +9,8 @@ ORDER = [
     "attention.blocked", "attention.splash", "attention", "model", "objectives", "features", "decode", "export",
     "linear_probe", "optimizer", "steps", "data.order", "data.images", "data.sources", "data.store", "data.ingest",
     "data.colours", "data.augment", "data.ledger", "data.stage", "data", "data.tokens", "data.resident", "data.jpeg",
-    "data.pipeline", "data.records", "orbax_s3", "checkpoint", "weights", "telemetry", "figures", "watchdog",
-    "runtime", "evaluation", "planner", "loop", "report", "jobs", "__main__",
+    "data.pipeline", "data.records", "orbax_s3", "checkpoint", "transfer", "weights", "telemetry", "figures",
+    "watchdog", "runtime", "evaluation", "planner", "loop", "report", "jobs", "__main__",
 ]
 MAY_IMPORT_TENSORFLOW = {"data.jpeg", "data.pipeline", "data.records", "weights.openai"}
 WITHOUT_JAX = {"config", "storage", "palette", "topology"}

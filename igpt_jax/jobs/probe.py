@@ -2,7 +2,7 @@
 
 Writes probe.json and probe.csv, a row per probe, and the accuracy by layer as a figure.
 
-E examples, P places in the stream (L + 1), D features, K classes.
+E examples, P places in the stream (L + 1), D features, M masks of an example (1 but of masked models), K classes.
 """
 
 import csv
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from igpt_jax import checkpoint, evaluation, figures, linear_probe, palette, runtime, sharding, storage, telemetry
 from igpt_jax.config import ProbeConfig, UserError
-from igpt_jax.data import order
+from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
 from igpt_jax.features import make_feature_step
 from igpt_jax.model import Model
@@ -28,7 +28,8 @@ CHOOSING = 1e-4  # tolerance of the solver where only held-out accuracies are co
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Features and labels of the three splits, in the order train, held-out, test."""
+    """Features and labels of the three splits, in the order train, held-out, test; features of the test split are
+    [E, M, D], under each mask."""
     features_ED: list[np.ndarray]
     labels_E: list[np.ndarray]
 
@@ -43,18 +44,21 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     `raw_pixel_accuracy` and `untrained_accuracy`.
 
     Raises:
-      UserError: the checkpoint is missing, the data does not fit it, has no labels, or too few of a class.
+      UserError: the checkpoint is missing or of another objective, the data does not fit it, has no labels, or too
+        few of a class.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention)
+    checkpoint.require_objective(record, config.objective, config.checkpoint)
     store = Store.open(config.data.store or record.config.data.store)
     if store.image_size != record.image_size:
         raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
                         f"{record.image_size}. Prepare a store with image_size={record.image_size}.")
     splits = [store.split(name) for name in (config.data.train, config.data.held_out, config.data.test)]
     labels = [split.labels(np.arange(split.count)) for split in splits]
-    classes = _classes(labels, splits, config)
+    classes = count_classes(store, splits[0])
+    _check_labels_per_class(labels[0], splits[0].name, config)
     table = palette.lookup_table(record.palette_VC)
     layers = config.layers or tuple(range(model.dims.L + 1))
     if not all(0 <= layer <= model.dims.L for layer in layers):
@@ -63,13 +67,15 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     fit = _Fit(config, classes)
 
     def features(params: Any, what: str) -> list[np.ndarray]:
-        return [_features(model, params, split, config, mesh, table, layers, f"{what}, {split.name}")
-                for split in splits]
+        train_EMPD, held_out_EMPD, test_EMPD = (
+            _features(model, params, split, config, mesh, table, layers, f"{what}, {split.name}", masks)
+            for split, masks in zip(splits, (1, 1, evaluation.VOTES), strict=True))
+        return [train_EMPD[:, 0], held_out_EMPD[:, 0], test_EMPD]
 
     def probe_layers(features_EPD: list[np.ndarray], what: str) -> tuple[list[dict[str, Any]], int]:
         """A row per layer, and the index of the best by held-out accuracy."""
         found = [{"features": f"{what} {layer}", "layer": layer,
-                  **fit.row(Labelled([each[:, index] for each in features_EPD], labels))}
+                  **fit.row(Labelled([each[..., index, :] for each in features_EPD], labels))}
                  for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None))]
         return found, max(range(len(layers)), key=lambda index: found[index]["held_out_accuracy"])
 
@@ -81,15 +87,14 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
 
     if config.concatenate > 1:
         around = [index for index in range(len(layers)) if abs(index - best) <= config.concatenate // 2]
-        data = Labelled([each[:, around].reshape(len(each), -1) for each in features_EPD], labels)
+        data = Labelled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], labels)
         rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **fit.row(data)})
-    data = Labelled([each[:, best] for each in features_EPD], labels)
+    data = Labelled([each[..., best, :] for each in features_EPD], labels)
     for count in config.labels_per_class:
         rows.append({"features": f"layer {layers[best]}, {count} labels per class", **fit.few_labels(data, count)})
     if config.baselines:
-        pixels = Labelled([split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32)
-                           for split in splits], labels)
-        rows.append({"features": "raw pixels", **fit.row(pixels)})
+        pixels = [split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32) for split in splits]
+        rows.append({"features": "raw pixels", **fit.row(Labelled([*pixels[:2], pixels[2][:, None]], labels))})
         metrics["raw_pixel_accuracy"] = rows[-1]["test_accuracy"]
         untrained = jax.jit(model.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(
             jax.random.key(config.seed))
@@ -101,32 +106,26 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     return metrics
 
 
-def _classes(labels: list[np.ndarray], splits: list[Split], config: ProbeConfig) -> int:
-    """K. Raises UserError where a class has no training examples, or fewer than `labels_per_class` asks for."""
-    classes = 1 + max(int(each.max()) for each in labels)
-    counts = np.bincount(labels[0], minlength=classes)
-    if classes < 2:
-        raise UserError(f"the labels of split {splits[0].name!r} are all the same: there is nothing to classify.")
-    if not counts.all():
-        raise UserError(f"class {int(counts.argmin())} has no example in split {splits[0].name!r}. "
-                        "Prepare a store whose training split has every class.")
+def _check_labels_per_class(labels_E: np.ndarray, split: str, config: ProbeConfig) -> None:
+    """Raises UserError where a class has fewer training examples than `labels_per_class` asks for."""
+    counts = np.bincount(labels_E)
     if max(config.labels_per_class, default=0) > counts.min():
         raise UserError(f"labels_per_class={max(config.labels_per_class)}: class {int(counts.argmin())} has only "
-                        f"{counts.min()} examples in split {splits[0].name!r}. Ask for fewer.")
-    return classes
+                        f"{counts.min()} examples in split {split!r}. Ask for fewer.")
 
 
 def _features(model: Model, params: Any, split: Split, config: ProbeConfig, mesh: Any, table: np.ndarray,
-              layers: tuple[int, ...], what: str) -> np.ndarray:
-    """Features float32 [E, P, D] of a whole split, at the places `layers`."""
-    step = evaluation.jit_over_batches(make_feature_step(model, config.features), mesh)
-    out = np.empty((split.count, len(layers), model.dims.D), np.float32)
+              layers: tuple[int, ...], what: str, masks: int) -> np.ndarray:
+    """Features float32 [E, M, P, D] of a whole split, at the places `layers`; M is 1 unless the model is masked."""
+    masks = 1 if model.causal else masks
+    step = evaluation.jit_over_batches(make_feature_step(model, config.features, masks, config.seed), mesh)
+    out = np.empty((split.count, masks, len(layers), model.dims.D), np.float32)
     at = 0
     with tqdm(total=split.count, unit="image", desc=what, disable=None) as bar:
-        for batch_BPD in evaluation.over_split(step, params, split, mesh, config.batch_size, table):
-            out[at:at + len(batch_BPD)] = batch_BPD[:, layers]
-            at += len(batch_BPD)
-            bar.update(len(batch_BPD))
+        for batch_BMPD in evaluation.over_split(step, params, split, mesh, config.batch_size, table):
+            out[at:at + len(batch_BMPD)] = batch_BMPD[:, :, layers]
+            at += len(batch_BMPD)
+            bar.update(len(batch_BMPD))
     return out
 
 
@@ -143,7 +142,7 @@ class _Fit:
         chosen = max(range(len(options)), key=lambda index: held_out[index])
         both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
         probe, = self._fit(*both, options[chosen:chosen + 1])
-        accuracy = probe.accuracy(data.features_ED[2], data.labels_E[2])
+        accuracy = self._test_accuracy(probe, data)
         return {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
                 "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
 
@@ -157,9 +156,14 @@ class _Fit:
             probes = linear_probe.fit(few.features_ED[0], few.labels_E[0], self.classes, self.config.strengths,
                                       CHOOSING)
             chosen = max(probes, key=lambda probe: probe.accuracy(few.features_ED[1], few.labels_E[1]))
-            rows.append(chosen.accuracy(few.features_ED[2], few.labels_E[2]))
+            rows.append(self._test_accuracy(chosen, few))
         return {"solver": "lbfgs", "test_accuracy": float(np.mean(rows)), "deviation": float(np.std(rows, ddof=1))
                 if len(rows) > 1 else None, "draws": rows}
+
+    def _test_accuracy(self, probe: linear_probe.Probe, data: Labelled) -> float:
+        votes_EM = probe.predict(data.features_ED[2])
+        classes_E = evaluation.majority(votes_EM, self.classes, self.config.seed)
+        return float((classes_E == data.labels_E[2]).mean())
 
     def _fit(self, features_ED: np.ndarray, labels_E: np.ndarray, options: tuple[float, ...],
              tolerance: float = 1e-6) -> list[linear_probe.Probe]:
