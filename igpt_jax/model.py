@@ -250,8 +250,8 @@ class ImageGPT(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
                  ) -> jax.Array:
-        """Logits [B, T, V] that predict pixel t at t: from the pixels before it; where the model is not causal, from all
-        that are not hidden. Arguments as of `stream`."""
+        """Logits [B, T, V] that predict pixel t at t: from the pixels before it; where the model is not causal, from
+        all that are not hidden. Arguments as of `stream`."""
         return self.outputs(tokens_BT, key, hidden_BT)[0]
 
     def outputs(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
