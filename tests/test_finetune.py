@@ -161,9 +161,9 @@ def test_masked_checkpoints_are_not_taken_for_others(folder):
 
     Must fail without the check in the sampler, and with the masks drawn by place in the batch.
     """
-    commands = [[job, f"--workdir={folder / job}", f"--config.checkpoint={folder / 'bert'}"]
-                for job in ("sample", "probe")]
-    told = [[*commands[1][:1], f"--workdir={folder / f'probe{batch_size}'}", commands[1][2],
+    commands = [[job, f"--workdir={folder / job}", f"--config.{key}{folder / 'bert'}"] for job, key in
+                (("convert", "convert_from=orbax:"), ("sample", "checkpoint="), ("probe", "checkpoint="))]
+    told = [["probe", f"--workdir={folder / f'probe{batch_size}'}", f"--config.checkpoint={folder / 'bert'}",
              "--config.objective=masked", "--config.strengths=(0.01,)", "--config.baselines=False",
              f"--config.batch_size={batch_size}"] for batch_size in (64, 100)]
     *refused, first, second = run_all(*commands, *told)
