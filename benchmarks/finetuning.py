@@ -61,7 +61,8 @@ def main() -> None:
                    for each in (lines, reversed(lines)))
     print(f"\nmasked: {first:.3f} nats per hidden pixel at the first step, {last:.3f} at the last; held out "
           f"{masked['eval/nats_per_pixel']:.3f}")
-    (folder / "finetuning.json").write_text(json.dumps({"runs": rows, "masked": masked, "first_masked": first}, indent=2))
+    found = {"runs": rows, "masked": masked, "first_masked": first}
+    (folder / "finetuning.json").write_text(json.dumps(found, indent=2))
     if given.figure:
         draw(given.figure, curves, lines)
 

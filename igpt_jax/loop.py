@@ -78,6 +78,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
 
         # The compiled step.
         train_step = steps.jit_train_step(model, config, mesh, warmup_steps)
+
         def abstract_batch(*dims: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((config.batch_size, *dims), jnp.int32, sharding=sharding.batch_sharding(mesh))
 
@@ -132,8 +133,6 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             if start:
                 skipping = f", {offset:,} steps of examples further on" if offset else ""
                 telemetry.say(f"goes on from step {start:,} of {config.steps:,}{skipping}")
-        end = start if _enough(start, config, checkpoints) else config.steps
-        batches = batches_from(start + offset) if start < end else None
 
         def give_up() -> bool:
             watchdog.beat("evaluating")
@@ -142,23 +141,25 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         def evaluate(step: int) -> dict[str, float]:
             """Held-out figures, logged; none where there is no such split, or where a stop is asked for meanwhile."""
             with ledger("evaluate"):
-                found = (held_out and measure(state["params"], held_out, give_up)) or {}
+                found = measure(state["params"], held_out, give_up) if held_out else None
+                if found is None:
+                    return {}
                 found = {f"eval/{name}": figure for name, figure in found.items()}
-                if found:
-                    metrics.log(step, found)
-                    checkpoints.note(step, found)
+                metrics.log(step, found)
+                checkpoints.note(step, found)
                 return found
 
         def stopped(step: int) -> Preempted:
             metrics.log(step, {})
             return Preempted(f"stopped after step {step:,} of {config.steps:,}, saved.")
 
-        if start and not evaluated and (start == end or _due(start, config.eval_every_steps)):
+        if start and held_out and not evaluated and (start == config.steps or _due(start, config.eval_every_steps)):
             evaluated = evaluate(start)  # the run was stopped before it could
-            if evaluated:
-                checkpoints.add_metrics(start, evaluated)
-            elif held_out and start == end:
+            if not evaluated:
                 raise stopped(start)
+            checkpoints.add_metrics(start, evaluated)
+        end = start if _enough(start, config, checkpoints) else config.steps
+        batches = batches_from(start + offset) if start < end else None
 
         # The loop. A step's metrics are read after the next step is under way, so that devices never wait.
         late: tuple[int, dict[str, jax.Array]] | None = None

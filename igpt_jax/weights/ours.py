@@ -26,8 +26,8 @@ class OurWeights:
         self._typed = typed
         self.record = checkpoint.load_record(typed)
         if self.record.config.objective == "masked":
-            raise UserError(f"{typed} was trained with objective=masked. convert knows autoregressive models alone: the "
-                            "other formats here have a start vector, which a masked model lacks.")
+            raise UserError(f"{typed} was trained with objective=masked. convert knows autoregressive models alone: "
+                            "the other formats have a start vector, which a masked model lacks.")
         self._shapes = checkpoint.parameter_shapes(typed)
         self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
         self.names = tuple(path[-1] for path in self._shapes)
