@@ -33,7 +33,7 @@ def loss_of(config, model, at, key=0, **options):
 
 
 def test_the_first_masked_loss_is_that_of_guessing():
-    """ln V, since the head starts at zero. A masked model has no start vector. Must fail with the sum over all pixels
+    """ln V, since the head starts at zero. A masked model has no start vector. Seen to fail with the sum over all pixels
     divided by the number of hidden ones."""
     config, model = make(arguments=",objective=masked")
     state = steps.init_state(model, config, jax.random.key(0))
@@ -46,7 +46,7 @@ def test_the_first_masked_loss_is_that_of_guessing():
 def test_a_hidden_pixel_is_unseen_and_all_others_are_seen(backend):
     """Another colour of a hidden pixel changes no logit; of any other pixel, before or after, those of all hidden ones.
 
-    Must fail with attention causal, with hidden colours only dampened, and with the pixels shifted by one.
+    Seen to fail with attention causal, with hidden colours only dampened, and with the pixels shifted by one.
     """
     model = Model(ModelConfig("igpt_tiny", **SIZES, attention=backend), 16, 4, "float32", None, 0.15)
     params = random_parameters(model)
@@ -64,7 +64,7 @@ def test_what_a_step_hides_follows_from_seed_and_step():
     """The same seed and step hide the same, whatever the number of parts; another step or seed hides others; the share
     is as asked.
 
-    Must fail with the step left out of the key, and with each part drawing for itself.
+    Seen to fail with the step left out of the key, and with each part drawing for itself.
     """
     config, model = make(arguments=",objective=masked")
     in_parts, _ = make(arguments=",objective=masked,accumulate=4")
@@ -80,7 +80,7 @@ def test_evaluation_hides_by_example():
     """Loss and features of an image are the same alone and in another batch; its masks differ from each other and from
     those of other images.
 
-    Must fail with the masks drawn by place in the batch.
+    Seen to fail with the masks drawn by place in the batch.
     """
     model = Model(ModelConfig("igpt_tiny", **SIZES), 16, 4, "float32", None, 0.15)
     params = random_parameters(model)
@@ -99,7 +99,7 @@ def test_the_joint_loss_is_the_weighted_sum(class_layer):
     """Against NumPy in float64 from the same features and logits: generative_weight L_GEN + class_weight L_CLF, the
     head on the mean of the normalised stream, at the end or before a block.
 
-    Must fail with the head reading the stream without its norm, with the weights exchanged, and with another layer.
+    Seen to fail with the head reading the stream without its norm, with the weights exchanged, and with another layer.
     """
     config, _ = make("finetune", ",generative_weight=0.5,class_weight=2.0")
     model = Model(FinetuneModelConfig("igpt_tiny", **SIZES, class_layer=class_layer), 16, 4, "float32", None, 0.0, 3)
@@ -120,7 +120,7 @@ def test_the_joint_loss_is_the_weighted_sum(class_layer):
 
 
 def test_without_generative_weight_only_classes_move_the_model():
-    """The pixels' head keeps every bit, while the class head and the trunk move. Must fail with the weight ignored."""
+    """The pixels' head keeps every bit, while the class head and the trunk move. Seen to fail with the weight ignored."""
     config, model = make("finetune", ",generative_weight=0.0")
     state = {**steps.init_state(model, config, jax.random.key(0)), "params": random_parameters(model)}
     after, _ = jax.jit(steps.make_train_step(model, config, 0))(state, TOKENS, jax.random.key(0), np.arange(8) % 3)
@@ -130,7 +130,7 @@ def test_without_generative_weight_only_classes_move_the_model():
 
 
 def test_the_majority_of_the_votes_decides():
-    """Most votes win; ties fall to either at random, the same for the same seed. Must fail with ties to the lowest."""
+    """Most votes win; ties fall to either at random, the same for the same seed. Seen to fail with ties to the lowest."""
     votes_EM = np.array([[2, 1, 2, 0, 2], [0, 0, 1, 1, 2], [1, 1, 1, 1, 1]] * 50)
     found = evaluation.majority(votes_EM, 3, seed=0)
     assert (found[0::3] == 2).all() and (found[2::3] == 1).all()
@@ -143,7 +143,7 @@ def test_the_majority_of_the_votes_decides():
 def test_a_position_table_for_another_size():
     """A plane stays a plane inside when it grows, averages where it shrinks, and rows are not exchanged with columns.
 
-    Must fail with the table resized as a line of positions.
+    Seen to fail with the table resized as a line of positions.
     """
     rows, columns = np.meshgrid(np.arange(4.), np.arange(4.), indexing="ij")
     table_TD = jnp.asarray(np.stack([rows, 10 * columns], axis=-1).reshape(16, 2), jnp.float32)
