@@ -109,7 +109,7 @@ def make_loss(model: Model, config: PretrainConfig) -> Callable:
         classes = objectives.classification(classes_BK, labels_B)
         right = (classes_BK.argmax(axis=1) == labels_B).mean(dtype=classes.dtype)
         return (config.generative_weight * generative + config.class_weight * classes,
-                {"train/nats_per_pixel": generative, "train/nats_per_label": classes, "train/accuracy": right})
+                {"train/nats_per_pixel": generative, "train/classification_nats": classes, "train/accuracy": right})
 
     return loss
 

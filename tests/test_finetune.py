@@ -92,7 +92,7 @@ def test_eight_devices_give_the_losses_of_one(folder, tuned):
     ran(finetune(folder, "eight", "--config.data.reader=resident", "--config.mesh.data=2", "--config.mesh.fsdp=2",
                  "--config.mesh.tensor=2"), devices=8)
     one, other = losses(tuned), losses(folder / "eight")
-    assert one.keys() == other.keys() and (STEPS, "train/nats_per_label") in one
+    assert one.keys() == other.keys() and (STEPS, "train/classification_nats") in one
     for key in one:
         assert other[key] == pytest.approx(one[key], rel=1e-8, abs=1e-3 if "accuracy" in key[1] else 1e-12), key
     assert abs(result(tuned)["metrics"]["test_accuracy"] - result(folder / "eight")["metrics"]["test_accuracy"]) <= 1e-3

@@ -33,8 +33,10 @@ def loss_of(config, model, at, key=0, **options):
 
 
 def test_the_first_masked_loss_is_that_of_guessing():
-    """ln V, since the head starts at zero. A masked model has no start vector. Seen to fail with the sum over all pixels
-    divided by the number of hidden ones."""
+    """ln V, since the head starts at zero. A masked model has no start vector.
+
+    Seen to fail with the sum over all pixels divided by the number of hidden ones.
+    """
     config, model = make(arguments=",objective=masked")
     state = steps.init_state(model, config, jax.random.key(0))
     assert "start_D" not in state["params"]
@@ -114,13 +116,13 @@ def test_the_joint_loss_is_the_weighted_sum(class_layer):
     logits_BK = feature_BD @ np.asarray(params["class_head_KD"]).T
     generative, classes = nats(model.logits(params, TOKENS), TOKENS), nats(logits_BK, labels_B)
     assert float(measured["train/nats_per_pixel"]) == pytest.approx(generative, rel=1e-6)
-    assert float(measured["train/nats_per_label"]) == pytest.approx(classes, rel=1e-6)
+    assert float(measured["train/classification_nats"]) == pytest.approx(classes, rel=1e-6)
     assert float(loss) == pytest.approx(0.5 * generative + 2 * classes, rel=1e-6)
     assert float(measured["train/accuracy"]) == (logits_BK.argmax(1) == labels_B).mean()
 
 
 def test_without_generative_weight_only_classes_move_the_model():
-    """The pixels' head keeps every bit, while the class head and the trunk move. Seen to fail with the weight ignored."""
+    """The pixels' head keeps every bit, the class head and the trunk move. Seen to fail with the weight ignored."""
     config, model = make("finetune", ",generative_weight=0.0")
     state = {**steps.init_state(model, config, jax.random.key(0)), "params": random_parameters(model)}
     after, _ = jax.jit(steps.make_train_step(model, config, 0))(state, TOKENS, jax.random.key(0), np.arange(8) % 3)
@@ -130,7 +132,7 @@ def test_without_generative_weight_only_classes_move_the_model():
 
 
 def test_the_majority_of_the_votes_decides():
-    """Most votes win; ties fall to either at random, the same for the same seed. Seen to fail with ties to the lowest."""
+    """Most votes win; ties fall to either at random, by the seed. Seen to fail with ties to the lowest."""
     votes_EM = np.array([[2, 1, 2, 0, 2], [0, 0, 1, 1, 2], [1, 1, 1, 1, 1]] * 50)
     found = evaluation.majority(votes_EM, 3, seed=0)
     assert (found[0::3] == 2).all() and (found[2::3] == 1).all()

@@ -37,7 +37,7 @@ def run(mesh_config, devices, precision, steps_run=20, **options):
             tokens, labels = jax.device_put((tokens, tokens[:, 0] % 4), sharding.batch_sharding(mesh))
             state, metrics = step(state, tokens, jax.random.key(1), labels if model.dims.K else None)
             losses.append([float(metrics[f"train/{name}"]) for name in
-                           ("nats_per_pixel", "gradient_norm", *(["nats_per_label"] if model.dims.K else []))])
+                           ("nats_per_pixel", "gradient_norm", *(["classification_nats"] if model.dims.K else []))])
     return np.array(losses), state
 
 def check(name, tolerance, one, many):
