@@ -3,6 +3,8 @@
     python -m igpt_jax prepare --workdir=runs/digits --config.source=digits
     python -m igpt_jax pretrain --config=configs/pretrain.py:model=igpt_tiny,steps=500,batch_size=64 \
         --workdir=runs/pretrain --config.data.store=runs/digits
+
+Masked (BERT): objective=masked after the colon, too.
 """
 
 from igpt_jax.config import base_config

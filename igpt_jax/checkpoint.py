@@ -45,6 +45,7 @@ ATTEMPTS, LONGEST_PAUSE = 3, 64.0  # of saving what must be saved; seconds betwe
 FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefetch", "data.stage", "model.attention",
                        "model.remat", "accumulate", "images_per_pass", "image_size", "palette", "log_every_steps",
                        "eval_every_steps", "checkpoint_every_steps", "keep_newest", "keep_steps",
+                       "data.test", "patience",
                        "max_skipped_updates", "skip_divergence", "accept_changes", "stall_seconds",
                        "compare_replicas_every_steps", "replay_check", "profile"})
 
@@ -70,7 +71,7 @@ def versions() -> dict[str, str]:
 @dataclasses.dataclass(frozen=True)
 class Record:
     """What a checkpoint says of itself."""
-    config: PretrainConfig
+    config: PretrainConfig  # or FinetuneConfig
     palette_VC: np.ndarray  # float32 [V, 3] in [-1, 1]
     image_size: int
     data_fingerprint: str
@@ -80,6 +81,7 @@ class Record:
     changes: tuple[Mapping[str, Any], ...] = ()  # accepted: {"step", "key", "from", "to"}
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by array; `Checkpoints.save` fills it in
+    classes: int = 0  # of its class head; 0: it has none
 
     def to_json(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -93,7 +95,7 @@ class Record:
         elif value.get("format") != FORMAT:
             raise UserError(f"a checkpoint of format {value.get('format')!r} cannot be read here: format {FORMAT} is "
                             "the one that this version knows. Use the version that wrote it.")
-        return cls(**{**fields, "config": parse("pretrain", value["config"]),
+        return cls(**{**fields, "config": parse(value["config"]["job"], value["config"]),
                       "palette_VC": np.asarray(fields["palette_VC"], np.float32)})
 
     def check_continues(self, new: "Record", where: str) -> tuple[Mapping[str, Any], ...]:
@@ -138,7 +140,7 @@ class Checkpoints:
     def __init__(self, workdir: str, config: PretrainConfig):
         self._where, self._folder = workdir, storage.absolute(storage.path(workdir)) / "checkpoints"
         self._keep_newest, self._keep_steps = config.keep_newest, set(config.keep_steps)
-        self._losses: dict[int, float] = {}
+        self._scores: dict[int, float] = {}  # of the evaluated steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish checkpoint")
         self._saving: Future | None = None
         self._problem, self._retry_at, self._pause = "", 0.0, 1.0
@@ -146,10 +148,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             step_folders.sweep(self._folder)
-            for step in self.steps:
-                with contextlib.suppress(Damaged, UserError):  # whoever restores it will say so
-                    self._note(step, _read_record(self._folder, step).metrics)
         _meet("checkpoints are swept")
+        for step in self.steps:
+            with contextlib.suppress(Damaged, UserError):  # whoever restores it will say so
+                self.note(step, _read_record(self._folder, step).metrics)
 
     @property
     def steps(self) -> list[int]:
@@ -161,12 +163,24 @@ class Checkpoints:
         """Finished steps of the newest checkpoint, or None."""
         return max(self.steps, default=None)
 
+    @property
+    def best_step(self) -> int | None:
+        """The best of the evaluated steps by held-out accuracy, without classes by loss; None where there is none."""
+        return max(self._scores, key=self._scores.__getitem__, default=None)
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Lets the figures of an evaluation count in the choice of the best step."""
+        if "eval/accuracy" in metrics:
+            self._scores[step] = metrics["eval/accuracy"]
+        elif "eval/nats_per_pixel" in metrics:
+            self._scores[step] = -metrics["eval/nats_per_pixel"]
+
     def save(self, state: State, record: Record, surely: bool = False) -> None:
         """Starts to save; returns once the arrays are copied, so that the next step may overwrite them.
 
         Args:
           state: the state after `record.steps_done` steps.
-          record: written beside it; its metric `eval/nats_per_pixel` decides which checkpoint is the best.
+          record: written beside it; its metrics decide which checkpoint is the best.
           surely: wait until it is on disk, and try again where it fails.
 
         Raises:
@@ -206,7 +220,7 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 integrity.write_hashes(self._folder / str(record.steps_done))
-                self._note(record.steps_done, record.metrics)
+                self.note(record.steps_done, record.metrics)
                 self._remove_superseded()
             self._problem, self._pause = "", 1.0
         except Exception as error:
@@ -235,7 +249,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             sealed = integrity.sealed({"metrics": dict(metrics)})
             storage.publish(self._folder / str(step) / EVALUATION, json.dumps(sealed))
-            self._note(step, metrics)
+        self.note(step, metrics)
 
     def restore(self, abstract: State, record: Record, at: int | None = None) -> tuple[State, Record] | None:
         """The newest good state, in the shardings of `abstract`, with its record; None where nothing was saved yet.
@@ -279,14 +293,10 @@ class Checkpoints:
                 step_folders.quarantine(self._folder, step, problem)
             _meet(f"step {step} is in quarantine")
 
-    def _note(self, step: int, metrics: Mapping[str, float]) -> None:
-        if "eval/nats_per_pixel" in metrics:
-            self._losses[step] = metrics["eval/nats_per_pixel"]
-
     def _remove_superseded(self) -> None:
         """Keeps the newest, the named and the best steps. Runs after a save has succeeded, so one always stays."""
         steps = self.steps
-        best = min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
+        best = max((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
         for step in set(steps[:-self._keep_newest]) - self._keep_steps - {best}:
             step_folders.remove(self._folder / str(step))
 
@@ -442,11 +452,18 @@ def identity(typed: str) -> str:
 
     The record holds the arrays' checksums; of a checkpoint without these, SHA256SUMS stands for its arrays.
     """
-    path = _step_path(*locate(typed))
+    path = step_path(*locate(typed))
     data = storage.read(path / RECORD)
-    if not load_record(typed).checksums and (path / HASHES).exists():
-        data += storage.read(path / HASHES)
+    if not load_record(typed).checksums and (path / integrity.HASHES).exists():
+        data += storage.read(path / integrity.HASHES)
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def require_objective(record: Record, objective: str, typed: str) -> None:
+    """Raises UserError where the checkpoint `typed` was not trained with `objective`."""
+    if record.config.objective != objective:
+        raise UserError(f"checkpoint {typed} was trained with objective={record.config.objective}, not {objective}. "
+                        f"Say so: --config.objective={record.config.objective}, or give another checkpoint.")
 
 
 def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") -> tuple[Model, dict[str, Any], Record]:
@@ -466,7 +483,8 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
         config: ModelConfig = dataclasses.replace(record.config.model, attention=attention)
 
         def model_for(precision: str) -> Model:
-            return Model(config, len(record.palette_VC), record.image_size, precision, mesh)
+            return Model(config, len(record.palette_VC), record.image_size, precision, mesh,
+                         record.config.hidden_share, record.classes)
 
         # Checked in the dtype in which they were saved: what they are cast to has another checksum.
         with _float64(record.config.precision == "float64"):

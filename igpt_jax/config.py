@@ -61,10 +61,12 @@ MODELS: Mapping[str, tuple[int, int, int]] = types.MappingProxyType({
 PRECISIONS = ("bfloat16", "float32", "float64")
 ATTENTION_BACKENDS = ("auto", "reference", "blocked", "splash", "cudnn")
 REMAT_POLICIES = ("none", "attention", "dots", "offload", "full")
+OBJECTIVES = ("autoregressive", "masked")
 SECOND_MOMENTS = ("float32", "bfloat16", "factored")
 JOBS: Mapping[str, str] = types.MappingProxyType({
     "prepare": "any image source -> pixel store; fits or imports a palette",
-    "pretrain": "autoregressive pretraining, sharded; resumes where it stopped",
+    "pretrain": "autoregressive or masked (BERT) pretraining, sharded; resumes where it stopped",
+    "finetune": "trains a checkpoint, or a new model, to classify as well: the same loop on labelled images",
     "evaluate": "exact nats per pixel of one or many checkpoints over a whole split; can follow a run",
     "probe": "a linear classifier on the features of every layer: accuracy by depth",
     "sample": "unconditional samples, and completions of given pictures",
@@ -77,6 +79,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    class_layer = -1  # not a key here: FinetuneModelConfig says what it is
     name: str = key("igpt_s", f"row of the model table: {', '.join(MODELS)}")
     layers: int = key(0, "blocks; 0: as in the model table")
     embed: int = key(0, "width of the residual stream; 0: as in the model table")
@@ -106,6 +109,23 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FinetuneModelConfig(ModelConfig):
+    """The sizes of a checkpoint's model are its own: they are given to train from scratch."""
+    name: str = key("", f"without a checkpoint: row of the model table: {', '.join(MODELS)}")
+    class_layer: int = key(-1, "place in the stream that the class head reads, 0 (the embedding) to L; -1: the last")
+
+    def __post_init__(self):
+        if self.name:
+            super().__post_init__()
+            _require(-1 <= self.class_layer <= self.layers, f"model.class_layer={self.class_layer}: the model has "
+                     f"places 0 (the embedding) to {self.layers}; -1 is the last.")
+        else:
+            given = [name for name in ("layers", "embed", "heads", "mlp") if getattr(self, name)]
+            _require(not given, f"model.{given and given[0]} is set and model.name is not. Name a row of the model "
+                                "table to train from scratch; a checkpoint brings its own sizes.")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = key(0.003, "peak learning rate (paper: 0.003 for S, about 0.001 for L, 0.0003 for XL)")
     schedule: str = key("cosine", "after warm-up: cosine (towards 0 at the end) or constant")
@@ -132,6 +152,13 @@ class OptimizerConfig:
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative.")
         _require(self.spike_factor == 0 or self.spike_factor > 1,
                  f"optimizer.spike_factor={self.spike_factor} must exceed 1, or be 0 to skip no spikes.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptimizerConfig(OptimizerConfig):
+    learning_rate: float = key(0.0003, "peak learning rate (paper: best at about a tenth of pretraining's)")
+    schedule: str = key("constant", "after warm-up: constant (paper), or cosine (towards 0 at the end)")
+    warmup_steps: int = key(0, "steps of linear warm-up from 0; -1: one epoch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +225,14 @@ class DataConfig:
         seen = set(self.split.split("+")) & set(self.held_out.split("+"))
         _require(not seen, f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
                            "Evaluate on another split, or on none with --config.data.held_out=")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneDataConfig(DataConfig):
+    store: str = key("", "labelled pixel store, or whatever else pretrain takes; empty: the one that the checkpoint "
+                         "was trained on")
+    split: str = key("train", "split to train on; train+held_out once the steps are chosen (paper, Section 3.1)")
+    test: str = key("test", "split of the reported accuracy; empty: none")
 
 
 def _check_job(config: Any) -> None:
@@ -269,7 +304,12 @@ class PrepareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
+    checkpoint, generative_weight, class_weight, patience = "", 1.0, 0.0, 0  # not keys here: FinetuneConfig's
+
     job: str = key("pretrain", "the job that this configuration is for")
+    objective: str = key("autoregressive", "autoregressive: each pixel from those before it; masked: hidden pixels "
+                                           "from all others (BERT)")
+    masked_share: float = key(0.15, "masked: share of pixels hidden, chosen anew in each step (paper: 0.15)")
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
@@ -305,6 +345,44 @@ class PretrainConfig:
 
     def __post_init__(self):
         _check_job(self)
+        _one_of("objective", self.objective, OBJECTIVES)
+        _require(0 < self.masked_share < 1, f"masked_share={self.masked_share} must lie in (0, 1).")
+        _require(self.objective == "masked" or self.masked_share == PretrainConfig.masked_share,
+                 f"masked_share={self.masked_share} has no effect on objective={self.objective}. Set objective=masked.")
+
+    @property
+    def hidden_share(self) -> float:
+        """The share of pixels that training hides; 0: none, the objective is autoregressive."""
+        return self.masked_share if self.objective == "masked" else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(PretrainConfig):
+    """Pretrain's keys, with other defaults, and what the labels add."""
+    job: str = key("finetune", "the job that this configuration is for")
+    checkpoint: str = key("", "a workdir of pretrain or one step of it (DIR/checkpoints/STEP); empty: a new model, "
+                              "model.name")
+    generative_weight: float = key(1.0, "of the pixels' loss, that of the objective; 0: classification alone")
+    class_weight: float = key(1.0, "of the classes' loss (paper: both 1)")
+    patience: int = key(0, "evaluations without a better held-out accuracy after which the run ends; 0: never")
+    data: FinetuneDataConfig = section(FinetuneDataConfig)
+    model: FinetuneModelConfig = section(FinetuneModelConfig)
+    optimizer: FinetuneOptimizerConfig = section(FinetuneOptimizerConfig)
+    palette: str = key("", "of a new model: a palette's .npy; empty: the store's own. A checkpoint brings its own")
+    objective: str = key("autoregressive", "that of the checkpoint: autoregressive or masked (BERT)")
+    masked_share: float = key(0.15, "masked: share of pixels hidden, in evaluation too")
+    steps: int = key(10_000, "optimizer steps, at most")
+    eval_every_steps: int = key(500, "steps between evaluations of data.held_out, each saved too; 0: only at the end")
+    keep_steps: tuple[int, ...] = key((), "steps whose checkpoints are saved and never deleted")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.generative_weight >= 0, f"generative_weight={self.generative_weight} must not be negative.")
+        _require(self.class_weight > 0, f"class_weight={self.class_weight} must be positive: without it, pretrain.")
+        _require(self.patience >= 0, f"patience={self.patience} must not be negative.")
+        _require(self.patience == 0 or bool(self.data.held_out) and self.eval_every_steps > 0,
+                 f"patience={self.patience} waits for evaluations of held-out images, and there are none. Set "
+                 "data.held_out and eval_every_steps, or leave patience=0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +409,7 @@ class ProbingConfig:
 
     def __post_init__(self):
         _check_job(self)
+        _one_of("objective", self.objective, OBJECTIVES)
         _one_of("features", self.features, ["normalized", "residual"])
         _one_of("solver", self.solver, ["lbfgs", "sgd"])
         for name in ("strengths", "rates"):
@@ -342,6 +421,7 @@ class ProbingConfig:
 class ProbeConfig(ProbingConfig):
     job: str = key("probe", "the job that this configuration is for")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)")
+    objective: str = key("autoregressive", "that of the checkpoint: autoregressive or masked (BERT)")
     mesh: MeshConfig = section(MeshConfig)
     concatenate: int = key(1, "neighbouring layers around the best one to probe together (paper: 5 for XL); 1: none")
     labels_per_class: tuple[int, ...] = key((), "low-data rows: labels of each class used (paper: 4, 25, 400)")
@@ -502,9 +582,9 @@ class ConvertConfig:
         _one_of("certificate", self.certificate, ["full", "hashes"])
 
 
-JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "probe": ProbeConfig,
-               "sample": SampleConfig, "plan": PlanConfig, "convert": ConvertConfig, "verify": VerifyConfig,
-               "report": ReportConfig}
+JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "finetune": FinetuneConfig,
+               "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig, "plan": PlanConfig,
+               "convert": ConvertConfig, "verify": VerifyConfig, "report": ReportConfig}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

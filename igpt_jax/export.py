@@ -82,7 +82,7 @@ def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[s
         return objectives.nats_per_token(logits_BTV, tokens_BT).mean(axis=1)
 
     def features(weights, tokens_BT):
-        return make_feature_step(model, "normalized")(_nested(weights), tokens_BT)
+        return make_feature_step(model, "normalized")(_nested(weights), tokens_BT)[:, 0]
 
     def serialized(function: Callable, *shapes: tuple) -> bytes:
         arguments = (jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in shapes)

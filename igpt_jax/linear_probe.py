@@ -26,10 +26,10 @@ class Probe:
     weights_DK: np.ndarray
     biases_K: np.ndarray
 
-    def predict(self, features_ED: np.ndarray) -> np.ndarray:
-        """Classes int [E]."""
-        logits_EK = (features_ED - self.mean_D) / self.deviation_D @ self.weights_DK + self.biases_K
-        return logits_EK.argmax(axis=1)
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Classes int [...] of features [..., D]."""
+        logits = (features - self.mean_D) / self.deviation_D @ self.weights_DK + self.biases_K
+        return logits.argmax(axis=-1)
 
     def accuracy(self, features_ED: np.ndarray, labels_E: np.ndarray) -> float:
         return float((self.predict(features_ED) == labels_E).mean())

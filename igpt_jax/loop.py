@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, steps, storage, telemetry, topology
+from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, steps, storage, telemetry, topology, transfer
 from igpt_jax.config import PretrainConfig, UserError
-from igpt_jax.data import Batches, open_data, train_batches
+from igpt_jax.data import Batch, Batches, count_classes, open_data, train_batches
 from igpt_jax.figures import loss_curve
 from igpt_jax.model import Model, count_parameters
 from igpt_jax.optimizer import warmup_steps_for
@@ -31,8 +31,12 @@ log = logging.getLogger(__name__)
 def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     """Trains to `config.steps`, from the newest checkpoint in `workdir` where there is one.
 
+    Pretrains; or, with a FinetuneConfig that `transfer.adopted` gave, fine-tunes: from another run's parameters where
+    `checkpoint` names one, on labels too, until `patience` ends.
+
     Returns:
-      The metrics for result.json: parameters, steps, train and eval nats per pixel, images per second.
+      The metrics for result.json: parameters, steps, the best evaluated step, train and eval nats per pixel (and
+      accuracy), images per second.
 
     Raises:
       UserError: the data, mesh or checkpoint do not fit the config; `replay_check` found another loss.
@@ -53,14 +57,18 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     store = open_data(config.data, config.image_size)
     train_split = store.split(config.data.split)
     held_out = store.split(config.data.held_out) if config.data.held_out else None
-    palette_VC = palette.load(config.palette) if config.palette else store.palette
+    classes = count_classes(store, train_split) if config.class_weight else 0
+    if config.checkpoint:
+        palette_VC = checkpoint.load_record(config.checkpoint).palette_VC
+    else:
+        palette_VC = palette.load(config.palette) if config.palette else store.palette
     if palette_VC is None:
         raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to a palette's .npy.")
     agree(palette=palette.digest(palette_VC), data=train_split.fingerprint)
     table = palette.lookup_table(palette_VC)
 
     # Model, optimizer and state, in shapes only.
-    model = Model(config.model, len(palette_VC), store.image_size, config.precision, mesh)
+    model = Model(config.model, len(palette_VC), store.image_size, config.precision, mesh, config.hidden_share, classes)
     warmup_steps = warmup_steps_for(config.optimizer, config.steps, train_split.count, config.batch_size)
     abstract = steps.abstract_state(model, config, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -74,24 +82,30 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
 
         # The compiled step.
         train_step = steps.jit_train_step(model, config, mesh, warmup_steps)
-        tokens = jax.ShapeDtypeStruct((config.batch_size, model.dims.T), jnp.int32,
-                                      sharding=sharding.batch_sharding(mesh))
+
+        def abstract_batch(*dims: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((config.batch_size, *dims), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
         watchdog.beat("compiling")
         with ledger("compile"):
-            train_step = train_step.lower(abstract, tokens, key).compile()
+            train_step = train_step.lower(abstract, abstract_batch(model.dims.T), key,
+                                          abstract_batch() if classes else None).compile()
+
+        def do_step(state: steps.State, batch: Batch) -> tuple[steps.State, dict[str, jax.Array]]:
+            return train_step(state, batch.tokens, key, batch.labels)
 
         def batches_from(position: int) -> Batches:
             batches = train_batches(train_split, table, reader=config.data.reader, seed=config.seed,
                                     batch_size=config.batch_size, start_step=position,
                                     sharding=sharding.batch_sharding(mesh), prefetch=config.data.prefetch,
-                                    recipe=config.data.augment, window=config.data.window)
+                                    recipe=config.data.augment, window=config.data.window, labelled=classes > 0)
             stack.callback(batches.close)
             return batches
 
         # Restore or initialise.
-        mine = checkpoint.Record(config, palette_VC, store.image_size, train_split.fingerprint, steps_done=0)
+        mine = checkpoint.Record(config, palette_VC, store.image_size, train_split.fingerprint, 0, classes=classes)
         if config.replay_check and checkpoints.latest_step:
-            _replay(workdir, checkpoints, abstract, mine, train_step, batches_from, key)
+            _replay(workdir, checkpoints, abstract, mine, do_step, batches_from)
         watchdog.beat("restoring")
         restored = checkpoints.restore(abstract, mine)
         if restored:
@@ -99,6 +113,8 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             start, evaluated, changes = stored.steps_done, dict(stored.metrics), stored.changes
         else:
             state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(key)
+            if config.checkpoint:
+                state["params"] = transfer.parameters(config.checkpoint, model, config.precision, mesh, state["params"])
             stored, start, evaluated, changes = mine, 0, {}, ()
         offset = _offset_after_divergence(config, workdir, start, stored.data_offset)
 
@@ -108,7 +124,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
 
         # Input, output.
         watchdog.beat("reading the first examples")
-        measure = evaluation.make_evaluate(model, mesh, config.batch_size, table)
+        measure = evaluation.make_measure(model, mesh, config.batch_size, table)
         throughput = _throughput(config, model, mesh)
         metrics = telemetry.Metrics(workdir, config.steps, start, ledger)
         stack.callback(metrics.close)
@@ -123,7 +139,6 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             if start:
                 skipping = f", {offset:,} steps of examples further on" if offset else ""
                 telemetry.say(f"goes on from step {start:,} of {config.steps:,}{skipping}")
-        batches = batches_from(start + offset) if start < config.steps else None
 
         def give_up() -> bool:
             watchdog.beat("evaluating")
@@ -132,34 +147,37 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         def evaluate(step: int) -> dict[str, float]:
             """Held-out figures, logged; none where there is no such split, or where a stop is asked for meanwhile."""
             with ledger("evaluate"):
-                nats = measure(state["params"], held_out, give_up) if held_out else None
-                if nats is None:
+                found = measure(state["params"], held_out, give_up) if held_out else None
+                if found is None:
                     return {}
-                metrics.log(step, {"eval/nats_per_pixel": nats})
-                return {"eval/nats_per_pixel": nats}
+                found = {f"eval/{name}": figure for name, figure in found.items()}
+                metrics.log(step, found)
+                checkpoints.note(step, found)
+                return found
 
         def stopped(step: int) -> Preempted:
             metrics.log(step, {})
             return Preempted(f"stopped after step {step:,} of {config.steps:,}, saved.")
 
-        if start and not evaluated and (start == config.steps or _due(start, config.eval_every_steps)):
+        if start and held_out and not evaluated and (start == config.steps or _due(start, config.eval_every_steps)):
             evaluated = evaluate(start)  # the run was stopped before it could
-            if evaluated:
-                checkpoints.add_metrics(start, evaluated)
-            elif held_out and start == config.steps:
+            if not evaluated:
                 raise stopped(start)
+            checkpoints.add_metrics(start, evaluated)
+        end = start if _enough(start, config, checkpoints) else config.steps
+        batches = batches_from(start + offset) if start < end else None
 
         # The loop. A step's metrics are read after the next step is under way, so that devices never wait.
         late: tuple[int, dict[str, jax.Array]] | None = None
         ledger.enter("step")
         stop.saves = True
-        for step in range(start + 1, config.steps + 1):
+        for step in range(start + 1, end + 1):
             watchdog.beat(f"doing step {step:,}")
             profile.before(step)
             with jax.transfer_guard("disallow"):
                 with ledger("input"):
-                    tokens = next(batches).tokens
-                state, measured = train_step(state, tokens, key)
+                    batch = next(batches)
+                state, measured = do_step(state, batch)
             throughput.step()
             try:
                 if late:
@@ -183,15 +201,20 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             with throughput.paused():
                 evaluated = evaluate(step) if eval_now and not stopping else {}
                 stopping = stopping or stop.should_stop()
+                last = last or _enough(step, config, checkpoints)
                 metrics.flush()
                 watchdog.beat(f"saving step {step:,}")
                 with ledger("save"):
                     checkpoints.save(state, record(step, evaluated), surely=last or stopping)
             if stopping and (not last or held_out and not evaluated):
                 raise stopped(step)
-        metrics.log(max(start, config.steps), {})
+            if last:
+                end = step
+                break
+        metrics.log(max(start, end), {})
 
-    figures = {"parameters": parameters, "steps": max(start, config.steps), **evaluated, **throughput.overall()}
+    figures = {"parameters": parameters, "steps": max(start, end), "best_step": checkpoints.best_step, **evaluated,
+               **throughput.overall()}
     if jax.process_index() == 0:
         lines = telemetry.load_metrics(workdir)
         losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]
@@ -207,8 +230,15 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _enough(step: int, config: PretrainConfig, checkpoints: checkpoint.Checkpoints) -> bool:
+    """Whether `patience` evaluations up to this step have brought no better one."""
+    waited = step - (checkpoints.best_step or step)
+    return 0 < config.patience * config.eval_every_steps <= waited
+
+
 def _throughput(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -> telemetry.Throughput:
-    flops = telemetry.train_flops_per_image(model.dims.L, model.dims.D, model.dims.F, model.dims.V, model.dims.T)
+    d = model.dims
+    flops = telemetry.train_flops_per_image(d.L, d.D, d.F, d.V, d.T, model.causal)
     chip = topology.chip_for(mesh.devices.flat[0].device_kind)
     return telemetry.Throughput(config.batch_size, model.dims.T, flops, mesh.size, chip and chip.peak_bf16_flops)
 
@@ -260,7 +290,7 @@ def _compare_replicas(step: int, state: steps.State, mesh: jax.sharding.Mesh) ->
 
 
 def _replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract: steps.State, mine: checkpoint.Record,
-            train_step: Any, batches_from: Any, key: jax.Array) -> None:
+            do_step: Any, batches_from: Any) -> None:
     """Repeats steps of the log, from the newest of the checkpoints with the nearest logged step after them.
 
     Raises:
@@ -278,7 +308,7 @@ def _replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract: steps.S
     state, stored = restored
     batches = batches_from(before + stored.data_offset)
     for _ in range(before, after):
-        state, measured = train_step(state, next(batches).tokens, key)
+        state, measured = do_step(state, next(batches))
     loss = float(measured["train/nats_per_pixel"])
     difference = abs(loss - logged[after]) / abs(logged[after])
     if not difference <= REPLAY_TOLERANCE:

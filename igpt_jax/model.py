@@ -1,9 +1,9 @@
-"""Image GPT as OpenAI released it: a causal transformer over palette indices in raster order.
+"""Image GPT as OpenAI released it: a transformer over palette indices in raster order, causal or, as BERT, not.
 
 Sources: "paper" is Chen et al. 2020, "Generative Pretraining from Pixels"; the released code is the authority on
 the norm (RMS-style, gain only), the activation (x sigmoid(1.702 x)), the start vector and the absence of biases.
 
-B batch, T tokens (pixels), S key tokens, D embed, N heads, H head dim, F mlp hidden, V palette, L layers.
+B batch, T tokens (pixels), S key tokens, D embed, N heads, H head dim, F mlp hidden, V palette, L layers, K classes.
 """
 
 import dataclasses
@@ -45,16 +45,20 @@ class Dims:
     F: int
     V: int
     T: int
+    K: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, palette_size: int, image_size: int) -> "Dims":
+    def of(cls, config: ModelConfig, palette_size: int, image_size: int, classes: int = 0) -> "Dims":
         return cls(L=config.layers, D=config.embed, N=config.heads, H=config.embed // config.heads, F=config.mlp,
-                   V=palette_size, T=image_size ** 2)
+                   V=palette_size, T=image_size ** 2, K=classes)
 
     @property
     def parameter_count(self) -> int:
-        """L (12 D^2 + 2 D) + 2 V D + T D + 2 D for an MLP of 4 D: blocks, colours, positions, start, norm."""
-        return self.L * (4 * self.D ** 2 + 2 * self.D * self.F + 2 * self.D) + (2 * self.V + self.T + 2) * self.D
+        """L (12 D^2 + 2 D) + 2 V D + T D + 2 D + K D for an MLP of 4 D: blocks, colours, positions, start and norm,
+        classes. A model that is not causal has no start vector: D fewer.
+        """
+        blocks = self.L * (4 * self.D ** 2 + 2 * self.D * self.F + 2 * self.D)
+        return blocks + (2 * self.V + self.T + 2 + self.K) * self.D
 
 
 def _standard_deviations(init: str, d: Dims) -> dict[str, float]:
@@ -78,6 +82,12 @@ def norm(x_BTD: jax.Array, gain_D: jax.Array) -> jax.Array:
     x = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
     return (x * scale * gain_D).astype(x_BTD.dtype)
+
+
+def pool(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
+    """The mean [B, D] over positions of the stream, after the norm of this gain if there is one; float32 or wider."""
+    wide_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+    return (wide_BTD if gain_D is None else norm(wide_BTD, gain_D)).mean(axis=1)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -153,7 +163,7 @@ class Block(nnx.Module):
 class ImageGPT(nnx.Module):
     """The whole model. Parameters are known by name; their last letters are their dims (see `sharding`)."""
 
-    def __init__(self, config: ModelConfig, dims: Dims, key: jax.Array, dtype: Any, parameter_dtype: Any):
+    def __init__(self, config: ModelConfig, dims: Dims, causal: bool, key: jax.Array, dtype: Any, parameter_dtype: Any):
         deviations = _standard_deviations(config.init, dims)
         keys = iter(jax.random.split(key, len(deviations)))
 
@@ -161,22 +171,32 @@ class ImageGPT(nnx.Module):
             shape = tuple(getattr(dims, letter) for letter in stacked + name.rsplit("_", 1)[-1])
             if name in deviations:
                 return deviations[name] * jax.random.normal(next(keys), shape, parameter_dtype)
-            return (jnp.zeros if name == "head_VD" else jnp.ones)(shape, parameter_dtype)
+            return (jnp.zeros if "head" in name else jnp.ones)(shape, parameter_dtype)
 
         self.token_embed_VD = nnx.Param(make("token_embed_VD"))
-        self.start_D = nnx.Param(make("start_D"))
+        if causal:
+            self.start_D = nnx.Param(make("start_D"))
         self.position_embed_TD = nnx.Param(make("position_embed_TD"))
         self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout)
         self.final_norm_D = nnx.Param(make("final_norm_D"))
         self.head_VD = nnx.Param(make("head_VD"))
-        self.config, self.dims, self.dtype = config, dims, dtype
+        if dims.K:
+            self.class_head_KD = nnx.Param(make("class_head_KD"))
+        self.config, self.dims, self.causal, self.dtype = config, dims, causal, dtype
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """[B, T, D]: position t holds the colour of pixel t - 1 (position 0: the start vector) and its own place."""
+    def embed(self, tokens_BT: jax.Array, hidden_BT: jax.Array | None = None) -> jax.Array:
+        """[B, T, D]: position t holds its own place, and the colour of pixel t - 1 (position 0: the start vector).
+
+        Where the model is not causal, the colour of pixel t itself: of hidden pixels, zeros (released code).
+        """
         T = tokens_BT.shape[1]
-        before_BT = constrain(jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0))), "BT")
-        colours_BTD = constrain(self._table("token_embed_VD")[before_BT], "BTD")
-        colours_BTD = jnp.where(jnp.arange(T)[:, None] == 0, self._table("start_D"), colours_BTD)
+        if self.causal:
+            tokens_BT = jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)))
+        colours_BTD = constrain(self._table("token_embed_VD")[constrain(tokens_BT, "BT")], "BTD")
+        if self.causal:
+            colours_BTD = jnp.where(jnp.arange(T)[:, None] == 0, self._table("start_D"), colours_BTD)
+        elif hidden_BT is not None:
+            colours_BTD = jnp.where(hidden_BT[..., None], 0, colours_BTD)
         return constrain((colours_BTD + self._table("position_embed_TD", T)).astype(self.dtype), "BTD")
 
     def embed_one(self, token_B: jax.Array, position: jax.Array) -> jax.Array:
@@ -207,24 +227,49 @@ class ImageGPT(nnx.Module):
         head_VD = gather_weight(self.head_VD[...], "VD", self.dtype)
         return constrain(_read_out(norm(x_BTD, self.final_norm_D[...]), head_VD), "BTV")
 
-    def __call__(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Logits [B, T, V]; those at t depend on pixels before t and predict pixel t.
+    def stream(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None,
+               read: Callable[[jax.Array, jax.Array], Any] = lambda x_BTD, gain_D: None) -> tuple[jax.Array, Any]:
+        """The residual stream [B, T, D] after the last block, and what `read` gives of it before each block, [L, ...].
 
         Args:
           tokens_BT: int palette indices in raster order.
           key: for dropout; None: no dropout.
+          hidden_BT: pixels whose colours a model that is not causal does not see; None: it sees all.
+          read: takes the stream before a block and the gain of that block's first norm.
         """
         keys_L = None if key is None else jax.random.split(key, self.dims.L + 1)
 
         def block(block: Block, x_BTD: jax.Array, key: jax.Array | None):
-            o_BTNH = attention(*block.qkv(x_BTD), causal=True, backend=self.config.attention)
-            return block.after_attention(x_BTD, o_BTNH, key), None
+            o_BTNH = attention(*block.qkv(x_BTD), causal=self.causal, backend=self.config.attention)
+            return block.after_attention(x_BTD, o_BTNH, key), read(x_BTD, block.attention_norm_D[...])
 
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT, hidden_BT)
         if keys_L is not None:
             x_BTD, keys_L = dropout(x_BTD, self.config.dropout, keys_L[0]), keys_L[1:]
-        x_BTD, _ = self.scan_blocks(block, x_BTD, keys_L)
-        return self.logits(x_BTD)
+        return self.scan_blocks(block, x_BTD, keys_L)
+
+    def __call__(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
+                 ) -> jax.Array:
+        """Logits [B, T, V] that predict pixel t at t: from the pixels before it; where the model is not causal, from
+        all that are not hidden. Arguments as of `stream`."""
+        return self.outputs(tokens_BT, key, hidden_BT)[0]
+
+    def outputs(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
+                ) -> tuple[jax.Array, jax.Array | None]:
+        """Logits [B, T, V] of the pixels, and [B, K] of the classes (None without a class head), as `stream` is told.
+
+        The class head reads the mean over positions of the normalised stream at `model.class_layer` (paper, Section
+        2.3: after the last block).
+        """
+        place = self.config.class_layer % (self.dims.L + 1)  # -1 is the last
+        if not self.dims.K or place == self.dims.L:
+            x_BTD, _ = self.stream(tokens_BT, key, hidden_BT)
+            feature_BD = pool(x_BTD, self.final_norm_D[...])
+        else:
+            x_BTD, features_LBD = self.stream(tokens_BT, key, hidden_BT, read=pool)
+            feature_BD = features_LBD[place]
+        classes_BK = feature_BD @ constrain(self.class_head_KD[...], "KD").T if self.dims.K else None
+        return self.logits(x_BTD), classes_BK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +287,7 @@ class Model:
     """ImageGPT as pure functions of a plain dict of arrays: what everything outside this file uses."""
 
     def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str,
-                 mesh: Mesh | None = None):
+                 mesh: Mesh | None = None, masked_share: float = 0.0, classes: int = 0):
         """
         Args:
           config: sizes and choices; attention `auto` becomes the back-end of the mesh's platform.
@@ -250,11 +295,15 @@ class Model:
           image_size: height and width, pixels.
           precision: a name from `config.PRECISIONS`.
           mesh: where it will run; None: one device of the default platform.
+          masked_share: share of pixels that are hidden from it and that it predicts, as BERT does: it then has no start
+            vector and its attention looks both ways; 0: autoregressive.
+          classes: of its class head; 0: it has none.
 
         Raises:
           UserError: the heads or tokens do not divide over the mesh, or the attention back-end cannot run there.
         """
-        self.dims = Dims.of(config, palette_size, image_size)
+        self.dims = Dims.of(config, palette_size, image_size, classes)
+        self.masked_share, self.causal = masked_share, masked_share == 0
         self.precision = Precision.of(precision)
         mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         sharding.check_model(self.dims.N, self.dims.T, mesh)
@@ -264,7 +313,7 @@ class Model:
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
     def _build(self, key: jax.Array) -> ImageGPT:
-        return ImageGPT(self.config, self.dims, key, self.precision.compute, self.precision.parameters)
+        return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Initial parameters; jit it with shardings to make them in place."""
@@ -278,9 +327,15 @@ class Model:
         """The module with these parameters, for use inside a jitted function."""
         return nnx.merge(self._graph, params)
 
-    def logits(self, params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def logits(self, params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None = None,
+               hidden_BT: jax.Array | None = None) -> jax.Array:
         """See `ImageGPT.__call__`."""
-        return self.bind(params)(tokens_BT, key)
+        return self.bind(params)(tokens_BT, key, hidden_BT)
+
+    def outputs(self, params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None = None,
+                hidden_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """See `ImageGPT.outputs`."""
+        return self.bind(params).outputs(tokens_BT, key, hidden_BT)
 
 
 def count_parameters(params: Any) -> int:

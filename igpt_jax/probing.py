@@ -1,6 +1,6 @@
 """Probing models on a labelled store: features of every layer, and how a row of the table is made (paper, Section 2.4).
 
-E examples, P places in the stream (L + 1), D features, K classes.
+E examples, P places in the stream (L + 1), D features, M masks of an example (1 but of masked models), K classes.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from tqdm import tqdm
 from igpt_jax import evaluation, linear_probe, palette
 from igpt_jax.checkpoint import Record
 from igpt_jax.config import ProbingConfig, UserError
-from igpt_jax.data import order
-from igpt_jax.data.store import Store
+from igpt_jax.data import count_classes, order
+from igpt_jax.data.store import Split, Store
 from igpt_jax.features import make_feature_step
 from igpt_jax.model import Model
 
@@ -25,7 +25,8 @@ CHOOSING = 1e-4  # tolerance of the solver where only held-out accuracies are co
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Features and labels of the three splits, in the order train, held-out, test."""
+    """Features and labels of the three splits, in the order train, held-out, test; features of the test split are
+    [E, M, D], under each mask."""
     features_ED: Sequence[np.ndarray]
     labels_E: Sequence[np.ndarray]
 
@@ -58,26 +59,20 @@ class Prober:
         for split in self.splits:
             split.count = min(split.count, config.limit or split.count)
         self.labels = [split.labels(np.arange(split.count)) for split in self.splits]
-        self.classes = self._count_classes(labels_per_class)
+        self.classes = count_classes(store, self.splits[0])
+        self._check_labels_per_class(labels_per_class)
         self._table = palette.lookup_table(record.palette_VC)
 
     @property
     def test_count(self) -> int:
         return self.splits[2].count
 
-    def _count_classes(self, labels_per_class: int) -> int:
-        """K. Raises UserError where a class has no training examples, or fewer than `labels_per_class`."""
-        name, classes = self.splits[0].name, 1 + max(int(each.max()) for each in self.labels)
-        counts = np.bincount(self.labels[0], minlength=classes)
-        if classes < 2:
-            raise UserError(f"the labels of split {name!r} are all the same: there is nothing to classify.")
-        if not counts.all():
-            raise UserError(f"class {int(counts.argmin())} has no example in split {name!r}. "
-                            "Prepare a store whose training split has every class.")
-        if labels_per_class > counts.min():
-            raise UserError(f"labels_per_class={labels_per_class}: class {int(counts.argmin())} has only "
-                            f"{counts.min()} examples in split {name!r}. Ask for fewer.")
-        return classes
+    def _check_labels_per_class(self, wanted: int) -> None:
+        """Raises UserError where a class has fewer training examples than `wanted`."""
+        counts = np.bincount(self.labels[0])
+        if wanted > counts.min():
+            raise UserError(f"labels_per_class={wanted}: class {int(counts.argmin())} has only {counts.min()} examples "
+                            f"in split {self.splits[0].name!r}. Ask for fewer.")
 
     def layers_of(self, model: Model) -> tuple[int, ...]:
         """The places in the stream to probe. Raises UserError where the model has no such place."""
@@ -87,30 +82,36 @@ class Prober:
         return layers
 
     def features(self, model: Model, params: Any, mesh: Mesh, batch_size: int, what: str) -> list[np.ndarray]:
-        """Features float32 [E, P, D] of the three splits, at the places `layers_of(model)`."""
-        layers, found = self.layers_of(model), []
-        step = evaluation.jit_over_batches(make_feature_step(model, self.config.features), mesh)
-        for split in self.splits:
-            out_EPD = np.empty((split.count, len(layers), model.dims.D), np.float32)
+        """Features float32 of the three splits, at the places `layers_of(model)`: [E, P, D], of test [E, M, P, D]."""
+        layers = self.layers_of(model)
+
+        def of_split(split: Split, masks: int) -> np.ndarray:
+            masks = 1 if model.causal else masks
+            step = evaluation.jit_over_batches(make_feature_step(model, self.config.features, masks, self.config.seed),
+                                               mesh)
+            out_EMPD = np.empty((split.count, masks, len(layers), model.dims.D), np.float32)
             at = 0
             with tqdm(total=split.count, unit="image", desc=f"{what}, {split.name}", disable=None) as bar:
-                for batch_BPD in evaluation.over_split(step, params, split, mesh, batch_size, self._table):
-                    out_EPD[at:at + len(batch_BPD)] = batch_BPD[:, layers]
-                    at += len(batch_BPD)
-                    bar.update(len(batch_BPD))
-            found.append(out_EPD)
-        return found
+                for batch_BMPD in evaluation.over_split(step, params, split, mesh, batch_size, self._table):
+                    out_EMPD[at:at + len(batch_BMPD)] = batch_BMPD[:, :, layers]
+                    at += len(batch_BMPD)
+                    bar.update(len(batch_BMPD))
+            return out_EMPD
+
+        train, held_out, test = self.splits
+        return [of_split(train, 1)[:, 0], of_split(held_out, 1)[:, 0], of_split(test, evaluation.VOTES)]
 
     def pixels(self) -> Labelled:
         """The raw pixels of the three splits as features."""
-        return Labelled([split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32)
-                         for split in self.splits], self.labels)
+        train, held_out, test = (split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32)
+                                 for split in self.splits)
+        return Labelled([train, held_out, test[:, None]], self.labels)
 
     def by_layer(self, features_EPD: Sequence[np.ndarray], layers: Sequence[int], what: str
                  ) -> tuple[list[dict[str, Any]], int]:
         """A row per layer, and the index of the best by held-out accuracy."""
         rows = [{"features": f"{what} {layer}", "layer": layer,
-                 **self.row(Labelled([each[:, index] for each in features_EPD], self.labels))}
+                 **self.row(Labelled([each[..., index, :] for each in features_EPD], self.labels))}
                 for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None))]
         return rows, max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
 
@@ -122,7 +123,7 @@ class Prober:
         chosen = max(range(len(options)), key=lambda index: held_out[index])
         both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
         probe, = self._fit(*both, options[chosen:chosen + 1])
-        accuracy = probe.accuracy(data.features_ED[2], data.labels_E[2])
+        accuracy = self._test_accuracy(probe, data)
         return {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
                 "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
 
@@ -136,9 +137,13 @@ class Prober:
             probes = linear_probe.fit(few.features_ED[0], few.labels_E[0], self.classes, self.config.strengths,
                                       CHOOSING)
             chosen = max(probes, key=lambda probe: probe.accuracy(few.features_ED[1], few.labels_E[1]))
-            accuracies.append(chosen.accuracy(few.features_ED[2], few.labels_E[2]))
+            accuracies.append(self._test_accuracy(chosen, few))
         return {"solver": "lbfgs", "test_accuracy": float(np.mean(accuracies)),
                 "deviation": float(np.std(accuracies, ddof=1)) if draws > 1 else None, "draws": accuracies}
+
+    def _test_accuracy(self, probe: linear_probe.Probe, data: Labelled) -> float:
+        classes_E = evaluation.majority(probe.predict(data.features_ED[2]), self.classes, self.config.seed)
+        return float((classes_E == data.labels_E[2]).mean())
 
     def _fit(self, features_ED: np.ndarray, labels_E: np.ndarray, options: Sequence[float],
              tolerance: float = 1e-6) -> list[linear_probe.Probe]:

@@ -1,6 +1,6 @@
 """The training and evaluation steps: pure functions of plain arrays, ready for jax.jit.
 
-B batch, T tokens.
+B batch, T tokens, M masks of an example.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from igpt_jax.optimizer import learning_rate, make_optimizer
 # step, skipped (bad updates so far) and skipped_in_a_row: int32; params: a dict; optimizer: optax's state; where
 # optimizer.spike_factor is set also usual_gradient_norm, the running mean that it multiplies.
 State = dict[str, Any]
+
+HIDDEN = 2**31  # folded into a step's key: what the step hides; dropout's parts count from 0
 
 # The running mean of the gradient norm forgets with this factor per step, and judges nothing before so many steps.
 SPIKE_DECAY, SPIKE_AFTER = 0.98, 50
@@ -49,7 +51,7 @@ def abstract_state(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
 
 
 def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> Callable:
-    """(state, tokens_BT, key) -> (state, metrics).
+    """(state, tokens_BT, key, labels_B=None) -> (state, metrics); labels where the model has a class head.
 
     An update whose loss or gradient is not finite, or whose gradient norm exceeds `optimizer.spike_factor` times its
     running mean over accepted updates, leaves parameters and moments exactly as they were and is counted in `skipped`;
@@ -57,14 +59,15 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
     """
     optimizer = make_optimizer(config.optimizer)
     uses_dropout = config.model.dropout > 0
+    loss_fn = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
-    def loss_fn(params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None) -> jax.Array:
-        return objectives.autoregressive(model.logits(params, tokens_BT, key), tokens_BT)
-
-    def train_step(state: State, tokens_BT: jax.Array, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        step_key = jax.random.fold_in(key, state["step"]) if uses_dropout else None
-        loss, gradients = _accumulated(jax.value_and_grad(loss_fn), state["params"], tokens_BT, step_key,
-                                       config.accumulate)
+    def train_step(state: State, tokens_BT: jax.Array, key: jax.Array, labels_B: jax.Array | None = None
+                   ) -> tuple[State, dict[str, jax.Array]]:
+        step_key = None if model.causal and not uses_dropout else jax.random.fold_in(key, state["step"])
+        hidden_BT = None if model.causal else objectives.hidden_of_step(
+            jax.random.fold_in(step_key, HIDDEN), tokens_BT.shape, model.masked_share)
+        (loss, measured), gradients = _accumulated(loss_fn, state["params"], (tokens_BT, labels_B, hidden_BT),
+                                                   step_key if uses_dropout else None, config.accumulate)
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         if config.optimizer.spike_factor:
@@ -81,33 +84,56 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
         state = {**spikes, "step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(good, 0, 1),
                  "skipped_in_a_row": jnp.where(good, 0, state["skipped_in_a_row"] + 1),
                  "params": unless_bad(params, state["params"]), "optimizer": unless_bad(moments, state["optimizer"])}
-        return state, {"train/nats_per_pixel": loss, "train/gradient_norm": gradient_norm,
-                       "train/learning_rate": rate, "train/skipped_updates": state["skipped"],
+        return state, {**measured, "train/gradient_norm": gradient_norm, "train/learning_rate": rate,
+                       "train/skipped_updates": state["skipped"],
                        "train/skipped_in_a_row": state["skipped_in_a_row"]}
 
     return train_step
 
 
-def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None,
-                 parts: int) -> tuple[jax.Array, dict[str, Any]]:
-    """The mean loss and gradients of `parts` equal parts of the batch, one after the other.
+def make_loss(model: Model, config: PretrainConfig) -> Callable:
+    """(params, (tokens_BT, labels_B, hidden_BT), key) -> (loss, metrics): what training lowers, L_GEN or, with a class
+    head, the weighted L_GEN + L_CLF (paper, Section 2.3); means over the batch, in nats.
+    """
+    def loss(params: dict[str, Any], batch: tuple, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        tokens_BT, labels_B, hidden_BT = batch
+        pixels_BTV, classes_BK = model.outputs(params, tokens_BT, key, hidden_BT)
+        if model.causal:
+            generative = objectives.autoregressive(pixels_BTV, tokens_BT)
+        else:
+            generative = objectives.masked(pixels_BTV, tokens_BT, hidden_BT)
+        if classes_BK is None:
+            return generative, {"train/nats_per_pixel": generative}
+        if config.generative_weight == 0:
+            generative = jax.lax.stop_gradient(generative)  # measured only
+        classes = objectives.classification(classes_BK, labels_B)
+        right = (classes_BK.argmax(axis=1) == labels_B).mean(dtype=classes.dtype)
+        return (config.generative_weight * generative + config.class_weight * classes,
+                {"train/nats_per_pixel": generative, "train/classification_nats": classes, "train/accuracy": right})
+
+    return loss
+
+
+def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], batch: Any, key: jax.Array | None,
+                 parts: int) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict[str, Any]]:
+    """The means of loss, metrics and gradients over `parts` equal parts of the batch, one after the other.
 
     Part i takes every `parts`-th image from the i-th on, so that each device's own images stay with it.
     """
     if parts == 1:
-        return loss_and_gradients(params, tokens_BT, key)
-    B, T = tokens_BT.shape
-    tokens_PBT = tokens_BT.reshape(B // parts, parts, T).swapaxes(0, 1)
+        return loss_and_gradients(params, batch, key)
+    in_parts = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def part(sums, given):
-        index, tokens_BT = given
+        index, batch = given
         part_key = None if key is None else jax.random.fold_in(key, index)
-        found = loss_and_gradients(params, sharding.constrain(tokens_BT, "B."), part_key)
+        batch = jax.tree.map(lambda x: sharding.constrain(x, "B" + "." * (x.ndim - 1)), batch)
+        found = loss_and_gradients(params, batch, part_key)
         return jax.tree.map(jnp.add, sums, found), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                         jax.eval_shape(loss_and_gradients, params, tokens_PBT[0], key))
-    sums, _ = jax.lax.scan(part, zeros, (jnp.arange(parts), tokens_PBT))
+                         jax.eval_shape(loss_and_gradients, params, jax.tree.map(lambda x: x[0], in_parts), key))
+    sums, _ = jax.lax.scan(part, zeros, (jnp.arange(parts), in_parts))
     return jax.tree.map(lambda x: x / parts, sums)
 
 
@@ -127,9 +153,19 @@ def _unless_spiking(state: State, good: jax.Array, gradient_norm: jax.Array,
     return good, {"usual_gradient_norm": jnp.where(good, moved, mean).astype(jnp.float32)}
 
 
-def make_eval_step(model: Model) -> Callable:
-    """(params, tokens_BT) -> mean nats per pixel of each image, [B]."""
-    def eval_step(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
-        return objectives.nats_per_token(model.logits(params, tokens_BT), tokens_BT).mean(axis=1)
+def make_eval_step(model: Model, masks: int = 1, seed: int = 0) -> Callable:
+    """(params, tokens_BT, ids_B) -> of each image `nats_per_pixel` [B] and, with a class head, `classes` [B, M].
+
+    A masked model sees each image under `masks` masks that follow from the image's id (paper, Section 4.6): the loss
+    is that of the first, the class it takes it for is told for each. Others see it once, M = 1.
+    """
+    def eval_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> dict[str, jax.Array]:
+        def look(hidden_BT: jax.Array | None) -> dict[str, jax.Array]:
+            pixels_BTV, classes_BK = model.outputs(params, tokens_BT, hidden_BT=hidden_BT)
+            nats_B = objectives.nats_per_image(pixels_BTV, tokens_BT, hidden_BT)
+            return {"nats_per_pixel": nats_B} | ({} if classes_BK is None else {"classes": classes_BK.argmax(axis=1)})
+
+        found = objectives.under_masks(look, model, ids_B, masks, seed)
+        return {name: each[0] if name == "nats_per_pixel" else each.T for name, each in found.items()}
 
     return eval_step

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax import evaluation, objectives
+from igpt_jax.config import UserError
 from igpt_jax.data.store import Split
 from igpt_jax.data.tokens import TokenFile
 from igpt_jax.model import Model
@@ -33,8 +34,15 @@ class Surprise:
 
 def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, batch_size: int, table: np.ndarray,
             shown: int) -> Surprise:
-    """The surprise of a whole split, one batch in memory at a time; arguments as of `evaluation.over_split`."""
-    def pixel_step(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
+    """The surprise of a whole split, one batch in memory at a time; arguments as of `evaluation.over_split`.
+
+    Raises:
+      UserError: the model is masked: it does not go from pixel to pixel.
+    """
+    if not model.causal:
+        raise UserError(f"surprise={shown}: a masked model has no pixels before a pixel. Leave surprise=0.")
+
+    def pixel_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> jax.Array:
         return objectives.nats_per_token(model.logits(params, tokens_BT), tokens_BT)
 
     step = evaluation.jit_over_batches(pixel_step, mesh)

@@ -28,7 +28,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "verdicts"
 
 
-def test_the_planned_step_is_the_trained_step(python, tmp_path):
+@pytest.mark.parametrize("objective", ["autoregressive", "masked"])
+def test_the_planned_step_is_the_trained_step(python, tmp_path, objective):
     """The module that `pretrain` compiles and runs, and the one that `plan` compiles, are the same text.
 
     Seen to fail with the state not donated, and with another batch_size, in the planned one.
@@ -43,7 +44,7 @@ from igpt_jax.planner import compilation
 images = parse("prepare", base_config("prepare", "source=synthetic:64,image_size=8,palette=fit:16"))
 prepare.run(images, "{tmp_path}/store")
 settings = ("model=igpt_tiny,model.layers=2,batch_size=16,steps=1,optimizer.warmup_steps=1,mesh.fsdp=2,mesh.tensor=2,"
-            "accumulate=2,precision=bfloat16,eval_every_steps=0")
+            "accumulate=2,precision=bfloat16,eval_every_steps=0,objective={objective}")
 trained, jit_train_step = [], steps.jit_train_step
 
 def spied(*arguments):

@@ -13,6 +13,7 @@ from test_model import random_parameters
 from threadpoolctl import threadpool_limits
 
 from igpt_jax import features, linear_probe, storage
+from igpt_jax.attention import attention
 from igpt_jax.config import ModelConfig
 from igpt_jax.data.store import Writer
 from igpt_jax.model import Model, norm
@@ -35,7 +36,7 @@ def test_features_equal_layer_by_layer_computation(kind):
         if layer:
             def body(block, x_BTD, _):
                 q, k, v = block.qkv(x_BTD)
-                return block.after_attention(x_BTD, features.attention(q, k, v, causal=True, backend="reference")), None
+                return block.after_attention(x_BTD, attention(q, k, v, causal=True, backend="reference")), None
             x_BTD, _ = gpt.scan_blocks(body, x_BTD)
         gain_D = params["blocks"]["attention_norm_D"][layer] if layer < 3 else params["final_norm_D"]
         expected = (norm(x_BTD, gain_D) if kind == "normalized" else x_BTD).mean(1)

@@ -6,7 +6,7 @@ Dimensions: B batch, T tokens.
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ from igpt_jax.data.ledger import Ledger
 from igpt_jax.data.resident import process_rows, put
 from igpt_jax.data.store import Split, Store, tokens_of
 
-__all__ = ["Batch", "Batches", "open_data", "open_split", "process_rows", "put", "tokens_of", "train_batches"]
+__all__ = ["Batch", "Batches", "count_classes", "open_data", "open_split", "process_rows", "put", "tokens_of",
+           "train_batches"]
 
 RESIDENT_BYTES = 256 * 2**20
 WINDOW = 1024  # blocks; of 64 images of 32x32 they take 192 MiB in the store's cache
@@ -61,6 +62,23 @@ def open_split(names: str, split: str, image_size: int) -> Split:
     return open_data(DataConfig(store=names, split=split, held_out=""), image_size).split(split)
 
 
+def count_classes(store, split) -> int:
+    """The number of classes in a store, all of which a split to learn them from must have.
+
+    Raises:
+      UserError: no labels, a single class, or a class without examples in the split.
+    """
+    counts = np.ones(store.classes)
+    if not hasattr(split, "pictures"):  # of TFDS: reading all labels would be reading all pictures
+        counts = np.bincount(split.labels(np.arange(split.count)), minlength=store.classes)
+    if len(counts) < 2:
+        raise UserError(f"the labels of split {split.name!r} are all the same: there is nothing to classify.")
+    if not counts.all():
+        raise UserError(f"class {int(counts.argmin())} has no example in split {split.name!r}. "
+                        "Prepare a store whose training split has every class.")
+    return len(counts)
+
+
 class Mixture:
     """Several stores as one, whose training batches take `weights` images of each in turn. Interface as of Store."""
 
@@ -91,10 +109,12 @@ class Batch(NamedTuple):
       step: from 0.
       ids: of the global batch in the split, int64 [B]; the same on every process.
       tokens: int32 [B, T], sharded.
+      labels: int32 [B], sharded; None where they were not asked for.
     """
     step: int
     ids: np.ndarray
     tokens: jax.Array
+    labels: jax.Array | None = None
 
 
 class Batches:
@@ -132,7 +152,8 @@ class Batches:
 
 
 def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, batch_size: int, start_step: int,
-                  sharding: NamedSharding, prefetch: int, recipe: str = "none", window: int = 0) -> Batches:
+                  sharding: NamedSharding, prefetch: int, recipe: str = "none", window: int = 0,
+                  labelled: bool = False) -> Batches:
     """Batches from `start_step` on. Both readers give the same ids and tokens.
 
     Args:
@@ -146,6 +167,7 @@ def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, ba
       prefetch: batches that tfdata reads ahead.
       recipe: of augment.RECIPES.
       window: blocks shuffled together where the store has blocks; 0: WINDOW.
+      labelled: give labels too.
 
     Raises:
       UserError: TensorFlow is needed and not installed, or the recipe does not suit the split; while iterating, an
@@ -163,7 +185,7 @@ def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, ba
         from igpt_jax.data import pipeline  # TensorFlow: 5 seconds and 665 MiB
 
         read = pipeline.batches(split, table, prefetch=prefetch, **options)
-    given = _on_devices(read, sharding, batch_size, start_step)
+    given = _on_devices(read, sharding, batch_size, start_step, _labels_of(split) if labelled else None)
     return Batches(given, Ledger(seed, start_step * batch_size, split.components, options["window"]))
 
 
@@ -182,7 +204,14 @@ def _reader_for(split: Split, reader: str, recipe: str = "none") -> str:
 
 
 def _on_devices(read: Iterator[tuple[np.ndarray, np.ndarray]], sharding: NamedSharding, batch_size: int,
-                start_step: int) -> Iterator[Batch]:
+                start_step: int, labels_of: Callable[[np.ndarray], np.ndarray] | None) -> Iterator[Batch]:
+    rows = process_rows(sharding, batch_size)
     with contextlib.closing(read):
         for step, (ids, tokens) in enumerate(read, start_step):
-            yield Batch(step, ids, put(tokens, sharding, batch_size))
+            labels = put(labels_of(ids[rows]), sharding, batch_size) if labels_of else None
+            yield Batch(step, ids, put(tokens, sharding, batch_size), labels)
+
+
+def _labels_of(split: Split) -> Callable[[np.ndarray], np.ndarray]:
+    """From ids to labels: a pixel store's are kept in memory, those of TFDS read again beside the pictures."""
+    return split.labels if hasattr(split, "pictures") else split.labels(np.arange(split.count)).__getitem__

@@ -1,5 +1,5 @@
 """Exact nats per pixel of one or many checkpoints over a whole split, each over any mesh and at any batch size; on
-request also probes and maps of surprise. With watch=True it follows runs and evaluates each step that they save, once.
+request also probes and maps of surprise; of fine-tuned models the accuracy, too. With watch=True it follows runs and evaluates each step that they save, once.
 
 Writes evaluation.json and evaluation.csv, a row per checkpoint, as they come, and figures. Started again it goes on
 with what is missing. Many checkpoints can be shared by an array job of n slices, whose tables are then joined:
@@ -103,9 +103,11 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, reco
     """The columns of one checkpoint; its surprise goes to files of its own."""
     split = _examples(config, record)
     lookup = palette.lookup_table(record.palette_VC)
-    nats = evaluation.make_evaluate(model, mesh, config.batch_size, lookup)(params, split)
-    row = {"steps": record.steps_done, "split": config.tokens or config.data.split, "examples": split.count,
-           "nats_per_pixel": nats, "bits_per_pixel": nats / math.log(2)}
+    labelled = not isinstance(split, TokenFile) and split.labelled
+    found = evaluation.make_measure(model, mesh, config.batch_size, lookup)(params, split, labelled=labelled)
+    row = {"steps": record.steps_done, "objective": record.config.objective,
+           "split": config.tokens or config.data.split, "examples": split.count, **found,
+           "bits_per_pixel": found["nats_per_pixel"] / math.log(2)}
     if config.probe:
         row |= _probed(config, model, params, record, mesh)
     if config.surprise:
@@ -205,13 +207,17 @@ def _joined(folder: storage.epath.Path) -> list[Row]:
 
 
 def _metrics(rows: list[Row]) -> dict[str, Any]:
-    by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows} for name in ("nats_per_pixel", "examples")}
+    by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows if name in row}
+                     for name in ("nats_per_pixel", "accuracy", "examples")}
+    by_checkpoint = {name: found for name, found in by_checkpoint.items() if found}
     return {"checkpoints": len(rows), **by_checkpoint}
 
 
 def _told(row: Row) -> str:
+    accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     probe = f", probe of layer {row['probe_layer']} {row['probe_accuracy']:.2%}" if "probe_accuracy" in row else ""
-    return f"step {row['steps']:,}, {row['nats_per_pixel']:.6f} nats per pixel over {row['examples']:,} images{probe}"
+    return (f"step {row['steps']:,}, {row['nats_per_pixel']:.6f} nats per pixel over {row['examples']:,} images"
+            f"{accuracy}{probe}")
 
 
 def _digest(value: Any) -> str:

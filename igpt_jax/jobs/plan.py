@@ -94,6 +94,8 @@ def _calibrated(config: PlanConfig, target: Target) -> tuple[float, Evidence]:
 
 def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
     record = checkpoint.load_record(workdir)
+    if record.config.job != "pretrain":
+        raise UserError(f"calibration={workdir} is a workdir of {record.config.job}. Give finished ones of pretrain.")
     result = json.loads(storage.read(storage.path(workdir) / "result.json"))
     device, speed = result["device"], result["metrics"].get("images_per_second")
     ran_on = topology.like(device["kind"], device["count"])

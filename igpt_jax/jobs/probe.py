@@ -17,11 +17,13 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     `raw_pixel_accuracy` and `untrained_accuracy`.
 
     Raises:
-      UserError: the checkpoint is missing, the data does not fit it, has no labels, or too few of a class.
+      UserError: the checkpoint is missing or of another objective, the data does not fit it, has no labels, or too
+        few of a class.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention)
+    checkpoint.require_objective(record, config.objective, config.checkpoint)
     prober = Prober(config, record, max(config.labels_per_class, default=1))
     layers = prober.layers_of(model)
 
@@ -33,9 +35,9 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
 
     if config.concatenate > 1:
         around = [index for index in range(len(layers)) if abs(index - best) <= config.concatenate // 2]
-        data = Labelled([each[:, around].reshape(len(each), -1) for each in features_EPD], prober.labels)
+        data = Labelled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], prober.labels)
         rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **prober.row(data)})
-    data = Labelled([each[:, best] for each in features_EPD], prober.labels)
+    data = Labelled([each[..., best, :] for each in features_EPD], prober.labels)
     for count in config.labels_per_class:
         rows.append({"features": f"layer {layers[best]}, {count} labels per class",
                      **prober.few_labels(data, count, config.draws)})

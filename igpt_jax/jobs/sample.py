@@ -34,6 +34,9 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
       UserError: the checkpoint is missing, the pictures or the data do not fit it, or nothing was asked for.
     """
     mesh = sharding.make_mesh(config.mesh)
+    if checkpoint.load_record(config.checkpoint).config.objective != "autoregressive":
+        raise UserError(f"checkpoint {config.checkpoint} was trained with objective=masked: it cannot draw one pixel "
+                        "after the other. Give one of autoregressive training.")
     model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision)
     size = record.image_size
     rows = size // 2 if config.rows < 0 else config.rows

@@ -23,7 +23,7 @@ class Answer:
 
     Attributes:
       usable_bytes: of a device's memory.
-      model_flops: of one step over all devices: causal half, nothing computed twice.
+      model_flops: of one step over all devices: of causal attention half, nothing computed twice.
     """
     config: PlanConfig
     target: Target
@@ -39,6 +39,11 @@ class Answer:
         if self.verdict.status == "failed":
             return None
         return self.verdict.status == "compiled" and self.verdict.required_bytes <= self.usable_bytes
+
+    @property
+    def attention(self) -> str:
+        """What of it counts as model FLOPs."""
+        return "causal half" if self.config.objective == "autoregressive" else "all of attention"
 
     @property
     def mfu(self) -> float | None:
@@ -81,7 +86,7 @@ class Answer:
                  ("  activations and other temporaries", _gib(max(0, others)), COMPILER)]
         if self.model_flops:
             again = v.flops / self.model_flops - 1
-            rows += [("model FLOPs per step", f"{self.model_flops:.4g} (causal half)", EXACT),
+            rows += [("model FLOPs per step", f"{self.model_flops:.4g} ({self.attention})", EXACT),
                      ("executed FLOPs per step", f"{v.flops:.4g} ({again:+.0%}: remat, and attention's own)", EXACT)]
         rows += [("memory traffic per device and step", _gib(v.memory_bytes), ESTIMATE)]
         rows += [(f"sent per device and step over {axes}", _gib(size), ESTIMATE)
@@ -110,7 +115,7 @@ class Answer:
                  evidence)]
         if self.config.step == "train":
             s = self.schedule
-            rows += [("MFU", f"{self.mfu:.1%} (causal half)", evidence),
+            rows += [("MFU", f"{self.mfu:.1%} ({self.attention})", evidence),
                      ("images per second", f"{self.config.batch_size / f.step_seconds:,.1f}", evidence),
                      (f"{self.config.steps:,} steps", f"{s.days:,.2f} days, {s.device_hours:,.0f} device-hours, "
                                                       f"${s.dollars:,.0f}", evidence),
@@ -126,7 +131,8 @@ class Answer:
 def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, evidence: Evidence) -> Answer:
     """Puts the figures together; `share` and `evidence` as `roofline.forecast` takes them."""
     d = Dims.of(config.model, config.palette_size, config.image_size)
-    flops = config.batch_size * telemetry.train_flops_per_image(d.L, d.D, d.F, d.V, d.T)
+    causal = config.objective == "autoregressive"
+    flops = config.batch_size * telemetry.train_flops_per_image(d.L, d.D, d.F, d.V, d.T, causal)
     flops = flops if config.step == "train" else 0.0
     usable = target.chip.usable_bytes
     if target.platform == "cpu":  # they share the machine's memory

@@ -90,7 +90,7 @@ def compile_step(config: PlanConfig) -> Verdict:
                   "checkpoint_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))}
     with jax.set_mesh(mesh):
         traced = function.trace(*arguments)
-        known["flops"] = flops.count(traced.jaxpr)
+        known["flops"] = flops.count(traced.jaxpr, model.causal)
         lowered = traced.lower()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,9 @@ def compile_step(config: PlanConfig) -> Verdict:
 def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], Model]:
     """The job's own jitted step, its arguments as shapes with shardings, and the model."""
     sharding.check_batch(config.batch_size, mesh, config.accumulate if config.step == "train" else 1)
-    model = Model(config.model, config.palette_size, config.image_size, config.precision, mesh)
+    model = Model(config.model, config.palette_size, config.image_size, config.precision, mesh, config.hidden_share)
+    if config.step == "sample" and not model.causal:
+        raise UserError("step=sample: a masked model cannot be sampled from. Set objective=autoregressive.")
 
     def array(shape: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -128,7 +130,7 @@ def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...],
         return step, (state, tokens_BT, array(key.shape, key.dtype, everywhere)), model
     if config.step == "evaluate":
         step = evaluation.jit_over_batches(steps.make_eval_step(model), mesh)
-        return step, (state["params"], tokens_BT), model
+        return step, (state["params"], tokens_BT, array((config.batch_size,), jnp.int32, by_image)), model
 
     def sample(params: Any, given_BP: jax.Array, index_B: jax.Array) -> jax.Array:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index_B)

@@ -47,7 +47,8 @@ def estimate(config: PlanConfig) -> Estimate:
 
     # FLOPs: forward, twice that backward, and what remat computes again. Flash attention computes its scores again.
     products = 2 * blocks * config.batch_size * d.T
-    attention = 2 * d.L * config.batch_size * d.T**2 * D * (2 if plain else 1)
+    whole = plain or config.objective == "masked"  # not its causal half
+    attention = 2 * d.L * config.batch_size * d.T**2 * D * (2 if whole else 1)
     head = 2 * d.V * D * config.batch_size * d.T
     again = {"full": products + attention, "offload": products, "attention": products + (attention if plain else 0),
              "dots": attention if plain else 0, "none": 0}[remat]

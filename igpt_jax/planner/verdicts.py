@@ -18,7 +18,7 @@ from igpt_jax.planner.compilation import Verdict, compile_step
 PACKAGE = pathlib.Path(__file__).parent.parent
 # The files that a step and its reading are made of; another loop or job changes no verdict. What config.py decides is
 # in the config itself.
-CODE = ("sharding.py", "attention", "model.py", "objectives.py", "decode.py", "optimizer.py", "steps.py",
+CODE = ("sharding.py", "attention", "model.py", "objectives.py", "features.py", "decode.py", "optimizer.py", "steps.py",
         "planner/flops.py", "planner/program.py", "planner/targets.py", "planner/compilation.py")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda13-plugin")
 # What a plan can be told that changes nothing in the step.

@@ -29,13 +29,16 @@ class OurWeights:
     def __init__(self, typed: str):
         self._typed, self._path = typed, step_path(*checkpoint.locate(typed))
         self.record = checkpoint.load_record(typed)
+        if self.record.config.objective == "masked":
+            raise UserError(f"{typed} was trained with objective=masked. convert knows autoregressive models alone: "
+                            "the other formats have a start vector, which a masked model lacks.")
         leaves = jax.tree_util.tree_leaves_with_path(ocp.checkpointables_metadata(self._path).metadata["params"])
         self._shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
         self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
-        dims = Dims.of(self.record.config.model, len(self.palette_VC), self.record.image_size)
         self.names = tuple(path[-1] for path in self._shapes)
-        classes = self._shapes.get(("class_head_KD",), ())
-        self.sizes = dataclasses.asdict(dims) | ({"K": classes[0]} if classes else {})
+        classes = self._shapes.get(("class_head_KD",), (0,))[0]
+        dims = Dims.of(self.record.config.model, len(self.palette_VC), self.record.image_size, classes)
+        self.sizes = {letter: size for letter, size in dataclasses.asdict(dims).items() if size}
 
     def layers(self, name: str) -> Sequence[np.ndarray]:
         array = self._load(name)

@@ -1,0 +1,174 @@
+"""The finetune job as users run it: stopped, moved to other devices, ended early; and what it refuses."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_job_command
+from sklearn.datasets import load_digits
+from test_jobs import TINY, arrays, losses, result
+
+STEPS = 12
+COMMON = [f"--config.steps={STEPS}", "--config.batch_size=16", "--config.log_every_steps=1",
+          "--config.eval_every_steps=6", "--config.checkpoint_every_steps=5"]
+
+
+RUN = """
+import contextlib, io, json
+from igpt_jax.__main__ import main
+for arguments in {commands!r}:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(arguments)
+    print("\\n" + json.dumps([code, said.getvalue()]))
+"""
+
+
+def run_all(*commands, **options):
+    """[(exit code, what it said)] of jobs in one process after the other: importing JAX takes longer than most do."""
+    done = run_job_command(script=RUN.format(commands=commands), **options)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == len(commands), done.stdout + done.stderr
+    return lines
+
+
+def ran(*commands, **options):
+    for code, said in run_all(*commands, **options):
+        assert code == 0, said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """store and store4: digits at 8x8 and 4x4; ar, bert: pretrained on the first."""
+    folder = tmp_path_factory.mktemp("finetune")
+    stores = [["prepare", f"--workdir={folder / name}", "--config.source=digits:train", f"--config.image_size={size}",
+               "--config.test_source=digits:test"] for name, size in (("store", 8), ("store4", 4))]
+    runs = [["pretrain", f"--workdir={folder / name}", f"--config.data.store={folder / 'store'}", *TINY,
+             f"--config.objective={objective}"] for name, objective in (("ar", "autoregressive"), ("bert", "masked"))]
+    ran(*stores, *runs)
+    return folder
+
+
+def finetune(folder, name, *more):
+    return ["finetune", f"--workdir={folder / name}", *COMMON, "--config.precision=float64",
+            f"--config.checkpoint={folder / 'ar'}", "--config.data.augment=cifar", *more]
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """The undisturbed run, on one device, through tf.data."""
+    ran(finetune(folder, "straight", "--config.data.reader=tfdata"))
+    return folder / "straight"
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, tuned):
+    """SIGTERM in the middle, then the same command: parameters, moments, logged losses and accuracies of the
+    undisturbed run, the class head's among them. Must fail with the checkpoint's parameters loaded again."""
+    command = [sys.executable, "-m", "igpt_jax", *finetune(folder, "stopped", "--config.data.reader=tfdata")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 4/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 75 and re.search(r"stopped after step \d+ of", rest), rest
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "goes on from step" in again.stderr, again.stderr
+    one, other = arrays(tuned), arrays(folder / "stopped")
+    assert one.keys() == other.keys() and np.abs(one["[0]['class_head_KD']"]).max() > 0
+    for name in one:
+        assert one[name].tobytes() == other[name].tobytes(), name
+    assert losses(tuned) == losses(folder / "stopped")
+    for name in ("test_accuracy", "eval/accuracy", "best_step"):
+        assert result(tuned)["metrics"][name] == result(folder / "stopped")["metrics"][name]
+
+
+def test_eight_devices_give_the_losses_of_one(folder, tuned):
+    """data x fsdp x tensor = 2 x 2 x 2 and the resident reader: losses within 1e-8 in float64, accuracies within 1 of
+    1,000. Must fail with labels that lie one row further."""
+    ran(finetune(folder, "eight", "--config.data.reader=resident", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+                 "--config.mesh.tensor=2"), devices=8)
+    one, other = losses(tuned), losses(folder / "eight")
+    assert one.keys() == other.keys() and (STEPS, "train/classification_nats") in one
+    for key in one:
+        assert other[key] == pytest.approx(one[key], rel=1e-8, abs=1e-3 if "accuracy" in key[1] else 1e-12), key
+    assert abs(result(tuned)["metrics"]["test_accuracy"] - result(folder / "eight")["metrics"]["test_accuracy"]) <= 1e-3
+
+
+def test_a_run_ends_when_patience_does_and_stays_ended(folder):
+    """A learning rate too small to change any held-out accuracy: the second evaluation brings no better one. The same
+    command again trains no further. Must fail with the evaluations counted from the first step."""
+    arguments = finetune(folder, "patient", "--config.optimizer.learning_rate=1e-30", "--config.eval_every_steps=2",
+                         "--config.patience=2", "--config.data.augment=none")
+    ran(arguments)
+    first = result(folder / "patient")["metrics"]
+    ran(arguments)
+    for metrics in (first, result(folder / "patient")["metrics"]):
+        assert (metrics["best_step"], metrics["steps"]) == (2, 6)
+    assert max(step for step, _ in losses(folder / "patient")) == 6
+
+
+@pytest.mark.parametrize(("name", "more"), [
+    ("masked", ["--config.checkpoint={}/bert", "--config.objective=masked", "--config.model.class_layer=1"]),
+    ("resized", ["--config.data.store={}/store4", "--config.data.augment=none"]),
+    ("scratch", ["--config.checkpoint=", "--config.model.name=igpt_tiny", "--config.model.layers=2",
+                 "--config.model.embed=16", "--config.model.heads=2", "--config.model.dropout=0.1",
+                 "--config.data.store={}/store"]),
+    ("all", ["--config.data.split=train+held_out", "--config.data.held_out=", "--config.generative_weight=0"])])
+def test_other_ways_to_fine_tune(folder, name, more):
+    """A masked checkpoint with the head before the last block; another resolution; from scratch; on all labels. Other
+    jobs read what they leave from the path alone. Must fail with the position table taken as it is."""
+    ran(finetune(folder, name, "--config.precision=float32", *(each.format(folder) for each in more)),
+        ["evaluate", f"--workdir={folder / name}-evaluate", f"--config.checkpoints={folder / name}",
+         "--config.data.split=test"])
+    assert 0 < result(folder / name)["metrics"]["test_accuracy"] < 1
+
+
+BAD = {
+    "another objective": (["--config.checkpoint={}/bert"], "trained with objective=masked, not autoregressive"),
+    "nothing": (["--config.checkpoint="], "nothing to train"),
+    "both": (["--config.model.name=igpt_s"], "the checkpoint brings its own"),
+    "sizes": (["--config.model.layers=3"], "model.layers is set and model.name is not"),
+    "layer": (["--config.model.class_layer=3"], "places 0 (the embedding) to 2"),
+    "unlabelled": (["--config.data.store={}/unlabelled"], "has no labels"),
+    "class": (["--config.data.store={}/nines", "--config.data.test="], "class 4 has no example in split 'train'"),
+    "share": (["--config.masked_share=0.2"], "has no effect on objective=autoregressive"),
+    "patience": (["--config.data.held_out=", "--config.patience=3"], "waits for evaluations of held-out images"),
+}
+
+
+def test_bad_input_is_one_line(folder):
+    """Also labels that are missing, and a class of which no training image is. Must fail with the check of the classes
+    left out."""
+    digits = load_digits()
+    images = np.repeat((digits.images * 255 / 16).astype(np.uint8)[..., None], 3, -1)[:300]
+    labels = digits.target[:300]
+    np.savez(folder / "unlabelled.npz", images=images)
+    np.savez(folder / "nines.npz", images=images[labels != 4], labels=labels[labels != 4])
+    ran(*(["prepare", f"--workdir={folder / name}", f"--config.source=npz:{folder / name}.npz",
+           f"--config.test_source=npz:{folder / name}.npz", "--config.palette=fit:17"]
+          for name in ("unlabelled", "nines")))
+    commands = [finetune(folder, "bad", *(each.format(folder) for each in more)) for more, _ in BAD.values()]
+    for (case, (_, message)), (code, said) in zip(BAD.items(), run_all(*commands), strict=True):
+        assert code == 2 and message in said and len(said.splitlines()) == 1, (case, said)
+
+
+def test_masked_checkpoints_are_not_taken_for_others(folder):
+    """Neither by the sampler nor by the probe. The probe that is told votes over masks, alike at any batch size.
+
+    Must fail without the check in the sampler, and with the masks drawn by place in the batch.
+    """
+    commands = [[job, f"--workdir={folder / job}", f"--config.{key}{folder / 'bert'}"] for job, key in
+                (("convert", "convert_from=orbax:"), ("sample", "checkpoint="), ("probe", "checkpoint="))]
+    told = [["probe", f"--workdir={folder / f'probe{batch_size}'}", f"--config.checkpoint={folder / 'bert'}",
+             "--config.objective=masked", "--config.strengths=(0.01,)", "--config.baselines=False",
+             f"--config.batch_size={batch_size}"] for batch_size in (64, 100)]
+    *refused, first, second = run_all(*commands, *told)
+    for code, said in refused:
+        assert code == 2 and "trained with objective=masked" in said and len(said.splitlines()) == 1, said
+    assert first[0] == second[0] == 0, (first, second)
+    found = [json.loads((folder / f"probe{size}" / "probe.json").read_text()) for size in (64, 100)]
+    assert found[0] == found[1] and 0.15 < found[0][2]["test_accuracy"] < 0.8
