@@ -117,8 +117,8 @@ class StopSignal:
     def _end_what_is_deaf(self, pipe: int) -> None:
         """A thread that is told of signals while the main one, in C++, cannot be."""
         while os.read(pipe, 1):
-            if not self.saves and _connected.is_set():
-                threading.Thread(target=_tell_others, daemon=True).start()  # it may find nobody, or wait for ever
+            if not self.saves:
+                _tell_others()
             if not self._left.wait(GRACE_SECONDS) and not self.saves:
                 say("stopped before there was anything to save. The same command starts again.")
                 leave(PREEMPTED)
@@ -127,11 +127,8 @@ class StopSignal:
     def _listen_to_others(self) -> None:
         """A thread, for as long as a process that is told would leave the others behind."""
         while not self._left.wait(GRACE_SECONDS) and not self.saves:
-            in_charge = signal.getsignal(signal.SIGINT) == self._on_signal
-            if in_charge and _connected.is_set():
-                with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said so
-                    jax_distributed.global_state.client.key_value_try_get(STOPPING)
-                    return os.kill(os.getpid(), signal.SIGTERM)
+            if signal.getsignal(signal.SIGINT) == self._on_signal and _another_stops():
+                return os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self) -> bool:
         """Whether to save and stop now. All processes must ask equally often; the answer stays true."""
@@ -167,8 +164,23 @@ class StopSignal:
 
 
 def _tell_others() -> None:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        jax_distributed.global_state.client.key_value_set(STOPPING, "", allow_overwrite=True)
+    """Lets the others know that this process ends before there is anything to save."""
+    def tell() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax_distributed.global_state.client.key_value_set(STOPPING, "", allow_overwrite=True)
+
+    if _connected.is_set():  # the process that would pass it on may be frozen
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(GRACE_SECONDS)
+
+
+def _another_stops() -> bool:
+    if _connected.is_set():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said so
+            jax_distributed.global_state.client.key_value_try_get(STOPPING)
+            return True
+    return False
 
 
 # One job.
@@ -226,12 +238,16 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
             say(f"{name}: {error}. Make room, give the right to write there, or another --workdir.")
             code = INPUT
         elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
+            if _another_stops():
+                leave(PREEMPTED)
             say(f"{name}: another process is gone: {str(error).splitlines()[0]} The same command goes on from the "
                 "newest checkpoint.")
             code = PEER
         else:
             say(traceback.format_exc())
             code = BUG
+    if interrupted:
+        _tell_others()
     if interrupted or _connected.is_set():
         leave(code)
     return code
