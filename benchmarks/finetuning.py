@@ -17,8 +17,7 @@ import matplotlib.figure
 
 from igpt_jax import telemetry
 
-NEW = ["--config.checkpoint=", "--config.model.name=igpt_tiny", "--config.optimizer.learning_rate=3e-3",
-       "--config.optimizer.warmup_steps=50"]
+NEW = ["--config.checkpoint=", "--config.model.name=igpt_tiny", "--config.optimizer.learning_rate=3e-3"]
 RUNS = {
     "pretrained, L_GEN + L_CLF": [],
     "pretrained, L_CLF alone": ["--config.generative_weight=0"],
@@ -45,14 +44,14 @@ def main() -> None:
                             f"--config.eval_every_steps={every}", "--config.log_every_steps=10", *more], check=True)
         return json.loads((workdir / "result.json").read_text())["metrics"], telemetry.load_metrics(str(workdir))
 
-    rows, curves = [], {}
+    rows, curves, warmup = [], {}, f"--config.optimizer.warmup_steps={given.steps // 10}"
     for index, (label, more) in enumerate(RUNS.items()):
         metrics, curves[label] = run("finetune", f"finetune{index}", f"--config.checkpoint={given.checkpoint}",
-                                     "--config.data.augment=cifar", *more)
+                                     "--config.data.augment=cifar", warmup, *more)
         rows.append({"run": label, "test_accuracy": metrics["test_accuracy"], "best_step": metrics["best_step"],
                      "held_out_accuracy": metrics["eval/accuracy"], "held_out_nats": metrics["eval/nats_per_pixel"]})
     masked, lines = run("pretrain", "masked", "--config.objective=masked", "--config.model.name=igpt_tiny",
-                        "--config.optimizer.warmup_steps=50")
+                        warmup)
 
     print("| | test accuracy | at step | held out, nats per pixel |\n|---|---|---|---|")
     for row in rows:
