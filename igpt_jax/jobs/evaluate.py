@@ -1,5 +1,6 @@
-"""Exact nats per pixel of one or many checkpoints over a whole split, each over any mesh and at any batch size; on
-request also probes and maps of surprise; of fine-tuned models the accuracy, too. With watch=True it follows runs and evaluates each step that they save, once.
+"""Exact nats per pixel of one or many checkpoints over a whole split, each over any mesh and at any batch size; of
+fine-tuned models the accuracy, and on request probes and maps of surprise. With watch=True it follows runs and
+evaluates each step that they save, once.
 
 Writes evaluation.json and evaluation.csv, a row per checkpoint, as they come, and figures. Started again it goes on
 with what is missing. Many checkpoints can be shared by an array job of n slices, whose tables are then joined:
