@@ -553,6 +553,7 @@ class ExportConfig:
     temperature: float = key(1.0, "as the sample job's")
     top_k: int = key(0, "as the sample job's")
     top_p: float = key(1.0, "as the sample job's")
+    probe: str = key("", "a workdir of the probe job: exports the best layer's classifier too; empty: none")
     platforms: tuple[str, ...] = key(("cpu", "cuda", "tpu"), "where the programs run")
 
     def __post_init__(self):

@@ -4,16 +4,17 @@
     folder/losses.jax      (weights, tokens int32 [B, T]) -> nats per pixel float32 [B]
     folder/features.jax    (weights, tokens int32 [B, T]) -> features of every layer, float32 [B, L + 1, D]: those that
                            the probe job fits its linear classifiers on
+    folder/classes.jax     (weights, tokens int32 [B, T]) -> logits float32 [B, K] of a linear probe, where one is given
     folder/weights.npz     float32 arrays by name
     folder/palette.npy     float32 [V, 3] in [-1, 1]: 8-bit colours are 127.5 (c + 1)
     folder/run.py          samples pictures with the files above; all that a user's own program needs to do is in it
 
 Any batch size B. One file serves all platforms that it was made for.
 
-B batch, P given tokens, T tokens, V palette, L layers, D embed.
+B batch, P given tokens, T tokens, V palette, L layers, D embed, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,7 +62,8 @@ def _nested(weights: dict[str, jax.Array]) -> dict[str, Any]:
     return {"blocks": blocks} | {name: array for name, array in weights.items() if "/" not in name}
 
 
-def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[str]) -> dict[str, bytes]:
+def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[str],
+             probe: Mapping[str, Any] | None = None, layer: int = 0) -> dict[str, bytes]:
     """The serialized programs, by name.
 
     Args:
@@ -69,10 +71,12 @@ def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[s
       given: pixels that the sampler is given of each image.
       sampling: how it draws.
       platforms: 'cpu', 'cuda', 'rocm', 'tpu'.
+      probe: weights of a linear probe by their names in `weights`, probe/...
+      layer: the place in the stream that the probe reads.
     """
     batch, = jax.export.symbolic_shape("b")
     T = model.dims.T
-    weights = flat(model.abstract_parameters())
+    weights = flat(model.abstract_parameters()) | dict(probe or {})
 
     def sampler(weights, given_BP, seeds_B):
         return generate(model, _nested(weights), given_BP, jax.vmap(jax.random.key)(seeds_B), sampling)
@@ -84,10 +88,15 @@ def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[s
     def features(weights, tokens_BT):
         return make_feature_step(model, "normalized")(_nested(weights), tokens_BT)[:, 0]
 
+    def classes(weights, tokens_BT):
+        standard_BD = (features(weights, tokens_BT)[:, layer] - weights["probe/mean_D"]) / weights["probe/deviation_D"]
+        return standard_BD @ weights["probe/weights_DK"] + weights["probe/biases_K"]
+
     def serialized(function: Callable, *shapes: tuple) -> bytes:
         arguments = (jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in shapes)
         return bytes(jax.export.export(jax.jit(function), platforms=platforms)(weights, *arguments).serialize())
 
     return {"sampler": serialized(sampler, ((given,), jnp.int32), ((), jnp.uint32)),
             "losses": serialized(losses, ((T,), jnp.int32)),
-            "features": serialized(features, ((T,), jnp.int32))}
+            "features": serialized(features, ((T,), jnp.int32)),
+            **({"classes": serialized(classes, ((T,), jnp.int32))} if probe else {})}

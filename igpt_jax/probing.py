@@ -4,6 +4,8 @@ E examples, P places in the stream (L + 1), D features, M masks of an example (1
 """
 
 import dataclasses
+import io
+import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from igpt_jax import evaluation, linear_probe, palette
+from igpt_jax import evaluation, linear_probe, palette, storage
 from igpt_jax.checkpoint import Record
 from igpt_jax.config import ProbingConfig, UserError
 from igpt_jax.data import count_classes, order
@@ -19,6 +21,7 @@ from igpt_jax.data.store import Split, Store
 from igpt_jax.features import make_feature_step
 from igpt_jax.model import Model
 
+PROBE = "probe.npz"
 SGD_BATCH = 1024
 CHOOSING = 1e-4  # tolerance of the solver where only held-out accuracies are compared
 
@@ -117,6 +120,10 @@ class Prober:
 
     def row(self, data: Labelled) -> dict[str, Any]:
         """The figures of one probe."""
+        return self.fit(data)[1]
+
+    def fit(self, data: Labelled) -> tuple[linear_probe.Probe, dict[str, Any]]:
+        """The probe that the test examples are counted with, and its figures."""
         options = self.config.strengths if self.config.solver == "lbfgs" else self.config.rates
         probes = self._fit(data.features_ED[0], data.labels_E[0], options, tolerance=CHOOSING)
         held_out = [probe.accuracy(data.features_ED[1], data.labels_E[1]) for probe in probes]
@@ -124,8 +131,8 @@ class Prober:
         both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
         probe, = self._fit(*both, options[chosen:chosen + 1])
         accuracy = self._test_accuracy(probe, data)
-        return {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
-                "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
+        return probe, {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
+                       "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
 
     def few_labels(self, data: Labelled, count: int, draws: int) -> dict[str, Any]:
         """`count` labels of each class, drawn several times: fit on those, choose on held-out, count on test."""
@@ -154,3 +161,22 @@ class Prober:
 
     def _batches(self, count: int) -> Iterator[np.ndarray]:
         return (order.batch(self.config.seed, step, min(SGD_BATCH, count), count) for step in range(self.config.steps))
+
+
+def save_probe(file: storage.epath.Path, probe: linear_probe.Probe, layer: int, kind: str) -> None:
+    """Writes a probe of the features `kind` at place `layer` as .npz."""
+    data = io.BytesIO()
+    arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(probe).items()}
+    np.savez(data, layer=layer, kind=kind, **arrays)
+    storage.publish(file, data.getvalue())
+
+
+def load_probe(workdir: str) -> tuple[linear_probe.Probe, int, str]:
+    """The probe, place and kind of features that a probe job has saved. Raises UserError where there is none."""
+    file = storage.path(workdir) / PROBE
+    try:
+        with np.load(io.BytesIO(storage.read(file))) as given:
+            names = [field.name for field in dataclasses.fields(linear_probe.Probe)]
+            return linear_probe.Probe(*(given[name] for name in names)), int(given["layer"]), str(given["kind"])
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is not a probe that the probe job has written: {error}") from None

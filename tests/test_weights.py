@@ -14,7 +14,7 @@ import pytest
 from conftest import run_job_command
 from safetensors.numpy import load_file, save_file
 
-from igpt_jax import checkpoint, objectives, palette, runtime, sharding
+from igpt_jax import checkpoint, linear_probe, objectives, palette, probing, runtime, sharding
 from igpt_jax.config import ConvertConfig, ExportConfig, MeshConfig, ModelConfig, UserError
 from igpt_jax.data.store import Store, tokens_of
 from igpt_jax.decode import Sampling, generate
@@ -381,16 +381,22 @@ losses = export.deserialize(bytearray((here / "losses.jax").read_bytes()))
 np.save({out!r} + ".npy", losses.call(weights, tokens))
 features = export.deserialize(bytearray((here / "features.jax").read_bytes()))
 np.save({out!r} + ".features.npy", features.call(weights, tokens))
+classes = export.deserialize(bytearray((here / "classes.jax").read_bytes()))
+np.save({out!r} + ".classes.npy", classes.call(weights, tokens))
 """
 
 
 def test_exported_programs_run_where_only_jax_is_installed(tmp_path, original, python):
-    """run.py in a process that can import nothing of ours: `generate`'s tokens, their losses and features.
+    """run.py in a process that can import nothing of ours: `generate`'s tokens, their losses, features and classes.
 
-    Seen to fail with the seeds of the exported sampler counted from 1.
+    Seen to fail with the seeds of the exported sampler counted from 1, and with the probe at the next layer.
     """
+    D = json.loads((original / "config.json").read_text())["n_embd"]
+    rng = np.random.default_rng(0)
+    probe = linear_probe.Probe(rng.normal(size=D), rng.uniform(1, 2, D), rng.normal(size=(D, 4)), rng.normal(size=4))
+    probing.save_probe(tmp_path / "probe" / "probe.npz", probe, 1, "normalized")
     _, record = run(tmp_path / "job", f"huggingface:{original}", f"export:{tmp_path}/out",
-                    export=ExportConfig(rows=2, top_k=7, platforms=("cpu",)))
+                    export=ExportConfig(rows=2, top_k=7, platforms=("cpu",), probe=str(tmp_path / "probe")))
     assert record["verdict"] == "same" and abs(np.subtract(*record["nats_per_pixel"].values())) < 1e-5
     python(ALONE.format(out=str(tmp_path / "drawn.npz"), run=str(tmp_path / "out/run.py")), devices=1)
 
@@ -407,6 +413,7 @@ def test_exported_programs_run_where_only_jax_is_installed(tmp_path, original, p
     np.testing.assert_allclose(np.load(f"{tmp_path}/drawn.npz.npy"), expected, rtol=1e-5)
     features = jax.jit(make_feature_step(model, "normalized"))(params, tokens)[:, 0]
     np.testing.assert_allclose(np.load(f"{tmp_path}/drawn.npz.features.npy"), features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.load(f"{tmp_path}/drawn.npz.classes.npy").argmax(1), probe.predict(features[:, 1]))
 
 
 MEMORY = """

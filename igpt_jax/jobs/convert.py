@@ -21,6 +21,7 @@ from igpt_jax import export, palette, runtime, storage, telemetry
 from igpt_jax.config import ConvertConfig, ExportConfig, UserError
 from igpt_jax.decode import Sampling
 from igpt_jax.model import Model
+from igpt_jax.probing import load_probe
 from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
 from igpt_jax.weights.certificate import certify, fixed_tokens, nats_per_pixel
 from igpt_jax.weights.names import Weights
@@ -136,12 +137,25 @@ def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig
     model = Model(dataclasses.replace(record.config.model, attention="reference"), len(palette_VC), record.image_size,
                   "float32")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    for name, program in export.programs(model, config.rows * record.image_size, sampling, config.platforms).items():
+    probe, layer = _probe_for(config, model) if config.probe else ({}, 0)
+    for name, program in export.programs(model, config.rows * record.image_size, sampling, config.platforms, probe,
+                                         layer).items():
         (folder / f"{name}.jax").write_bytes(program)
     weights = export.flat(ours.parameters(source, lambda shape, name: np.empty(shape, np.float32)))
-    np.savez(folder / "weights.npz", **{name: weights[name] for name in export.flat(model.abstract_parameters())})
+    weights = {name: weights[name] for name in export.flat(model.abstract_parameters())}
+    np.savez(folder / "weights.npz", **weights, **probe)
     np.save(folder / "palette.npy", palette_VC)
     (folder / "run.py").write_text(export.RUN)
+
+
+def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays of a probe by their exported names, and the place that it reads."""
+    probe, layer, kind = load_probe(config.probe)
+    if kind != "normalized" or layer > model.dims.L or len(probe.mean_D) != model.dims.D:
+        raise UserError(f"export.probe={config.probe} reads {len(probe.mean_D)} {kind} features of layer {layer}; the "
+                        f"model has {model.dims.D} in {model.dims.L} layers, and normalized ones are exported. Probe "
+                        "this model with features=normalized.")
+    return {f"probe/{name}": array for name, array in dataclasses.asdict(probe).items()}, layer
 
 
 def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:
@@ -150,7 +164,8 @@ def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:
     losses = jax.export.deserialize(bytearray((folder / "losses.jax").read_bytes()))
     with np.load(folder / "weights.npz") as file:
         weights = dict(file)
-    certificate = {"parameters": sum(array.size for array in weights.values()), "verdict": "same", "logits": {}}
+    parameters = sum(array.size for name, array in weights.items() if not name.startswith("probe/"))
+    certificate = {"parameters": parameters, "verdict": "same", "logits": {}}
     logits_BTV = source.logits(tokens_BT)
     if logits_BTV is not None and jax.default_backend() in (name.replace("cuda", "gpu") for name in losses.platforms):
         nats = {"source": nats_per_pixel(logits_BTV, tokens_BT),

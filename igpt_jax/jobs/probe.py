@@ -1,6 +1,7 @@
 """Linear probes of every layer: what a checkpoint knows of the classes, and where (paper, Sections 2.4 and 4).
 
-Writes probe.json and probe.csv, a row per probe, and the accuracy by layer as a figure.
+Writes probe.json and probe.csv, a row per probe, the accuracy by layer as a figure, and the best layer's classifier,
+probe.npz.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 
 from igpt_jax import checkpoint, figures, sharding, storage, table, telemetry
 from igpt_jax.config import ProbeConfig
-from igpt_jax.probing import Labelled, Prober
+from igpt_jax.probing import PROBE, Labelled, Prober, save_probe
 
 
 def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         data = Labelled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], prober.labels)
         rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **prober.row(data)})
     data = Labelled([each[..., best, :] for each in features_EPD], prober.labels)
+    best_probe, _ = prober.fit(data)
     for count in config.labels_per_class:
         rows.append({"features": f"layer {layers[best]}, {count} labels per class",
                      **prober.few_labels(data, count, config.draws)})
@@ -59,6 +61,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
             telemetry.say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
         table.publish(folder, "probe", rows)
+        save_probe(folder / PROBE, best_probe, layers[best], config.features)
         figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png", {"": by_layer}, baselines,
                                   prober.test_count)
     return metrics
