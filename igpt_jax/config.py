@@ -409,7 +409,6 @@ class ProbingConfig:
 
     def __post_init__(self):
         _check_job(self)
-        _one_of("objective", self.objective, OBJECTIVES)
         _one_of("features", self.features, ["normalized", "residual"])
         _one_of("solver", self.solver, ["lbfgs", "sgd"])
         for name in ("strengths", "rates"):
@@ -433,6 +432,7 @@ class ProbeConfig(ProbingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _one_of("objective", self.objective, OBJECTIVES)
         _require(all(count >= 1 for count in self.labels_per_class),
                  f"labels_per_class={self.labels_per_class} must be positive numbers.")
         _require(self.concatenate >= 1 and self.concatenate % 2 == 1,
