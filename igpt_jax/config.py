@@ -299,6 +299,7 @@ class PrepareConfig:
 
     @property
     def slice(self) -> tuple[int, int]:
+        """(i, n) of `shard`; (0, 1) for all and for merge."""
         return _slice_of(self.shard)
 
 
@@ -467,6 +468,7 @@ class EvaluateConfig:
 
     @property
     def slice(self) -> tuple[int, int]:
+        """(i, n) of `shard`; (0, 1) for all and for merge."""
         return _slice_of(self.shard)
 
 

@@ -68,6 +68,7 @@ class Prober:
 
     @property
     def test_count(self) -> int:
+        """Examples that the accuracies count."""
         return self.splits[2].count
 
     def _check_labels_per_class(self, wanted: int) -> None:

@@ -126,7 +126,7 @@ class StopSignal:
 
     def _listen_to_others(self) -> None:
         """A thread, for as long as a process that is told would leave the others behind."""
-        while not self._left.wait(GRACE_SECONDS) and not self.saves:
+        while not self._left.wait(GRACE_SECONDS / 2) and not self.saves:
             if signal.getsignal(signal.SIGINT) == self._on_signal and _another_stops():
                 return os.kill(os.getpid(), signal.SIGTERM)
 
@@ -310,7 +310,7 @@ def leave(code: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # launchers end the others when one has ended: the code is decided
         signal.signal(number, signal.SIG_IGN)
     if _connected.is_set() and startup.coordinates():
-        time.sleep(2 * GRACE_SECONDS)  # let the others end first
+        time.sleep(3 * GRACE_SECONDS)  # let the others end first
     os._exit(code)
 
 

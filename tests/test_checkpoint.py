@@ -133,7 +133,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
     SHA256SUMS itself may be missing, since a run can be killed before it writes it; the arrays are compared still.
 
     `benchmarks/faults.py files` does it 20 times per file. Seen to fail without the file hashes (flips in places
-    that nothing reads), and without both the hashes and the checksums (other parameters, without a word).
+    that nothing reads).
     """
     workdir, step, config, abstract, state, record = copy
     rng = random.Random(kind)

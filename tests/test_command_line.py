@@ -164,7 +164,7 @@ def test_a_refused_config_leaves_the_former_one(config, tmp_path, capsys):
 
 def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(python, capsys):
     """Handlers return to what they were at the end; what follows within a second is the same request, passed on by a
-    launcher. Must fail without re-raising, and with the second of grace left out.
+    launcher. Seen to fail without re-raising; with the second of grace left out pytest itself ends.
     """
     former = signal.getsignal(signal.SIGTERM)
     with runtime.StopSignal() as stop:
@@ -200,8 +200,8 @@ with runtime.StopSignal():
 
 
 def test_a_signal_before_there_is_anything_to_save_ends_the_job_where_it_is(run_job):
-    """In Python; and inside a compiler, which hears no exception. Must fail without the thread that hears signals:
-    the process never ended.
+    """In Python; and inside a compiler, which hears no exception. Seen to fail without the thread that hears
+    signals: the process never ended.
     """
     with pytest.raises(runtime.Preempted, match="before there was anything new to save"):
         with runtime.StopSignal():
@@ -242,8 +242,8 @@ sys.exit(runtime.run_job(run, parse("pretrain", base_config("pretrain")), sys.ar
 @pytest.mark.parametrize("job, code", [("prepare", 75), ("plan", 75), ("sample", 2)])
 def test_launched_processes_stop_together(tmp_path, job, code):
     """Ctrl-C in one process stops both: at one step where they save (prepare), at once where there is nothing to save
-    (plan). A failure of one ends both. Seen to fail without passing SIGINT on as SIGTERM, with a SIGTERM handler of
-    Python's beside JAX's, and with `should_stop` that asks only its own process.
+    (plan). A failure of one ends both. Seen to fail without telling the others (plan), without passing SIGINT on as
+    SIGTERM, with a SIGTERM handler of Python's beside JAX's, and with `should_stop` that asks only its own process.
     """
     stand_in = tmp_path / "python"  # started by the launcher as `stand_in -m igpt_jax JOB WORKDIR`
     stand_in.write_text(LAUNCHED.format(python=sys.executable))

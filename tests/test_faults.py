@@ -30,8 +30,8 @@ def store(folder):
 
 @pytest.mark.parametrize("fault", ["kill", "stop", "files", "store"])
 def test_nothing_is_lost(folder, store, fault):
-    """Must fail with the data order starting at 0 after a restart (kill), with StopSignal left out (stop), without
-    the comparison of hashes (files), and with a store that is not asked for its checksums (store).
+    """Seen to fail without the comparison of hashes (files). Must fail with the data order starting at 0 after a
+    restart (kill), with StopSignal left out (stop), and with a store whose chunks have no checksums (store).
     """
     command = [sys.executable, "-W", "ignore", "benchmarks/faults.py", fault, "--short", f"--keep={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
@@ -185,7 +185,7 @@ def test_a_run_goes_on_with_the_devices_that_are_left(folder, store, devices, pr
 
 
 def test_replay_check_refuses_another_loss(folder, store):
-    """A log that says another loss than the checkpoint gives. Must fail without the comparison."""
+    """A log that says another loss than the checkpoint gives. Seen to fail without the comparison."""
     workdir = folder / "replay"
     arguments = [*pretrain_arguments(store, workdir), "--config.data.reader=resident"]
     assert (done := run_job_command(*arguments)).returncode == 0, done.stderr

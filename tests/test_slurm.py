@@ -11,8 +11,6 @@ import pytest
 from conftest import ROOT, run_job_command
 from test_jobs import losses, result
 
-from igpt_jax.config import keys
-
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 STEPS = 40
 TINY = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16", "--config.model.heads=2",
@@ -181,7 +179,6 @@ def test_slices_are_joined(cluster, store):
     assert counts[0] == counts[1] == 1797
 
 
-@pytest.mark.skipif("shard" not in {name for name, *_ in keys("evaluate")}, reason="evaluate has no slices")
 def test_each_checkpoint_is_evaluated_once(cluster, undisturbed):
     """evaluate as an array of two and a merge: a row for each checkpoint, in one slice only."""
     workdir, steps = cluster.folder / "curve", {file.name for file in (undisturbed / "checkpoints").iterdir()}

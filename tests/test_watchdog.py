@@ -19,7 +19,7 @@ COMPILES = """import ctypes, jax._src.compiler
 
 
 def test_what_stands_still_is_ended_with_its_stacks(run_job):
-    """Must fail with a watchdog that counts from its own start."""
+    """Seen to fail with a watchdog that counts from its own start."""
     start = time.monotonic()
     done = run_job(script=STUCK.format(allowance=1, steps=5, seconds=0.5, then="time.sleep(60)"))
     assert done.returncode == 76 and time.monotonic() - start < 30

@@ -116,6 +116,7 @@ class RecordSplit:
 
     @property
     def labelled(self) -> bool:
+        """Whether all its images have labels."""
         return bool(self._label)
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
