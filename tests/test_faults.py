@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_the_devices_that_are_left(folder, store, devices, pr
     """One command; fewer devices accumulate, so that none holds more images at once, and `replay_check` finds the
     losses of other devices again. Held against one device that was not disturbed.
 
-    Must fail with parts that are added up and not averaged.
+    Seen to fail with parts that are added up and not averaged.
     """
     name = f"{devices[0]}-{precision}"
     arguments = [*pretrain_arguments(store, folder / f"one-{name}"), f"--config.precision={precision}"]
