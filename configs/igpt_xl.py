@@ -2,7 +2,8 @@
 
     python -m igpt_jax pretrain --config=configs/igpt_xl.py --workdir=DIR --config.data.store=STORE
 
-STORE: the paper used ImageNet and 100M web images that are not public; ImageNet at 64x64 is what others can prepare.
+STORE: the paper used ImageNet and 100M web images that are not public, in a mixture of unknown weights. ImageNet at
+64x64 is what others can prepare; several stores are mixed by --config.data.store=A,B --config.data.weights='(1,9)'.
 Paper (Sections 3.3 and 3.4): batch 64, 2M steps, Adam (0.9, 0.95), one epoch of warm-up, then cosine to 0, float32,
 no weight decay, dropout or clipping. The learning rate 0.0003 is quoted second-hand.
 Figures: 68.7% by linear probe on ImageNet, 72.0% on the features of five layers. No loss was published.

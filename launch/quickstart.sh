@@ -17,6 +17,7 @@ job finetune finetune --config=configs/finetune.py --config.checkpoint="$folder/
   --config.steps=300 --config.batch_size=64 --config.precision=float32 --config.optimizer.learning_rate=1e-3 \
   --config.log_every_steps=50 --config.eval_every_steps=100
 job sample sample --config.checkpoint="$folder/pretrain" --config.data.store="$folder/store"
+job report report --config.workdirs="$folder/*"
 
 loss=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["metrics"]["eval/nats_per_pixel"])' \
   "$folder/pretrain/result.json")
@@ -28,6 +29,7 @@ Pictures    $folder/pretrain/figures/loss.png           the loss over the steps
             $folder/finetune/result.json                test_accuracy: the same model, trained to classify as well
             $folder/sample/figures/samples.png          digits that nobody wrote
             $folder/sample/figures/completions.png      held-out digits: whole, upper half, four completions
+All of it   $folder/report/report.html               one page, for any browser
 Curves      tensorboard --logdir $folder/pretrain/tensorboard   (pip install tensorboard)
 Try next    $python -m igpt_jax sample --workdir=$folder/cool --config.checkpoint=$folder/pretrain --config.temperature=0.7
             $python -m igpt_jax pretrain --help          every setting, with its unit
