@@ -307,8 +307,9 @@ def leave(code: int) -> None:
     for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    for number in (signal.SIGINT, signal.SIGTERM):  # launchers end the others when one has ended: the code is decided
-        signal.signal(number, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # of launchers, when one process has ended: the code is decided
+            signal.signal(number, signal.SIG_IGN)
     if _connected.is_set() and startup.coordinates():
         time.sleep(3 * GRACE_SECONDS)  # let the others end first
     os._exit(code)

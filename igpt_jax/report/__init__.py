@@ -19,7 +19,7 @@ from igpt_jax.report.runs import Row, Run
 ROWS_SHOWN = 200  # of a table
 CHARTS = (  # of training: title, metrics with their labels, unit
     ("Loss", (("train/nats_per_pixel", "training"), ("eval/nats_per_pixel", "held out"),
-              ("train/classification_nats", "classification"), ("train/generative_nats", "generative")),
+              ("train/classification_nats", "classification")),
      "nats per pixel; classification: nats"),
     ("Accuracy", (("train/accuracy", "training"), ("eval/accuracy", "held out")), "share of images"),
     ("Learning rate", (("train/learning_rate", "learning rate"),), "of the step"),
@@ -78,11 +78,6 @@ def _charts(run: Run) -> list[Chart]:
                   if run.metrics.get(key) is not None}
         found.append(Chart("Accuracy by layer", charts.lines([accuracy], "layer (0: the embedding)", "test accuracy, %",
                                                              levels)))
-    losses = [row for row in run.tables.get("evaluation.json", ()) if {"steps", "nats_per_pixel"} <= set(row)]
-    if len(losses) > 1:
-        found.append(Chart("Loss by checkpoint", charts.lines(
-            [Series("nats per pixel", [row["steps"] for row in losses], [row["nats_per_pixel"] for row in losses],
-                    dots=True)], "steps", "nats per pixel")))
     return found
 
 
@@ -95,9 +90,11 @@ def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]], int]:
-    """Columns, cells, and how many rows are left out."""
+    """Columns, cells, and how many rows are left out. Columns of digests and of tables in tables are left out."""
     rows = [row for row in rows if isinstance(row, Mapping)]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("asked", "identity")
+               and not any(isinstance(each, Mapping) for row in rows if isinstance(row.get(name), list)
+                           for each in row[name])]
     return columns, [[row.get(name) for name in columns] for row in rows[:ROWS_SHOWN]], max(0, len(rows) - ROWS_SHOWN)
 
 

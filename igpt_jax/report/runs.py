@@ -11,9 +11,9 @@ from igpt_jax.config import JOBS, UserError, keys
 
 Row = Mapping[str, Any]
 
-# The files whose rows become tables, and the pictures that are drawn anew as charts.
+# The files whose rows become tables, and of each job the pictures that are drawn anew as charts.
 TABLES = ("probe.json", "evaluation.json", "verify.json", "sweep.json")
-CHARTED = frozenset({"loss.png", "accuracy_by_layer.png"})
+CHARTED = {"pretrain": {"loss.png"}, "finetune": {"loss.png"}, "probe": {"accuracy_by_layer.png"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ def _load(folder: storage.epath.Path) -> Run:
     tables = {name: rows for name in TABLES if (rows := _json(folder / name, []))}
     return Run(path=str(folder), job=job, changed=_changed(job, config), result=_json(folder / "result.json", {}),
                lines=lines, goodput=seconds, tables=tables, manifest=_json(folder / "manifest.json", {}),
-               pictures=[file for file in sorted((folder / "figures").glob("*.png")) if file.name not in CHARTED])
+               pictures=[file for file in sorted((folder / "figures").glob("*.png"))
+                         if file.name not in CHARTED.get(job, ())])
 
 
 def _json(file: storage.epath.Path, missing: Any) -> Any:
