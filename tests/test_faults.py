@@ -112,6 +112,8 @@ sys.exit(main(sys.argv[2:]))
 def test_a_run_goes_on_past_the_examples_on_which_it_diverged(folder, store):
     """Exit code 77 names the last good step; the same command diverges again; skip_divergence goes on with the
     examples after the bad ones, and so does a restart from any later checkpoint.
+
+    Seen to fail with the offset forgotten after that restart.
     """
     workdir, asked = folder / "diverged", folder / "asked"
     arguments = [*pretrain_arguments(store, workdir), "--config.steps=24", "--config.data.reader=resident",
