@@ -45,8 +45,8 @@ def folder(tmp_path_factory):
 
 def test_random_crops_by_index(folder, python):
     """Against Pillow: windows of the stated sizes, reduced by their mean; every window is drawn by (seed, position)
-    alone, on 1, 2, 4 and 8 hosts and from the middle; evaluation's is the centre. Seen to fail with the window's top and
-    left exchanged, with SHORTEST as 200, and with draws by the row in the batch."""
+    alone, on 1, 2, 4 and 8 hosts and from the middle; evaluation's is the centre. Seen to fail with top and left
+    exchanged, with SHORTEST as 200, and with draws by the row in the batch."""
     python(f"""
 import io, numpy as np, tensorflow as tf
 from PIL import Image
