@@ -27,7 +27,7 @@ def listed(typed: str) -> list[str]:
       UserError: it names none; or what is named without a glob is none.
     """
     found = set()
-    for pattern in _patterns(typed):
+    for pattern in storage.patterns(typed):
         matches = [str(path) for path in storage.matching(pattern)]
         finished = [match for match in matches if checkpoint.is_checkpoint(match)]
         found |= {checkpoint.locate(match) for match in (finished if glob.has_magic(pattern) else matches)}
@@ -106,10 +106,6 @@ def run_of(step: str) -> storage.epath.Path:
     return storage.path(step).parent.parent
 
 
-def _patterns(typed: str) -> list[str]:
-    return [pattern for pattern in map(str.strip, typed.split(",")) if pattern]
-
-
 def _none(typed: str) -> UserError:
     return UserError(f"checkpoints={typed!r} names no finished checkpoint. "
                      "Set --config.checkpoints to workdirs of pretrain or steps of one.")
@@ -122,7 +118,7 @@ def _by_step(found: set[tuple[str, int]]) -> list[str]:
 def _matches(typed: str) -> list[storage.epath.Path]:
     """What there is now of what was typed."""
     found = []
-    for pattern in _patterns(typed):
+    for pattern in storage.patterns(typed):
         try:
             found += storage.matching(pattern)
         except UserError:  # not there yet

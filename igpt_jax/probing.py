@@ -112,12 +112,15 @@ class Prober:
         return Labelled([train, held_out, test[:, None]], self.labels)
 
     def by_layer(self, features_EPD: Sequence[np.ndarray], layers: Sequence[int], what: str
-                 ) -> tuple[list[dict[str, Any]], int]:
-        """A row per layer, and the index of the best by held-out accuracy."""
-        rows = [{"features": f"{what} {layer}", "layer": layer,
-                 **self.row(Labelled([each[..., index, :] for each in features_EPD], self.labels))}
-                for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None))]
-        return rows, max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
+                 ) -> tuple[list[dict[str, Any]], int, linear_probe.Probe]:
+        """A row per layer, the index of the best by held-out accuracy, and that one's probe."""
+        probes, rows = [], []
+        for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None)):
+            probe, figures = self.fit(Labelled([each[..., index, :] for each in features_EPD], self.labels))
+            probes.append(probe)
+            rows.append({"features": f"{what} {layer}", "layer": layer, **figures})
+        best = max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
+        return rows, best, probes[best]
 
     def row(self, data: Labelled) -> dict[str, Any]:
         """The figures of one probe."""

@@ -96,6 +96,11 @@ def children(path: epath.Path) -> list[epath.Path]:
         return sorted(path.iterdir(), key=lambda child: child.name)
 
 
+def patterns(typed: str) -> list[str]:
+    """The paths and globs of a comma list."""
+    return [pattern for pattern in map(str.strip, typed.split(",")) if pattern]
+
+
 def matching(pattern: str) -> list[epath.Path]:
     """The existing paths that a path or glob pattern of the user stands for, sorted; none raises UserError."""
     given = path(pattern)

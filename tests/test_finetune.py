@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_job_command
 from sklearn.datasets import load_digits
-from test_jobs import TINY, arrays, losses, result
+from test_jobs import TINY, arrays, losses, result, stopped_at_step_4
 
 STEPS = 12
 COMMON = [f"--config.steps={STEPS}", "--config.batch_size=16", "--config.log_every_steps=1",
@@ -68,13 +67,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, tuned):
     """SIGTERM in the middle, then the same command: parameters, moments, logged losses and accuracies of the
     undisturbed run, the class head's among them."""
     command = [sys.executable, "-m", "igpt_jax", *finetune(folder, "stopped", "--config.data.reader=tfdata")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith("step 4/"):
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == 75 and re.search(r"stopped after step \d+ of", rest), rest
+    code, rest = stopped_at_step_4(command)
+    assert code == 75 and re.search(r"stopped after step \d+ of", rest), rest
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "goes on from step" in again.stderr, again.stderr
     one, other = arrays(tuned), arrays(folder / "stopped")

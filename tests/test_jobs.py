@@ -27,6 +27,17 @@ def pretrain_arguments(store, workdir, *more):
     return ["pretrain", f"--workdir={workdir}", f"--config.data.store={store}", *TINY, *more]
 
 
+def stopped_at_step_4(command):
+    """Exit code, and what followed on stderr, of a run that gets SIGTERM once it has told of step 4."""
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 4/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    return process.returncode, rest
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -80,13 +91,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, store, trained):
     """
     workdir = folder / "stopped"
     command = [sys.executable, "-m", "igpt_jax", *pretrain_arguments(store, workdir, "--config.data.reader=tfdata")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith("step 4/"):
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == 75, rest
+    code, rest = stopped_at_step_4(command)
+    assert code == 75, rest
     assert "The same command goes on from there" in rest.splitlines()[-1]
     stopped_at = int(re.search(r"stopped after step (\d+) of", rest)[1])
     assert 4 <= stopped_at < STEPS

@@ -132,7 +132,7 @@ def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoin
     data = dataclasses.replace(data, store=data.store or config.data.store)
     prober = Prober(dataclasses.replace(config.probing, data=data), record)
     features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
-    by_layer, best = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
+    by_layer, best, _ = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
     chosen = by_layer[best]
     return {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
             "probe_interval": chosen["interval"], "probe_examples": prober.test_count, "accuracy_by_layer": by_layer}

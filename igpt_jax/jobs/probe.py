@@ -29,7 +29,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     layers = prober.layers_of(model)
 
     features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
-    by_layer, best = prober.by_layer(features_EPD, layers, "layer")
+    by_layer, best, best_probe = prober.by_layer(features_EPD, layers, "layer")
     rows = list(by_layer)
     metrics = {"accuracy_by_layer": {str(row["layer"]): row["test_accuracy"] for row in rows},
                "best_layer": layers[best], "test_accuracy": rows[best]["test_accuracy"]}
@@ -39,7 +39,6 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         data = Labelled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], prober.labels)
         rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **prober.row(data)})
     data = Labelled([each[..., best, :] for each in features_EPD], prober.labels)
-    best_probe, _ = prober.fit(data)
     for count in config.labels_per_class:
         rows.append({"features": f"layer {layers[best]}, {count} labels per class",
                      **prober.few_labels(data, count, config.draws)})
@@ -50,7 +49,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         untrained = jax.jit(model.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(
             jax.random.key(config.seed))
         features_EPD = prober.features(model, untrained, mesh, config.batch_size, "untrained")
-        found, index = prober.by_layer(features_EPD, layers, "untrained model, layer")
+        found, index, _ = prober.by_layer(features_EPD, layers, "untrained model, layer")
         rows.append(found[index])
         metrics["untrained_accuracy"] = baselines[rows[-1]["features"]] = rows[-1]["test_accuracy"]
 

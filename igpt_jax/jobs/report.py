@@ -10,6 +10,7 @@ import jax
 
 from igpt_jax import report, storage, telemetry
 from igpt_jax.config import ReportConfig, UserError
+from igpt_jax.report.runs import load
 
 
 def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
     """
     if not config.workdirs:
         raise UserError("workdirs is empty. Set --config.workdirs to folders that jobs have written, as in 'runs/*'.")
-    found = [one for one in report.load(config.workdirs) if storage.path(one.path) != storage.path(workdir)]
+    found = [one for one in load(config.workdirs) if storage.path(one.path) != storage.path(workdir)]
     page, charts = report.render(found)
     folder = storage.path(workdir)
     if jax.process_index() == 0:

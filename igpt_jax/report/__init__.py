@@ -12,7 +12,7 @@ import jinja2
 import markupsafe
 
 from igpt_jax import storage
-from igpt_jax.report import charts, paper, runs
+from igpt_jax.report import charts, paper
 from igpt_jax.report.charts import Series
 from igpt_jax.report.runs import Row, Run
 
@@ -112,6 +112,3 @@ def shown(value: Any) -> str:
 def _data(file: storage.epath.Path) -> str:
     """A picture as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(storage.read(file)).decode()}"
-
-
-load = runs.load

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from igpt_jax import storage, telemetry
-from igpt_jax.config import JOBS, UserError, keys
+from igpt_jax.config import JOBS, UserError, flat, keys
 
 Row = Mapping[str, Any]
 
@@ -65,7 +65,7 @@ def load(typed: str) -> list[Run]:
       UserError: it names no workdir of a job.
     """
     found = {}
-    for pattern in filter(None, map(str.strip, typed.split(","))):
+    for pattern in storage.patterns(typed):
         for folder in storage.matching(pattern):
             if (folder / "config.json").exists():
                 found[str(folder)] = _load(folder)
@@ -102,11 +102,6 @@ def _json(file: storage.epath.Path, missing: Any) -> Any:
 def _changed(job: str, config: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     if job not in JOBS:
         return []
-    found = []
-    for name, default, meaning in keys(job):
-        value: Any = config
-        for part in name.split("."):
-            value = value.get(part, default) if isinstance(value, Mapping) else default
-        if name != "job" and json.dumps(value) != json.dumps(default):
-            found.append((name, value, meaning))
-    return found
+    values = flat(config)
+    return [(name, values[name], meaning) for name, default, meaning in keys(job)
+            if name != "job" and name in values and json.dumps(values[name]) != json.dumps(default)]
