@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from igpt_jax import runtime  # the first import of JAX
 
     code = runtime.run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
-    if code and arguments is None:  # as a program, not called by one
+    if arguments is None:  # as a program, not called by one
         runtime.leave(code)
     return code
 

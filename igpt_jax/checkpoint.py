@@ -207,9 +207,10 @@ class Checkpoints:
         try:
             if self._problem and jax.process_index() == 0:
                 step_folders.sweep(self._folder)
-            response = ocp.save_checkpointables_async(
-                self._folder / str(record.steps_done), {"params": params, "training": training},
-                custom_metadata=integrity.sealed(record.to_json()))
+            with _saving():
+                response = ocp.save_checkpointables_async(
+                    self._folder / str(record.steps_done), {"params": params, "training": training},
+                    custom_metadata=integrity.sealed(record.to_json()))
         except Exception as error:  # whatever the storage's client raises: training goes on
             self._failed(record.steps_done, error)
             return
@@ -306,6 +307,14 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.wait()
         self._thread.shutdown()
+
+
+def _saving() -> ocp.Context:
+    """For saving. Where the folders of a step cannot be made, Orbax's threads wait five minutes for them and hold their
+    copies of the arrays as long. So one process makes them first; several would wait for the one that failed."""
+    context = ocp.Context()
+    context.async_options.create_directories_asynchronously = jax.process_count() > 1
+    return context
 
 
 def _split(state: State) -> tuple[dict[str, Any], dict[str, Any]]:

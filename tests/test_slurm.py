@@ -158,7 +158,8 @@ def test_the_chain_runs_to_its_last_job(cluster, store):
     run = cluster.folder / "chain"
     options = f"sbatch {TWO}"
     pretrain = [f"--config.data.store={store}", *TINY[:4], "--config.steps=4", *TINY[5:8]]
-    shown = cluster(ROOT / "launch/slurm/chain.sh", run, *pretrain, SBATCH=options)
+    shown = cluster(ROOT / "launch/slurm/chain.sh", run, *pretrain, SBATCH=options,
+                    FINETUNE="--config.steps=4 --config.batch_size=16")
     numbers = [line for line in shown.splitlines() if line.isdigit()]
     stages = [file.split("--workdir=")[1].split()[0] for file in shown.splitlines() if file.startswith("+")]
     assert len(numbers) == len(stages) >= 3
