@@ -37,7 +37,7 @@ def test_nothing_is_lost(folder, store, fault):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# A run of which root's right to write everywhere is taken, as of any user's; at step 9 its folder becomes read-only.
+# A run of which root's right to write everywhere is taken, as of any user's; at step STEP its folder becomes read-only.
 READ_ONLY = """
 import ctypes, os, sys
 if len(sys.argv) > 2:
@@ -50,7 +50,7 @@ log, arguments = telemetry.Metrics.log, json.loads(sys.argv[1])
 
 def close(self, step, values):
     log(self, step, values)
-    if step == 9:
+    if step == int(os.environ["STEP"]):
         for folder, _, _ in os.walk(arguments[1].partition("=")[2]):
             os.chmod(folder, 0o555)
 
@@ -64,28 +64,29 @@ def test_a_folder_that_becomes_read_only(folder, store):
     """Saves fail and training goes on; the last line tells what failed, exit code 2. A start on such a folder is
     refused in a line. Writable again, the run goes on, to the same losses.
 
-    Seen to fail with PermissionError taken for a bug (exit code 1), and with folders that Orbax makes in its threads,
-    which wait five minutes for them (no end).
+    Seen to fail with PermissionError taken for a bug (exit code 1), and, where the first save fails, with folders that
+    Orbax makes in its threads, which wait five minutes for them.
     """
-    workdir = folder / "read_only"
-    arguments = [*pretrain_arguments(store, workdir), "--config.data.reader=resident", "--config.log_every_steps=1"]
+    def arguments(workdir):
+        return [*pretrain_arguments(store, folder / workdir), "--config.data.reader=resident"]
 
-    def run():
-        done = subprocess.run([sys.executable, "-c", READ_ONLY, json.dumps(arguments), "drop"], cwd=ROOT, text=True,
-                              capture_output=True, env={**os.environ, "SCRIPT": READ_ONLY})
+    def run(workdir, step):
+        done = subprocess.run([sys.executable, "-c", READ_ONLY, json.dumps(arguments(workdir)), "drop"], cwd=ROOT,
+                              text=True, capture_output=True, timeout=120,
+                              env={**os.environ, "SCRIPT": READ_ONLY, "STEP": str(step)})
         return done.returncode, done.stderr
 
-    code, log = run()
-    assert code == 2 and "Step 12 could not be saved" in log, log
-    assert "Permission denied" in log.splitlines()[-1], log
-    code, log = run()
+    for workdir, step in (("never_saved", 4), ("read_only", 9)):
+        code, log = run(workdir, step)
+        assert code == 2 and "Step 12 could not be saved" in log, log
+        assert "Permission denied" in log.splitlines()[-1], log
+    code, log = run("read_only", 9)
     assert code == 2 and len(log.splitlines()) == 1 and "cannot be written" in log, log
-    for path, _, _ in os.walk(workdir):
+    for path, _, _ in os.walk(folder / "read_only"):
         os.chmod(path, 0o755)
-    straight = [*arguments[:1], f"--workdir={folder / 'writable'}", *arguments[2:]]
-    for given in (arguments, straight):
-        assert (done := run_job_command(*given)).returncode == 0, done.stderr
-    assert losses(workdir) == losses(folder / "writable")
+    for workdir in ("read_only", "writable"):
+        assert (done := run_job_command(*arguments(workdir))).returncode == 0, done.stderr
+    assert losses(folder / "read_only") == losses(folder / "writable")
 
 
 # Image 0 alone, on 6 steps of the order: on such a batch the loss is NaN.
