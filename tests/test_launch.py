@@ -61,7 +61,7 @@ def parses(arguments):
 
 def test_scripts_pass_shellcheck():
     """Seen to fail with an unquoted $count in local.sh."""
-    files = [file for folder in ("launch", "tests", ".ci") for file in (ROOT / folder).rglob("*")
+    files = [file for folder in ("launch", "tests", "benchmarks", ".ci") for file in (ROOT / folder).rglob("*")
              if file.is_file() and file.read_bytes()[:20].startswith(b"#!/usr/bin/env bash")]
     assert len(files) >= 10 and all(file.stat().st_mode & stat.S_IXUSR for file in files)
     shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")

@@ -93,15 +93,11 @@ def compile_step(config: PlanConfig) -> Verdict:
         known["flops"] = flops.count(traced.jaxpr, model.causal)
         lowered = traced.lower()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            # as_text() fails on some TPU programs; the dump of the same compilation does not.
-            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if target.platform == "tpu" else None
-            compiled = lowered.compile(dump)
-        except jax.errors.JaxRuntimeError as error:
-            return _compile_error(str(error), known)
-        seconds = time.perf_counter() - start
-        text = _dumped(folder) if dump else compiled.as_text()
+    try:
+        compiled, text = compile_with_text(lowered, target.platform)
+    except jax.errors.JaxRuntimeError as error:
+        return _compile_error(str(error), known)
+    seconds = time.perf_counter() - start
     memory, moved = compiled.memory_analysis(), program.traffic(text, dict(mesh.shape))
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes if target.platform == "tpu" else 0  # elsewhere in the host's memory
@@ -109,6 +105,14 @@ def compile_step(config: PlanConfig) -> Verdict:
     return Verdict("compiled", required_bytes=required, temporaries_bytes=memory.temp_size_in_bytes,
                    memory_bytes=moved.memory_bytes, collective_bytes=moved.collective_bytes,
                    collectives=moved.collectives, unknown_loops=moved.unknown_loops, compile_seconds=seconds, **known)
+
+
+def compile_with_text(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
+    """The program, and its text after XLA's optimizations: of TPUs from a dump, as `as_text` fails on some."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
+        compiled = lowered.compile(dump)
+        return compiled, _dumped(folder) if dump else compiled.as_text()
 
 
 def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], Model]:

@@ -65,27 +65,27 @@ def traffic(text: str, mesh_shape: Mapping[str, int]) -> Traffic:
       text: `compiled.as_text()`, or XLA's dump after optimizations.
       mesh_shape: sizes of the mesh axes by name, in order; devices are numbered in this order.
     """
-    program = _parse(text)
+    program = parse(text)
     memory, sent, counts, unknown = 0.0, defaultdict(float), defaultdict(float), 0
     chains = set()
-    for computation, instruction, times in _executed(program, program["ENTRY"], 1.0):
+    for computation, instruction, times in executed(program, program["ENTRY"], 1.0):
         unknown += instruction.opcode == "while" and _trip_count(program, computation, instruction) is None
-        memory += times * _memory_bytes(program, computation, instruction)
-        for where, collective, kind in _collectives(program, computation, instruction):
+        memory += times * memory_bytes_of(program, computation, instruction)
+        for where, collective, kind in collectives_of(program, computation, instruction):
             # A collective that overlaps with other work is spread over several fusions, which name one chain.
             if chain := re.search(r'chain_id="\d+"', collective.attributes):
                 link = chain[0], re.search(r"channel_id=\d+", collective.attributes)[0]
                 if link in chains:
                     continue
                 chains.add(link)
-            axes, size = _group(collective.attributes, mesh_shape)
+            axes, size = group_of(collective.attributes, mesh_shape)
             if size > 1:
-                sent[axes] += times * _sent(collective, where, kind, size)
+                sent[axes] += times * sent_bytes(collective, where, kind, size)
                 counts[kind] += times
     return Traffic(memory, dict(sent), dict(counts), unknown)
 
 
-def _parse(text: str) -> dict[str, Computation]:
+def parse(text: str) -> dict[str, Computation]:
     """Computations by name; the one that runs is ENTRY too."""
     program: dict[str, Computation] = {}
     current: Computation = {}
@@ -121,23 +121,23 @@ def _split_parenthesis(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _executed(program: dict[str, Computation], computation: Computation, times: float
+def executed(program: dict[str, Computation], computation: Computation, times: float
               ) -> Iterator[tuple[Computation, Instruction, float]]:
     """Every instruction that runs, with its computation and how often; bodies of fusions are not gone into."""
     for instruction in computation.values():
         yield computation, instruction, times
         if instruction.opcode == "while":
             inner = times * (_trip_count(program, computation, instruction) or 1)
-            yield from _executed(program, program[instruction.called("body")], inner)
+            yield from executed(program, program[instruction.called("body")], inner)
         elif instruction.opcode == "conditional":
             found = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names = re.findall(r"%([\w.\-]+)", found[1]) if found else [
                 instruction.called("true_computation"), instruction.called("false_computation")]
             for name in names:
-                yield from _executed(program, program[name], times)
+                yield from executed(program, program[name], times)
         elif instruction.opcode in ("call", "async-start"):
             name = instruction.called("to_apply") or instruction.called("calls")
-            yield from _executed(program, program[name], times)
+            yield from executed(program, program[name], times)
 
 
 def _trip_count(program: dict[str, Computation], computation: Computation, loop: Instruction) -> int | None:
@@ -187,7 +187,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 # Collectives.
 
-def _collectives(program: dict[str, Computation], computation: Computation, instruction: Instruction
+def collectives_of(program: dict[str, Computation], computation: Computation, instruction: Instruction
                  ) -> Iterator[tuple[Computation, Instruction, str]]:
     """The collective that an instruction is, or those in a fusion: with the computation around it, and its kind."""
     between_slices = instruction.opcode == "send" and "_xla_megascale" in instruction.attributes
@@ -201,7 +201,7 @@ def _collectives(program: dict[str, Computation], computation: Computation, inst
                 yield inside, each, "reduce-scatter" if each.base == "all-reduce" and sliced else each.base
 
 
-def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
+def group_of(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
     """The mesh axes that the devices of one group differ along, joined by +, and the size of a group."""
     if "_xla_megascale" in attributes:  # between TPU slices, which lie along the first mesh axis that is split
         return next((axis for axis, size in mesh_shape.items() if size > 1), ""), 2
@@ -234,17 +234,17 @@ def _names(differ: np.ndarray, mesh_shape: Mapping[str, int]) -> str:
     return "+".join(axis for axis, used in zip(mesh_shape, differ, strict=True) if used)
 
 
-def _sent(instruction: Instruction, computation: Computation, kind: str, size: int) -> float:
+def sent_bytes(instruction: Instruction, computation: Computation, kind: str, size: int) -> float:
     """Bytes that a device sends, by the algorithms that move least: rings, or their like on a torus."""
     operands = instruction.operands[:1] if kind == "send" else instruction.operands
-    given = sum(_bytes(computation[name].type) for name in operands if name in computation)
+    given = sum(bytes_of(computation[name].type) for name in operands if name in computation)
     return given * {"all-gather": size - 1, "all-reduce": 2 * (size - 1) / size, "reduce-scatter": (size - 1) / size,
                     "all-to-all": (size - 1) / size, "collective-permute": 1, "send": 1}[kind]
 
 
 # Memory.
 
-def _bytes(kind: str, memory_only: bool = False) -> float:
+def bytes_of(kind: str, memory_only: bool = False) -> float:
     """Bytes of a type, a tuple's elements together; with `memory_only` those that lie in the device's main memory."""
     total = 0.0
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", kind):
@@ -261,10 +261,10 @@ def _elements(kind: str) -> list[str]:
 
 
 def _in_memory(kind: str) -> bool:
-    return _bytes(kind, memory_only=True) > 0
+    return bytes_of(kind, memory_only=True) > 0
 
 
-def _memory_bytes(program: dict[str, Computation], computation: Computation, instruction: Instruction) -> float:
+def memory_bytes_of(program: dict[str, Computation], computation: Computation, instruction: Instruction) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.attributes:
@@ -273,7 +273,7 @@ def _memory_bytes(program: dict[str, Computation], computation: Computation, ins
     if opcode == "fusion":
         inside = program[instruction.called("calls")]
         parameters = {int(each.operands[0]): each.name for each in inside.values() if each.opcode == "parameter"}
-        read = sum(min(_read(program, inside, parameters[index]), _bytes(kind)) for index, kind in enumerate(types)
+        read = sum(min(_read(program, inside, parameters[index]), bytes_of(kind)) for index, kind in enumerate(types)
                    if _in_memory(kind) and index in parameters)
         return read + _written(inside, instruction)
     written = _elements(instruction.type)
@@ -281,10 +281,10 @@ def _memory_bytes(program: dict[str, Computation], computation: Computation, ins
         written = written[1:2] if opcode == "copy-start" else written[len(types):2 * len(types)]
         written = written if opcode != "copy-start" else _elements(instruction.type)[:1]
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return sum(2 * _bytes(kind, memory_only=True) for kind in written)
+        return sum(2 * bytes_of(kind, memory_only=True) for kind in written)
     if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _bytes(types[1 if opcode == "dynamic-update-slice" else -1], memory_only=_in_memory(types[0]))
-    return sum(_bytes(kind, memory_only=True) for kind in (*types, *written))
+        return 2 * bytes_of(types[1 if opcode == "dynamic-update-slice" else -1], memory_only=_in_memory(types[0]))
+    return sum(bytes_of(kind, memory_only=True) for kind in (*types, *written))
 
 
 def _read(program: dict[str, Computation], inside: Computation, name: str) -> float:
@@ -294,7 +294,7 @@ def _read(program: dict[str, Computation], inside: Computation, name: str) -> fl
         if name not in user.operands or user.opcode == "parameter":
             continue
         if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
-            total += _bytes(user.type)
+            total += bytes_of(user.type)
         elif user.opcode == "bitcast":
             total += _read(program, inside, user.name)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
@@ -305,7 +305,7 @@ def _read(program: dict[str, Computation], inside: Computation, name: str) -> fl
             total += sum(_read(program, within, parameters[index]) for index, operand in enumerate(user.operands)
                          if operand == name)
         else:
-            total += _bytes(inside[name].type)
+            total += bytes_of(inside[name].type)
     return total
 
 
@@ -318,5 +318,5 @@ def _written(inside: Computation, fusion: Instruction) -> float:
         while each.opcode == "bitcast":
             each = inside[each.operands[0]]
         updated = each.opcode == "dynamic-update-slice"
-        total += _in_memory(kind) * _bytes(inside[each.operands[1]].type if updated else kind)
+        total += _in_memory(kind) * bytes_of(inside[each.operands[1]].type if updated else kind)
     return total

@@ -1,0 +1,153 @@
+"""What the compiler made of a training step:
+
+    python benchmarks/compiled.py TOPOLOGY [--config KEY=VALUE,...] [--json FILE]
+
+For a topology of `plan` (cpu:1, v5e:4x4, h200:8; a TPU's compiler is the extra `plan`, a GPU's comes with jax[cuda13])
+and the plan job's settings, compiles the very step of `pretrain` and tells what decides its speed: the dtypes of matrix
+products, what is computed again, what is moved only to lie otherwise, which collectives run beside other work, and how
+much of the state is updated in place. Nothing runs, so no figure here is a time.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu looks for the machine that it is not on
+
+import jax
+
+from igpt_jax import sharding, topology
+from igpt_jax.config import PlanConfig, base_config, parse, to_dict
+from igpt_jax.planner import compilation, flops, program, targets
+from igpt_jax.runtime import set_precision
+
+COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while", "call")
+REARRANGES = ("transpose", "copy")
+WORTH_COUNTING = 4096  # bytes that an instruction moves
+
+
+def evidence(config: PlanConfig) -> dict[str, Any]:
+    """The figures of one step. Bytes are of one device; FLOPs and counts of instructions too, each as often as it runs.
+
+    Returns:
+      products: matrix products as written, by the dtypes of both sides.
+      recomputed: executed FLOPs over those of the same step without remat.
+      memory_bytes: read and written; rearranged_bytes: by transposes and copies that stand alone, among them.
+      instructions: fusions, transposes, copies and all others that move more than 4 KiB, by opcode.
+      overlapped_bytes, waiting_bytes: sent by collectives that run beside computation, and by those that it waits for.
+      updated_in_place: bytes of the state whose memory the new state takes, over all of it.
+    """
+    target = topology.parse(config.topology)
+    mesh = sharding.make_mesh(config.mesh, targets.devices_for(target))
+    function, arguments, model = compilation.step_for(config, mesh)
+    with jax.set_mesh(mesh):
+        traced = function.trace(*arguments)
+        lowered = traced.lower()
+    compiled, text = compilation.compile_with_text(lowered, target.platform)
+    products = collections.Counter(
+        " x ".join(re.findall(r"x([a-z]+\d+)>", operands))
+        for operands in re.findall(r"stablehlo.dot_general.* : \((.*)\) ->", lowered.as_text()))
+    plain = parse("plan", _without_remat(config))
+    with jax.set_mesh(mesh):
+        once = compilation.step_for(plain, mesh)
+        saved = flops.count(once[0].trace(*once[1]).jaxpr, model.causal)
+    memory = compiled.memory_analysis()
+    state = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+                for leaf in jax.tree.leaves(arguments[0]))
+    moved = program.traffic(text, dict(mesh.shape))
+    overlapped, waiting = overlap(text, dict(mesh.shape))
+    counts, rearranged = instructions(text)
+    return {"products": dict(products), "recomputed": flops.count(traced.jaxpr, model.causal) / saved,
+            "memory_bytes": moved.memory_bytes, "rearranged_bytes": rearranged, "instructions": counts,
+            "overlapped_bytes": overlapped, "waiting_bytes": waiting,
+            "updated_in_place": min(1.0, memory.alias_size_in_bytes / state)}  # a TPU's arrays are padded
+
+
+def _without_remat(config: PlanConfig) -> dict[str, Any]:
+    values = to_dict(config)
+    return {**values, "model": {**values["model"], "remat": "none"}}
+
+
+def instructions(text: str) -> tuple[dict[str, int], float]:
+    """How many instructions of each opcode run, those inside fusions and those that move next to nothing not counted;
+    and the bytes that rearrangements move."""
+    module = program.parse(text)
+    counts, moved = collections.Counter(), 0.0
+    for computation, instruction, times in program.executed(module, module["ENTRY"], 1.0):
+        size = program.memory_bytes_of(module, computation, instruction)
+        if size >= WORTH_COUNTING:
+            counts[instruction.base] += round(times)
+            moved += times * size * (instruction.base in REARRANGES)
+    return dict(counts.most_common()), moved
+
+
+def overlap(text: str, mesh_shape: dict[str, int]) -> tuple[float, float]:
+    """Bytes sent by collectives with computation between their start and their end, and by all others."""
+    module = program.parse(text)
+    overlapped = waiting = 0.0
+    chains = set()
+    for computation, instruction, times in program.executed(module, module["ENTRY"], 1.0):
+        for where, collective, kind in program.collectives_of(module, computation, instruction):
+            chain = re.search(r'chain_id="\d+"', collective.attributes)
+            if chain:  # spread over fusions that compute
+                link = chain[0], re.search(r"channel_id=\d+", collective.attributes)[0]
+                if link in chains:
+                    continue
+                chains.add(link)
+            size = program.group_of(collective.attributes, mesh_shape)[1]
+            if size < 2:
+                continue
+            sent = times * program.sent_bytes(collective, where, kind, size)
+            if chain or _computes_until_done(computation, instruction):
+                overlapped += sent
+            else:
+                waiting += sent
+    return overlapped, waiting
+
+
+def _computes_until_done(computation: program.Computation, start: program.Instruction) -> bool:
+    """Whether something is computed, in the order of the schedule, between a start and its done."""
+    order = list(computation.values())
+    for each in order[order.index(start) + 1:]:
+        if start.name in each.operands:
+            return False
+        if each.opcode in COMPUTES and start.opcode.endswith("-start"):
+            return True
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("topology")
+    parser.add_argument("--config", default="", help="of the plan job: model=igpt_s,batch_size=128,mesh.fsdp=8")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    arguments = parser.parse_args()
+    settings = ",".join(filter(None, [arguments.config, f"topology={arguments.topology}"]))
+    config = parse("plan", base_config("plan", settings))
+    set_precision(config.precision)
+    found = evidence(config)
+    print(f"{arguments.topology}, {settings}, jax {jax.__version__}")
+    wide = {dtypes: count for dtypes, count in found["products"].items() if dtypes != "bf16 x bf16"}
+    print(f"matrix products   {sum(found['products'].values())} written, not bfloat16 x bfloat16: {wide or 'none'}")
+    print(f"recomputed        {found['recomputed'] - 1:.1%} of the FLOPs once more")
+    print(f"memory            {found['memory_bytes'] / 1e9:.2f} GB moved, {found['rearranged_bytes'] / 1e9:.2f} GB of "
+          "it by transposes and copies alone")
+    sent = found["overlapped_bytes"] + found["waiting_bytes"]
+    print(f"collectives       {sent / 1e9:.2f} GB sent, {found['overlapped_bytes'] / sent if sent else 1:.0%} beside "
+          "computation")
+    print(f"state             {found['updated_in_place']:.1%} of its bytes updated in place")
+    print("instructions      " + ", ".join(f"{count} {name}" for name, count in found["instructions"].items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"topology": arguments.topology, "config": arguments.config,
+                                              "jax": jax.__version__, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

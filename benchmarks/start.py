@@ -1,0 +1,81 @@
+"""How long a run takes to start:  python benchmarks/start.py [--rounds 3] [--json FILE]
+
+The quickstart's model on its digits, resident, from the start of the process to the line of its first step: with an
+empty compilation cache (cold) and with the one that this left (warm). And the list of jobs, and importing JAX and the
+job, in seconds; and the most memory that the process held until then. Medians.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PRETRAIN = ["-m", "igpt_jax", "pretrain", "--config=configs/pretrain.py:model=igpt_tiny", "--config.model.layers=4",
+            "--config.model.embed=64", "--config.batch_size=64", "--config.precision=float32",
+            "--config.data.reader=resident", "--config.log_every_steps=1"]  # as launch/quickstart.sh has it
+JOB = "import igpt_jax.jobs.pretrain"
+PEAK = "next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))"
+
+
+def first_step(store: pathlib.Path, cache: pathlib.Path) -> float:
+    """Seconds from the start of a run to its first logged step, by which the step has been compiled and run."""
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, *PRETRAIN, f"--workdir={workdir}/run", f"--config.data.store={store}"]
+        start = time.perf_counter()
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}) as run:
+            said = []
+            for line in run.stderr:
+                said.append(line)
+                if line.startswith("step 1/"):
+                    seconds = time.perf_counter() - start
+                    run.kill()
+                    return seconds
+    raise RuntimeError("the run ended before its first step:\n" + "".join(said))
+
+
+def python(*arguments: str) -> tuple[float, str]:
+    """Seconds that a Python program takes, and what it prints."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    arguments = parser.parse_args()
+    rows: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as typed:
+        folder = pathlib.Path(typed)
+        subprocess.run([sys.executable, "-m", "igpt_jax", "prepare", f"--workdir={folder}/store"], cwd=ROOT, check=True,
+                       capture_output=True)
+        for round_ in range(arguments.rounds):
+            cache = folder / f"cache{round_}"
+            for name, seconds in (
+                    ("list of jobs", python("-m", "igpt_jax")[0]),
+                    ("import of the job", python("-c", JOB)[0]),
+                    ("first step, cold", first_step(folder / "store", cache)),
+                    ("first step, warm", first_step(folder / "store", cache))):
+                rows.setdefault(name, []).append(seconds)
+    peak = int(python("-c", f"{JOB}; import jax; jax.devices(); print({PEAK})")[1])
+    figures = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "peak_mib": peak / 1024,
+               "rows": [{"name": name, "seconds": statistics.median(each), "all_seconds": each}
+                        for name, each in rows.items()]}
+    print(f"{os.cpu_count()} cores, load {figures['load']:.1f}, median of {arguments.rounds}; "
+          f"{figures['peak_mib']:.0f} MiB held once the job is imported")
+    for row in figures["rows"]:
+        print(f"{row['name']:20} {row['seconds']:6.2f} s   ({', '.join(f'{each:.2f}' for each in row['all_seconds'])})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

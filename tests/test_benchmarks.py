@@ -1,0 +1,51 @@
+"""The benchmarks' own files: figures held against each other, and the GPU's slices tried on tiny shapes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def compare(tmp_path, before, after):
+    for name, figures in (("before", before), ("after", after)):
+        (tmp_path / name).write_text(json.dumps(figures))
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/compare.py", tmp_path / "before", tmp_path / "after"],
+                          capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def figures(seconds, **more):
+    return {"device": "a", "tokens": 64, "rows": [{"name": "ours", "seconds": seconds}], **more}
+
+
+def test_compare_tells_what_became_slower_and_what_cannot_be_compared(tmp_path):
+    """Seen to fail with the ratio turned round."""
+    assert compare(tmp_path, figures(1.0), figures(1.04, jax="0.11"))[0] == 0
+    code, said = compare(tmp_path, figures(1.0), figures(1.2))
+    assert code == 1 and "1.20  SLOWER" in said
+    code, said = compare(tmp_path, figures(1.0), figures(1.0, device="b"))
+    assert code == 2 and said.count("\n") == 1 and "device='b' (before: 'a')" in said
+    assert compare(tmp_path, figures(1.0), {"rows": [{"name": "theirs", "seconds": 1.0}]})[0] == 2
+    assert compare(tmp_path, figures(1.0), [])[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slice_", ["kernels", "steps", "flags", "sampling", "peers"])
+def test_gpu_slices(tmp_path, slice_):
+    """On tiny shapes and the CPU each writes its files; a second run measures nothing again."""
+    def run(*arguments, **more):
+        return subprocess.run([ROOT / "benchmarks/gpu.sh", *arguments], capture_output=True, text=True,
+                              env={**os.environ, "TINY": "1", **more})
+
+    done = run(slice_, sys.executable, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(tmp_path.iterdir())
+    assert files and all(file.suffix == ".json" and json.loads(file.read_text()) for file in files)
+    done = run(slice_, sys.executable, tmp_path)
+    assert done.returncode == 0 and not done.stdout, done.stdout
+    (tmp_path / files[0]).unlink()
+    done = run(slice_, sys.executable, tmp_path, SLICE_SECONDS="1")
+    assert done.returncode == 1 and "run it again" in done.stdout
