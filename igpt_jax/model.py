@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from igpt_jax import sharding
-from igpt_jax.attention import SAVED, attention, backend_for
+from igpt_jax.attention import NAMES, attention, backend_for, is_saved
 from igpt_jax.config import MeshConfig, ModelConfig
 from igpt_jax.sharding import constrain, gather_weight
 
@@ -25,11 +25,10 @@ NORM_EPSILON = 1e-5  # inside the root, as released
 
 _POLICIES = jax.checkpoint_policies
 REMAT_POLICIES: Mapping[str, Callable] = {  # what the forward pass keeps of each block, besides its input
-    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable,
-                                              _POLICIES.save_only_these_names(SAVED)),
-    "attention": _POLICIES.save_only_these_names(SAVED),
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, is_saved),
+    "attention": is_saved,
     "offload": _POLICIES.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], offload_src="device",
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(NAMES), offload_src="device",
         offload_dst="pinned_host"),
     "full": _POLICIES.nothing_saveable,
 }

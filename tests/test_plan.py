@@ -263,7 +263,15 @@ def test_a_tpu_plan_of_igpt_s(cache):
 @pytest.mark.cuda
 @pytest.mark.skipif(not CUDA_PYTHON, reason="IGPT_CUDA_PYTHON names no interpreter with jax[cuda13]")
 def test_a_gpu_plan_of_igpt_s(cache):
-    """NVIDIA's compiler, for 8 H200: cuDNN attention. Must fail with kernels that have no formula."""
-    verdict = verdicts.verdict_for(config_for(f"model=igpt_s,model.layers=4,topology=h200:8,python={CUDA_PYTHON}"))
-    assert (verdict.status, verdict.attention, verdict.devices) == ("compiled", "cudnn", 8), verdict.message
-    assert verdict.collective_bytes["fsdp"] > 0 and not verdict.unknown_loops
+    """NVIDIA's compiler, for 8 H200: cuDNN attention, which runs once in a step that keeps what attention gives.
+
+    Seen to fail with remat policies that go by names alone (dots: 4.6 % more FLOPs).
+    """
+    def verdict(remat):
+        return verdicts.verdict_for(config_for(
+            f"model=igpt_s,model.layers=4,model.remat={remat},topology=h200:8,python={CUDA_PYTHON}"))
+
+    kept = verdict("dots")
+    assert (kept.status, kept.attention, kept.devices) == ("compiled", "cudnn", 8), kept.message
+    assert kept.collective_bytes["fsdp"] > 0 and not kept.unknown_loops
+    assert kept.flops == verdict("none").flops

@@ -5,6 +5,7 @@ B batch, T query tokens, S key tokens, N heads, H head dim.
 
 import functools
 import logging
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -15,10 +16,12 @@ from igpt_jax.attention.blocked import blocked
 from igpt_jax.attention.reference import SAVED, reference
 from igpt_jax.config import ATTENTION_BACKENDS, UserError, nearest
 
-__all__ = ["SAVED", "attention", "backend_for", "granule_for"]
+__all__ = ["NAMES", "attention", "backend_for", "granule_for", "is_saved"]
 
 log = logging.getLogger(__name__)
 
+CUDNN = "cudnn attention"
+NAMES = (SAVED, CUDNN)  # of what attention gives, for remat policies that go by names
 PLATFORMS = {"reference": ("cpu", "gpu", "tpu"), "blocked": ("cpu", "gpu", "tpu"), "splash": ("tpu",),
              "cudnn": ("gpu",)}
 
@@ -55,7 +58,19 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal
 
 def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, causal: bool) -> jax.Array:
     out = jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, is_causal=causal, implementation="cudnn")
-    return checkpoint_name(out, SAVED)
+    return checkpoint_name(out, CUDNN)
+
+
+def is_saved(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`: keep what attention gives, and what its backward pass needs besides.
+
+    JAX's cuDNN kernel names neither, and from the named output alone the backward pass would run the kernel again: so
+    the kernel itself is kept.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd") or _by_name(primitive, *avals, **params)
+
+
+_by_name = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def backend_for(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int = 1) -> str:
