@@ -35,9 +35,11 @@ measure() {
 }
 
 # model side batch remat: what one H200 holds.
-steps="igpt_s 32 128 none
-igpt_s 48 64 none
-igpt_s 64 32 none
+steps="igpt_s 32 128 attention
+igpt_s 32 128 dots
+igpt_s 32 128 none
+igpt_s 48 64 attention
+igpt_s 64 32 attention
 igpt_m 32 64 dots
 igpt_m 48 32 dots
 igpt_m 64 16 dots
@@ -47,9 +49,9 @@ igpt_l 64 8 dots
 igpt_xl 32 8 full
 igpt_xl 48 4 full
 igpt_xl 64 2 full"
-peers="igpt_s 32 64 none
-igpt_m 32 16 none
-igpt_l 32 8 none"
+peers="igpt_s 32 64 attention
+igpt_m 32 16 dots
+igpt_l 32 8 dots"
 flag_sets="none
 --xla_gpu_enable_latency_hiding_scheduler=true
 --xla_gpu_triton_gemm_any=true
@@ -70,13 +72,13 @@ run_slice() {
       done ;;
     steps)
       while read -r model side batch remat; do
-        measure "step_${model}_$side" train_step.py --model "$model" --side "$side" --batch "$batch" --remat "$remat" \
+        measure "step_${model}_${side}_$remat" train_step.py --model "$model" --side "$side" --batch "$batch" --remat "$remat" \
           --only "ours, bfloat16, 1 " --rounds 10
       done <<<"$steps"
       # XLA's own attention beside cuDNN's.
       read -r model side batch remat <<<"$steps"
       measure "step_${model}_${side}_xla_attention" train_step.py --model "$model" --side "$side" --batch "$batch" \
-        --remat attention --attention reference --only "ours, bfloat16, 1 " --rounds 10 ;;
+        --remat "$remat" --attention reference --only "ours, bfloat16, 1 " --rounds 10 ;;
     flags)
       read -r model side batch remat <<<"$steps"
       while read -r flag; do

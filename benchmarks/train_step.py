@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="height and width, pixels")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--attention", default="auto", help="our back-end")
-    parser.add_argument("--remat", default="none", help="what ours computes again")
+    parser.add_argument("--remat", default="attention", help="what ours computes again")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="candidates whose names match this regular expression")
     parser.add_argument("--json", help="file for the figures")
