@@ -338,6 +338,7 @@ class PretrainConfig:
     replay_check: bool = key(False, "on resume, repeat steps of the log from a checkpoint before and compare the loss")
     profile: tuple[int, ...] = key((), "first and last step to trace, such as (100,105); empty: none")
     log_every_steps: int = key(50, "steps between metrics lines")
+    wandb: str = key("", "Weights & Biases project that gets the metrics too: PROJECT or ENTITY/PROJECT; empty: none")
     eval_every_steps: int = key(5000, "steps between evaluations of data.held_out, each saved too; 0: only at the end")
     checkpoint_every_steps: int = key(1000, "steps between checkpoints; 0: only at the end")
     keep_newest: int = key(2, "newest checkpoints kept; the best by held-out loss is kept besides")
