@@ -349,6 +349,8 @@ class PretrainConfig:
         _check_job(self)
         _one_of("objective", self.objective, OBJECTIVES)
         _require(0 < self.masked_share < 1, f"masked_share={self.masked_share} must lie in (0, 1).")
+        _require(bool(re.fullmatch(r"([^/\s]+/)?[^/\s]+|", self.wandb)),
+                 f"wandb={self.wandb!r} must read PROJECT or ENTITY/PROJECT.")
         _require(self.objective == "masked" or self.masked_share == PretrainConfig.masked_share,
                  f"masked_share={self.masked_share} has no effect on objective={self.objective}. Set objective=masked.")
 

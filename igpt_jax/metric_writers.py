@@ -136,25 +136,24 @@ class WeightsAndBiases:
     """One W&B run per workdir, whatever the restarts; W&B's own process does the sending.
 
     `step` is a metric of its own, by which all others are drawn: W&B's own step counts only up, and a run that goes on
-    from a checkpoint does some steps again.
+    from a checkpoint does some steps again. W&B's files lie in the workdir; where that is in a bucket, in ./wandb.
     """
 
     def __init__(self, config: PretrainConfig, folder: storage.epath.Path):
         import wandb
 
-        offline = wandb.setup().settings.mode != "online"
+        settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False,
+                                  init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS)
+        offline = wandb.setup(settings).settings.mode != "online"
         if not offline and not wandb.login(prompt=False, verify=False):  # a prompt would keep the run waiting
             raise UserError("nobody is logged in. Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
         entity, _, project = config.wandb.rpartition("/")
         file = folder / WANDB_ID
         if not file.exists():
             storage.publish(file, secrets.token_hex(8))
-        settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False,
-                                  init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS)
         self._run = wandb.init(project=project, entity=entity or None, id=file.read_text(), name=folder.name,
                                resume=None if offline else "allow",
-                               dir=os.fspath(folder) if storage.is_local(folder) else None, config=to_dict(config),
-                               settings=settings)
+                               dir=os.fspath(folder) if storage.is_local(folder) else None, config=to_dict(config))
         self._run.define_metric("*", step_metric="step")
         say("Weights & Biases: " + (f"offline; send it later with: wandb sync {self._run.settings.sync_dir}" if offline
                                     else self._run.url))

@@ -50,6 +50,19 @@ def test_all_jobs_are_shown():
     assert shown >= set(JOBS)
 
 
+def test_links_lead_somewhere():
+    """To a file, and to a heading of it as GitHub names them. Seen to fail with a heading renamed."""
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", document.read_text()):
+            file, _, heading = link.partition("#")
+            target = document.parent / file if file else document
+            assert target.exists(), f"{document.name}: {link}"
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                names = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+                assert heading in names, f"{document.name}: {link}"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_readmes_commands_run(tmp_path):
