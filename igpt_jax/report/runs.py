@@ -54,8 +54,8 @@ class Run:
     @property
     def by_layer(self) -> list[Row]:
         """The rows of probe.json that tell of one layer of the trained model each, with an interval."""
-        return [row for row in self.tables.get("probe.json", ())
-                if row.get("features") == f"layer {row.get('layer')}" and {"test_accuracy", "interval"} <= set(row)]
+        return [row for row in self.tables.get("probe.json", ()) if isinstance(row, Mapping) and row.get("interval")
+                and "test_accuracy" in row and row.get("features") == f"layer {row.get('layer')}"]
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""
