@@ -6,6 +6,8 @@
 # make slurm        the SLURM files on a cluster of this machine; needs Debian's slurm-wlm and munge, and root
 # make scaling      compiles the table of docs/scaling.md; GPU cells with CUDA_PYTHON=..., see there
 # make faults       the fault tests alone; make faults-long: 200 kills and all the rest, an hour
+# make wandb        the tests of Weights & Biases, with the real library, offline
+# make notebook     runs docs/igpt_jax.ipynb with few steps
 # make browser      the report page in headless Chromium
 # make lint         ruff
 # make clean        removes the environment, caches and runs/quickstart
@@ -20,7 +22,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow reproduce buckets slurm scaling faults faults-long browser lint clean
+.PHONY: setup quickstart test slow reproduce buckets slurm scaling faults faults-long wandb notebook browser lint clean
 
 setup: $(INSTALLED)
 
@@ -63,6 +65,15 @@ faults: setup
 
 faults-long: setup
 	$(VENV)/bin/python -W ignore benchmarks/faults.py --json=runs/faults.json
+
+# Sixteen packages that nothing else needs.
+wandb: setup
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[wandb]'
+	$(VENV)/bin/python -m pytest tests/test_metric_writers.py
+
+notebook: setup
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[notebook]'
+	$(VENV)/bin/python -m pytest -m slow tests/test_documents.py -k notebook
 
 # Needs Chromium: apt-get install chromium.
 browser: setup

@@ -338,6 +338,7 @@ class PretrainConfig:
     replay_check: bool = key(False, "on resume, repeat steps of the log from a checkpoint before and compare the loss")
     profile: tuple[int, ...] = key((), "first and last step to trace, such as (100,105); empty: none")
     log_every_steps: int = key(50, "steps between metrics lines")
+    wandb: str = key("", "Weights & Biases project that gets the metrics too: PROJECT or ENTITY/PROJECT; empty: none")
     eval_every_steps: int = key(5000, "steps between evaluations of data.held_out, each saved too; 0: only at the end")
     checkpoint_every_steps: int = key(1000, "steps between checkpoints; 0: only at the end")
     keep_newest: int = key(2, "newest checkpoints kept; the best by held-out loss is kept besides")
@@ -348,6 +349,8 @@ class PretrainConfig:
         _check_job(self)
         _one_of("objective", self.objective, OBJECTIVES)
         _require(0 < self.masked_share < 1, f"masked_share={self.masked_share} must lie in (0, 1).")
+        _require(bool(re.fullmatch(r"([^/\s]+/)?[^/\s]+|", self.wandb)),
+                 f"wandb={self.wandb!r} must read PROJECT or ENTITY/PROJECT.")
         _require(self.objective == "masked" or self.masked_share == PretrainConfig.masked_share,
                  f"masked_share={self.masked_share} has no effect on objective={self.objective}. Set objective=masked.")
 

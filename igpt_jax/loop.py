@@ -15,6 +15,7 @@ from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, steps,
 from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data import Batch, Batches, count_classes, open_data, train_batches
 from igpt_jax.figures import loss_curve
+from igpt_jax.metric_writers import check_installed, open_writers
 from igpt_jax.model import Model, count_parameters
 from igpt_jax.optimizer import warmup_steps_for
 from igpt_jax.profiling import Profile
@@ -39,13 +40,15 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
       accuracy), images per second.
 
     Raises:
-      UserError: the data, mesh or checkpoint do not fit the config; `replay_check` found another loss.
+      UserError: the data, mesh or checkpoint do not fit the config; `wandb` is not installed; `replay_check` found
+        another loss.
       Preempted: asked to stop; the state is saved.
       Diverged: `max_skipped_updates` updates in a row were skipped, or copies of the state differ between devices;
         nothing is saved since.
       Unsaved: the last state could not be saved.
     """
     ledger = telemetry.Ledger("start")
+    check_installed(config)
     # Mesh.
     mesh = sharding.make_mesh(config.mesh)
     if config.images_per_pass:
@@ -126,7 +129,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         watchdog.beat("reading the first examples")
         measure = evaluation.make_measure(model, mesh, config.batch_size, table)
         throughput = _throughput(config, model, mesh)
-        metrics = telemetry.Metrics(workdir, config.steps, start, ledger)
+        metrics = telemetry.Metrics(workdir, config.steps, start, ledger, open_writers(config, workdir))
         stack.callback(metrics.close)
         profile = Profile(workdir, config.profile)
         stack.callback(profile.close)

@@ -328,5 +328,6 @@ def to_json(value: Any) -> str:
 
 
 def _summary(metrics: dict[str, Any]) -> str:
-    figures = [f"{name} {value:,.5g}" for name, value in metrics.items() if isinstance(value, int | float)]
+    figures = [f"{name} {value:{',.0f' if isinstance(value, int) or abs(value) >= 1000 else '.5g'}}"
+               for name, value in metrics.items() if isinstance(value, int | float)]
     return f"done. {', '.join(figures)}"

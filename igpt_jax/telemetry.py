@@ -1,15 +1,12 @@
-"""What a run tells about itself: metrics lines, TensorBoard, progress and throughput.
-"""
+"""What a run tells about itself: metrics lines, progress and throughput."""
 
 import contextlib
-import io
 import json
 import math
-import os
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import jax
 from tqdm import tqdm
@@ -26,7 +23,6 @@ SHOWN = (
     ("images_per_second", "images/s", ",.0f"),
     ("mfu", "MFU", ".1%"),
 )
-TENSORBOARD_FLUSH_SECONDS = 30.0
 
 
 def say(line: str) -> None:
@@ -190,8 +186,16 @@ def goodput(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
 
 # Metrics.
 
+class Writer(Protocol):
+    """Takes the values of each step that is logged."""
+
+    def write(self, step: int, unix_time: float, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Metrics:
-    """Writes a run's metrics: metrics.jsonl, TensorBoard, and a progress bar or log lines. Process 0 only.
+    """Writes a run's metrics: metrics.jsonl, the given writers, and a progress bar or log lines. Process 0 only.
 
     `step` counts finished optimizer steps: the line of step s tells about the model after s updates. A run that goes
     on after step s drops the lines after s that an interrupted run has left, and so writes each of them once. In a
@@ -203,9 +207,11 @@ class Metrics:
       total_steps: where the run will end.
       start_step: finished steps that the run goes on from; 0 for a new run.
       ledger: its seconds go into each line.
+      writers: where `values` go besides (metric_writers.py); they must not raise.
     """
 
-    def __init__(self, workdir: str, total_steps: int, start_step: int = 0, ledger: Ledger | None = None):
+    def __init__(self, workdir: str, total_steps: int, start_step: int = 0, ledger: Ledger | None = None,
+                 writers: Sequence[Writer] = ()):
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -214,7 +220,7 @@ class Metrics:
         path = storage.path(workdir) / "metrics.jsonl"
         self._resumed = self._resume(path, start_step)
         self._lines = storage.LineWriter(path)
-        self._tensorboard = TensorBoard(os.fspath(storage.path(workdir) / "tensorboard"))
+        self._writers = writers
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
                          disable=not sys.stderr.isatty())
         self._latest: dict[str, float] = {}
@@ -246,7 +252,8 @@ class Metrics:
         finite = {name: value if math.isfinite(value) else None for name, value in told.items()}
         self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}, allow_nan=False))
         self._tell_problem()
-        self._tensorboard.write(step, now, values)
+        for writer in self._writers:
+            writer.write(step, now, values)
         self._latest.update(values)
         if self._bar.disable:
             if values:
@@ -266,7 +273,8 @@ class Metrics:
             self._bar.close()
             self._lines.close()
             self._tell_problem()
-            self._tensorboard.close()
+            for writer in self._writers:
+                writer.close()
 
     def _tell_problem(self) -> None:
         problem = str(self._lines.error or "")
@@ -323,79 +331,3 @@ def load_metrics(workdir: str) -> list[dict[str, float | None]]:
     for line in metrics_lines(workdir):
         by_step.setdefault(line["step"], {}).update(line)
     return [by_step[step] for step in sorted(by_step)]
-
-
-class _BucketFile:
-    """tensorboardX's idea of a file, for gs:// and s3://: what was written is published whole on each flush."""
-
-    def __init__(self, path: str):
-        self._path, self._data = storage.path(path), io.BytesIO()
-
-    def write(self, data: bytes) -> None:
-        self._data.write(data)
-
-    def flush(self) -> None:
-        storage.publish(self._path, self._data.getvalue())
-
-    close = flush
-
-
-@contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """Within, a module that is not imported yet cannot be."""
-    hide = module not in sys.modules
-    if hide:
-        sys.modules[module] = None
-    try:
-        yield
-    finally:
-        if hide:
-            del sys.modules[module]
-
-
-class TensorBoard:
-    """TensorBoard scalars in `folder`. Training never suffers from it: the first failure says so and ends it.
-
-    Events are written by the caller's thread. tensorboardX's SummaryWriter hands them to a thread of its own; when
-    that dies, on a full disk for one, its queue fills and the training loop waits for ever.
-    """
-
-    def __init__(self, folder: str):
-        self._writer = None
-        self._flushed = time.monotonic()
-        with self._harmless():
-            with _hidden("torch"):  # which tensorboardX imports where it finds it, without need, for seconds
-                from tensorboardX import event_file_writer, record_writer, summary
-                from tensorboardX.proto import event_pb2
-
-            bucket = types.SimpleNamespace(open=_BucketFile, directory_check=lambda folder: None)
-            for scheme in storage.SCHEMES:
-                record_writer.register_writer_factory(scheme.removesuffix("://"), bucket)
-            record_writer.directory_check(folder)
-            self._event, self._scalar = event_pb2.Event, summary.scalar
-            self._writer = event_file_writer.EventsWriter(f"{folder}/events")
-
-    def write(self, step: int, unix_time: float, values: Mapping[str, float]) -> None:
-        if self._writer is None:
-            return
-        with self._harmless():
-            for name, value in values.items():
-                scalar = self._scalar(name, value)
-                self._writer.write_event(self._event(wall_time=unix_time, step=step, summary=scalar))
-            if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
-                self._writer.flush()
-                self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with self._harmless():
-                self._writer.close()
-            self._writer = None
-
-    @contextlib.contextmanager
-    def _harmless(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever it is, it is not worth a run
-            self._writer = None
-            say(f"TensorBoard is off for this run: {error}. metrics.jsonl goes on.")

@@ -12,6 +12,7 @@ from PIL import Image
 from igpt_jax import config, report, runtime
 from igpt_jax.config import ReportConfig, UserError
 from igpt_jax.jobs import report as job
+from igpt_jax.report import paper, runs
 
 NASTY = "<script>alert('x')</script>&$a_b$"
 
@@ -32,7 +33,9 @@ def workdirs(tmp_path):
     Image.fromarray(np.full((4, 4, 3), 200, np.uint8)).save(trained / "figures" / "samples.png")
     rows = [{"features": f"layer {layer}", "layer": layer, "test_accuracy": accuracy, "interval": [accuracy - 0.02,
              accuracy + 0.01]} for layer, accuracy in enumerate((0.3, 0.45, 0.4))]
-    (probed / "probe.json").write_text(json.dumps([*rows, {"features": NASTY, "test_accuracy": 0.39}]))
+    (probed / "probe.json").write_text(json.dumps([
+        *rows, {"features": NASTY, "test_accuracy": 0.39},
+        {"features": "untrained model, layer 1", "layer": 1, "test_accuracy": 0.47, "interval": [0.45, 0.49]}]))
     metrics = {"accuracy_by_layer": {row["layer"]: row["test_accuracy"] for row in rows}, "test_accuracy": 0.45,
                "raw_pixel_accuracy": 0.39, "untrained_accuracy": 0.47}
     (probed / "result.json").write_text(json.dumps({"job": "probe", "status": "done", "metrics": metrics}))
@@ -75,6 +78,17 @@ def test_a_page_of_what_there_is(workdirs, tmp_path):
     assert "It saw 640 images" in words
     charts = {file.name for file in (tmp_path / "report" / "figures").iterdir()}
     assert charts == {"01-pretrain-loss.svg", "01-pretrain-where-the-time-went.svg", "03-probe-accuracy-by-layer.svg"}
+
+
+@pytest.mark.parametrize("last, said", [(0.30, "rises and then falls"), (0.46, "rises to the last layer"),
+                                        (0.44, "its fall lies within the 95 % intervals")])
+def test_a_fall_is_claimed_where_the_intervals_part(workdirs, last, said):
+    """Seen to fail with the intervals left out, and with the untrained model's row among the layers."""
+    probe = next(run for run in runs.load(f"{workdirs}/*") if run.job == "probe")
+    assert [row["layer"] for row in probe.by_layer] == [0, 1, 2]
+    probe.metrics["accuracy_by_layer"]["2"] = last
+    probe.tables["probe.json"][2]["interval"] = [last - 0.02, last + 0.01]
+    assert said in paper.probing(probe)[0]
 
 
 def test_the_page_of_a_second_run_leaves_itself_out(workdirs):

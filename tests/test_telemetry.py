@@ -1,4 +1,4 @@
-"""FLOPs and speed, metrics lines over resumed runs, TensorBoard that fails, and the chip table."""
+"""FLOPs and speed, metrics lines over resumed runs, and the chip table."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from igpt_jax import storage, telemetry, topology
+from igpt_jax import telemetry, topology
 from igpt_jax.config import MODELS
 
 
@@ -79,41 +79,6 @@ def test_lines_of_one_step_are_merged_and_later_ones_win(tmp_path):
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b": 5.0}, {"step": 2, "a": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert telemetry.load_metrics(tmp_path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0, "b": 5.0}]
-
-
-def test_tensorboard_writes_scalars_and_its_failure_is_harmless(tmp_path, capsys, monkeypatch):
-    run(tmp_path, 0, 2)
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert events.read_bytes().count(b"train/nats_per_pixel") == 2
-
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "tensorboard").write_text("a file, where TensorBoard needs a folder")
-    run(tmp_path / "other", 0, 20)  # more lines than tensorboardX's own queue holds
-    assert capsys.readouterr().err.count("TensorBoard is off") == 1
-    assert len(telemetry.load_metrics(tmp_path / "other")) == 20
-
-
-def test_tensorboard_does_without_torch(tmp_path, python):
-    """Seen to fail with a plain import: a run started 5 s later on a loaded machine."""
-    python(f"""
-import sys
-from igpt_jax import telemetry
-board = telemetry.TensorBoard({str(tmp_path)!r})
-board.write(1, 1.8e9, {{"train/nats_per_pixel": 2.0}})
-board.close()
-assert "torch" not in sys.modules and "tensorboardX" in sys.modules
-""", devices=1)
-
-
-def test_tensorboard_in_a_bucket_is_published_whole(monkeypatch):
-    published = {}
-    monkeypatch.setattr(storage, "publish", lambda path, data: published.update({str(path): data}))
-    board = telemetry.TensorBoard("gs://bucket/run/tensorboard")
-    for step in (1, 2):
-        board.write(step, 1.8e9, {"train/nats_per_pixel": 2.0})
-    board.close()
-    ((name, data),) = published.items()
-    assert name.startswith("gs://bucket/run/tensorboard/events") and data.count(b"train/nats_per_pixel") == 2
 
 
 def test_chips_are_found_by_jax_names():

@@ -18,11 +18,10 @@ from igpt_jax.report.runs import Row, Run
 
 ROWS_SHOWN = 200  # of a table
 CHARTS = (  # of training: title, metrics with their labels, unit
-    ("Loss", (("train/nats_per_pixel", "training"), ("eval/nats_per_pixel", "held out"),
-              ("train/classification_nats", "classification")),
-     "nats per pixel; classification: nats"),
+    ("Loss", (("train/nats_per_pixel", "training, per pixel"), ("eval/nats_per_pixel", "held out, per pixel"),
+              ("train/classification_nats", "classification, per image")), "nats"),
     ("Accuracy", (("train/accuracy", "training"), ("eval/accuracy", "held out")), "share of images"),
-    ("Learning rate", (("train/learning_rate", "learning rate"),), "of the step"),
+    ("Learning rate", (("train/learning_rate", "learning rate"),), "learning rate"),
     ("Throughput", (("images_per_second", "images"),), "images per second"),
     ("Gradient norm", (("train/gradient_norm", "gradient norm"),), "L2 norm"),
 )
@@ -44,7 +43,7 @@ def render(found: Sequence[Run]) -> tuple[str, dict[str, str]]:
             "run": run, "charts": [(chart.title, markupsafe.Markup(chart.svg)) for chart in mine],
             "sentences": paper.sentences(run, found), "figures": list(_scalars(run.metrics)),
             "tables": [(name, *_table(rows)) for name, rows in run.tables.items()],
-            "pictures": [(file.stem, _data(file)) for file in run.pictures]})
+            "pictures": [_picture(file) for file in run.pictures]})
     page = _template().render(sections=sections, paper=paper.FIGURES, made=datetime.datetime.now(datetime.UTC),
                               jobs=sorted({run.job for run in found}))
     return page, drawn
@@ -68,7 +67,7 @@ def _charts(run: Run) -> list[Chart]:
     if spent := {name.removeprefix("seconds/"): seconds for name, seconds in run.goodput.items()
                  if name.startswith("seconds/") and seconds > 0}:
         found.append(Chart("Where the time went", charts.split_bar(spent, "seconds, over all restarts")))
-    by_layer = [row for row in run.tables.get("probe.json", ()) if {"layer", "test_accuracy", "interval"} <= set(row)]
+    by_layer = run.by_layer
     if len(by_layer) > 1:
         accuracy = Series("layers, 95 % intervals", [row["layer"] for row in by_layer],
                           [100 * row["test_accuracy"] for row in by_layer],
@@ -109,6 +108,8 @@ def shown(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.5g}"
 
 
-def _data(file: storage.epath.Path) -> str:
-    """A picture as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(storage.read(file)).decode()}"
+def _picture(file: storage.epath.Path) -> tuple[str, str, bool]:
+    """Name, data URL, and whether it is narrower than its place, so that its pixels are to be seen as squares."""
+    data = storage.read(file)
+    width = int.from_bytes(data[16:20], "big")  # PNG: 8 bytes of signature, then the header chunk
+    return file.stem.replace("_", " "), f"data:image/png;base64,{base64.b64encode(data).decode()}", width < 480

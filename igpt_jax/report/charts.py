@@ -8,9 +8,10 @@ import matplotlib
 import matplotlib.figure
 import matplotlib.ticker
 
+SIZE = (4.8, 2.8)  # inches; small, so that its letters can be read on a phone
 # Drawn in these, they become the page's own colours.
 TEXT, GRID = "#010203", "#040506"
-COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
+COLOURS = ("#3b82f6", "#f59e0b", "#ef4444", "#10b981", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "igpt", "font.family": "sans-serif",
          "font.size": 9, "text.color": TEXT, "axes.edgecolor": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT,
          "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -34,7 +35,7 @@ class Series(NamedTuple):
 def lines(series: Sequence[Series], x_label: str, y_label: str, levels: Mapping[str, float] | None = None) -> str:
     """Lines over a common axis, with dashed horizontal lines at `levels`."""
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(6.4, 3.2), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         for index, (label, x, y, spread, dots) in enumerate(series):
             errors = [[abs(bounds[side] - value) for bounds, value in zip(spread, y, strict=True)]
@@ -55,7 +56,7 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, levels: Mapping[
 def split_bar(parts: Mapping[str, float], x_label: str) -> str:
     """One bar, split: how a whole is made up."""
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(6.4, 1.5), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(SIZE[0], 1.4), layout="constrained")
         axes = figure.subplots()
         left = 0.0
         for index, (name, size) in enumerate(parts.items()):

@@ -30,9 +30,9 @@ def pretraining(run: Run) -> list[str]:
         return []
     batch = next((value for name, value, _ in run.changed if name == "batch_size"), 128)
     seen = steps * batch
-    return [f"It saw {seen:,} images, {seen / IMAGES:.2g} of the paper's {IMAGES:,}, with {parameters:,} parameters, "
-            f"{parameters / 76_571_648:.2g} of iGPT-S's. Its loss compares with the paper's only on the same data, "
-            "resolution and palette."]
+    return [f"It saw {seen:,} images, {100 * seen / IMAGES:.2g} % of the paper's {IMAGES:,}, with {parameters:,} "
+            f"parameters, {100 * parameters / 76_571_648:.3g} % of iGPT-S's. Its loss compares with the paper's only "
+            "on the same data, resolution and palette."]
 
 
 def probing(run: Run) -> list[str]:
@@ -46,6 +46,9 @@ def probing(run: Run) -> list[str]:
     shape = "rises and then falls, as the paper's does" if first < best < last else (
         "rises to the last layer; the paper's falls after the middle" if best == last else
         "is highest at the first layer probed; the paper's rises first")
+    spread = {row["layer"]: row["interval"] for row in run.by_layer}
+    if first < best < last and {best, last} <= set(spread) and spread[best][0] <= spread[last][1]:
+        shape = "rises, and its fall lies within the 95 % intervals"
     sentences = [f"Accuracy {shape}: by {rise:.1f} points from layer {first} to layer {best}, "
                  f"{fall:.1f} points lower at layer {last} (paper, iGPT-L on CIFAR-10: 2.4)."]
     for name, label in (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "the untrained model")):

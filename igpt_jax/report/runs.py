@@ -51,6 +51,12 @@ class Run:
         """The last part of the path."""
         return storage.path(self.path).name or self.path
 
+    @property
+    def by_layer(self) -> list[Row]:
+        """The rows of probe.json that tell of one layer of the trained model each, with an interval."""
+        return [row for row in self.tables.get("probe.json", ()) if isinstance(row, Mapping) and row.get("interval")
+                and "test_accuracy" in row and row.get("features") == f"layer {row.get('layer')}"]
+
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""
         pairs = [(line["step"], line[name]) for line in self.lines
