@@ -3,6 +3,7 @@
 Models come from transformers itself; OpenAI's checkpoints are written with TensorFlow under the released names.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -14,14 +15,23 @@ import pytest
 from conftest import run_job_command
 from safetensors.numpy import load_file, save_file
 
-from igpt_jax import checkpoint, linear_probe, objectives, palette, probing, runtime, sharding
-from igpt_jax.config import ConvertConfig, ExportConfig, MeshConfig, ModelConfig, UserError
+from igpt_jax import checkpoint, linear_probe, objectives, palette, probing, runtime, sharding, transfer
+from igpt_jax.config import (
+    ConvertConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FinetuneConfig,
+    FinetuneModelConfig,
+    MeshConfig,
+    ModelConfig,
+    UserError,
+)
 from igpt_jax.data.store import Store, tokens_of
 from igpt_jax.decode import Sampling, generate
 from igpt_jax.features import make_feature_step
-from igpt_jax.jobs import convert
+from igpt_jax.jobs import convert, evaluate
 from igpt_jax.model import Model
-from igpt_jax.weights import certificate, huggingface, names, open_weights, openai
+from igpt_jax.weights import certificate, huggingface, names, open_weights, openai, ours
 from igpt_jax.weights.names import Part
 
 SIZES = {"small": {"layers": 2, "embed": 24, "heads": 2, "colours": 13, "side": 5},
@@ -35,7 +45,7 @@ def float32():
     runtime.set_precision("bfloat16")
 
 
-def make_huggingface(folder, size, seed, kind="ImageGPTForCausalImageModeling"):
+def make_huggingface(folder, size, seed, kind="ImageGPTForCausalImageModeling", classes=7):
     """A model of transformers' own with random weights and gains, zero biases, and a palette beside it."""
     import torch
     import transformers
@@ -44,7 +54,7 @@ def make_huggingface(folder, size, seed, kind="ImageGPTForCausalImageModeling"):
     s = SIZES[size]
     config = transformers.ImageGPTConfig(
         vocab_size=s["colours"] + 1, n_positions=s["side"] ** 2, n_embd=s["embed"], n_layer=s["layers"],
-        n_head=s["heads"], num_labels=7)
+        n_head=s["heads"], num_labels=classes)
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(config).eval()
     with torch.no_grad():
@@ -153,16 +163,66 @@ def test_openai_to_ours_and_back_is_bit_identical(tmp_path, size):
         assert record["parameters"] == sum(array.size for array in arrays.values())
 
 
-def test_a_classifier_comes_back_whole_and_its_trunk_loads(tmp_path):
-    """ImageGPTForImageClassification there and back; the checkpoint between serves jobs that know no classes."""
+def test_masked_models_come_back_bit_identical_and_serve_evaluate(tmp_path):
+    """OpenAI's BERT variables there and back; `evaluate` gives the released code's nats per hidden pixel, 1e-5.
+
+    Seen to fail with the released code causal, or shown hidden colours, with nats of all pixels, and with the record
+    left autoregressive.
+    """
+    import tensorflow as tf
+
+    s = SIZES["wide"]
+    arrays = make_openai(tmp_path / "bert" / "model.ckpt-131000", "wide", 0, start=False)
+    palette = make_palette(tmp_path / "palette.npy", s["colours"])
+    _, there = run(tmp_path / "a", f"openai:{tmp_path}/bert", "", palette=palette)
+    _, back = run(tmp_path / "b", f"orbax:{tmp_path}/a", f"openai:{tmp_path}/back/model.ckpt-1")
+    reader = tf.train.load_checkpoint(str(tmp_path / "back/model.ckpt-1"))
+    assert set(reader.get_variable_to_shape_map()) == set(arrays)
+    assert all(reader.get_tensor(name).tobytes() == array.tobytes() for name, array in arrays.items())
+    for record in (there, back):
+        nats = record["logits"]["nats_per_pixel"]
+        assert record["verdict"] == "same" and record["logits"]["max_difference"] < 1e-4
+        assert abs(nats["source"] - nats["target"]) < 1e-5
+
+    record = checkpoint.load_record(f"{tmp_path}/a")
+    assert record.config.objective == "masked" and record.config.masked_share == 0.15
+    tokens_BT = np.random.default_rng(0).integers(s["colours"], size=(6, s["side"] ** 2))
+    np.save(tmp_path / "tokens.npy", tokens_BT)
+    measured = evaluate.run(EvaluateConfig(checkpoints=f"{tmp_path}/a", tokens=f"{tmp_path}/tokens.npy", batch_size=4),
+                            str(tmp_path / "e"))
+    hidden_BT = np.asarray(objectives.hidden_of_examples(np.arange(6), tokens_BT.shape[1], 0.15, seed=0, number=0))
+    logits_BTV = open_weights("openai", f"{tmp_path}/bert").outputs(tokens_BT, hidden_BT)["pixels"]
+    nats, = measured["nats_per_pixel"].values()
+    assert nats == pytest.approx(certificate.nats_per_pixel(logits_BTV, tokens_BT, hidden_BT), abs=1e-5)
+
+
+def test_a_classifier_comes_back_whole_with_its_logits(tmp_path):
+    """ImageGPTForImageClassification there and back; the checkpoint between has its classes, and OpenAI's files too.
+
+    Seen to fail with transformers fed the pixels unshifted, with the record told of no classes, and with the check of
+    the head's place left out.
+    """
     make_huggingface(tmp_path / "hf", "small", 0, "ImageGPTForImageClassification")
     _, there = run(tmp_path / "a", f"huggingface:{tmp_path}/hf", "")
+    _, back = run(tmp_path / "b", f"orbax:{tmp_path}/a", f"huggingface:{tmp_path}/back", head="classes")
+    _, across = run(tmp_path / "c", f"orbax:{tmp_path}/a", f"openai:{tmp_path}/oa/model.ckpt-1")
+    for record in (there, back, across):
+        assert record["verdict"] == "same" and record["class_logits"]["max_difference"] < 1e-4
     assert not there["logits"]["compared"] and "class_head_KD" not in there["not_carried"]
-    run(tmp_path / "b", f"orbax:{tmp_path}/a", f"huggingface:{tmp_path}/back", head="classes")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert before.keys() == after.keys() and all(before[name].tobytes() == after[name].tobytes() for name in before)
-    logits = open_weights("orbax", f"{tmp_path}/a").logits(np.zeros((1, 25), np.int64))
-    np.testing.assert_array_equal(logits, 0)  # a head for pixels that nothing has trained
+    outputs = open_weights("orbax", f"{tmp_path}/a").outputs(np.zeros((1, 25), np.int64), None)
+    np.testing.assert_array_equal(outputs["pixels"], 0)  # a head for pixels that nothing has trained
+    assert np.abs(outputs["classes"]).max() > 0.1 and across["logits"]["compared"]
+    with pytest.raises(UserError, match="holds no head for pixels"):
+        run(tmp_path / "d", f"huggingface:{tmp_path}/hf", f"openai:{tmp_path}/none")
+
+    record = checkpoint.load_record(f"{tmp_path}/a")
+    model = FinetuneModelConfig(class_layer=1, **{name: getattr(record.config.model, name) for name in transfer.SIZES})
+    params = ours.parameters(open_weights("orbax", f"{tmp_path}/a"), lambda shape, name: np.empty(shape, np.float32))
+    ours.save(f"{tmp_path}/middle", params, dataclasses.replace(record, config=FinetuneConfig(model=model)))
+    with pytest.raises(UserError, match="its class head reads place 1"):
+        run(tmp_path / "d", f"orbax:{tmp_path}/middle", f"huggingface:{tmp_path}/none", head="classes")
 
 
 def test_shards_are_read_and_written(tmp_path, monkeypatch):
@@ -183,9 +243,24 @@ def test_shards_are_read_and_written(tmp_path, monkeypatch):
     assert joined.keys() == whole.keys() and all(np.array_equal(joined[name], whole[name]) for name in whole)
 
 
-PLANTED = {
-    "transposed q": [Part("query_DNH", "NH D"), Part("key_DNH", "D NH"), Part("value_DNH", "D NH")],
-    "swapped k and v": [Part("query_DNH", "D NH"), Part("value_DNH", "D NH"), Part("key_DNH", "D NH")],
+class Reversed(Part):
+    """Its first dim back to front, in both directions."""
+
+    def to_ours(self, array, sizes):
+        return super().to_ours(array, sizes)[::-1]
+
+    def to_foreign(self, array, sizes):
+        return super().to_foreign(array[::-1], sizes)
+
+
+C_ATTN, Q, K, V = "transformer.h.{}.attn.c_attn.weight", *(f"model/h{{}}/attn/{each}_proj" for each in "qkv")
+PLANTED = {  # the tensors that the table gets wrong, and the parts that it gives them
+    "transposed q": {C_ATTN: [Part("query_DNH", "NH D"), Part("key_DNH", "D NH"), Part("value_DNH", "D NH")]},
+    "swapped k and v": {C_ATTN: [Part("query_DNH", "D NH"), Part("value_DNH", "D NH"), Part("key_DNH", "D NH")]},
+    "masked, swapped q and k": {Q: [Part("key_DNH", "N H D")], K: [Part("query_DNH", "N H D")]},
+    "masked, swapped k and v": {K: [Part("value_DNH", "N H D")], V: [Part("key_DNH", "N H D")]},
+    "transposed class head": {"score.weight": [Part("class_head_KD", "D K")]},
+    "swapped classes": {"score.weight": [Reversed("class_head_KD", "K D")]},
 }
 
 
@@ -193,16 +268,25 @@ PLANTED = {
 def test_the_certificate_catches_an_error_in_the_table(tmp_path, monkeypatch, error):
     """A wrong table reads what it wrote, so hashes agree; the logits do not, and the job refuses the result.
 
-    Seen to fail with the logits left out of the verdict.
+    Seen to fail with the logits left out of the verdict, and with those of classes alone left out.
     """
-    make_huggingface(tmp_path / "hf", "small", 0)
-    table = tuple(tensor._replace(parts=tuple(PLANTED[error])) if len(tensor.parts) == 3 else tensor
-                  for tensor in names.HUGGING_FACE[huggingface.PIXELS])
-    monkeypatch.setitem(names.HUGGING_FACE, huggingface.PIXELS, table)
+    def wrong(table):
+        return tuple(tensor._replace(parts=tuple(PLANTED[error].get(tensor.name, tensor.parts))) for tensor in table)
+
+    source, more, head = f"huggingface:{tmp_path}/hf", {}, "class_logits" if "class" in error else "logits"
+    if "masked" in error:
+        make_openai(tmp_path / "bert" / "model.ckpt-1", "small", 0, start=False)
+        source, more = f"openai:{tmp_path}/bert", {"palette": make_palette(tmp_path / "palette.npy", 13)}
+    else:
+        kind = "ImageGPTForImageClassification" if "class" in error else "ImageGPTForCausalImageModeling"
+        make_huggingface(tmp_path / "hf", "small", 0, kind, classes=SIZES["small"]["embed"])  # square: its shape fits
+    monkeypatch.setattr(openai, "OPENAI", wrong(names.OPENAI))
+    for architecture, table in names.HUGGING_FACE.items():
+        monkeypatch.setitem(names.HUGGING_FACE, architecture, wrong(table))
     with pytest.raises(UserError, match="not the same model: their logits are"):
-        run(tmp_path / "a", f"huggingface:{tmp_path}/hf", "")
+        run(tmp_path / "a", source, "", **more)
     record = json.loads((tmp_path / "a" / convert.CERTIFICATE).read_text())
-    assert record["verdict"] == "differs" and not record["differing"] and record["logits"]["max_difference"] > 0.1
+    assert record["verdict"] == "differs" and not record["differing"] and record[head]["max_difference"] > 0.1
 
 
 @pytest.mark.parametrize("layers", [[0], [0, 0]], ids=["dropped", "repeated"])
@@ -299,12 +383,13 @@ def test_legacy_masks_are_ignored(tmp_path, original):
     assert certificate.certify(one, other, compare_logits=False)["differing"] == []
 
 
-def test_openai_bert_and_other_mistakes_are_refused(tmp_path, original):
-    """BERT weights have no start vector. Seen to fail with the check of it left out."""
+def test_mistakes_are_refused(tmp_path, original):
+    """Each in one line. Seen to fail with the check of masked models left out."""
     make_openai(tmp_path / "bert" / "model.ckpt-5", "small", 0, start=False)
     palette = make_palette(tmp_path / "palette.npy", 13)
     cases = [
-        (f"openai:{tmp_path}/bert", "", palette, "weights of a BERT model"),
+        (f"openai:{tmp_path}/bert", f"huggingface:{tmp_path}/hf", palette, "masked .BERT. model; transformers"),
+        (f"openai:{tmp_path}/bert", f"export:{tmp_path}/programs", palette, "as an exported sampler does"),
         (f"openai:{tmp_path}/bert", "", "", "comes without its palette"),
         (f"openai:{tmp_path}/bert", "", make_palette(tmp_path / "p14.npy", 14), "has 14 colours"),
         (f"openai:{tmp_path}/none", "", "", "cannot be read"),

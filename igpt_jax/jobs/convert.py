@@ -23,8 +23,8 @@ from igpt_jax.decode import Sampling
 from igpt_jax.model import Model
 from igpt_jax.probing import load_probe
 from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
-from igpt_jax.weights.certificate import certify, fixed_tokens, nats_per_pixel
-from igpt_jax.weights.names import Weights
+from igpt_jax.weights.certificate import certify, fixed_images, nats_per_pixel
+from igpt_jax.weights.names import Weights, masked
 
 CERTIFICATE = "certificate.json"
 
@@ -44,7 +44,7 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
     palette_VC = _palette_for(config, source)
     _refuse_non_square(config.convert_from, source)
     head = {"pixels": huggingface.PIXELS, "classes": huggingface.CLASSES}[config.head]
-    _refuse_missing_head(config, source, target_kind)
+    _refuse_what_has_no_place(config, source, target_kind)
 
     certificate = {"from": f"{source_kind}:{source_path}", "to": f"{target_kind}:{target_path}"}
     file = storage.path(workdir) / CERTIFICATE
@@ -52,7 +52,8 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
     _refuse_to_overwrite(place, f"{target_kind}:{target_path}", file)
     storage.publish(file, runtime.to_json({**certificate, "verdict": "unfinished"}))
     telemetry.say(f"{certificate['from']} -> {certificate['to']}: {source.sizes['L']} layers, width "
-                  f"{source.sizes['D']}, {source.sizes['V']} colours")
+                  f"{source.sizes['D']}, {source.sizes['V']} colours"
+                  f"{', masked (BERT): there is no start vector' if masked(source) else ''}")
     if target_kind == "openai":
         openai.write(source, target_path)
     elif target_kind == "orbax":
@@ -73,7 +74,7 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
         raise UserError(f"the converted weights are not the same model: {_difference(certificate)}. Do not use them; "
                         f"{file} has the details.")
     return {"parameters": certificate["parameters"], "converted_to": certificate["to"],
-            "max_logit_difference": certificate["logits"].get("max_difference")}
+            "max_logit_difference": max((each["max_difference"] for each in _compared(certificate)), default=None)}
 
 
 def _return_freed_memory() -> None:
@@ -98,11 +99,26 @@ def _refuse_non_square(typed: str, source: Weights) -> None:
         raise UserError(f"{typed} has {source.sizes['T']} positions, which are no square image.")
 
 
-def _refuse_missing_head(config: ConvertConfig, source: Weights, target_kind: str) -> None:
-    if target_kind == "huggingface" and config.head == "classes" and "class_head_KD" not in source.names:
-        raise UserError(f"head=classes: {config.convert_from} holds no class head. Leave head=pixels.")
-    if target_kind == "huggingface" and config.head == "pixels" and "head_VD" not in source.names:
-        raise UserError(f"head=pixels: {config.convert_from} holds no head for pixels. Set --config.head=classes.")
+def _refuse_what_has_no_place(config: ConvertConfig, source: Weights, target: str) -> None:
+    """A model that the target's format cannot say, or a head that it needs and is not there."""
+    typed = config.convert_from
+    if target == "huggingface" and masked(source):
+        raise UserError(f"{typed} is a masked (BERT) model; transformers' ImageGPT is always causal and would load it "
+                        "as another model. Convert it to openai:PREFIX or orbax:DIR.")
+    if target == "export" and masked(source):
+        raise UserError(f"{typed} is a masked (BERT) model, which cannot draw one pixel after the other, as an "
+                        "exported sampler does. Convert it to openai:PREFIX or orbax:DIR.")
+    if target not in ("huggingface", "openai"):
+        return
+    with_classes = config.head == "classes" if target == "huggingface" else "class_head_KD" in source.names
+    if with_classes and "class_head_KD" not in source.names:
+        raise UserError(f"head=classes: {typed} holds no class head. Leave head=pixels.")
+    if with_classes and ours.class_layer_of(source) not in (-1, source.sizes["L"]):
+        raise UserError(f"{typed}: its class head reads place {ours.class_layer_of(source)} of the stream; that of "
+                        f"{target}:DIR reads the last. Only orbax:DIR can hold it.")
+    if "head_VD" not in source.names and not (target == "huggingface" and with_classes):
+        fix = "Set --config.head=classes." if target == "huggingface" else "Convert it to orbax:DIR."
+        raise UserError(f"{typed} holds no head for pixels. {fix}")
 
 
 def _place(kind: str, path: str, step: int) -> Path:
@@ -160,13 +176,13 @@ def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray
 
 def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:
     """What the exported program gives for images of random colours, beside what the source's own framework does."""
-    tokens_BT = fixed_tokens(source.sizes["V"], source.sizes["T"])
+    tokens_BT, _ = fixed_images(source)
     losses = jax.export.deserialize(bytearray((folder / "losses.jax").read_bytes()))
     with np.load(folder / "weights.npz") as file:
         weights = dict(file)
     parameters = sum(array.size for name, array in weights.items() if not name.startswith("probe/"))
-    certificate = {"parameters": parameters, "verdict": "same", "logits": {}}
-    logits_BTV = source.logits(tokens_BT)
+    certificate = {"parameters": parameters, "verdict": "same"}
+    logits_BTV = source.outputs(tokens_BT, None).get("pixels")
     if logits_BTV is not None and jax.default_backend() in (name.replace("cuda", "gpu") for name in losses.platforms):
         nats = {"source": nats_per_pixel(logits_BTV, tokens_BT),
                 "target": float(np.mean(losses.call(weights, tokens_BT.astype(np.int32))))}
@@ -181,5 +197,11 @@ def _difference(certificate: dict[str, Any]) -> str:
     differing = certificate["differing"]
     if differing:
         return f"{len(differing)} parameters differ, the first of them {differing[0]}"
-    logits = certificate["logits"]
-    return f"their logits are {logits['max_difference']:.3g} apart (limit {logits['limit']:.3g})"
+    worst = max(_compared(certificate), key=lambda each: each["max_difference"] / each["limit"])
+    return f"their logits are {worst['max_difference']:.3g} apart (limit {worst['limit']:.3g})"
+
+
+def _compared(certificate: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the certificate tells of each head whose logits were compared."""
+    heads = (certificate.get(name, {}) for name in ("logits", "class_logits"))
+    return [head for head in heads if head.get("compared")]

@@ -51,18 +51,19 @@ class HuggingFaceWeights(ForeignWeights):
         super().__init__(table, sizes, self._slice, self._palette(where, sizes["V"]))
         self._refuse_biases(where, table)
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray | None:
-        """float32 [B, T, V] by transformers' own model, fed the start symbol and then all pixels but the last."""
-        if self.architecture != PIXELS or not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-            return None
+    def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """By transformers' own model, fed the start symbol and then all pixels but the last."""
+        if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+            return {}
         import torch  # several seconds
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.ImageGPTForCausalImageModeling.from_pretrained(self._folder, dtype=torch.float32).eval()
+        model = getattr(transformers, self.architecture).from_pretrained(self._folder, dtype=torch.float32).eval()
         inputs_BT = np.insert(tokens_BT[:, :-1], 0, self.sizes["V"], axis=1)
         with torch.inference_mode():
-            return model(torch.from_numpy(inputs_BT), use_cache=False).logits.numpy()
+            logits = model(torch.from_numpy(inputs_BT), use_cache=False).logits.numpy()
+        return {"pixels" if self.architecture == PIXELS else "classes": logits}
 
     def _json(self, name: str, where: str) -> dict[str, Any]:
         try:

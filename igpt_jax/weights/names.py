@@ -138,8 +138,20 @@ class Weights(Protocol):
     def tensor(self, name: str) -> np.ndarray:
         """One of the files' own tensors."""
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray | None:
-        """float32 [B, T, V], at t before pixel t is seen; None where nothing here can compute them."""
+    def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None) -> dict[str, np.ndarray]:
+        """float32 logits by the head that gives them: `pixels` [B, T, V], `classes` [B, K].
+
+        Those of a head that is not there, or that nothing here can compute, are left out.
+
+        Args:
+          tokens_BT: palette indices.
+          hidden_BT: the pixels that a masked model does not see; None for others.
+        """
+
+
+def masked(weights: Weights) -> bool:
+    """Whether they are a BERT model's: hidden pixels from all others. It alone has no start vector."""
+    return "start_D" not in weights.names
 
 
 class ForeignWeights:

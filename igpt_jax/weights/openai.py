@@ -1,6 +1,6 @@
 """OpenAI's TF1 checkpoints: reading, writing, and their released model's forward pass. TensorFlow reads the files.
 
-B batch, T tokens, S key tokens, D embed, N heads, H head dim, V palette.
+B batch, T tokens, S key tokens, D embed, N heads, H head dim, V palette, K classes.
 """
 
 import glob
@@ -67,8 +67,8 @@ class OpenAIWeights(ForeignWeights):
     def _slice(self, name: str, axis: int, start: int, stop: int) -> np.ndarray:
         return self._reader.get_tensor(name)  # no OpenAI variable holds more than one parameter
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """float32 [B, T, V], by OpenAI's released code (model.py: norm, attn, mlp, gelu2) written again in NumPy.
+    def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None) -> dict[str, np.ndarray]:
+        """By OpenAI's released code (model.py: norm, attn, mlp, gelu2, and its BERT form) written again in NumPy.
 
         It reads the variables by their own names and layouts, one block at a time, and so shares nothing with the
         table that it is there to check.
@@ -80,21 +80,26 @@ class OpenAIWeights(ForeignWeights):
             return gain_D * x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(1e-5))
 
         T = tokens_BT.shape[1]
-        tokens_BTD = get("wte")[tokens_BT]
-        start_B1D = np.broadcast_to(get("sos"), (len(tokens_BT), 1, tokens_BTD.shape[-1]))
-        x_BTD = np.concatenate([start_B1D, tokens_BTD[:, :-1]], 1) + get("wpe")[:T]
-        hidden = np.triu(np.full((T, T), -1e10, np.float32), 1)
+        x_BTD, later_TS = get("wte")[tokens_BT], np.zeros((T, T), np.float32)
+        if hidden_BT is None:
+            start_B1D = np.broadcast_to(get("sos"), x_BTD[:, :1].shape)
+            x_BTD, later_TS = np.concatenate([start_B1D, x_BTD[:, :-1]], 1), np.triu(later_TS - 1e10, 1)
+        else:
+            x_BTD = x_BTD * ~hidden_BT[..., None]
+        x_BTD = x_BTD + get("wpe")[:T]
         for layer in range(self.sizes["L"]):
             n_BTD = norm(x_BTD, get(f"h{layer}/ln_1/g"))
             q, k, v = (np.einsum("BSD,NHD->BNSH", n_BTD, get(f"h{layer}/attn/{name}_proj"), optimize=True)
                        for name in "qkv")
-            scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(np.float32(q.shape[-1])) + hidden
+            scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(np.float32(q.shape[-1])) + later_TS
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             attended = (weights / weights.sum(-1, keepdims=True)) @ v
             x_BTD = x_BTD + np.einsum("BNTH,NHD->BTD", attended, get(f"h{layer}/attn/c_proj"), optimize=True)
             h = norm(x_BTD, get(f"h{layer}/ln_2/g")) @ get(f"h{layer}/mlp/c_fc/w")
             x_BTD = x_BTD + (h / (1 + np.exp(-np.float32(1.702) * h))) @ get(f"h{layer}/mlp/c_proj/w")
-        return norm(x_BTD, get("ln_f/g")) @ get("wtet").T
+        n_BTD = norm(x_BTD, get("ln_f/g"))
+        return {"pixels": n_BTD @ get("wtet").T} | (
+            {"classes": n_BTD.mean(1) @ get("clf/wclf").T} if "K" in self.sizes else {})
 
 
 def _prefix(typed: str) -> str:

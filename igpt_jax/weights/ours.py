@@ -16,6 +16,7 @@ from igpt_jax.checkpoint import Record
 from igpt_jax.config import MODELS, MeshConfig, ModelConfig, PretrainConfig, UserError
 from igpt_jax.model import Dims
 from igpt_jax.step_folders import step_path
+from igpt_jax.weights import names
 from igpt_jax.weights.names import OPENAI, Weights
 
 OUTSIDE_BLOCKS = frozenset(tensor.parts[0].ours for tensor in OPENAI if not tensor.stacked)
@@ -29,9 +30,6 @@ class OurWeights:
     def __init__(self, typed: str):
         self._typed, self._path = typed, step_path(*checkpoint.locate(typed))
         self.record = checkpoint.load_record(typed)
-        if self.record.config.objective == "masked":
-            raise UserError(f"{typed} was trained with objective=masked. convert knows autoregressive models alone: "
-                            "the other formats have a start vector, which a masked model lacks.")
         leaves = jax.tree_util.tree_leaves_with_path(ocp.checkpointables_metadata(self._path).metadata["params"])
         self._shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
         self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
@@ -50,10 +48,12 @@ class OurWeights:
     def tensor(self, name: str) -> np.ndarray:
         return self._load(name.rpartition("/")[2])
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+    def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None) -> dict[str, np.ndarray]:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
         model, params, _ = checkpoint.load_model(self._typed, mesh, "float32")
-        return np.asarray(jax.jit(model.logits)(params, tokens_BT.astype(np.int32)))
+        pixels_BTV, classes_BK = jax.jit(model.outputs)(params, tokens_BT.astype(np.int32), None, hidden_BT)
+        found = {"pixels": pixels_BTV} | ({} if classes_BK is None else {"classes": classes_BK})
+        return jax.tree.map(np.asarray, found)
 
     def _load(self, name: str) -> np.ndarray:
         """One parameter, float32, in the host's memory. Raises UserError where it is not what was saved."""
@@ -76,6 +76,11 @@ def dropout_of(weights: Weights) -> float:
     return weights.record.config.model.dropout if isinstance(weights, OurWeights) else 0.0
 
 
+def class_layer_of(weights: Weights) -> int:
+    """The place in the stream that the class head reads; -1, the last, is that of all other files."""
+    return weights.record.config.model.class_layer if isinstance(weights, OurWeights) else -1
+
+
 def record_for(weights: Weights, palette_VC: np.ndarray) -> Record:
     """What a checkpoint made of weights says of itself: what it said before, or what their sizes tell."""
     if isinstance(weights, OurWeights):
@@ -84,16 +89,13 @@ def record_for(weights: Weights, palette_VC: np.ndarray) -> Record:
     row = (sizes["L"], sizes["D"], sizes["N"])
     name = next((name for name, sized in MODELS.items() if sized == row), ModelConfig().name)
     model = ModelConfig(name, layers=sizes["L"], embed=sizes["D"], heads=sizes["N"], mlp=sizes["F"])
-    return Record(PretrainConfig(model=model), palette_VC, image_size=round(sizes["T"] ** 0.5), data_fingerprint="",
-                  steps_done=weights.steps_done)
+    objective = "masked" if names.masked(weights) else "autoregressive"
+    return Record(PretrainConfig(model=model, objective=objective), palette_VC, image_size=round(sizes["T"] ** 0.5),
+                  data_fingerprint="", steps_done=weights.steps_done, classes=sizes.get("K", 0))
 
 
 def write(weights: Weights, workdir: str, palette_VC: np.ndarray) -> None:
-    """Writes WORKDIR/checkpoints/STEP. The stacked parameters lie in a temporary file, not in memory.
-
-    Raises:
-      UserError: weights that our model cannot hold.
-    """
+    """Writes WORKDIR/checkpoints/STEP. The stacked parameters lie in a temporary file, not in memory."""
     folder = storage.path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     place = str(folder) if storage.is_local(folder) else None
@@ -137,18 +139,11 @@ def _quiet() -> Iterator[None]:
 
 
 def parameters(weights: Weights, make: Callable[[tuple[int, ...], str], np.ndarray]) -> dict[str, Any]:
-    """All parameters, stacked as in our checkpoints, in arrays that `make(shape, name)` gives.
-
-    Raises:
-      UserError: weights that our model cannot hold.
-    """
-    if "start_D" not in weights.names:
-        raise UserError("these are the weights of a BERT model: they have no start vector (model/sos), and the model "
-                        "here is autoregressive. Give a checkpoint that is not called -bert.")
+    """All parameters, stacked as in our checkpoints, in arrays that `make(shape, name)` gives."""
     params: dict[str, Any] = {"blocks": {}}
     for tensor in OPENAI:
         name, letters = tensor.parts[0].ours, tensor.parts[0].letters
-        if name == "class_head_KD" and "K" not in weights.sizes:
+        if name in ("start_D", "class_head_KD") and name not in weights.names:
             continue
         array = make(tuple(weights.sizes[letter] for letter in ("L" if tensor.stacked else "") + letters), name)
         if name in weights.names:
