@@ -61,7 +61,7 @@ class OurWeights:
         leaf: Any = np.empty(self._shapes[path], np.float32)
         for key in reversed(path):
             leaf = {key: leaf}
-        with checkpoint.partial_load(64 * 2**20):
+        with checkpoint.partial_load(32 * 2**20):
             (array,) = jax.tree.leaves(ocp.load_checkpointables(self._path, {"params": leaf}))
         expected = self.record.checksums.get("/".join(("params", *path)))
         exact = self.record.config.precision != "float64"
