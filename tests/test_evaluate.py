@@ -72,7 +72,7 @@ def evaluate(folder, name, *more, code=0):
 def test_a_followed_run_is_evaluated_once_per_step_though_the_follower_is_killed(folder, logs):
     """SIGKILL after the first row; the same command again: a row and a line per step, none twice; a table, a figure.
 
-    Seen to fail with a step told before its row was written. Must fail with the former process's rows forgotten.
+    Seen to fail with a step told before its row was written, and with the former process's rows forgotten.
     """
     told = "".join(logs)
     for step in STEPS:

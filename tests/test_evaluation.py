@@ -15,7 +15,7 @@ from igpt_jax.model import Model
 def test_every_image_counts_once(tmp_path, monkeypatch):
     """23 images in batches of 1, 8 and 64 against the mean over all at once; given up, there is no figure.
 
-    Must fail with the last batch dropped, and with its filled-up rows counted in.
+    Seen to fail with the last batch dropped, and with its filled-up rows counted in.
     """
     monkeypatch.setenv("IGPT_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_what_is_no_file_of_tokens_is_refused(tmp_path, case):
 def test_a_file_of_tokens_in_openais_layout(tmp_path):
     """int64 [n, T] as published: every row counts once; a row with a colour that the palette lacks is named.
 
-    Seen to fail with the check of the tokens left out; must fail with the rows read in another order.
+    Seen to fail with the check of the tokens left out, and with the rows read in another order.
     """
     tokens = np.random.default_rng(0).integers(0, 5, (11, 16))
     np.save(tmp_path / "imagenet_teX.npy", tokens)

@@ -23,7 +23,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     each process reading its own rows by tf.data. Stopped by one SIGTERM both save the same step; one process
     and two evaluate what they wrote, as followers of a run that is done.
 
-    Must fail with every process reading the first rows.
+    Seen to fail with every process reading the first rows.
     """
     store = tmp_path / "store"
     assert run_job_command("prepare", f"--workdir={store}").returncode == 0

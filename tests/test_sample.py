@@ -38,7 +38,7 @@ def test_pictures_are_completed_below_the_rows_given(folder, capsys):
     """Cropped, reduced and quantized; named; what cannot be used is said; a completion is the same however many others
     there are and in whatever batch.
 
-    Must fail with a completion's stream folded with its index among all completions.
+    Seen to fail with a completion's stream folded with its index among all completions.
     """
     metrics, made = complete(folder, "one", completions=2, batch_size=2)
     said = capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_pictures_are_completed_below_the_rows_given(folder, capsys):
     ("broken.png", "no picture that can be used .broken.png: "),
     ("notes.txt", "no picture that can be used"), ("none", "matches nothing"), ("*.gif", "matches nothing")])
 def test_nothing_to_complete_is_said_in_one_line(folder, images, message):
-    """Must fail with a ValueError in place of one UserError."""
+    """Seen to fail with a ValueError in place of one UserError."""
     config = SampleConfig(checkpoint=str(folder / "model"), images=f"{folder}/pictures/{images}")
     with pytest.raises(UserError, match=message) as caught:
         sample.run(config, str(folder / "bad"))

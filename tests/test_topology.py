@@ -20,14 +20,14 @@ def test_names(name, chip, devices, groups):
     ("v5p:4x4", "a slice of v5p has 3 dims"), ("v5e:0x4", "a slice of v5e"), ("h100:0", "h100:8x4 for 4 nodes"),
     ("cpu:8x2", "cpu:8."), ("v5e:4x4*0", "*4 after them for 4 slices"), ("", "Kinds")])
 def test_mistakes_say_what_there_is(name, says):
-    """Must fail with `parse` passing what it does not know on to the compiler."""
+    """Seen to fail with `parse` passing what it does not know on to the compiler."""
     with pytest.raises(UserError) as error:
         topology.parse(name)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_same_kind_in_another_number():
-    """As square as it goes. Must fail with the largest side first."""
+    """As square as it goes. Seen to fail with the largest side first."""
     assert topology.resized(topology.parse("v5e:4x4"), 32).name == "v5e:4x8"
     assert topology.resized(topology.parse("v5p:2x2x1"), 128).name == "v5p:4x4x8"
     assert topology.resized(topology.parse("h100:8"), 32).name == "h100:8x4"

@@ -363,7 +363,7 @@ def original(tmp_path_factory):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_the_model_is_refused_by_name(tmp_path, original, case):
-    """Must fail with a ValueError in place of one UserError."""
+    """Seen to fail with a ValueError in place of one UserError."""
     for file in original.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     damage, message = REFUSED[case]
@@ -406,7 +406,7 @@ def test_mistakes_are_refused(tmp_path, original):
 
 
 def test_every_parameter_of_the_model_is_in_both_tables():
-    """And no other but the class head's. Must fail with model/sos left out."""
+    """And no other but the class head's. Seen to fail with model/sos left out."""
     params = Model(ModelConfig("igpt_tiny"), 512, 32, "float32").abstract_parameters()
     ours = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     for table in (names.OPENAI, (*names.HUGGING_FACE[huggingface.PIXELS],
@@ -420,7 +420,7 @@ def test_every_parameter_of_the_model_is_in_both_tables():
 def test_a_model_trained_here_gives_the_same_loss_in_transformers(tmp_path):
     """pretrain -> convert -> transformers on the held-out digits, and `evaluate` on them as a file of tokens: 1e-5.
 
-    Must fail with transformers fed the pixels unshifted, as its image processor gives them.
+    Seen to fail with transformers fed the pixels unshifted, as its image processor gives them.
     """
     import torch
     import transformers
