@@ -100,7 +100,7 @@ def _refuse_non_square(typed: str, source: Weights) -> None:
 
 
 def _refuse_what_has_no_place(config: ConvertConfig, source: Weights, target: str) -> None:
-    """A model that the target's format cannot say, or a head that it needs and is not there."""
+    """A model that the target's kind of file cannot tell from another, or a head that it needs and is not there."""
     typed = config.convert_from
     if target == "huggingface" and masked(source):
         raise UserError(f"{typed} is a masked (BERT) model; transformers' ImageGPT is always causal and would load it "
@@ -114,8 +114,8 @@ def _refuse_what_has_no_place(config: ConvertConfig, source: Weights, target: st
     if with_classes and "class_head_KD" not in source.names:
         raise UserError(f"head=classes: {typed} holds no class head. Leave head=pixels.")
     if with_classes and ours.class_layer_of(source) not in (-1, source.sizes["L"]):
-        raise UserError(f"{typed}: its class head reads place {ours.class_layer_of(source)} of the stream; that of "
-                        f"{target}:DIR reads the last. Only orbax:DIR can hold it.")
+        raise UserError(f"{typed}: its class head reads place {ours.class_layer_of(source)} of the stream, "
+                        f"{target}'s reads the last. Only orbax:DIR can hold it.")
     if "head_VD" not in source.names and not (target == "huggingface" and with_classes):
         fix = "Set --config.head=classes." if target == "huggingface" else "Convert it to orbax:DIR."
         raise UserError(f"{typed} holds no head for pixels. {fix}")
