@@ -143,7 +143,7 @@ def test_the_job_probes_every_layer(trained):
 def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained):
     """In float64: nats to 1e-8, and accuracies of all layers within 1 prediction per 1,000, on 1,000 test images.
 
-    Must fail with the features of each batch in another order than its labels.
+    Seen to fail with the features of each batch in another order than its labels.
     """
     found = {}
     for devices in (1, 8):
