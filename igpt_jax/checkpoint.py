@@ -522,9 +522,8 @@ def _newest_good(typed: str, read: Any) -> Any:
     raise NoneGood(f"{problem}. Name another step.")
 
 
-def partial_load(read_bytes: int | None = None) -> ocp.Context:
-    """For reading: parameters that are not asked for are left out; at most `read_bytes` are on their way at once."""
+def partial_load() -> ocp.Context:
+    """For reading: parameters that are not asked for are left out."""
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
-    context.memory_options.read_concurrent_bytes = read_bytes
     return context
