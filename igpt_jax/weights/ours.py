@@ -80,8 +80,11 @@ def _read(folder: storage.epath.Path, name: str) -> np.ndarray:
     if (folder / "manifest.ocdbt").exists():  # as training writes; `save` does not
         place = {"driver": "ocdbt", "base": storage.tensorstore_spec(folder), "path": f"{name}/"}
     stored = tensorstore.open({"driver": "zarr3", "kvstore": place}, open=True, read=True).result()
-    array, chunk = np.empty(stored.shape, np.float32), stored.chunk_layout.read_chunk.shape
-    axis = max(range(array.ndim), key=lambda axis: array.shape[axis] / chunk[axis])
+    chunk = stored.chunk_layout.read_chunk.shape
+    axis = max(range(stored.ndim), key=lambda axis: stored.shape[axis] / chunk[axis])
+    if chunk[axis] >= stored.shape[axis]:
+        return np.asarray(stored.read().result(), np.float32)
+    array = np.empty(stored.shape, np.float32)
     for first in range(0, array.shape[axis], chunk[axis]):
         part = *[slice(None)] * axis, slice(first, first + chunk[axis])
         array[part] = stored[part].read().result()
