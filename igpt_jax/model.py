@@ -96,16 +96,51 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def project(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
+def project(x: jax.Array, weight: jax.Array, contracted: int = 1, rounded_late: bool = False) -> jax.Array:
     """Contracts the last dims of x with the first of the weight, as one plain product of two matrices.
 
     The same as an einsum over [B, T, ...], which XLA's CPU compiler runs 2.5 times slower in the training step. Where
     sequences are split over devices, B and T stay apart: as one dim they could not be split both.
+
+    Args:
+      rounded_late: see `_product_rounded_late`.
     """
     if sharding.context_parts() > 1:
         return jnp.tensordot(x, weight, contracted)
     rows, columns = x.shape[:x.ndim - contracted], weight.shape[contracted:]
-    return (x.reshape(math.prod(rows), -1) @ weight.reshape(-1, math.prod(columns))).reshape(*rows, *columns)
+    product = _product_rounded_late if rounded_late else jnp.matmul
+    return product(x.reshape(math.prod(rows), -1), weight.reshape(-1, math.prod(columns))).reshape(*rows, *columns)
+
+
+@jax.custom_vjp
+def _product_rounded_late(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    """a b, and so its gradients: added up in float32 and then rounded to bfloat16, which other compilers do anyhow.
+
+    XLA's CPU compiler has fast products of bfloat16 only with float32 results, and [M, K] x [K, N] as they lie: others
+    it makes in float32, at half the speed.
+    """
+    return _wide_product(a_MK, b_KN).astype(a_MK.dtype)
+
+
+def _wide_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    return jnp.matmul(a_MK, b_KN, preferred_element_type=jnp.float32)
+
+
+def _product_rounded_late_backward(saved: tuple[jax.Array, jax.Array], d_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The factors that lie the other way round are inputs of a loop, or XLA would fold their turning into the product:
+    so K goes by halves."""
+    a_MK, b_KN = saved
+    M, K, N = *a_MK.shape, b_KN.shape[1]
+    parts = 2 - K % 2
+    a_PkM = a_MK.T.reshape(parts, K // parts, M)
+    b_PNk = b_KN.reshape(parts, K // parts, N).swapaxes(1, 2)
+    da_PMk, db_PkN = jax.lax.map(lambda turned: (_wide_product(d_MN, turned[1]), _wide_product(turned[0], d_MN)),
+                                 (a_PkM, b_PNk))
+    return da_PMk.swapaxes(0, 1).reshape(M, K).astype(a_MK.dtype), db_PkN.reshape(K, N).astype(b_KN.dtype)
+
+
+_product_rounded_late.defvjp(lambda a_MK, b_KN: (_product_rounded_late(a_MK, b_KN), (a_MK, b_KN)),
+                             _product_rounded_late_backward)
 
 
 @jax.custom_vjp
@@ -128,7 +163,7 @@ _read_out.defvjp(lambda n_BTD, head_VD: (_read_out(n_BTD, head_VD), (n_BTD, head
 class Block(nnx.Module):
     """x + Attention(norm(x)), then x + MLP(norm(x)). Holds the stacked weights [L, ...] of all blocks when built."""
 
-    def __init__(self, dims: Dims, make: Callable[[str], jax.Array], dtype: Any, rate: float):
+    def __init__(self, dims: Dims, make: Callable[[str], jax.Array], dtype: Any, rate: float, rounded_late: bool):
         self.attention_norm_D = nnx.Param(make("attention_norm_D"))
         self.query_DNH = nnx.Param(make("query_DNH"))
         self.key_DNH = nnx.Param(make("key_DNH"))
@@ -137,32 +172,36 @@ class Block(nnx.Module):
         self.mlp_norm_D = nnx.Param(make("mlp_norm_D"))
         self.up_DF = nnx.Param(make("up_DF"))
         self.down_FD = nnx.Param(make("down_FD"))
-        self.dtype, self.rate = dtype, rate
+        self.dtype, self.rate, self.rounded_late = dtype, rate, rounded_late
 
     def _weight(self, name: str) -> jax.Array:
         return gather_weight(getattr(self, name)[...], name.rsplit("_", 1)[-1], self.dtype)
 
+    def _project(self, x: jax.Array, name: str, contracted: int = 1) -> jax.Array:
+        return project(x, self._weight(name), contracted, self.rounded_late)
+
     def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values [B, T, N, H] of the normalised residual stream."""
         n_BTD = norm(x_BTD, self.attention_norm_D[...])
-        return tuple(constrain(project(n_BTD, self._weight(name)), "BTNH")
+        return tuple(constrain(self._project(n_BTD, name), "BTNH")
                      for name in ("query_DNH", "key_DNH", "value_DNH"))
 
     def after_attention(self, x_BTD: jax.Array, o_BTNH: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The rest of the block: projects the heads back, adds them, and adds the MLP."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        out_BTD = project(o_BTNH, self._weight("out_NHD"), contracted=2)
+        out_BTD = self._project(o_BTNH, "out_NHD", contracted=2)
         x_BTD = constrain(x_BTD + dropout(out_BTD, self.rate, attention_key), "BTD")
-        hidden_BTF = project(norm(x_BTD, self.mlp_norm_D[...]), self._weight("up_DF"))
+        hidden_BTF = self._project(norm(x_BTD, self.mlp_norm_D[...]), "up_DF")
         hidden_BTF = constrain(hidden_BTF * jax.nn.sigmoid(1.702 * hidden_BTF), "BTF")
-        out_BTD = project(hidden_BTF, self._weight("down_FD"))
+        out_BTD = self._project(hidden_BTF, "down_FD")
         return constrain(x_BTD + dropout(out_BTD, self.rate, mlp_key), "BTD")
 
 
 class ImageGPT(nnx.Module):
     """The whole model. Parameters are known by name; their last letters are their dims (see `sharding`)."""
 
-    def __init__(self, config: ModelConfig, dims: Dims, causal: bool, key: jax.Array, dtype: Any, parameter_dtype: Any):
+    def __init__(self, config: ModelConfig, dims: Dims, causal: bool, key: jax.Array, dtype: Any, parameter_dtype: Any,
+                 rounded_late: bool):
         deviations = _standard_deviations(config.init, dims)
         keys = iter(jax.random.split(key, len(deviations)))
 
@@ -176,7 +215,7 @@ class ImageGPT(nnx.Module):
         if causal:
             self.start_D = nnx.Param(make("start_D"))
         self.position_embed_TD = nnx.Param(make("position_embed_TD"))
-        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout)
+        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout, rounded_late)
         self.final_norm_D = nnx.Param(make("final_norm_D"))
         self.head_VD = nnx.Param(make("head_VD"))
         if dims.K:
@@ -306,13 +345,16 @@ class Model:
         self.precision = Precision.of(precision)
         mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         sharding.check_model(self.dims.N, self.dims.T, mesh)
-        backend = backend_for(config.attention, mesh.devices.flat[0].platform, precision, self.dims.T, self.dims.H,
+        platform = mesh.devices.flat[0].platform
+        backend = backend_for(config.attention, platform, precision, self.dims.T, self.dims.H,
                               mesh.shape[sharding.CONTEXT])
+        self._rounded_late = platform == "cpu" and precision == "bfloat16"
         self.config = dataclasses.replace(config, attention=backend)
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
     def _build(self, key: jax.Array) -> ImageGPT:
-        return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters)
+        return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters,
+                        self._rounded_late)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Initial parameters; jit it with shardings to make them in place."""

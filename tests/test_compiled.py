@@ -85,8 +85,8 @@ for mesh in MESHES:
 
 
 # Of the step below with jax 0.10.2 on x86-64. Where a change makes one smaller, or larger with reason, record it anew.
-RECORDED = {"recomputed": 1.184, "memory_bytes": 67.5e6, "rearranged_bytes": 2.34e6, "waiting_bytes": 9.74e6,
-            "fusion": 604, "dot": 42, "all-gather": 39, "copy": 32, "all-reduce": 4}
+RECORDED = {"recomputed": 1.184, "memory_bytes": 69.6e6, "rearranged_bytes": 2.15e6, "waiting_bytes": 9.74e6,
+            "fusion": 682, "dot": 18, "all-gather": 39, "copy": 29, "all-reduce": 4}
 
 
 def test_the_step_costs_no_more_than_it_did(tmp_path):
