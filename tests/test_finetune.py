@@ -150,10 +150,10 @@ def test_bad_input_is_one_line(folder):
 
 
 def test_masked_checkpoints_are_not_taken_for_others(folder):
-    """Neither by convert, the sampler nor the probe. The probe that is told votes over masks, alike at any batch size.
+    """Neither by the sampler nor the probe. The probe that is told votes over masks, alike at any batch size.
     """
     commands = [[job, f"--workdir={folder / job}", f"--config.{key}{folder / 'bert'}"] for job, key in
-                (("convert", "convert_from=orbax:"), ("sample", "checkpoint="), ("probe", "checkpoint="))]
+                (("sample", "checkpoint="), ("probe", "checkpoint="))]
     told = [["probe", f"--workdir={folder / f'probe{batch_size}'}", f"--config.checkpoint={folder / 'bert'}",
              "--config.objective=masked", "--config.strengths=(0.01,)", "--config.baselines=False",
              f"--config.batch_size={batch_size}"] for batch_size in (64, 100)]
