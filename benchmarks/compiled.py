@@ -62,8 +62,9 @@ def evidence(config: PlanConfig) -> dict[str, Any]:
     state = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
                 for leaf in jax.tree.leaves(arguments[0]))
     moved = program.traffic(text, dict(mesh.shape))
-    overlapped, waiting = overlap(text, dict(mesh.shape))
-    counts, rearranged = instructions(text)
+    module = program.parse(text)
+    overlapped, waiting = overlap(module, dict(mesh.shape))
+    counts, rearranged = instructions(module)
     return {"products": dict(products), "recomputed": flops.count(traced.jaxpr, model.causal) / saved,
             "memory_bytes": moved.memory_bytes, "rearranged_bytes": rearranged, "instructions": counts,
             "overlapped_bytes": overlapped, "waiting_bytes": waiting,
@@ -75,10 +76,9 @@ def _without_remat(config: PlanConfig) -> dict[str, Any]:
     return {**values, "model": {**values["model"], "remat": "none"}}
 
 
-def instructions(text: str) -> tuple[dict[str, int], float]:
+def instructions(module: dict[str, program.Computation]) -> tuple[dict[str, int], float]:
     """How many instructions of each opcode run, those inside fusions and those that move next to nothing not counted;
     and the bytes that rearrangements move."""
-    module = program.parse(text)
     counts, moved = collections.Counter(), 0.0
     for computation, instruction, times in program.executed(module, module["ENTRY"], 1.0):
         size = program.memory_bytes_of(module, computation, instruction)
@@ -88,28 +88,12 @@ def instructions(text: str) -> tuple[dict[str, int], float]:
     return dict(counts.most_common()), moved
 
 
-def overlap(text: str, mesh_shape: dict[str, int]) -> tuple[float, float]:
+def overlap(module: dict[str, program.Computation], mesh_shape: dict[str, int]) -> tuple[float, float]:
     """Bytes sent by collectives with computation between their start and their end, and by all others."""
-    module = program.parse(text)
-    overlapped = waiting = 0.0
-    chains = set()
-    for computation, instruction, times in program.executed(module, module["ENTRY"], 1.0):
-        for where, collective, kind in program.collectives_of(module, computation, instruction):
-            chain = re.search(r'chain_id="\d+"', collective.attributes)
-            if chain:  # spread over fusions that compute
-                link = chain[0], re.search(r"channel_id=\d+", collective.attributes)[0]
-                if link in chains:
-                    continue
-                chains.add(link)
-            size = program.group_of(collective.attributes, mesh_shape)[1]
-            if size < 2:
-                continue
-            sent = times * program.sent_bytes(collective, where, kind, size)
-            if chain or _computes_until_done(computation, instruction):
-                overlapped += sent
-            else:
-                waiting += sent
-    return overlapped, waiting
+    sent = {True: 0.0, False: 0.0}
+    for send in program.sends(module, mesh_shape):
+        sent[send.spread or _computes_until_done(send.computation, send.instruction)] += send.bytes
+    return sent[True], sent[False]
 
 
 def _computes_until_done(computation: program.Computation, start: program.Instruction) -> bool:

@@ -67,22 +67,51 @@ def traffic(text: str, mesh_shape: Mapping[str, int]) -> Traffic:
     """
     program = parse(text)
     memory, sent, counts, unknown = 0.0, defaultdict(float), defaultdict(float), 0
-    chains = set()
     for computation, instruction, times in executed(program, program["ENTRY"], 1.0):
         unknown += instruction.opcode == "while" and _trip_count(program, computation, instruction) is None
         memory += times * memory_bytes_of(program, computation, instruction)
-        for where, collective, kind in collectives_of(program, computation, instruction):
+    for send in sends(program, mesh_shape):
+        sent[send.axes] += send.bytes
+        counts[send.kind] += send.times
+    return Traffic(memory, dict(sent), dict(counts), unknown)
+
+
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """A collective that moves bytes between devices.
+
+    Attributes:
+      computation, instruction: the one that runs it, perhaps a fusion, and where it stands.
+      kind: its opcode without -start.
+      axes: mesh axes that its devices differ along, joined by +.
+      times: how often it runs; bytes: what a device sends in all of them.
+      spread: it overlaps with other work, over several fusions.
+    """
+    computation: Computation
+    instruction: Instruction
+    kind: str
+    axes: str
+    times: float
+    bytes: float
+    spread: bool
+
+
+def sends(program: dict[str, Computation], mesh_shape: Mapping[str, int]) -> Iterator[Send]:
+    """All that run, each once."""
+    chains = set()
+    for computation, instruction, times in executed(program, program["ENTRY"], 1.0):
+        for where, collective, kind in _collectives(program, computation, instruction):
             # A collective that overlaps with other work is spread over several fusions, which name one chain.
-            if chain := re.search(r'chain_id="\d+"', collective.attributes):
+            chain = re.search(r'chain_id="\d+"', collective.attributes)
+            if chain:
                 link = chain[0], re.search(r"channel_id=\d+", collective.attributes)[0]
                 if link in chains:
                     continue
                 chains.add(link)
-            axes, size = group_of(collective.attributes, mesh_shape)
+            axes, size = _group(collective.attributes, mesh_shape)
             if size > 1:
-                sent[axes] += times * sent_bytes(collective, where, kind, size)
-                counts[kind] += times
-    return Traffic(memory, dict(sent), dict(counts), unknown)
+                yield Send(computation, instruction, kind, axes, times, times * _sent(collective, where, kind, size),
+                           bool(chain))
 
 
 def parse(text: str) -> dict[str, Computation]:
@@ -187,7 +216,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 # Collectives.
 
-def collectives_of(program: dict[str, Computation], computation: Computation, instruction: Instruction
+def _collectives(program: dict[str, Computation], computation: Computation, instruction: Instruction
                  ) -> Iterator[tuple[Computation, Instruction, str]]:
     """The collective that an instruction is, or those in a fusion: with the computation around it, and its kind."""
     between_slices = instruction.opcode == "send" and "_xla_megascale" in instruction.attributes
@@ -201,7 +230,7 @@ def collectives_of(program: dict[str, Computation], computation: Computation, in
                 yield inside, each, "reduce-scatter" if each.base == "all-reduce" and sliced else each.base
 
 
-def group_of(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
+def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
     """The mesh axes that the devices of one group differ along, joined by +, and the size of a group."""
     if "_xla_megascale" in attributes:  # between TPU slices, which lie along the first mesh axis that is split
         return next((axis for axis, size in mesh_shape.items() if size > 1), ""), 2
@@ -234,7 +263,7 @@ def _names(differ: np.ndarray, mesh_shape: Mapping[str, int]) -> str:
     return "+".join(axis for axis, used in zip(mesh_shape, differ, strict=True) if used)
 
 
-def sent_bytes(instruction: Instruction, computation: Computation, kind: str, size: int) -> float:
+def _sent(instruction: Instruction, computation: Computation, kind: str, size: int) -> float:
     """Bytes that a device sends, by the algorithms that move least: rings, or their like on a torus."""
     operands = instruction.operands[:1] if kind == "send" else instruction.operands
     given = sum(bytes_of(computation[name].type) for name in operands if name in computation)
