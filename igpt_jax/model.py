@@ -83,6 +83,25 @@ def norm(x_BTD: jax.Array, gain_D: jax.Array) -> jax.Array:
     return (x * scale * gain_D).astype(x_BTD.dtype)
 
 
+@jax.custom_vjp
+def activation(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x), computed in float32 or wider and rounded once: bfloat16 would make the factor 1.703.
+
+    The backward pass keeps x alone, and computes the sigmoid again.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
+
+
+def _activation_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    share = jax.nn.sigmoid(1.702 * wide)
+    return ((d * share * (1 + 1.702 * wide * (1 - share))).astype(x.dtype),)
+
+
+activation.defvjp(lambda x: (activation(x), x), _activation_backward)
+
+
 def pool(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
     """The mean [B, D] over positions of the stream, after the norm of this gain if there is one; float32 or wider."""
     wide_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
@@ -192,7 +211,7 @@ class Block(nnx.Module):
         out_BTD = self._project(o_BTNH, "out_NHD", contracted=2)
         x_BTD = constrain(x_BTD + dropout(out_BTD, self.rate, attention_key), "BTD")
         hidden_BTF = self._project(norm(x_BTD, self.mlp_norm_D[...]), "up_DF")
-        hidden_BTF = constrain(hidden_BTF * jax.nn.sigmoid(1.702 * hidden_BTF), "BTF")
+        hidden_BTF = constrain(activation(hidden_BTF), "BTF")
         out_BTD = self._project(hidden_BTF, "down_FD")
         return constrain(x_BTD + dropout(out_BTD, self.rate, mlp_key), "BTD")
 

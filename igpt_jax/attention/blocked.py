@@ -75,7 +75,7 @@ def _blocked_forward(q, k, v, causal):
 
 def _blocked_backward(causal, saved, d_out):
     q, k, v, out, log_sums = saved
-    inner = (d_out * out).astype(log_sums.dtype).sum(-1)
+    inner = (d_out.astype(log_sums.dtype) * out).sum(-1)
 
     def head(arrays):
         q_TH, q_HT, k_SH, k_HS, v_SH, dout_TH, dout_HT, log_sums_T, inner_T = arrays

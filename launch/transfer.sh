@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The paper's transfer in small: pretrained on one set of images, probed on the classes of another, which it never saw.
+#   launch/transfer.sh [PYTHON [FOLDER]]
+# About an hour on two CPU cores. Run again, it goes on where it was. LIMIT=10000 probes on the first 10,000 images of
+# each split only. Where the images are (default: TFDS downloads them):
+#   SOURCE=npz:tinyimagenet.npz PROBED=npz:cifar10_train.npz PROBED_TEST=npz:cifar10_test.npz PALETTE=kmeans_centers.npy \
+#     launch/transfer.sh
+set -euo pipefail
+python=${1:-python3}
+folder=${2:-runs/transfer}
+job() { "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}"; }
+
+# Two devices use two cores better than one device with two threads.
+export XLA_FLAGS="--xla_force_host_platform_device_count=${DEVICES:-2} ${XLA_FLAGS:-}"
+
+job prepare store --config.source="${SOURCE:-tfds:imagenet_resized/16x16}" --config.image_size=16 \
+  --config.palette="${PALETTE:-fit:512}"
+job prepare probed --config.source="${PROBED:-tfds:cifar10}" --config.test_source="${PROBED_TEST:-tfds:cifar10@test}" \
+  --config.image_size=16 --config.palette="$folder/store/palette.npy"
+job pretrain pretrain --config=configs/pretrain.py:model=igpt_tiny --config.data.store="$folder/store" \
+  --config.steps="${STEPS:-1500}" --config.batch_size=64 --config.optimizer.learning_rate=3e-3 \
+  --config.optimizer.warmup_steps="${WARMUP:-100}" --config.precision=float32 --config.mesh.data=-1 --config.mesh.fsdp=1 \
+  --config.checkpoint_every_steps=250 --config.eval_every_steps=500
+job evaluate evaluate --config.checkpoints="$folder/pretrain" --config.data.store="$folder/probed" --config.data.split=test \
+  --config.mesh.data=-1 --config.mesh.fsdp=1
+job probe probe --config.checkpoint="$folder/pretrain" --config.data.store="$folder/probed" \
+  --config.labels_per_class="${LABELS:-(4,25,400)}" --config.limit="${LIMIT:-0}" --config.mesh.data=-1 --config.mesh.fsdp=1
+job report report --config.workdirs="$folder/*"
