@@ -3,6 +3,7 @@
 # make slow         the tests that take minutes
 # make buckets      the tests against emulators of S3 and Google Cloud Storage, in an environment of their own
 # make reproduce    the paper's Figures 2 and 3 in small, about two hours; see launch/reproduce.sh
+# make transfer     the paper's transfer in small: pretrained on some images, probed on others; see launch/transfer.sh
 # make slurm        the SLURM files on a cluster of this machine; needs Debian's slurm-wlm and munge, and root
 # make scaling      compiles the table of docs/scaling.md; GPU cells with CUDA_PYTHON=..., see there
 # make faults       the fault tests alone; make faults-long: 200 kills and all the rest, an hour
@@ -22,7 +23,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow reproduce buckets slurm scaling faults faults-long wandb notebook browser lint clean
+.PHONY: setup quickstart test slow reproduce transfer buckets slurm scaling faults faults-long wandb notebook browser lint clean
 
 setup: $(INSTALLED)
 
@@ -52,6 +53,9 @@ buckets:
 
 reproduce: setup
 	launch/reproduce.sh $(VENV)/bin/python runs/reproduce
+
+transfer: setup
+	launch/transfer.sh $(VENV)/bin/python runs/transfer
 
 slurm: setup
 	$(VENV)/bin/python -m pytest -m slurm

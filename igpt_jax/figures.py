@@ -86,7 +86,7 @@ def accuracy_over_loss(path: storage.epath.Path, runs: Mapping[str, Sequence[Map
 
 
 def accuracy_by_layer(path: storage.epath.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]],
-                      others: Mapping[str, float], test_count: int) -> None:
+                      others: Mapping[str, float], test_count: int, measured: int = 1) -> None:
     """Draws test accuracy over layers with its 95 % intervals (the paper's Figure 2), and baselines as dashed lines.
 
     Args:
@@ -94,9 +94,12 @@ def accuracy_by_layer(path: storage.epath.Path, curves: Mapping[str, Sequence[Ma
       curves: rows with `layer`, `test_accuracy` and its interval, by name of the checkpoint.
       others: accuracy by name.
       test_count: examples counted.
+      measured: curves that there are; the title tells of those left out.
     """
     figure = _new()
     axes = figure.subplots()
+    if measured > len(curves):
+        axes.set_title(f"{len(curves)} of {measured} checkpoints", fontsize=10)
     for name, rows in curves.items():
         spreads = _spreads(rows, "test_accuracy", "interval")
         axes.errorbar([row["layer"] for row in rows], [100 * row["test_accuracy"] for row in rows], yerr=spreads,

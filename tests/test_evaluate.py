@@ -168,6 +168,9 @@ BAD = {
     "nothing ever came": (["--config.checkpoints={folder}/nothing", "--config.watch=True", "--config.idle_seconds=0.1",
                            "--config.poll_seconds=0.1"], "names no finished checkpoint"),
     "being written": (["--config.checkpoints={folder}/unfinished/checkpoints/12"], "holds no checkpoint"),
+    "no store, while it waits": (["--config.checkpoints={folder}/nothing", "--config.watch=True",
+                                 "--config.data.store={folder}/missing"], "missing"),
+    "no store to probe": (["--config.probe=True", "--config.probing.data.store={folder}/missing"], "missing"),
     "no slice": (["--config.shard=2/2"], "slices are 0/n to n-1/n"),
     "nothing to merge": (["--config.shard=merge"], "finished slices of 0 array jobs"),
 }

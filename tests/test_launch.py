@@ -11,6 +11,7 @@ import sys
 
 import jsonschema
 import kubernetes_validate
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, run_job_command
@@ -192,6 +193,31 @@ def test_the_best_rate_of_a_sweep(tmp_path):
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:6]] == ["0.01", "0.003", "0.001", "0.0003"]
     assert "Best: learning rate 0.003, 2.1000 nats per pixel held out. 2 of 4 did not finish." in table
     assert json.loads((tmp_path / "sweep.json").read_text())["rows"][0]["eval/nats_per_pixel"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("script", ["reproduce", "transfer"])
+def test_reproductions(tmp_path, script):
+    """With few steps on made-up pictures; all stages finish, twice, and the second time what is done stays."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 200), ("test", 40)):
+        np.savez(tmp_path / f"{split}.npz", images=random.integers(0, 256, (count, 16, 16, 3), np.uint8),
+                 labels=np.arange(count) % 4)
+    train, test = (f"npz:{tmp_path}/{split}.npz" for split in ("train", "test"))
+    sources = {"reproduce": {"SOURCE": train, "TEST_SOURCE": test, "STEPS": "1,2,3"},
+               "transfer": {"SOURCE": train, "PROBED": train, "PROBED_TEST": test, "STEPS": "3", "LABELS": "(2,)"}}
+    checkpoints = None
+    for _ in range(2):
+        done = subprocess.run([ROOT / f"launch/{script}.sh", sys.executable, tmp_path / "runs"], cwd=ROOT, text=True,
+                              env={**os.environ, "WARMUP": "1", **sources[script]}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        ends = [json.loads(file.read_text())["status"] for file in tmp_path.glob("runs/*/result.json")]
+        assert ends == ["done"] * {"reproduce": 7, "transfer": 6}[script]
+        assert (tmp_path / "runs/report/report.html").exists()
+        found = sorted(tmp_path.glob("runs/*/checkpoints/*"))
+        assert found and checkpoints in (None, found)
+        checkpoints = found
 
 
 def test_the_container_installs_by_the_constraints():

@@ -31,7 +31,7 @@ from igpt_jax.probing import Prober
 from igpt_jax.runtime import Ended
 
 NAME = "evaluation"
-CURVES = 8  # checkpoints whose accuracies by layer are drawn
+CURVES = 10  # checkpoints whose accuracies by layer are drawn: as many as there are colours
 # Keys that decide which checkpoints are evaluated, when and how fast, but no figure.
 FREE_KEYS = ("checkpoints", "watch", "idle_seconds", "poll_seconds", "shard", "mesh", "batch_size", "attention")
 
@@ -55,6 +55,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         telemetry.say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
+    _check_stores(config)
     asked = _digest({name: value for name, value in to_dict(config).items() if name not in FREE_KEYS})
     rows = [row for row in table.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
@@ -80,6 +81,15 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     if damaged:
         raise Ended(f"damaged, and not in the table: {', '.join(damaged)}.", _metrics(rows))
     return _metrics(rows)
+
+
+def _check_stores(config: EvaluateConfig) -> None:
+    """Raises UserError for a store or split that is missing: now, not once the first checkpoint is measured."""
+    if config.data.store and not config.tokens:
+        open_split(config.data.store, config.data.split, 0)
+    if config.probe and config.probing.data.store:
+        for split in (config.probing.data.train, config.probing.data.held_out, config.probing.data.test):
+            open_split(config.probing.data.store, split, 0)
 
 
 def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
@@ -161,7 +171,7 @@ def _publish(folder: storage.epath.Path, rows: list[Row]) -> None:
         shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
         count = rows[0]["probe_examples"]
         figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png",
-                                  dict(curves[index] for index in shown), {}, count)
+                                  dict(curves[index] for index in shown), {}, count, len(curves))
         figures.accuracy_over_loss(folder / "figures" / "accuracy_over_loss.png", runs, count)
 
 
