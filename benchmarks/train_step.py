@@ -199,11 +199,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--attention", default="auto", help="our back-end")
     parser.add_argument("--remat", default="attention", help="what ours computes again")
+    parser.add_argument("--unroll", type=int, default=1, help="blocks in each turn of our loop; their number: no loop")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="candidates whose names match this regular expression")
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
-    choices = {"attention": arguments.attention, "remat": arguments.remat}
+    choices = {"attention": arguments.attention, "remat": arguments.remat, "unroll": arguments.unroll}
     if arguments.model in MODELS:
         shape = ModelConfig(arguments.model, **choices)
     else:

@@ -9,8 +9,8 @@ no weight decay, dropout or clipping. The learning rate 0.0003 is quoted second-
 Figures: 68.7% by linear probe on ImageNet, 72.0% on the features of five layers. No loss was published.
 Ours: products and activations in bfloat16 over float32 parameters; --config.precision=float32 is the paper's.
 Left open: the number of heads (24 of 128 here, for matrix units), what one epoch is on 101M images, Adam's epsilon.
-Memory: parameters and Adam's moments take 82 GB, split over mesh.fsdp; on more than 64 devices a batch of 64 leaves
-none for some, so share each image between devices with mesh.tensor.
+Memory: parameters and Adam's moments take 82 GB, split over mesh.fsdp; with more than 64 devices
+there are fewer images than devices: let several share each image with mesh.tensor or mesh.context.
 """
 
 from igpt_jax.config import base_config, override

@@ -43,8 +43,8 @@ ATTEMPTS, LONGEST_PAUSE = 3, 64.0  # of saving what must be saved; seconds betwe
 # it sees. `steps` may differ too where neither the schedule nor the warm-up depends on it. (The record compares image
 # size and palette themselves.)
 FREE_KEYS = frozenset({"data.store", "data.held_out", "data.reader", "data.prefetch", "data.stage", "model.attention",
-                       "model.remat", "accumulate", "images_per_pass", "image_size", "palette", "log_every_steps",
-                       "eval_every_steps", "checkpoint_every_steps", "keep_newest", "keep_steps",
+                       "model.remat", "model.unroll", "accumulate", "images_per_pass", "image_size", "palette",
+                       "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_newest", "keep_steps",
                        "data.test", "patience", "wandb",
                        "max_skipped_updates", "skip_divergence", "accept_changes", "stall_seconds",
                        "compare_replicas_every_steps", "replay_check", "profile"})

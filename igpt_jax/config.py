@@ -91,12 +91,14 @@ class ModelConfig:
     remat: str = key("attention", "what the backward pass recomputes: none (nothing), dots (all but matrix products and"
                                   " what attention gives), attention (all but what attention gives), offload (as "
                                   "attention, which waits in the host's memory), full (each whole block)")
+    unroll: int = key(1, "blocks in each turn of the loop over them; model.layers: no loop, longer to compile")
 
     def __post_init__(self):
         _one_of("model.name", self.name, list(MODELS))
         _one_of("model.init", self.init, ["released", "paper"])
         _one_of("model.attention", self.attention, ATTENTION_BACKENDS)
         _one_of("model.remat", self.remat, REMAT_POLICIES)
+        _require(self.unroll >= 1, f"model.unroll={self.unroll} must be at least 1.")
         _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1).")
         for name, row in zip(("layers", "embed", "heads"), MODELS[self.name], strict=True):
             size = getattr(self, name)
@@ -127,7 +129,8 @@ class FinetuneModelConfig(ModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = key(0.003, "peak learning rate (paper: 0.003 for S, about 0.001 for L, 0.0003 for XL)")
+    learning_rate: float = key(0.003, "peak learning rate (quoted from the paper by others: 0.003 for S, 0.001 for "
+                                      "L, 0.0003 for XL)")
     schedule: str = key("cosine", "after warm-up: cosine (towards 0 at the end) or constant")
     warmup_steps: int = key(-1, "steps of linear warm-up from 0; -1: one epoch, as in the paper")
     beta1: float = key(0.9, "Adam's decay of the first moment")
@@ -536,7 +539,7 @@ class PlanConfig(PretrainConfig):
     search_compiles: int = key(4, "most promising candidates that the search compiles")
     python: str = key("", "interpreter of an environment with jax[cuda13], for GPU topologies; empty: this one")
     roofline_share: float = key(0.6, "share of the roofline's speed that runs are taken to reach until calibrated; "
-                                     "public transformers of these sizes reach about 0.5 to 0.7")
+                                     "public transformers of these sizes report 0.35 to 0.7")
     calibration: str = key("", "finished pretrain workdirs on the same kind of device: comma list or glob; their speed "
                                "replaces roofline_share")
     dollars_per_device_hour: float = key(-1.0, "price; -1: the list price in topology.py")

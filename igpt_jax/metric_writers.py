@@ -27,7 +27,7 @@ def check_installed(config: PretrainConfig) -> None:
         found = importlib.util.find_spec("wandb")
         if found is None or found.origin is None:  # a folder ./wandb, which W&B itself leaves, is not the package
             raise UserError(f"wandb={config.wandb!r}: Weights & Biases is not installed. "
-                            "Install it with: pip install 'igpt-jax[wandb]'")
+                            "Install it with: pip install '.[wandb]'")
 
 
 def open_writers(config: PretrainConfig, workdir: str) -> list[Writer]:

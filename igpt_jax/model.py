@@ -276,8 +276,9 @@ class ImageGPT(nnx.Module):
             return body(nnx.merge(graph, layer[0]), carry, layer[1])
 
         if self.config.remat != "none":
-            step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
-        return jax.lax.scan(step, carry, (stacked, extra))
+            # Across a loop's turns the compiler merges nothing; without a loop it would keep what is to be made again.
+            step = jax.checkpoint(step, prevent_cse=self.config.unroll > 1, policy=REMAT_POLICIES[self.config.remat])
+        return jax.lax.scan(step, carry, (stacked, extra), unroll=self.config.unroll)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 or wider: the final norm and the untied head."""

@@ -27,5 +27,5 @@ for size in 4x64 6x96 6x128; do
 done
 job evaluate evaluate --config.checkpoints="$(IFS=,; echo "${checkpoints[*]}")" --config.data.split=test \
   --config.probe=True --config.probing.limit="${LIMIT:-0}" --config.mesh.data=-1 --config.mesh.fsdp=1
-job probe probe --config.checkpoint="$folder/6x128" --config.mesh.data=-1 --config.mesh.fsdp=1
+job probe probe --config.checkpoint="$folder/6x128" --config.limit="${LIMIT:-0}" --config.mesh.data=-1 --config.mesh.fsdp=1
 job report report --config.workdirs="$folder/*"

@@ -64,7 +64,7 @@ def test_without_wandb_the_run_does_not_start(tmp_path, monkeypatch, folder_of_t
         (tmp_path / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(UserError, match=r"wandb='digits'.*pip install 'igpt-jax\[wandb\]'"):
+    with pytest.raises(UserError, match=r"wandb='digits'.*pip install '\.\[wandb\]'"):
         loop.train(config("digits"), str(tmp_path / "run"))
 
 

@@ -146,7 +146,7 @@ def test_mistakes(settings, says, cache, monkeypatch, tmp_path):
 def test_a_missing_compiler_is_one_line(monkeypatch):
     """It names what to install. Seen to fail with the import left to fail by itself."""
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'igpt-jax\[plan\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[plan\]'"):
         targets.devices_for(topology.parse("v5e:2x2"))
     monkeypatch.setitem(__import__("sys").modules, "jax_plugins.xla_cuda13", None)
     with pytest.raises(UserError, match="--config.python"):

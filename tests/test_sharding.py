@@ -83,7 +83,7 @@ check("data, parts", 1e-8, one, run(MeshConfig(2, 1), 2, "float64", accumulate=4
 
 
 def test_memory_levers_give_the_same_losses(python):
-    """Remat policies, accumulation and a state restored into another mesh, float64, 20 steps.
+    """Remat policies, no loop over blocks, accumulation and a state restored into another mesh, float64, 20 steps.
 
     Seen to fail with the parts of an accumulated batch summed and not averaged.
     """
@@ -93,6 +93,7 @@ mesh = MeshConfig(1, 2, 2, 2)
 one = run(MeshConfig(), 1, "float64")
 for remat in ("none", "dots", "offload", "full"):
     check(remat, 1e-8, one, run(mesh, 8, "float64", remat=remat))
+check("no loop", 1e-8, one, run(mesh, 8, "float64", remat="dots", unroll=2))
 for accumulate in (2, 4):
     check(accumulate, 1e-8, one, run(mesh, 8, "float64", accumulate=accumulate))
 """)

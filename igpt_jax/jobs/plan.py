@@ -1,7 +1,7 @@
 """Compiles the very training step for a topology that need not be there: does it fit, how fast, which mesh, what cost?
 
 Writes plan.json, plan.txt and figures/plan.png. Where no mesh is set, the one estimated to be the fastest is taken.
-TPU topologies need libtpu (`pip install 'igpt-jax[plan]'`); GPU ones need jax[cuda13] in an environment of its own,
+TPU topologies need libtpu (`pip install '.[plan]'`); GPU ones need jax[cuda13] in an environment of its own,
 named by --config.python. What was compiled is kept under $IGPT_CACHE.
 """
 

@@ -37,7 +37,7 @@ def estimate(config: PlanConfig) -> Estimate:
     state = own * (2 * WHOLE + SECOND_MOMENT_BYTES[config.optimizer.second_moment])
     gradients = own * WHOLE * (1 if parts == 1 else 2)
     kept = {"full": D, "offload": D, "attention": D + D / mesh.tensor, "dots": 3 * D + (4 * D + F) / mesh.tensor,
-            "none": 8 * D + (8 * D + 5 * F) / mesh.tensor}[remat] * HALF  # of a token and layer
+            "none": 8 * D + (8 * D + 3 * F) / mesh.tensor}[remat] * HALF  # of a token and layer
     scores = 3 * WHOLE * b * d.N / mesh.tensor * t * d.T if plain else 0.0
     block = b * t * (12 * D + (8 * D + 4 * F) / mesh.tensor) * HALF + 4 * HALF * b * d.T * D / mesh.tensor + scores
     whole_weights = 3 * HALF * blocks / d.L / mesh.tensor + 2 * WHOLE * (d.V + d.T) * D

@@ -46,7 +46,7 @@ def devices_for(target: Target) -> list[Any]:
 
 def _tpu(target: Target) -> topologies.TopologyDescription:
     if not importlib.util.find_spec("libtpu"):
-        raise UserError(f"topology={target.name} needs Google's TPU compiler. Run `pip install 'igpt-jax[plan]'`, or "
+        raise UserError(f"topology={target.name} needs Google's TPU compiler. Run `pip install '.[plan]'`, or "
                         "`pip install libtpu`.")
     name, _, _ = target.name.partition("*")
     # One device per chip, with both cores, as on real v4 and v5p machines.
@@ -64,7 +64,7 @@ def _gpu(target: Target) -> topologies.TopologyDescription:
         import jax_plugins.xla_cuda13 as plugin
     except ImportError:
         raise UserError(f"topology={target.name} needs NVIDIA's compiler, in an environment of its own (4.4 GB): "
-                        "`python -m venv cuda && cuda/bin/pip install 'igpt-jax[cuda]'`, then set "
+                        "`python -m venv cuda && cuda/bin/pip install '.[cuda]'`, then set "
                         "--config.python=cuda/bin/python") from None
     plugin._load_nvidia_libraries()  # cuDNN and the like must be found before XLA asks for them
     chip = target.chip

@@ -3,8 +3,8 @@
 #
 #   launch/slurm/chain.sh RUN --config=configs/igpt_s.py --config.data.store=STORE ...       (pretrain's arguments)
 #
-# RUN: a folder or bucket; each job gets RUN/JOB as its workdir. STAGES chooses the jobs (default: all that there are of
-# pretrain, probe, finetune, evaluate, report). PROBE, FINETUNE, EVALUATE and REPORT are more arguments of those jobs:
+# RUN: a folder or bucket; each job gets RUN/JOB as its workdir. STAGES chooses the jobs (default: pretrain probe
+# finetune evaluate report). PROBE, FINETUNE, EVALUATE and REPORT are more arguments of those jobs:
 # PROBE='--config.batch_size=512'. SBATCH="sbatch --nodes=4" sets options of sbatch.
 set -euo pipefail
 
@@ -15,13 +15,9 @@ fi
 run=$1
 shift
 read -ra sbatch <<< "${SBATCH:-sbatch}"
-if [[ -z ${STAGES:-} ]]; then
-  jobs=$("${PYTHON:-python}" -m igpt_jax | awk '{print $1}')
-  STAGES=$(for stage in pretrain probe finetune evaluate report; do grep -x "$stage" <<< "$jobs" || true; done)
-fi
 
 before=""
-for stage in $STAGES; do
+for stage in ${STAGES:-pretrain probe finetune evaluate report}; do
   more=${stage^^} place=()
   read -ra arguments <<< "${!more:-}"
   case $stage in
