@@ -10,6 +10,7 @@ the best held-out accuracy, then held-out images folded back: --config.data.spli
 --config.data.held_out= --config.patience=0 --config.steps=STEPS, the first run's best_step.
 Figures, iGPT-L: 99.0%; BERT 98.6%.
 Left open: the number of steps, the exact learning rate (set a tenth of the model's), warm-up (here none).
+Cost: not planned; `plan` compiles pretraining, evaluation and sampling.
 """
 
 from igpt_jax.config import base_config, override

@@ -9,6 +9,7 @@ Paper: logistic regression by L-BFGS on the best layer's pooled features; low da
 five draws.
 Figures, iGPT-L: 96.3%; low data 73.2, 87.6 and 94.3%. The last layer costs 2.4 points.
 Left open: the strength of the penalty (here chosen on the held-out images) and the scale of features (here 1).
+Cost: not planned; `plan` compiles pretraining, evaluation and sampling.
 """
 
 from igpt_jax.config import base_config, override

@@ -10,6 +10,7 @@ Figures: S 41.9%, M 54.5%, L 60.3%, L at 48x48 65.2%, XL at 64x64 68.7%, on five
 Left open: batch size (here 1024), weight decay and augmentation (here none).
 Memory: the features of all layers are kept, float32: 5.5 GB per layer of 1,024 features, and of one layer
 twice; name fewer with layers.
+Cost: not planned; `plan` compiles pretraining, evaluation and sampling.
 """
 
 from igpt_jax.config import base_config, override

@@ -165,6 +165,10 @@ def test_verdicts_are_kept_by_content(cache, monkeypatch):
     monkeypatch.setattr(verdicts, "_code_digest", lambda: "another")
     verdicts.verdict_for(config_for(small))
     assert len(asked) == 4
+    for flags in ("", "", "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+        verdicts.verdict_for(config_for("model=igpt_tiny,topology=v5e:2x2,batch_size=16"))
+    assert len(asked) == 6
 
 
 def test_a_crash_of_the_compiler_is_a_verdict(cache, monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ WITHOUT_EFFECT = (
     "data", "seed", "palette", "steps", "max_skipped_updates", "log_every_steps", "eval_every_steps",
     "checkpoint_every_steps", "keep_newest", "keep_steps", "python", "search", "search_compiles", "calibration",
     "roofline_share", "dollars_per_device_hour", "save_gigabytes_per_second", "failures_per_1000_device_days")
+FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}  # variables that tell a compiler what to do, by platform
 TIMEOUT_SECONDS = 1800
 
 
@@ -80,11 +81,12 @@ def _environment(target: topology.Target) -> dict[str, str]:
 
 
 def _digest(config: PlanConfig) -> str:
-    """Of the config that matters, the code of the step, and the compilers' versions."""
+    """Of the config that matters, the code of the step, and the compilers' versions and flags."""
     values = {name: value for name, value in to_dict(config).items() if name not in WITHOUT_EFFECT}
     values["optimizer"] = {name: value for name, value in values["optimizer"].items()
                            if name not in ("learning_rate", "beta1", "beta2", "epsilon")}
-    text = json.dumps([values, _code_digest(), _versions(config.python)], sort_keys=True)
+    flags = os.environ.get(FLAGS.get(topology.parse(config.topology).platform, ""), "")
+    text = json.dumps([values, _code_digest(), _versions(config.python), flags], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
