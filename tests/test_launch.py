@@ -197,23 +197,29 @@ def test_the_best_rate_of_a_sweep(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("script", ["reproduce", "transfer"])
+@pytest.mark.parametrize("script", ["reproduce", "reproduce_10m", "transfer"])
 def test_reproductions(tmp_path, script):
     """With few steps on made-up pictures; all stages finish, twice, and the second time what is done stays."""
     random = np.random.default_rng(0)
     for split, count in (("train", 200), ("test", 40)):
-        np.savez(tmp_path / f"{split}.npz", images=random.integers(0, 256, (count, 16, 16, 3), np.uint8),
+        np.savez(tmp_path / f"{split}.npz", images=random.integers(0, 256, (count, 32, 32, 3), np.uint8),
                  labels=np.arange(count) % 4)
     train, test = (f"npz:{tmp_path}/{split}.npz" for split in ("train", "test"))
     sources = {"reproduce": {"SOURCE": train, "TEST_SOURCE": test, "STEPS": "1,2,3"},
+               "reproduce_10m": {"SOURCE": train, "TEST_SOURCE": test, "STEPS": "3", "MODEL": "igpt_tiny",
+                                 "BATCH": "8"},
                "transfer": {"SOURCE": train, "PROBED": train, "PROBED_TEST": test, "STEPS": "3", "LABELS": "(2,)"}}
     checkpoints = None
+    if script == "reproduce_10m":
+        done = subprocess.run([ROOT / f"launch/{script}.sh", sys.executable, tmp_path / "runs"], cwd=ROOT,
+                              env={**os.environ, **sources[script], "SLICE_SECONDS": "6"}, capture_output=True)
+        assert done.returncode == 75 and not (tmp_path / "runs/report").exists()
     for _ in range(2):
         done = subprocess.run([ROOT / f"launch/{script}.sh", sys.executable, tmp_path / "runs"], cwd=ROOT, text=True,
                               env={**os.environ, "WARMUP": "1", **sources[script]}, capture_output=True)
         assert done.returncode == 0, done.stderr
         ends = [json.loads(file.read_text())["status"] for file in tmp_path.glob("runs/*/result.json")]
-        assert ends == ["done"] * {"reproduce": 7, "transfer": 6}[script]
+        assert ends == ["done"] * {"reproduce": 7, "reproduce_10m": 5, "transfer": 6}[script]
         assert (tmp_path / "runs/report/report.html").exists()
         found = sorted(tmp_path.glob("runs/*/checkpoints/*"))
         assert found and checkpoints in (None, found)
