@@ -399,6 +399,10 @@ class ProbeDataConfig:
     held_out: str = key("held_out", "split to choose the layer and the penalty by; the final probes are fit on both")
     test: str = key("test", "split of the reported accuracies")
 
+    @property
+    def splits(self) -> tuple[str, str, str]:
+        return self.train, self.held_out, self.test
+
 
 @dataclasses.dataclass(frozen=True)
 class ProbingConfig:

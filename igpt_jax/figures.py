@@ -15,6 +15,7 @@ from igpt_jax import storage
 from igpt_jax.topology import GIB
 
 Points = Sequence[tuple[float, float]]
+CURVES = 10  # in one figure, at most: as many as there are colours
 
 
 # Curves.
@@ -86,21 +87,22 @@ def accuracy_over_loss(path: storage.epath.Path, runs: Mapping[str, Sequence[Map
 
 
 def accuracy_by_layer(path: storage.epath.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]],
-                      others: Mapping[str, float], test_count: int, measured: int = 1) -> None:
+                      others: Mapping[str, float], test_count: int) -> None:
     """Draws test accuracy over layers with its 95 % intervals (the paper's Figure 2), and baselines as dashed lines.
 
     Args:
       path: of the PNG.
-      curves: rows with `layer`, `test_accuracy` and its interval, by name of the checkpoint.
+      curves: rows with `layer`, `test_accuracy` and its interval, by name of the checkpoint; of more than CURVES
+        those at even distances are drawn, and the title says so.
       others: accuracy by name.
       test_count: examples counted.
-      measured: curves that there are; the title tells of those left out.
     """
     figure = _new()
     axes = figure.subplots()
-    if measured > len(curves):
-        axes.set_title(f"{len(curves)} of {measured} checkpoints", fontsize=10)
-    for name, rows in curves.items():
+    shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
+    if len(shown) < len(curves):
+        axes.set_title(f"{len(shown)} of {len(curves)} checkpoints", fontsize=10)
+    for name, rows in (list(curves.items())[index] for index in shown):
         spreads = _spreads(rows, "test_accuracy", "interval")
         axes.errorbar([row["layer"] for row in rows], [100 * row["test_accuracy"] for row in rows], yerr=spreads,
                       marker="o", markersize=4, capsize=2.5, linewidth=1.4,

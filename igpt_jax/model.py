@@ -76,9 +76,14 @@ def _standard_deviations(init: str, d: Dims) -> dict[str, float]:
             "up_DF": narrow, "down_FD": wide * branch}
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    """x in float32, or as it is where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def norm(x_BTD: jax.Array, gain_D: jax.Array) -> jax.Array:
     """gain * x / sqrt(mean(x^2) + 1e-5), computed in float32 or wider; no mean is subtracted (released code)."""
-    x = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+    x = _wide(x_BTD)
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
     return (x * scale * gain_D).astype(x_BTD.dtype)
 
@@ -89,12 +94,12 @@ def activation(x: jax.Array) -> jax.Array:
 
     The backward pass keeps x alone, and computes the sigmoid again.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = _wide(x)
     return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
 
 def _activation_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = _wide(x)
     share = jax.nn.sigmoid(1.702 * wide)
     return ((d * share * (1 + 1.702 * wide * (1 - share))).astype(x.dtype),)
 
@@ -104,7 +109,7 @@ activation.defvjp(lambda x: (activation(x), x), _activation_backward)
 
 def pool(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
     """The mean [B, D] over positions of the stream, after the norm of this gain if there is one; float32 or wider."""
-    wide_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+    wide_BTD = _wide(x_BTD)
     return (wide_BTD if gain_D is None else norm(wide_BTD, gain_D)).mean(axis=1)
 
 

@@ -58,7 +58,7 @@ class Prober:
         if store.image_size != record.image_size:
             raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
                             f"{record.image_size}. Prepare a store with image_size={record.image_size}.")
-        self.splits = [store.split(name) for name in (data.train, data.held_out, data.test)]
+        self.splits = [store.split(name) for name in data.splits]
         for split in self.splits:
             split.count = min(split.count, config.limit or split.count)
         self.labels = [split.labels(np.arange(split.count)) for split in self.splits]

@@ -10,8 +10,8 @@ folder=${2:-runs/10m}
 job() {
   left=$((${SLICE_SECONDS:-520} - SECONDS))
   if ((left <= 0)); then exit 75; fi
-  # 143: told to stop before it had begun.
-  timeout --preserve-status "$left" "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}" ||
+  # In the foreground, where Ctrl-C reaches the job too. 143: told to stop before it had begun.
+  timeout --foreground --preserve-status "$left" "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}" ||
     { code=$?; exit $((code == 143 ? 75 : code)); }
 }
 

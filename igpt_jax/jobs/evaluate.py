@@ -24,14 +24,13 @@ from jax.sharding import Mesh
 from igpt_jax import arrivals, checkpoint, evaluation, figures, palette, sharding, storage, surprise, table, telemetry
 from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, to_dict
 from igpt_jax.data import open_split
-from igpt_jax.data.store import Split, tokens_of
+from igpt_jax.data.store import Split, Store, tokens_of
 from igpt_jax.data.tokens import TokenFile
 from igpt_jax.model import Model
 from igpt_jax.probing import Prober
 from igpt_jax.runtime import Ended
 
 NAME = "evaluation"
-CURVES = 10  # checkpoints whose accuracies by layer are drawn: as many as there are colours
 # Keys that decide which checkpoints are evaluated, when and how fast, but no figure.
 FREE_KEYS = ("checkpoints", "watch", "idle_seconds", "poll_seconds", "shard", "mesh", "batch_size", "attention")
 
@@ -87,9 +86,10 @@ def _check_stores(config: EvaluateConfig) -> None:
     """Raises UserError for a store or split that is missing: now, not once the first checkpoint is measured."""
     if config.data.store and not config.tokens:
         open_split(config.data.store, config.data.split, 0)
-    if config.probe and config.probing.data.store:
-        for split in (config.probing.data.train, config.probing.data.held_out, config.probing.data.test):
-            open_split(config.probing.data.store, split, 0)
+    if config.probe and (probed := config.probing.data.store or config.data.store):
+        store = Store.open(probed)
+        for name in config.probing.data.splits:
+            store.split(name)
 
 
 def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
@@ -166,12 +166,10 @@ def _publish(folder: storage.epath.Path, rows: list[Row]) -> None:
     figures.loss_over_steps(folder / "figures" / "loss.png", {
         run: [(row["steps"], row["nats_per_pixel"]) for row in rows] for run, rows in runs.items()})
     if "probe_accuracy" in rows[0]:
-        curves = [(f"{run}, step {row['steps']:,}", row["accuracy_by_layer"]) for run, rows in runs.items()
-                  for row in rows]
-        shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
+        curves = {f"{run}, step {row['steps']:,}": row["accuracy_by_layer"] for run, rows in runs.items()
+                  for row in rows}
         count = rows[0]["probe_examples"]
-        figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png",
-                                  dict(curves[index] for index in shown), {}, count, len(curves))
+        figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png", curves, {}, count)
         figures.accuracy_over_loss(folder / "figures" / "accuracy_over_loss.png", runs, count)
 
 
