@@ -151,16 +151,15 @@ def _wide_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
 
 
 def _product_rounded_late_backward(saved: tuple[jax.Array, jax.Array], d_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The factors that lie the other way round are inputs of a loop, or XLA would fold their turning into the product:
-    so K goes by halves."""
     a_MK, b_KN = saved
-    M, K, N = *a_MK.shape, b_KN.shape[1]
-    parts = 2 - K % 2
-    a_PkM = a_MK.T.reshape(parts, K // parts, M)
-    b_PNk = b_KN.reshape(parts, K // parts, N).swapaxes(1, 2)
-    da_PMk, db_PkN = jax.lax.map(lambda turned: (_wide_product(d_MN, turned[1]), _wide_product(turned[0], d_MN)),
-                                 (a_PkM, b_PNk))
-    return da_PMk.swapaxes(0, 1).reshape(M, K).astype(a_MK.dtype), db_PkN.reshape(K, N).astype(b_KN.dtype)
+    return (_wide_product(d_MN, _transposed(b_KN)).astype(a_MK.dtype),
+            _wide_product(_transposed(a_MK), d_MN).astype(b_KN.dtype))
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """The transpose, as an array of its own: XLA would fold it into the product. Its new dim undoes the column-major
+    layout that JAX asks for a transpose, with which the product would be made in float32."""
+    return jax.lax.optimization_barrier(x.T[None])[0]
 
 
 _product_rounded_late.defvjp(lambda a_MK, b_KN: (_product_rounded_late(a_MK, b_KN), (a_MK, b_KN)),

@@ -22,14 +22,39 @@ def blocked(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, causal: 
     1,024 with the same work, and a first factor [K, M] six times as long. What a turn of the loop gives stays float32:
     of bfloat16, all that other turns gave would be converted there and back.
     """
-    B, T, N, H = q_BTNH.shape
-    heads_first = [x.transpose(0, 2, 1, 3).reshape(B * N, -1, H) for x in (q_BTNH, k_BSNH, v_BSNH)]
-    return _blocked(*heads_first, causal).reshape(B, N, T, H).transpose(0, 2, 1, 3)
+    return _blocked(q_BTNH, k_BSNH, v_BSNH, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocked(q, k, v, causal):
-    return _blocked_forward(q, k, v, causal)[0]
+def _blocked(q_BTNH, k_BSNH, v_BSNH, causal):
+    return _blocked_forward(q_BTNH, k_BSNH, v_BSNH, causal)[0]
+
+
+def _by_head(x_BTNH):
+    """[B N, T, H] and [B N, H, T] of [B, T, N, H]; bfloat16 as integers, since it would move, and stay, as float32.
+
+    The barrier keeps this two moves, of which neither goes through memory in strides of N H.
+    """
+    bits_BTNH = jax.lax.bitcast_convert_type(x_BTNH, jnp.uint16) if x_BTNH.dtype == jnp.bfloat16 else x_BTNH
+    B, T, N, H = x_BTNH.shape
+    x_TH = jax.lax.optimization_barrier(bits_BTNH.transpose(0, 2, 1, 3).reshape(B * N, T, H))
+    return x_TH, x_TH.swapaxes(1, 2)
+
+
+def _together(x_TH, like_BTNH):
+    """The opposite, of values."""
+    B, T, N, H = like_BTNH.shape
+    return x_TH.reshape(B, N, T, H).transpose(0, 2, 1, 3).astype(like_BTNH.dtype)
+
+
+def _map_heads(head, dtype, moved, *others):
+    """`head` of each sequence and head in turn; what `_by_head` gave arrives as values of `dtype`."""
+    def turn(arrays):
+        moved, others = arrays
+        values = [jax.lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x for x in moved]
+        return head(*values, *others)
+
+    return jax.lax.map(turn, (jax.lax.optimization_barrier(moved), others))
 
 
 def _product(a, b):
@@ -51,13 +76,8 @@ def _blocks(tokens):
     return [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
 
 
-def _turned(x):
-    return x.swapaxes(1, 2)
-
-
-def _blocked_forward(q, k, v, causal):
-    def head(arrays):
-        q_HT, k_SH, v_HS = arrays
+def _blocked_forward(q_BTNH, k_BSNH, v_BSNH, causal):
+    def head(q_HT, k_SH, v_HS):
         out, log_sums = [], []
         for start, end in _blocks(q_HT.shape[1]):
             scores_ST = _scores(k_SH, q_HT, start, end, causal)
@@ -68,17 +88,18 @@ def _blocked_forward(q, k, v, causal):
             log_sums.append(largest_T + jnp.log(sums_T))
         return jnp.concatenate(out, 1), jnp.concatenate(log_sums)
 
-    out, log_sums = jax.lax.map(head, (_turned(q), k, _turned(v)))
-    out, log_sums = checkpoint_name(_turned(out).astype(q.dtype), SAVED), checkpoint_name(log_sums, SAVED)
-    return out, (q, k, v, out, log_sums)
+    (_, q_HT), (k_SH, _), (_, v_HS) = map(_by_head, (q_BTNH, k_BSNH, v_BSNH))
+    out_HT, log_sums = _map_heads(head, q_BTNH.dtype, (q_HT, k_SH, v_HS))
+    out_BTNH = checkpoint_name(_together(out_HT.swapaxes(1, 2), q_BTNH), SAVED)
+    return out_BTNH, (q_BTNH, k_BSNH, v_BSNH, out_BTNH, checkpoint_name(log_sums, SAVED))
 
 
-def _blocked_backward(causal, saved, d_out):
-    q, k, v, out, log_sums = saved
-    inner = (d_out.astype(log_sums.dtype) * out).sum(-1)
+def _blocked_backward(causal, saved, dout_BTNH):
+    q_BTNH, k_BSNH, v_BSNH, out_BTNH, log_sums = saved
+    inner_BTN = (dout_BTNH.astype(log_sums.dtype) * out_BTNH).sum(-1)
+    inner = inner_BTN.swapaxes(1, 2).reshape(log_sums.shape)
 
-    def head(arrays):
-        q_TH, q_HT, k_SH, k_HS, v_SH, dout_TH, dout_HT, log_sums_T, inner_T = arrays
+    def head(q_TH, q_HT, k_SH, k_HS, v_SH, dout_TH, dout_HT, log_sums_T, inner_T):
         dq, dk_SH, dv_SH = [], jnp.zeros(k_SH.shape, inner.dtype), jnp.zeros(v_SH.shape, inner.dtype)
         for start, end in _blocks(len(q_TH)):
             weights_ST = jnp.exp(_scores(k_SH, q_HT, start, end, causal) - log_sums_T[start:end])
@@ -91,8 +112,9 @@ def _blocked_backward(causal, saved, d_out):
             dv_SH = dv_SH.at[:S].add(_product(weights_ST, dout_TH[start:end]))
         return jnp.concatenate(dq, 1), dk_SH, dv_SH
 
-    dq, dk, dv = jax.lax.map(head, (q, _turned(q), k, _turned(k), v, d_out, _turned(d_out), log_sums, inner))
-    return _turned(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    moved = (*_by_head(q_BTNH), *_by_head(k_BSNH), _by_head(v_BSNH)[0], *_by_head(dout_BTNH))
+    dq_HT, dk_SH, dv_SH = _map_heads(head, q_BTNH.dtype, moved, log_sums, inner)
+    return _together(dq_HT.swapaxes(1, 2), q_BTNH), _together(dk_SH, k_BSNH), _together(dv_SH, v_BSNH)
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
