@@ -5,14 +5,15 @@
 A step is forward, backward and Adam on a batch already in memory. Candidates take turns, each in a process of its own;
 figures are medians. FLOP/s are model FLOPs (causal half, `train_flops_per_image`), the same for all, over the time;
 their share is of the fastest matrix product measured in the same run, and MFU of the peak that the maker states. On a
-CPU ours also runs split over fake devices, one for each core, since that uses two cores better than one device with two
-threads does. On a GPU bfloat16 alone is run, and the memory of one of ours alone (--only) is held against what its
-compiler planned; start it with XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch runs beside it.
+CPU ours also runs split over fake devices, one for each core where the batch divides: small steps use two cores better
+so than one device with two threads does. On a GPU bfloat16 alone is run, and the memory of one of ours alone (--only)
+is held against what its compiler planned; start it with XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch runs beside.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -172,7 +173,7 @@ def candidates(shape: ModelConfig, side: int, batch: int, axis: str) -> dict[str
     makers: dict[str, Callable[[], Candidate]] = {
         f"{framework}'s product": functools.partial(square_product, framework) for framework in ("jax", "torch")}
     for precision in ("bfloat16",) if ON_GPU else ("float32", "bfloat16"):
-        for devices in (1,) if ON_GPU else sorted({1, os.cpu_count()}):
+        for devices in (1,) if ON_GPU else sorted({1, math.gcd(batch, os.cpu_count())}):
             makers[f"ours, {precision}, {devices} device{'s' * (devices > 1)}"] = functools.partial(
                 ours, shape, side, batch, axis, precision, devices)
     for name, make in (("Hugging Face", functools.partial(hugging_face, shape, side**2)),
@@ -192,7 +193,8 @@ def main() -> int:
     parser.add_argument("--attention", default="auto", help="our back-end")
     parser.add_argument("--remat", default="attention", help="what ours computes again")
     parser.add_argument("--unroll", type=int, default=1, help="blocks in each turn of our loop; their number: no loop")
-    parser.add_argument("--axis", default="data", help="what ours is split over where it has several devices")
+    parser.add_argument("--axis", default="data", choices=("data", "fsdp", "tensor"),
+                        help="what ours is split over where it has several devices")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="candidates whose names match this regular expression")
     parser.add_argument("--json", help="file for the figures")

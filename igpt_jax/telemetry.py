@@ -26,8 +26,10 @@ SHOWN = (
 
 
 def say(line: str) -> None:
-    """Prints a line to stderr, above the progress bar where there is one."""
-    with contextlib.suppress(OSError):  # Ctrl-C also ends a `| tee`: nobody may be listening, and the run must save
+    """Prints a line to stderr, above the progress bar where there is one; says nothing where that cannot be."""
+    # Ctrl-C also ends a `| tee`: nobody may be listening, and the run must save. So it must where a signal came amid
+    # another line: its handler's is then refused ("reentrant call"), which must not end the run.
+    with contextlib.suppress(OSError, RuntimeError):
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 

@@ -1,7 +1,9 @@
 """FLOPs and speed, metrics lines over resumed runs, and the chip table."""
 
+import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -88,3 +90,27 @@ def test_chips_are_found_by_jax_names():
     assert topology.chip_for("NVIDIA H100 PCIe") is None and topology.chip_for("cpu") is None
     kinds = [kind for chip in topology.CHIPS for kind in chip.device_kinds]
     assert len(kinds) == len(set(kinds))
+
+
+def test_a_line_said_amid_another_is_no_error(monkeypatch):
+    """As by the handler of a signal that came while a line was written; Python refuses the inner one.
+
+    Seen to fail with its RuntimeError, which had ended a run that should have saved.
+    """
+    written, said = [], []
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if not said:
+                said.append(True)
+                telemetry.say("inner")
+            written.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True))
+    telemetry.say("outer")
+    telemetry.say("next")
+    assert said and b"".join(written).split() == [b"outer", b"next"]
