@@ -12,6 +12,7 @@ import difflib
 import math
 import re
 import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -223,7 +224,7 @@ class DataConfig:
         _one_of("data.augment", self.augment, ["none", "cifar", "imagenet"])
         _require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1.")
         _require(self.window >= 0, f"data.window={self.window} must not be negative.")
-        _require(all(type(weight) is int and 1 <= weight <= 10_000 for weight in self.weights),
+        _require(all(1 <= weight <= 10_000 for weight in self.weights),
                  f"data.weights={self.weights}: weights are whole numbers from 1 to 10,000, such as (1,3).")
         seen = set(self.split.split("+")) & set(self.held_out.split("+"))
         _require(not seen, f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
@@ -252,11 +253,10 @@ def _check_job(config: Any) -> None:
     _require(0 <= seed < 2**32, f"seed={seed} must lie in [0, 2^32).")
     _one_of("precision", getattr(config, "precision", "float32"), PRECISIONS)
     profile = getattr(config, "profile", ())
-    _require(not profile or len(profile) == 2 and all(type(step) is int for step in profile)
-             and 1 <= profile[0] <= profile[1],
+    _require(not profile or len(profile) == 2 and 1 <= profile[0] <= profile[1],
              f"profile={profile} must be a first and a last step, such as (100,105), or empty.")
     for step in getattr(config, "keep_steps", ()):
-        _require(isinstance(step, int) and step > 0, f"keep_steps: {step!r} must be a positive number of steps.")
+        _require(step > 0, f"keep_steps: {step} must be a positive number of steps.")
 
 
 def _slice_of(shard: str) -> tuple[int, int]:
@@ -658,16 +658,21 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     if not isinstance(default, str):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
-    parent[last] = _typed(name, value, default)
+    parent[last] = _typed(name, value, type(default))  # `parse` looks at the elements of tuples
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """`value` where it has the type of `default` (whole numbers do for fractional ones). Raises UserError."""
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
-    _require(type(value) is type(default), f"config key {name}={value!r} must be of type {type(default).__name__}.")
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """`value` as `kind`, the declared type of a key: float takes integers too, and must be finite. Raises UserError."""
+    outer, elements = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if outer is tuple and type(value) in (tuple, list):
+        return tuple(_typed(f"{name}[{i}]", element, elements[0]) if elements else element
+                     for i, element in enumerate(value))
+    if outer is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    _require(type(value) is outer, f"config key {name}={value!r} must be of type {outer.__name__}.")
+    _require(outer is not float or math.isfinite(value), f"config key {name}={value!r} must be finite.")
+    _require(outer is not int or abs(value) < 2**63, f"config key {name}={value!r} must lie below 2^63.")
     return value
 
 
@@ -698,10 +703,11 @@ def parse(job: str, config: Mapping[str, Any]) -> Any:
         for name, value in values.items():
             if name not in defaults:
                 raise UserError(f"config key {prefix + name!r} is not known. {nearest(name, list(defaults))}")
-            if isinstance(defaults[name], Mapping) and isinstance(value, Mapping):
+            if isinstance(defaults[name], Mapping):
+                _require(isinstance(value, Mapping), f"config key {prefix}{name}={value!r} must be a group of keys.")
                 built[name] = build(types_of[name], value, defaults[name], f"{prefix}{name}.")
             else:
-                built[name] = _typed(prefix + name, value, defaults[name])
+                built[name] = _typed(prefix + name, value, types_of[name])
         return cls(**built)
 
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config

@@ -55,7 +55,7 @@ MISTAKES = {
     "pretrain --workdir=W --config.optimizer=3": "Set optimizer.learning_rate or",
     "pretrain --workdir=W --config.steps=abc": "steps='abc' must be of type int",
     "pretrain --workdir=W --config.steps=0": "steps=0 must be at least 1",
-    "pretrain --workdir=W --config.keep_steps=a": "'a' must be a positive number",
+    "pretrain --workdir=W --config.keep_steps=a": "keep_steps[0]='a' must be of type int",
     "pretrain --workdir=W --config.wandb=me/digits/2": "must read PROJECT or ENTITY/PROJECT",
     "pretrain --workdir=W --config.model.name=igpt_z": "Did you mean 'igpt_s'?",
     "pretrain --workdir=W --config=missing.py": "missing.py does not exist",

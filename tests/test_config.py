@@ -32,6 +32,35 @@ def test_refused(arguments, message):
         parse("pretrain", base_config("pretrain", arguments))
 
 
+@pytest.mark.parametrize(("job", "key", "value", "message"), [
+    ("probe", "strengths", ("a",), r"strengths\[0\]='a' must be of type float"),
+    ("probe", "strengths", (1, float("inf")), r"strengths\[1\]=inf must be finite"),
+    ("probe", "rates", (None,), r"rates\[0\]=None must be of type float"),
+    ("probe", "layers", (1.0,), r"layers\[0\]=1.0 must be of type int"),
+    ("probe", "labels_per_class", (True,), r"labels_per_class\[0\]=True must be of type int"),
+    ("evaluate", "probing", {"layers": [[1]]}, r"probing.layers\[0\]=\[1\] must be of type int"),
+    ("pretrain", "accept_changes", (1,), r"accept_changes\[0\]=1 must be of type str"),
+    ("pretrain", "optimizer", {"learning_rate": float("nan")}, "learning_rate=nan must be finite"),
+    ("pretrain", "stall_seconds", 10**400, "must be of type float"),
+    ("pretrain", "batch_size", 10**30, "must lie below 2\\^63"),
+    ("pretrain", "model", 3, "model=3 must be a group"),
+])
+def test_elements_and_infinities_are_refused(job, key, value, message):
+    """Seen to fail with elements of tuples left as they are."""
+    with pytest.raises(UserError, match=message):
+        parse(job, {key: value})
+
+
+@pytest.mark.parametrize("job", JOB_CONFIGS)
+def test_no_key_takes_infinity_or_nan(job):
+    for name in (name for name, default, _ in keys(job) if isinstance(default, float)):
+        for value in ("inf", "-inf", "nan"):
+            config = base_config(job)
+            config.update_from_flattened_dict({name: float(value)})
+            with pytest.raises(UserError, match=f"{name}={value} must be finite"):
+                parse(job, config)
+
+
 def test_values_of_every_kind():
     """Whole numbers stand for fractional ones; a tuple keeps its commas; None is no value.
 
