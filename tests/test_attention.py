@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpt_jax.attention import attention, backend_for, context
+from igpt_jax import sharding
+from igpt_jax.attention import attention, backend_for, context, splash
 from igpt_jax.config import UserError
 
 
@@ -82,6 +83,58 @@ for causal in (True, False):
         run = lambda q, k, v: attention(q, k, v, causal=causal, backend="blocked")
         check(run, mesh, 4, 144, 4, 8, jnp.float32, causal, 1e-5)
 """)
+
+
+def empty_arrays(jaxpr):
+    """All arrays of no elements in a jaxpr and in those inside it, as text."""
+    found = [str(each) for each in (*jaxpr.constvars, *jaxpr.invars) if each.aval.size == 0]
+    for equation in jaxpr.eqns:
+        found += [str(equation) for each in equation.invars if getattr(each.aval, "size", 1) == 0]
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += empty_arrays(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize(("parts", "causal"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "splash"])
+def test_no_back_end_uses_an_empty_array(backend, parts, causal):
+    """jaxlib 0.11.2 segfaults over one inside `shard_map`. Seen to fail with `.at[:]` over the full length."""
+    mesh = jax.sharding.AbstractMesh((1, 2 // parts, 1, parts), sharding.AXES,
+                                     axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    x_BTNH = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.float32)
+
+    def loss(q, k, v):
+        if backend == "splash":
+            return splash.attention(q, k, v, causal=causal, interpret=True).sum()
+        return attention(q, k, v, causal=causal, backend=backend).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x_BTNH, x_BTNH, x_BTNH)
+    assert not empty_arrays(traced.jaxpr)
+
+
+def test_a_step_on_two_devices_compiles(python):
+    """With each back-end of this platform, causal and masked, sequences whole and split.
+
+    Seen to fail (exit code -11, jaxlib 0.11.2) with `.at[:]` over the full length in blocked attention.
+    """
+    python("""
+import jax
+from igpt_jax import sharding
+from igpt_jax.config import base_config, parse
+from igpt_jax.planner import compilation
+
+split = "mesh.fsdp=1,mesh.context=2"
+for backend, more in (("reference", "mesh.fsdp=2"), ("blocked", "mesh.fsdp=2"), ("blocked", split),
+                      ("blocked", split + ",objective=masked")):
+    config = parse("plan", base_config("plan", "model=igpt_tiny,model.layers=1,model.embed=32,image_size=8,"
+                                               f"batch_size=2,palette_size=16,model.attention={backend},{more}"))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        step, shapes, _ = compilation.step_for(config, mesh)
+        step.lower(*shapes).compile({"xla_backend_optimization_level": 0})
+""", devices=2)
 
 
 def test_splash_equals_the_reference(python):

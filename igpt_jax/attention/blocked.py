@@ -62,6 +62,16 @@ def _product(a, b):
     return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
+def _add_to_first(total_SH, part_SH):
+    """Adds `part_SH` to the first rows of `total_SH`.
+
+    A sum over all rows is a plain one: `.at[:]` scatters with an empty index, over which jaxlib 0.11.2 segfaults inside
+    `shard_map`.
+    """
+    S = len(part_SH)
+    return total_SH + part_SH if S == len(total_SH) else total_SH.at[:S].add(part_SH)
+
+
 def _scores(k_SH, q_HT, start, end, causal):
     """Scores [S, end - start] of a block of queries, over the S keys that it may see, float32 or wider."""
     S = end if causal else len(k_SH)
@@ -108,8 +118,8 @@ def _blocked_backward(causal, saved, dout_BTNH):
             dscores_ST = weights_ST * (dweights_ST - inner_T[start:end]) * k_SH.shape[1] ** -0.5
             dscores_ST, weights_ST = dscores_ST.astype(q_TH.dtype), weights_ST.astype(q_TH.dtype)
             dq.append(_product(k_HS[:, :S], dscores_ST))
-            dk_SH = dk_SH.at[:S].add(_product(dscores_ST, q_TH[start:end]))
-            dv_SH = dv_SH.at[:S].add(_product(weights_ST, dout_TH[start:end]))
+            dk_SH = _add_to_first(dk_SH, _product(dscores_ST, q_TH[start:end]))
+            dv_SH = _add_to_first(dv_SH, _product(weights_ST, dout_TH[start:end]))
         return jnp.concatenate(dq, 1), dk_SH, dv_SH
 
     moved = (*_by_head(q_BTNH), *_by_head(k_BSNH), _by_head(v_BSNH)[0], *_by_head(dout_BTNH))
