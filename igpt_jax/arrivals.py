@@ -1,6 +1,6 @@
 """Finished checkpoints as they appear: those that a comma list or glob names now, and those of its runs to come."""
 
-import glob
+import contextlib
 import json
 import time
 import zlib
@@ -28,9 +28,9 @@ def listed(typed: str) -> list[str]:
     """
     found = set()
     for pattern in storage.patterns(typed):
-        matches = [str(path) for path in storage.matching(pattern)]
-        finished = [match for match in matches if checkpoint.is_checkpoint(match)]
-        found |= {checkpoint.locate(match) for match in (finished if glob.has_magic(pattern) else matches)}
+        matches = storage.matching(pattern)
+        named = storage.path(pattern) in matches
+        found |= {checkpoint.locate(str(match)) for match in matches if named or checkpoint.is_checkpoint(str(match))}
     if not found:
         raise _none(typed)
     return _by_step(found)
@@ -130,11 +130,9 @@ def _steps(typed: str) -> list[str]:
     """Every finished step of the workdirs, and the steps, that there are now."""
     found = set()
     for path in _matches(typed):
-        if path.name.isdigit() and path.parent.name == "checkpoints":
-            found |= {(str(path.parent), int(path.name))} if checkpoint.is_checkpoint(str(path)) else set()
-        else:
-            folder = path if path.name == "checkpoints" else path / "checkpoints"
-            found |= {(str(folder), step) for step in checkpoint.steps_in(folder)}
+        with contextlib.suppress(UserError):  # nothing finished yet
+            folder, steps = checkpoint.steps_of(str(path))
+            found |= {(folder, step) for step in steps}
     return _by_step(found)
 
 

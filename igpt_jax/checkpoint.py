@@ -30,7 +30,7 @@ from igpt_jax import __version__, checksum, integrity, orbax_s3, sharding, step_
 from igpt_jax.config import ModelConfig, PretrainConfig, UserError, flat, parse, to_dict
 from igpt_jax.integrity import Damaged
 from igpt_jax.model import Model
-from igpt_jax.step_folders import COMMITTED, QUARANTINE, step_path, steps_in
+from igpt_jax.step_folders import NUMBER, QUARANTINE, directory_of_steps, is_step, step_path, steps_in
 from igpt_jax.steps import State
 
 FORMAT = 2
@@ -340,7 +340,8 @@ def _float64(needed: bool) -> Iterator[None]:
 # What is on disk against what was written.
 
 def _read_record(folder: Any, step: int) -> Record:
-    """What a step says of itself. Raises Damaged, or UserError for a format that is not known."""
+    """What a step says of itself. Raises Damaged, which a step of another number is too, or UserError for a format that
+    is not known."""
     path = step_path(folder, step)
     value = integrity.read_json(path / RECORD)
     try:
@@ -349,6 +350,8 @@ def _read_record(folder: Any, step: int) -> Record:
         record = Record.from_json(value if old else integrity.unsealed(value, RECORD))
     except (TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{RECORD} is not a record: {error!r}") from None
+    if record.steps_done != step:
+        raise Damaged(f"its record is that of step {record.steps_done}")
     if (path / EVALUATION).exists():
         later = integrity.unsealed(integrity.read_json(path / EVALUATION), EVALUATION)
         record = dataclasses.replace(record, metrics={**record.metrics, **later["metrics"]})
@@ -428,19 +431,29 @@ def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
 
 # For other jobs.
 
-def locate(typed: str) -> tuple[str, int]:
-    """(directory of steps, step) of a workdir (its newest step) or of one step of it. Raises UserError."""
+def steps_of(typed: str) -> tuple[str, list[int]]:
+    """(directory of steps, steps ascending) of a workdir, of such a directory, or of one step. Raises UserError."""
     if not typed:
         raise UserError("checkpoint is empty. Name a workdir of pretrain, or one step of it (DIR/checkpoints/STEP).")
     path = storage.path(typed)
-    if path.name.isdigit() and (path / COMMITTED).exists():
-        return str(path.parent), int(path.name)
-    folder = path / "checkpoints" if (path / "checkpoints").exists() else path
+    whole = storage.absolute(path)
+    if is_step(path):
+        path = whole if path.name in ("", "..") else path  # typed from inside of it
+        if not NUMBER.fullmatch(path.name):
+            raise UserError(f"checkpoint {typed!r} is a step in a folder of another name. Rename it to its number.")
+        return str(path.parent), [int(path.name)]
+    folder = directory_of_steps(path)
     steps = steps_in(folder)
     if not steps:
         raise UserError(f"checkpoint {typed!r} holds no checkpoint. "
                         "Name a workdir of pretrain, or one step of it (DIR/checkpoints/STEP).")
-    return str(folder), steps[-1]
+    return str(folder), steps
+
+
+def locate(typed: str) -> tuple[str, int]:
+    """(directory of steps, step) of a workdir (its newest step) or of one step of it. Raises UserError."""
+    folder, steps = steps_of(typed)
+    return folder, steps[-1]
 
 
 def is_checkpoint(typed: str) -> bool:
@@ -510,14 +523,13 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
 
 def _newest_good(typed: str, read: Any) -> Any:
     """`read(folder, step)` of the checkpoint `typed`; where that is a workdir, of its newest step that is good."""
-    folder, newest = locate(typed)
-    one_step = storage.path(typed).name == str(newest)
-    for step in [newest] if one_step else reversed(steps_in(folder)):
+    folder, steps = steps_of(typed)
+    for step in reversed(steps):
         try:
             return read(folder, step)
         except Damaged as damage:
             problem = f"checkpoint {step_path(folder, step)} is damaged: {damage}"
-            if not one_step:
+            if step != steps[0]:
                 log.error("%s. An older one is used.", problem)
     raise NoneGood(f"{problem}. Name another step.")
 

@@ -261,6 +261,7 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.epath.Path]:
         refusal = ""
         if jax.process_index() == 0:
             try:
+                storage.absolute(folder)  # refuses where neither checkpoints nor stores could be written
                 stack.enter_context(storage.lock(folder))
                 storage.sweep(folder)
                 stack.enter_context(_records(folder, config))

@@ -1,13 +1,15 @@
 """The folders of checkpoints, one per step: which are finished, and how one goes without ever looking whole."""
 
 import logging
+import re
 from typing import Any
 
 from igpt_jax import storage
 
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every kind of storage
-UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's folders for steps that it has not finished
 DELETING = ".deleting"
+NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # not 007, nor what else int() takes for a number
+LEFT = re.compile(rf"({NUMBER.pattern})({DELETING}|\.orbax-checkpoint-tmp.*)")  # the latter: steps that Orbax began
 QUARANTINE = "quarantine"
 
 log = logging.getLogger(__name__)
@@ -15,12 +17,23 @@ log = logging.getLogger(__name__)
 
 def steps_in(folder: Any) -> list[int]:
     """The finished steps in a directory of checkpoints, ascending; what is still being written does not count."""
-    return sorted(int(step.name) for step in _numbered(storage.path(folder)) if (step / COMMITTED).exists())
+    return sorted(int(step.name) for step in _numbered(storage.path(folder)) if is_step(step))
 
 
 def _numbered(folder: storage.epath.Path) -> list[storage.epath.Path]:
     """The folders of steps, finished or not. An empty folder of a bucket is none."""
-    return [child for child in folder.iterdir() if child.name.isdigit()] if folder.exists() else []
+    return [child for child in folder.iterdir() if NUMBER.fullmatch(child.name)] if folder.is_dir() else []
+
+
+def is_step(path: storage.epath.Path) -> bool:
+    """Whether `path` is a finished step, whatever its name."""
+    return (path / COMMITTED).exists()
+
+
+def directory_of_steps(path: storage.epath.Path) -> storage.epath.Path:
+    """Where the steps of `path` lie, a workdir or already that directory; what is in it tells, not its name."""
+    inside = path / "checkpoints"
+    return inside if inside.exists() else path
 
 
 def step_path(folder: Any, step: int) -> storage.epath.Path:
@@ -31,10 +44,11 @@ def step_path(folder: Any, step: int) -> storage.epath.Path:
 def sweep(folder: storage.epath.Path) -> None:
     """Removes what killed runs left: parts of saves and of removals. On a local disk a step appears whole or not
     at all, so one without its mark has lost it."""
-    for left in (*folder.glob(UNFINISHED), *folder.glob(f"*{DELETING}")):
-        left.rmtree()
+    for child in list(folder.iterdir()):
+        if LEFT.fullmatch(child.name) and child.is_dir():
+            child.rmtree()
     for child in _numbered(folder):
-        if not (child / COMMITTED).exists():
+        if not is_step(child) and child.is_dir():
             if storage.is_local(child):
                 log.error("Checkpoint %s is damaged: %s is missing. It goes to %s/.", child.name, COMMITTED, QUARANTINE)
                 quarantine(folder, int(child.name), f"{COMMITTED} is missing")

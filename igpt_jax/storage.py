@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 from etils import epath
+from etils.epath import gpath
 
 from igpt_jax.config import UserError
 
@@ -51,8 +52,32 @@ def is_local(path: epath.Path) -> bool:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """`path` from the root, as Orbax needs it."""
-    return epath.Path(os.path.abspath(path)) if is_local(path) else path
+    """`path` from the root, as Orbax and TensorStore need it.
+
+    Raises:
+      UserError: TensorStore would write somewhere else. It reads `\\` as `/`, and names are UTF-8 to it.
+    """
+    if not is_local(path):
+        return path
+    whole = os.path.abspath(path)
+    if "\\" in whole:
+        raise UserError(f"path {whole} has a backslash, which TensorStore reads as '/'. Rename that folder.")
+    try:
+        alike = whole.encode() == os.fsencode(whole)
+    except UnicodeEncodeError:
+        alike = False
+    if not alike:
+        raise UserError(f"path {whole!r} is not UTF-8, as TensorStore needs it. Rename that folder"
+                        + (".", ", or set LC_ALL=C.UTF-8.")[sys.getfilesystemencoding() != "utf-8"])
+    return epath.Path(whole)
+
+
+def _literal_glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """`Path.glob` with the folder's own name literal: epath, and Orbax with it, took `[` in it for a pattern."""
+    return _epath_glob(type(self)(glob.escape(os.fspath(self))), pattern)
+
+
+_epath_glob, gpath._GPath.glob = gpath._GPath.glob, _literal_glob
 
 
 @contextlib.contextmanager
@@ -97,30 +122,57 @@ def children(path: epath.Path) -> list[epath.Path]:
 
 
 def patterns(typed: str) -> list[str]:
-    """The paths and globs of a comma list."""
-    return [pattern for pattern in map(str.strip, typed.split(",")) if pattern]
+    """The paths and globs of a comma list. Where a name with commas exists, they do not split it."""
+    found, pieces = [], typed.split(",")
+    while pieces:
+        end = next((i for i, piece in enumerate(pieces) if i and "://" in piece), len(pieces))
+        wholes = [",".join(pieces[:count]) for count in range(end, 1, -1)]
+        whole = next((each for whole in wholes for each in (whole, whole.strip()) if _has_such_a_name(each)), pieces[0])
+        del pieces[:whole.count(",") + 1]
+        found.append(whole)
+    return [pattern for pattern in map(str.strip, found) if pattern]
+
+
+def _has_such_a_name(pattern: str) -> bool:
+    """Whether `pattern` exists up to its last name with a comma."""
+    before, comma, rest = pattern.rpartition(",")
+    with contextlib.suppress(UserError, OSError, ImportError):
+        return path(before + comma + rest.partition("/")[0]).exists()
+    return False
 
 
 def matching(pattern: str) -> list[epath.Path]:
-    """The existing paths that a path or glob pattern of the user stands for, sorted; none raises UserError."""
+    """The existing paths that a path or glob pattern of the user stands for, sorted. Each part is a pattern only where
+    nothing of that very name exists.
+
+    Raises:
+      UserError: there are none.
+    """
     given = path(pattern)
-    plain = [part for part in given.parts if not glob.has_magic(part)]
+    found, last = [epath.Path()], len(given.parts) - 1
     with _readable(given):
-        if len(plain) == len(given.parts):
-            found = [given] if given.exists() else []
-        else:
-            first = next(i for i, part in enumerate(given.parts) if glob.has_magic(part))
-            root = epath.Path(*given.parts[:first]) if first else epath.Path(".")
-            found = sorted(root.glob("/".join(given.parts[first:])))
+        for i, part in enumerate(given.parts):
+            found = [match for folder in found for match in _below(folder, part, i == last)]
     if not found:
         raise UserError(f"{pattern!r} matches nothing. Check the path.")
-    return found
+    return sorted(found)
+
+
+def _below(folder: epath.Path, part: str, last: bool) -> list[epath.Path]:
+    literal = folder / part
+    if not glob.has_magic(part):
+        return [literal] if not last or literal.exists() else []
+    if literal.exists():
+        return [literal]
+    if "**" in part:
+        raise UserError(f"{part!r} is no pattern here: * stands for one folder, as in 'a/*/*.png'.")
+    return list(folder.glob(part))
 
 
 def tensorstore_spec(path: epath.Path) -> dict[str, Any]:
     """TensorStore's key-value store of a folder. Emulators and other S3 services are named by $AWS_ENDPOINT_URL."""
     if is_local(path):
-        return {"driver": "file", "path": os.path.abspath(path) + "/"}
+        return {"driver": "file", "path": os.fspath(absolute(path)) + "/"}
     scheme, _, rest = os.fspath(path).partition("://")
     bucket, _, folder = rest.partition("/")
     spec = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": folder.rstrip("/") + "/"}
@@ -130,8 +182,13 @@ def tensorstore_spec(path: epath.Path) -> dict[str, Any]:
     return spec
 
 
-def listing(folder: epath.Path) -> dict[str, int]:
-    """Every file below a folder, as its path from there with slashes -> bytes. Links are followed, each folder once.
+def listing(folder: epath.Path, passed_over: dict[str, str] | None = None) -> dict[str, int]:
+    """The files below a folder, as their paths from there with slashes -> bytes; hidden ones (`.name`) are left out.
+
+    Links are followed, each folder once. Of two paths to one folder in the same parent, the first by name is taken.
+
+    Args:
+      passed_over: takes up the other paths to a folder -> the path that was taken.
 
     Raises:
       UserError: it is missing or cannot be read.
@@ -139,12 +196,16 @@ def listing(folder: epath.Path) -> dict[str, int]:
     with _readable(folder):
         if not is_local(folder):
             found = fsspec.core.url_to_fs(os.fspath(folder))
-            files = found[0].find(found[1], detail=True)
-            return {name.removeprefix(found[1]).lstrip("/"): entry["size"] for name, entry in files.items()}
-        sizes, seen = {}, {os.path.realpath(folder)}
+            files = {name.removeprefix(found[1]).lstrip("/"): entry["size"]
+                     for name, entry in found[0].find(found[1], detail=True).items()}
+            return {name: size for name, size in files.items() if not f"/{name}".count("/.")}
+        sizes, taken = {}, {os.path.realpath(folder): "."}
         for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-            folders[:] = [name for name in folders if not _visited(os.path.join(parent, name), seen)]
-            for file in (os.path.join(parent, name) for name in names):
+            above = os.path.relpath(parent, folder)
+            folders[:] = [name for name in sorted(folders) if not name.startswith(".")
+                          and not _taken(os.path.join(parent, name), os.path.join(above, name), taken, passed_over)]
+            for name in (name for name in names if not name.startswith(".")):
+                file = os.path.join(parent, name)
                 size = os.stat(file).st_size if os.path.exists(file) else 0  # a link that leads nowhere
                 sizes[os.path.relpath(file, folder).replace(os.sep, "/")] = size
         return sizes
@@ -154,11 +215,15 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _visited(folder: str, seen: set[str]) -> bool:
-    real = os.path.realpath(folder)
-    visited = real in seen
-    seen.add(real)
-    return visited
+def _taken(folder: str, name: str, taken: dict[str, str], passed_over: dict[str, str] | None) -> bool:
+    """Whether `folder`, known as `name`, was taken before by another path; else it is now."""
+    name, real = os.path.normpath(name), os.path.realpath(folder)
+    if first := taken.get(real):
+        if passed_over is not None:
+            passed_over[name] = first
+        return True
+    taken[real] = name
+    return False
 
 
 def publish(path: epath.Path, data: bytes | str) -> None:
@@ -252,7 +317,7 @@ class LineWriter:
 def _parts(path: epath.Path) -> list[epath.Path]:
     if not path.parent.exists():
         return []
-    return sorted(path.parent.glob(f"{path.stem}-[0-9][0-9][0-9][0-9][0-9]{path.suffix}"))
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}-[0-9][0-9][0-9][0-9][0-9]{path.suffix}"))
 
 
 def read_lines(path: epath.Path) -> list[str]:

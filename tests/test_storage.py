@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from igpt_jax import storage
-from igpt_jax.config import UserError
+from igpt_jax import runtime, storage
+from igpt_jax.config import UserError, base_config, parse
 
 HOLD = """
 import sys, time
@@ -54,6 +54,48 @@ def test_matching_is_sorted(tmp_path):
         storage.publish(storage.path(tmp_path / name), "")
     found = storage.matching(str(tmp_path / "*" / "*.npz"))
     assert [os.path.relpath(path, tmp_path) for path in found] == ["a/3.npz", "b/1.npz", "b/2.npz"]
+
+
+@pytest.mark.parametrize(("typed", "expected"), [
+    ("s[1]", ["s[1]"]), ("s[1]/*", ["s[1]/a,b", "s[1]/x*"]), ("s[1]/x*", ["s[1]/x*"]), ("s?/x", ["s1/x"]),
+    ("s*/x[*]", ["s[1]/x*"]), ("s[12]/*", ["s1/x"]), ("s*/x*", ["s1/x", "s[1]/x*"]), ("s*/none", []), ("**/x", []),
+])
+def test_what_exists_is_no_pattern(tmp_path, typed, expected):
+    """Part by part. Seen to fail with every part that has a bracket taken for a pattern, the folder's own too."""
+    for name in ("s[1]/x*", "s[1]/a,b", "s1/x"):
+        storage.publish(storage.path(tmp_path / "r[0]" / name), "")
+    if expected:
+        found = storage.matching(f"{tmp_path}/r[0]/{typed}")
+        assert [os.path.relpath(path, tmp_path / "r[0]") for path in found] == expected
+    else:
+        with pytest.raises(UserError, match="matches nothing|no pattern"):
+            storage.matching(f"{tmp_path}/r[0]/{typed}")
+
+
+@pytest.mark.parametrize(("typed", "expected"), [
+    ("a,b", ["a,b"]), ("c, a,b ,", ["c", "a,b"]), ("a,b,c", ["a,b", "c"]), ("a,c", ["a", "c"]), ("c*,d", ["c*", "d"]),
+    ("a,b/*,c", ["a,b/*", "c"]), (" c", ["c"]), ("gs://b/a,gs://b/c", ["gs://b/a", "gs://b/c"]), ("", []),
+])
+def test_commas_of_a_path_that_exists_do_not_split_it(tmp_path, monkeypatch, typed, expected):
+    """Seen to fail with a plain split."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "a", "c"):
+        (tmp_path / name).mkdir()
+    assert storage.patterns(typed) == expected
+
+
+@pytest.mark.parametrize(("folder", "told"), [("back\\slash", "backslash"), ("caf\udce9", "UTF-8")])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_workdir_where_checkpoints_would_go_astray_is_refused(tmp_path, monkeypatch, capsys, folder, told, inside):
+    """As what was typed, and as the current folder. Seen to fail without the check: the job ran."""
+    if inside:
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+    before = list(tmp_path.rglob("*"))
+    workdir = "run" if inside else str(tmp_path / folder)
+    assert runtime.run_job(lambda config, workdir: {}, parse("pretrain", base_config("pretrain")), workdir) == 2
+    printed = capsys.readouterr().err
+    assert told in printed and printed.count("\n") == 1 and list(tmp_path.rglob("*")) == before
 
 
 def test_publish_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -123,10 +165,13 @@ def test_lines_wait_for_a_full_disk_and_none_is_torn(tmp_path):
     assert storage.read_lines(path) == ["first", "second", "third", "fourth"]
 
 
-def test_sweep_removes_what_a_killed_publish_left(tmp_path):
+@pytest.mark.parametrize("name", ["run", "run[1]", "*", "a?"])
+def test_sweep_removes_what_a_killed_publish_left(tmp_path, name):
+    """Seen to fail with the folder's name taken for a pattern."""
+    tmp_path = tmp_path / name
     left = [tmp_path / ".result.json.abc.tmp", tmp_path / "figures" / ".loss.png.xyz.tmp"]
     kept = [tmp_path / ".lock", tmp_path / "result.json", tmp_path / "figures" / "loss.png"]
-    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures").mkdir(parents=True)
     for file in left + kept:
         file.write_text("")
     storage.sweep(storage.path(tmp_path))

@@ -49,9 +49,8 @@ def _mesh() -> jax.sharding.Mesh:
 
 def _steps(typed: str) -> list[tuple[str, int]]:
     """The step that was typed, or all of a workdir."""
-    folder, newest = checkpoint.locate(typed)
-    one = storage.path(typed).name == str(newest)
-    return [(folder, step) for step in ([newest] if one else checkpoint.steps_in(folder))]
+    folder, steps = checkpoint.steps_of(typed)
+    return [(folder, step) for step in steps]
 
 
 def _verify_store(typed: str) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _shard_bytes(tree: Any) -> int:
 
 def _dumped(folder: str) -> str:
     """The step's module among those that the compiler wrote: the largest."""
-    files = glob.glob(os.path.join(folder, "*.after_optimizations.txt"))
+    files = glob.glob(os.path.join(glob.escape(folder), "*.after_optimizations.txt"))
     with open(max(files, key=os.path.getsize), encoding="utf-8") as file:
         return file.read()
 
