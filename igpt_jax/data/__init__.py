@@ -68,15 +68,24 @@ def count_classes(store, split) -> int:
     Raises:
       UserError: no labels, a single class, or a class without examples in the split.
     """
-    counts = np.ones(store.classes)
-    if not hasattr(split, "pictures"):  # of TFDS: reading all labels would be reading all pictures
-        counts = np.bincount(split.labels(np.arange(split.count)), minlength=store.classes)
-    if len(counts) < 2:
+    if len(names := getattr(store, "class_names", ())) > 1:
+        number = next((i for i, pair in enumerate(zip(*names[:2], strict=False)) if pair[0] != pair[1]), None)
+        what = (f"{len(names[0]):,} and {len(names[1]):,} classes" if number is None else
+                f"class {number} is {names[0][number]!r} and {names[1][number]!r}")
+        raise UserError(f"the stores {store.path} number their classes differently: {what}. Prepare them from sources "
+                        "of the same classes.")
+    if hasattr(split, "pictures"):  # of TFDS: reading all labels would be reading all pictures
+        found = range(store.classes)
+    else:
+        found = np.unique(split.labels(np.arange(split.count)))  # a count of each label could take any memory
+    if len(found) < 2:
         raise UserError(f"the labels of split {split.name!r} are all the same: there is nothing to classify.")
-    if not counts.all():
-        raise UserError(f"class {int(counts.argmin())} has no example in split {split.name!r}. "
-                        "Prepare a store whose training split has every class.")
-    return len(counts)
+    if len(found) < store.classes:
+        missing = next((i for i, label in enumerate(found) if i != label), len(found))
+        raise UserError(f"class {missing} has no example in split {split.name!r}, whose {len(found):,} labels run from "
+                        f"{found[0]} to {found[-1]}. Number the classes 0, 1, 2, ... without a gap, and prepare a "
+                        "store whose training split has every class.")
+    return store.classes
 
 
 class Mixture:
@@ -86,6 +95,7 @@ class Mixture:
         self._stores, self._weights = stores, weights
         self.path = ",".join(str(store.path) for store in stores)
         self.image_size, self.classes = stores[0].image_size, max(store.classes for store in stores)
+        self.class_names = sorted({tuple(store.manifest.get("class_names", ())) for store in stores} - {()})
         same = all(np.array_equal(store.palette, stores[0].palette) for store in stores)
         self.palette = stores[0].palette if same else None
 

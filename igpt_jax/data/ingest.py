@@ -142,11 +142,13 @@ def _add(writer: Writer, split: str, group: list[Decoded], relabel: Callable[[in
     good = [(item, image) for item, image in group if not isinstance(image, images.Unusable)]
     if not good:
         return
-    labels = [item.label for item, _ in good]
+    labels = [item.label for item, _ in good if item.label is not None]
     try:
-        labels_B = None if labels[0] is None else np.array([relabel(label) for label in labels], np.int32)
+        if len(labels) not in (0, len(good)):
+            raise ValueError("some of them")
+        labels_B = np.array([relabel(label) for label in labels], np.int32) if labels else None
         writer.add(split, np.stack([image for _, image in good]), labels_B)
-    except (ValueError, TypeError):
+    except ValueError:
         raise UserError(f"images of {split} near {good[0][0].name}: some have labels and others none. All or none "
                         "must.") from None
 
@@ -155,9 +157,10 @@ def _relabelling(train: Source, source: Source, split: str) -> Callable[[int], i
     """From a source's class numbers to those of the training images, by the classes' names where both have some."""
     if not train.class_names or not source.class_names or train.class_names == source.class_names:
         return lambda label: label
-    unknown = sorted(set(source.class_names) - set(train.class_names))
+    number = {name: i for i, name in enumerate(train.class_names)}
+    unknown = sorted(set(source.class_names) - number.keys())
     if unknown:
         raise UserError(f"the {split} images have classes that the training images lack: {', '.join(unknown[:5])}. "
                         "Name the folders alike.")
-    numbers = [train.class_names.index(name) for name in source.class_names]
+    numbers = [number[name] for name in source.class_names]
     return lambda label: numbers[label]

@@ -50,7 +50,7 @@ def _copy(where: epath.Path, target: epath.Path, manifest: dict) -> None:
         storage.publish(target / name, data)
 
     with concurrent.futures.ThreadPoolExecutor(COPIERS) as pool:
-        for _ in pool.map(copy, manifest["files"]):
+        for _ in pool.map(copy, store.files_in(manifest)):
             pass
     for name in (store.PALETTE, store.MANIFEST):  # the manifest last: it says that all is there
         storage.publish(target / name, storage.read(where / name))

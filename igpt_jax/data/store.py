@@ -143,7 +143,7 @@ class Writer:
         for split in SPLITS:
             for name in ("images", "labels"):
                 array = path / split / name
-                if array.exists() and any(array.iterdir()) and not (array / "zarr.json").exists():
+                if array.exists() and storage.listing(array) and not (array / "zarr.json").exists():
                     raise UserError(f"workdir {path}: {split}/{name} holds files that are not a pixel store's. "
                                     "Give an empty --workdir.")
 
@@ -273,7 +273,7 @@ def _digest(file: epath.Path) -> list:
 
 
 def _files_of(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, int]:
-    """The files of all arrays, as paths from the store's folder -> bytes."""
+    """The files of all arrays, as paths from the store's folder -> bytes. Hidden ones are the system's: left out."""
     folders = sorted({part["folder"] for split in splits.values() for part in split["parts"]})
     found: dict[str, int] = {}
     for folder in folders:
@@ -311,6 +311,11 @@ def load_manifest(path: epath.Path, name: str = MANIFEST) -> dict[str, Any] | No
     return manifest
 
 
+def files_in(manifest: Mapping[str, Any]) -> dict[str, list]:
+    """The arrays' files of a manifest: name -> [bytes, SHA-256], without hidden ones, which older versions noted."""
+    return {name: known for name, known in manifest["files"].items() if not name.rpartition("/")[2].startswith(".")}
+
+
 def check_files(path: epath.Path, manifest: Mapping[str, Any]) -> None:
     """Holds the store's files against its manifest: names and sizes, and the SHA-256 of the arrays' metadata.
 
@@ -322,12 +327,12 @@ def check_files(path: epath.Path, manifest: Mapping[str, Any]) -> None:
     def refuse(name: str, what: str) -> None:
         raise UserError(f"pixel store {path}: {name} {what}. Restore the store from a copy, or prepare it again.")
 
-    known, there = manifest["files"], _files_of(path, manifest["splits"])
+    known, there = files_in(manifest), _files_of(path, manifest["splits"])
     for name in sorted(known.keys() | there.keys()):
         if name not in there:
             refuse(name, "is missing")
         if name not in known:
-            refuse(name, "is not in its manifest")
+            raise UserError(f"pixel store {path}: {name} is not in its manifest. Move that file out of the store.")
         if there[name] != known[name][0]:
             refuse(name, f"has {there[name]:,} bytes, not {known[name][0]:,}")
         if name.endswith("zarr.json") and _digest(path / name) != known[name]:
@@ -342,7 +347,7 @@ def verify(path: epath.Path, manifest: Mapping[str, Any]) -> None:
     """
     check_files(path, manifest)
     found = _hashed(path, manifest["splits"])
-    for name, known in manifest["files"].items():
+    for name, known in files_in(manifest).items():
         if found[name] != known:
             raise UserError(f"pixel store {path}: {name} differs from its SHA-256. Restore the store from a copy, or "
                             "prepare it again.")
@@ -404,7 +409,7 @@ def split_of(path: epath.Path, names: str, known: Mapping[str, Any], image_size:
     parts, contents = [], []
     for name in names.split("+"):
         if name not in known:
-            raise UserError(f"split {name!r} is not in {path}. {nearest(name, list(known))}")
+            raise UserError(f"split {name!r} is not in {path}. {_without(name, list(known))}")
         if not known[name]["count"]:
             raise UserError(f"split {name!r} of {path} is empty. Name another, or prepare a store with a "
                             "larger held_out. To train without a held-out split: --config.data.held_out=")
@@ -415,6 +420,19 @@ def split_of(path: epath.Path, names: str, known: Mapping[str, Any], image_size:
         contents.append(known[name])
     fingerprint = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     return Split(names, image_size, fingerprint, parts, chunk)
+
+
+def _without(name: str, known: list[str]) -> str:
+    """How to go on without a split."""
+    if not known:
+        return "None of the images could be used: quarantined.json says why."
+    there = f"It has {', '.join(known)}."
+    if name == "test":
+        return f"{there} Make one with prepare --config.test_source=..., or use --config.data.test={known[-1]}"
+    if name == "held_out":
+        return (f"{there} Make one with prepare --config.held_out=0.1, or name another split. To train without: "
+                "--config.data.held_out=")
+    return nearest(name, known)
 
 
 class _Part:

@@ -24,11 +24,12 @@ from etils import epath
 from igpt_jax import palette, storage, telemetry
 from igpt_jax.config import PrepareConfig, UserError
 from igpt_jax.data import colours, images, ingest, sources, store
+from igpt_jax.data.sources import contents
 from igpt_jax.data.store import Split, Writer
 from igpt_jax.figures import image_grid, save_png
 from igpt_jax.runtime import Preempted, StopSignal
 
-SHOWN = 12  # images in before_after.png
+SHOWN = 12  # images in before_after.png, and class names in a line
 # Keys that change how a store is made and not what it holds.
 FREE_KEYS = ("workers", "max_quarantined")
 
@@ -60,21 +61,18 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         return _metrics(manifest, seconds=None)
 
     imported, count = _palette_for(config.palette, config.source)
-    train = sources.open_source(config.source, config.image_size, config.seed, config.slice)
-    size = config.image_size or max(train.sizes)
-    given = {"train": train}
-    if config.test_source:  # made-up test images must not be the training images again
-        given["test"] = sources.open_source(config.test_source, size, config.seed + 1, config.slice)
-    for source in given.values():
-        for kind, files in source.skipped.items():
-            telemetry.say(f"passes over {files:,} files that are not named as pictures: {kind}")
+    given, size = _open_sources(config)
+    train = given["train"]
     if round(config.held_out * train.count) == train.count:
         raise UserError(f"held_out={config.held_out} leaves none of the {train.count} images to train on. Lower it.")
 
     writer = Writer(path, size, config.chunk or (1 if storage.is_local(path) else 64))
-    notes = {"config": asked, "inputs": {split: source.count for split, source in given.items()}}
+    notes = {"config": asked, "inputs": {split: source.count for split, source in given.items()},
+             "contents": {split: dict(source.contents) for split, source in given.items()}}
     resumed = writer.resume()
-    if resumed and {name: resumed[name] for name in notes} != notes:
+    if resumed and resumed["config"] == asked:
+        _check_contents(resumed, notes, path)
+    if resumed and any(resumed[name] != notes[name] for name in ("config", "inputs")):
         telemetry.say(f"{path} holds an interrupted job of another config or source: starts over")
         writer, resumed = Writer(path, size, writer.chunk), None
     done, bad = (resumed["done"], resumed["quarantined"]) if resumed else ({}, [])
@@ -99,12 +97,38 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     resized = any(source.sizes != {size} for source in given.values())
     fields = {"source": config.source, "seed": config.seed, "config": asked, "quarantined": quarantine.entries,
               "resize": images.RESIZE_RULE if resized else "none", "class_names": list(train.class_names),
-              "held_out": {"share": config.held_out, "rule": ingest.HELD_OUT_RULE},
+              "held_out": {"share": config.held_out, "rule": ingest.HELD_OUT_RULE}, "contents": notes["contents"],
               "skipped": {split: dict(source.skipped) for split, source in given.items() if source.skipped}}
     chosen = None if config.shard else _choose(writer.split("train"), imported, count, config.seed, path)
     manifest = writer.finish(chosen, **fields)
     _tell(manifest, path)
     return _metrics(manifest, seconds, sum(done.values()))
+
+
+def _open_sources(config: PrepareConfig) -> tuple[dict[str, sources.Source], int]:
+    """The sources of train and test, and the images' size. Tells what the user must know of them."""
+    train = sources.open_source(config.source, config.image_size, config.seed, config.slice)
+    given, size = {"train": train}, config.image_size or max(train.sizes)
+    if config.test_source:  # made-up test images must not be the training images again
+        given["test"] = sources.open_source(config.test_source, size, config.seed + 1, config.slice)
+    for split, source in given.items():
+        for notice in source.notices:
+            telemetry.say(notice)
+        for kind, files in source.skipped.items():
+            telemetry.say(f"passes over {files:,} files that are not named as pictures: {kind}")
+        if names := source.class_names:
+            shown = names if len(names) <= SHOWN else (*names[:SHOWN - 2], "...", names[-1])
+            telemetry.say(f"{split}: {len(names):,} classes: {', '.join(shown)}")
+    return given, size
+
+
+def _check_contents(resumed: Mapping[str, Any], notes: Mapping[str, Any], path: epath.Path) -> None:
+    """Raises UserError where a source is not what it was when the interrupted job began."""
+    for split, now in notes["contents"].items():
+        then = resumed.get("contents", {}).get(split, {})
+        if differs := contents.difference(then, now, ("the interrupted job", "the source now")):
+            raise UserError(f"{path}: the source of {split} has changed since this job was interrupted: {differs}. "
+                            f"Restore it, or remove {path / store.PROGRESS} to start over.")
 
 
 def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
@@ -127,6 +151,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         by_number[number] = name
         _check_same({**first["config"], "shard": f"{number}/{first['config']['shard'].split('/')[1]}"},
                     manifest["config"], path / name)
+        _check_same_contents(first, manifest, (next(iter(slices)), name), path)
     missing = [f"{i}/{n}" for i in range(n) if i not in by_number]
     if missing:
         raise UserError(f"{path}: {len(missing)} of {n} slices are not finished: {', '.join(missing[:5])}. Run prepare "
@@ -158,6 +183,17 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     return _metrics(manifest, seconds=None)
 
 
+def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str], path: epath.Path
+                         ) -> None:
+    """Raises UserError where two slices' manifests are of different contents of the source."""
+    known = [manifest.get("contents", {"train": {"classes": list(map(contents.nfc, manifest["class_names"]))}})
+             for manifest in (one, other)]
+    for split, content in known[0].items():
+        if differs := contents.difference(content, known[1].get(split, {}), names):
+            raise UserError(f"{path}: the source of {split} changed between the slices {names[0]} and {names[1]}: "
+                            f"{differs}. Remove the slice that is wrong and prepare it again.")
+
+
 def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     """A palette for a store that is there: palette.npy in the workdir, for the `palette` of other jobs."""
     opened = store.Store.open(config.source.removeprefix("store:"))
@@ -179,6 +215,10 @@ def _tell(manifest: dict[str, Any], path: epath.Path) -> None:
     counts = ", ".join(f"{split['count']:,} {name}" for name, split in manifest["splits"].items())
     bad = f", {len(manifest['quarantined'])} in quarantine (quarantined.json)" if manifest["quarantined"] else ""
     telemetry.say(f"{path}: {counts} images of {manifest['image_size']}x{manifest['image_size']}{bad}")
+    images = sum(split["count"] for split in manifest["splits"].values())
+    if manifest["classes"] > images and not manifest["class_names"]:
+        telemetry.say(f"the labels run to {manifest['classes'] - 1}, with {images:,} images: to probe or finetune, "
+                      "number the classes 0, 1, 2, ... without a gap")
 
 
 def _check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: epath.Path) -> None:

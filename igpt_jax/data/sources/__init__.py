@@ -1,6 +1,7 @@
 """Where images come from. A source is one file here and one row of SOURCES; `images` says what becomes of each."""
 
 from igpt_jax.config import UserError, nearest
+from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source
 from igpt_jax.data.sources.digits import Digits
 from igpt_jax.data.sources.folder import Folder
@@ -31,6 +32,7 @@ def open_source(text: str, image_size: int, seed: int, shard: tuple[int, int] = 
     if name not in SOURCES:
         raise UserError(f"source {text!r} is not known. {nearest(name, list(SOURCES))}")
     source = SOURCES[name](argument, image_size, seed, shard)
+    source.class_names = tuple(map(contents.nfc, source.class_names))  # compared with those of another source
     if not source.count:
         raise UserError(f"source {text!r} has no images" + (f" in slice {shard[0]}/{shard[1]}. Use fewer slices."
                                                             if shard[1] > 1 else ". Check the path."))

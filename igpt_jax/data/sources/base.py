@@ -1,7 +1,7 @@
 """What a source is."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,11 +27,15 @@ class Source(Protocol):
       sizes: their own heights and widths, pixels, where all are square and known; else empty.
       class_names: of the labels, where they have names.
       skipped: what was passed over for its kind and is no image: kind -> how many.
+      notices: lines to tell the user.
+      contents: the summary of the whole source, not of the slice alone (contents.summarize); empty: it cannot change.
     """
     count: int
     sizes: set[int]
     class_names: tuple[str, ...] = ()
     skipped: Mapping[str, int] = {}
+    notices: tuple[str, ...] = ()
+    contents: Mapping[str, Any] = {}
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]): ...
 

@@ -2,19 +2,25 @@
 
 import collections
 import pathlib
+import re
 from collections.abc import Iterator
 
 from igpt_jax import storage
-from igpt_jax.config import UserError
+from igpt_jax.config import JOBS, UserError
 from igpt_jax.data import images
+from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source, slice_of
+
+SPLIT_NAME = re.compile(r"(train|training|val|valid|validation|dev|test|testing|held_?out)[-_ ]?\d*", re.IGNORECASE)
+SHOWN = 3  # names in a line
 
 
 class Folder(Source):
     """`folder:PATH`: each sub-folder a class, named and numbered in the order of names; or pictures without classes.
 
     Pictures are the files named .jpg, .jpeg, .png or .webp, at any depth, sorted by path. Files with other endings are
-    counted and told, hidden ones (a name that begins with a dot, __MACOSX) are passed over. Links are followed.
+    counted and told. Hidden files (a name that begins with a dot, __MACOSX) and the workdirs of jobs are passed over.
+    Links are followed, each folder once. Names are compared and sorted in Unicode's form NFC.
     """
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
@@ -23,25 +29,74 @@ class Folder(Source):
         self._root = storage.path(argument)
         if not self._root.is_dir():
             raise UserError(f"folder:{argument} is not a folder. Check the path.")
-        shown = [name for name in sorted(storage.listing(self._root)) if not _hidden(name)]
-        names = [name for name in shown if name.lower().endswith(images.SUFFIXES)]
-        others = (pathlib.PurePosixPath(name).suffix.lower() or "no ending" for name in shown
-                  if not name.lower().endswith(images.SUFFIXES))
+        linked: dict[str, str] = {}
+        sizes = storage.listing(self._root, linked)
+        workdirs = self._workdirs(sizes)
+        if "" in workdirs:
+            raise UserError(f"folder:{argument} is the workdir of a job. Give a folder that holds pictures alone, and "
+                            "another --workdir.")
+        shown = [name for name in sorted(sorted(sizes), key=contents.nfc)
+                 if not _inside(name, workdirs) and "__MACOSX" not in name.split("/")]
+        names = [name for name in shown if _is_picture(name)]
+        others = (pathlib.PurePosixPath(name).suffix.lower() or "no ending" for name in shown if not _is_picture(name))
         self.skipped = dict(sorted(collections.Counter(others).items()))
         classed = [name for name in names if "/" in name]
         if classed and len(classed) < len(names):
             lone = next(name for name in names if "/" not in name)
             raise UserError(f"folder:{argument} holds pictures both in class folders ({classed[0]}) and beside them "
                             f"({lone}). Move these into a folder, or give folder:PATH/CLASS.")
-        self.class_names = tuple(sorted({name.split("/")[0] for name in classed}))
+        folders = {name.split("/")[0] for name in classed}
+        self.class_names = tuple(sorted(set(map(contents.nfc, folders))))
+        self.notices = _notices(argument, folders, linked, workdirs)
         self._number = {name: i for i, name in enumerate(self.class_names)}
         self._names = [names[i] for i in slice_of(len(names), shard)]
         self.count, self.sizes = len(self._names), set()
+        self.contents = contents.summarize((f"{name}, {sizes[name]:,} bytes" for name in names), self.class_names)
 
     def items(self, start: int) -> Iterator[Item]:
         for name in self._names[start:]:
-            yield Item(name, self._number.get(name.split("/")[0]), (self._root / name).read_bytes)
+            yield Item(name, self._number.get(contents.nfc(name.split("/")[0])), (self._root / name).read_bytes)
+
+    def _workdirs(self, names: dict[str, int]) -> list[str]:
+        """The folders in which a job writes or has written; "" is the source itself."""
+        found = []
+        for name in (name for name in names if name.rpartition("/")[2] == "config.json"):
+            try:
+                job = storage.parse_json(storage.read(self._root / name))["job"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if isinstance(job, str) and job in JOBS:
+                found.append(name.rpartition("/")[0])
+        return sorted(found)
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(images.SUFFIXES)
+
+
+def _inside(name: str, folders: list[str]) -> bool:
+    return any(name.startswith(f"{folder}/") for folder in folders)
+
+
+def _notices(argument: str, folders: set[str], linked: dict[str, str], workdirs: list[str]) -> tuple[str, ...]:
+    """What a user must know of the folders taken as classes and of those passed over, a line each."""
+    lines = []
+    if linked:
+        lines.append(f"folder:{argument}: passes over " + _some([f"{name} (the same folder as {first})"
+                                                                 for name, first in sorted(linked.items())]))
+    if workdirs:
+        lines.append(f"folder:{argument}: passes over the workdirs of jobs: {_some(workdirs)}")
+    forms = collections.Counter(map(contents.nfc, folders))
+    if twice := sorted(name for name, count in forms.items() if count > 1):
+        lines.append(f"folder:{argument}: folders whose names differ in their Unicode form alone are one class: "
+                     f"{_some(twice)}")
+    if forms and all(map(SPLIT_NAME.fullmatch, forms)):
+        first, *rest = sorted(forms, key=lambda name: not name.lower().startswith("train"))
+        test = f" and --config.test_source=folder:{argument}/{rest[0]}" if rest else ""
+        lines.append(f"folder:{argument}: its classes are named like splits. To read them as splits, give "
+                     f"--config.source=folder:{argument}/{first}{test}")
+    return tuple(lines)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")

@@ -11,6 +11,7 @@ from etils import epath
 
 from igpt_jax import storage
 from igpt_jax.config import UserError
+from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source, slice_of
 
 
@@ -25,6 +26,7 @@ class Npz(Source):
             raise UserError("source 'npz' needs a path: npz:PATH, or a glob of several files.")
         self._files = storage.matching(argument)
         headers = [_check(file) for file in self._files]
+        self.contents = contents.of_files(self._files, [list(shape) for shape, _ in headers])
         self._counts = [shape[0] for shape, _ in headers]
         self._mine = slice_of(sum(self._counts), shard)
         self.count, self.sizes = len(self._mine), {shape[1] for shape, _ in headers}

@@ -11,6 +11,7 @@ from etils import epath
 from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.data import images
+from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source, slice_of
 
 MAX_MEMBER_BYTES = 2**28
@@ -38,6 +39,7 @@ class Tar(Source):
         if not argument:
             raise UserError("source 'tar' needs a path: tar:PATH, or a glob of several files.")
         files = storage.matching(argument)
+        self.contents = contents.of_files(files)
         self._samples: list[_Sample] = []
         self._skipped: collections.Counter = collections.Counter()
         for i in slice_of(len(files), shard):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from igpt_jax.config import UserError
+from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source, slice_of
 
 READ_AT_ONCE = 64
@@ -22,7 +23,11 @@ class Tfds(Source):
         self._builder, self._split = open_builder(argument)
         self._image, self._label = keys_of(self._builder)
         self.class_names = class_names_of(self._builder)
-        self._mine = slice_of(self._builder.info.splits[self._split].num_examples, shard)
+        info = self._builder.info
+        split = info.splits[self._split]
+        self.contents = contents.summarize([f"{info.full_name}@{split.name}, {split.num_bytes} bytes, shards of "
+                                            f"{split.shard_lengths} examples"], self.class_names)
+        self._mine = slice_of(split.num_examples, shard)
         self.count, self.sizes = len(self._mine), set()
 
     def items(self, start: int) -> Iterator[Item]:

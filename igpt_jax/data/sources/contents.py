@@ -1,0 +1,96 @@
+"""What a source holds, in a few kilobytes. Slices and resumed jobs compare it, to know whether the source is the same.
+
+A summary is a JSON object: the class names, the number of files, the SHA-256 of their names and sizes in order, and
+*marks*. A mark is the digest up to a file and that file's name; marks locate the first difference.
+"""
+
+import concurrent.futures
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+MARKS = 512  # at most; a source of fewer files has one for each
+STATS = 32  # threads; in a bucket each file's size is a request
+
+
+def nfc(name: str) -> str:
+    """`name` in the Unicode form by which names are compared: macOS writes an accent as a character of its own."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def summarize(entries: Iterable[str], class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """The summary of a source.
+
+    Args:
+      entries: a line for each file, in the source's order: its name, and its size where that is known.
+      class_names: in the order of their numbers.
+    """
+    running, marks, stride, count = hashlib.sha256(), [], 1, 0
+    for count, entry in enumerate(map(nfc, entries), 1):
+        data = entry.encode(errors="surrogatepass")  # a name need not be UTF-8
+        running.update(len(data).to_bytes(8, "little") + data)
+        if count % stride == 0:
+            marks.append(f"{running.hexdigest()[:16]} {entry}")
+            if len(marks) == MARKS:
+                marks, stride = marks[1::2], 2 * stride
+    return {"classes": list(class_names), "count": count, "sha256": running.hexdigest(), "stride": stride,
+            "marks": marks}
+
+
+def of_files(files: Sequence[epath.Path], more: Sequence[Any] = ()) -> dict[str, Any]:
+    """The summary of files, by their names below the folder that holds all of them, and by their sizes.
+
+    Args:
+      files: in the source's order.
+      more: something else to compare of each.
+    """
+    names = [os.fspath(file) for file in files]
+    above = len(os.path.commonprefix(names).rpartition("/")[0])
+    with concurrent.futures.ThreadPoolExecutor(STATS) as pool:
+        sizes = pool.map(lambda file: file.stat().length, files)
+        return summarize(", ".join([name[above:].lstrip("/"), f"{size:,} bytes", *map(str, rest)])
+                         for name, size, *rest in zip(names, sizes, *([more] if more else []), strict=True))
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any], whose: tuple[str, str]) -> str:
+    """The first difference between two summaries, in words; empty where there is none.
+
+    What a summary lacks, as those of older versions do, is not compared.
+
+    Args:
+      whose: what to call the two.
+    """
+    if "classes" in one and "classes" in other and one["classes"] != other["classes"]:
+        return _of_classes((one["classes"], other["classes"]), whose)
+    if one.get("sha256", "") == other.get("sha256", "") or not ("sha256" in one and "sha256" in other):
+        return ""
+    counts = "" if one["count"] == other["count"] else (f"{whose[0]} has {one['count']:,} files and {whose[1]} "
+                                                        f"{other['count']:,}; ")
+    stride, shorter = max(one["stride"], other["stride"]), min(one["count"], other["count"])
+    same = 0  # files that are proved the same
+    while same + stride <= shorter and _mark(one, same + stride) == _mark(other, same + stride):
+        same += stride
+    if stride > 1:
+        after = f", {_mark(one, same)[17:]!r}" if same else ""
+        return f"{counts}the first difference lies among the {stride:,} files after file {same:,}{after}"
+    names = [_mark(summary, same + 1)[17:] if same < summary["count"] else "" for summary in (one, other)]
+    if not all(names):
+        return f"{counts}only {whose[names.index('') ^ 1]} has {''.join(names)!r}"
+    return f"{counts}file {same + 1:,} is {names[0]!r} in {whose[0]} and {names[1]!r} in {whose[1]}"
+
+
+def _mark(summary: Mapping[str, Any], count: int) -> str:
+    """The mark after `count` files; "" before the first."""
+    return summary["marks"][count // summary["stride"] - 1] if count else ""
+
+
+def _of_classes(names: tuple[Sequence[str], Sequence[str]], whose: tuple[str, str]) -> str:
+    sets = [set(mine) for mine in names]
+    lone = [sorted(mine - others) for mine, others in (sets, sets[::-1])]
+    if any(lone):
+        return " and ".join(f"only {who} has class {mine[0]!r}" for who, mine in zip(whose, lone, strict=True) if mine)
+    return f"the order of the classes differs between {whose[0]} and {whose[1]}"
