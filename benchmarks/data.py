@@ -72,8 +72,7 @@ def rate(batches: Iterator, images: int) -> tuple[float, float]:
 
 def bare_decode(split, batch_size: int) -> Iterator:
     """tf.image's decoder on the very files, whole pictures, and nothing else."""
-    pictures = [split.pictures(tf.constant(split.examples(np.arange(split.count)))).numpy()]
-    files = tf.data.Dataset.from_tensor_slices(np.concatenate(pictures)).repeat()
+    files = tf.data.Dataset.from_tensor_slices([data for _, data in split.pictures(np.arange(split.count))]).repeat()
     decoded = files.map(lambda one: tf.shape(tf.image.decode_jpeg(one, channels=3, dct_method="INTEGER_ACCURATE")),
                         num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return decoded.batch(batch_size).prefetch(4).as_numpy_iterator()
@@ -82,10 +81,11 @@ def bare_decode(split, batch_size: int) -> Iterator:
 def read_and_decode(split, batch_size: int) -> Iterator:
     """The same, each batch's records read from the files first, in order."""
     def read(step: np.int64) -> np.ndarray:
-        return np.array(split.examples((step * batch_size + np.arange(batch_size)) % split.count), object)
+        ids = (step * batch_size + np.arange(batch_size)) % split.count
+        return np.array([data for _, data in split.pictures(ids)], object)
 
     read_batches = tf.data.Dataset.range(tf.int64.max).map(
-        lambda step: split.pictures(tf.ensure_shape(tf.numpy_function(read, [step], tf.string), [batch_size])),
+        lambda step: tf.ensure_shape(tf.numpy_function(read, [step], tf.string), [batch_size]),
         num_parallel_calls=2, deterministic=True)
     decoded = read_batches.prefetch(2).unbatch().map(
         lambda one: tf.shape(tf.image.decode_jpeg(one, channels=3, dct_method="INTEGER_ACCURATE")),

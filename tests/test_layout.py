@@ -8,12 +8,12 @@ ORDER = [
     "config", "storage", "palette", "topology", "sharding", "checksum", "attention.reference", "attention.context",
     "attention.blocked", "attention.splash", "attention", "model", "objectives", "features", "decode", "export",
     "linear_probe", "optimizer", "steps", "data.order", "data.images", "data.sources", "data.store", "data.ingest",
-    "data.colours", "data.augment", "data.ledger", "data.stage", "data", "data.tokens", "data.resident", "data.jpeg",
+    "data.colours", "data.augment", "data.ledger", "data.stage", "data", "data.tokens", "data.resident",
     "data.pipeline", "data.records", "orbax_s3", "integrity", "step_folders", "checkpoint", "transfer", "weights",
     "telemetry", "metric_writers", "profiling", "figures", "watchdog", "launcher", "roll_call", "startup", "runtime",
     "table", "evaluation", "surprise", "probing", "arrivals", "planner", "loop", "report", "jobs", "__main__",
 ]
-MAY_IMPORT_TENSORFLOW = {"data.jpeg", "data.pipeline", "data.records", "weights.openai"}
+MAY_IMPORT_TENSORFLOW = {"data.pipeline", "data.records", "weights.openai"}
 WITHOUT_JAX = {"config", "storage", "palette", "topology"}
 
 

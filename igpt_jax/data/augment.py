@@ -1,7 +1,11 @@
 """Random crops and mirrors, as functions of (seed, position in the run's sequence of examples). NumPy only.
 
-Any run, any number of hosts and either reader draws the same ones. A crop or mirror moves pixels and changes none,
-so it may be done before quantization or after.
+Any run, any number of hosts and either reader draws the same ones.
+
+- Recipe `cifar` moves pixels and changes none, so it may be done before quantization or after.
+- Recipe `imagenet` (paper, Section 3.1) scales the shorter side to a random size in [256, 384], takes a random 224x224
+  crop and reduces it. Scaling, crop and reduction are one here: the crop is a square window of the picture's own
+  pixels (corner and size rounded to whole ones), which `images.decode` reduces in one area resampling.
 
 Dimensions: B examples; Y rows, X columns.
 """
@@ -12,6 +16,7 @@ from igpt_jax.data import order
 
 RECIPES = ("none", "cifar", "imagenet")
 PAD = 4  # pixels
+CROP, SHORTEST, LONGEST = 224, 256, 384  # pixels
 
 
 def crop_and_mirror(seed: int, position_B: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,5 +49,19 @@ def moved(tokens_BT: np.ndarray, rows_BY: np.ndarray, columns_BX: np.ndarray) ->
 
 
 def unit_draws(seed: int, position_B: np.ndarray, count: int) -> np.ndarray:
-    """Uniform in [0, 1), float64 [B, count], for recipe `imagenet`: `jpeg.window` says what they choose."""
+    """Uniform in [0, 1), float64 [B, count], for recipe `imagenet`: `window` says what they choose."""
     return (order.draws(seed, position_B, count) >> np.uint64(11)) / 2**53
+
+
+def window(draws_3: np.ndarray, image_size: int, width: int, height: int) -> tuple[int, int, int]:
+    """Left, top and side of recipe `imagenet`'s square in a picture of at least image_size pixels a side.
+
+    Args:
+      draws_3: of scale, top and left, float64 in [0, 1).
+      image_size: the least side, since nothing is enlarged.
+    """
+    scale, top, left = draws_3
+    shorter = min(width, height)
+    scaled = SHORTEST + np.floor(scale * (LONGEST - SHORTEST + 1))
+    side = min(max(round(CROP * shorter / scaled), image_size), shorter)
+    return int(left * (width - side + 1)), int(top * (height - side + 1)), side

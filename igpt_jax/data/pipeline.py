@@ -8,13 +8,13 @@ Dimensions: B batch of all processes, R its rows that this process reads, T toke
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
 from igpt_jax import palette
-from igpt_jax.data import augment, jpeg, order
+from igpt_jax.data import augment, order
 
 STEPS_AT_ONCE = 16  # whose order is worked out together: NumPy's calls cost more than the numbers
 
@@ -38,16 +38,6 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
       UserError: an image is damaged or missing on disk.
     """
     failures: list[Exception] = []
-    count, size = rows.stop - rows.start, split.image_size
-
-    def reporting(function: Callable) -> Callable:
-        def call(*arguments):
-            try:
-                return function(*arguments)
-            except Exception as error:  # TensorFlow keeps only its text
-                failures.append(error)
-                raise
-        return call
 
     @functools.lru_cache(maxsize=4)
     def ids_of(group: int) -> np.ndarray:
@@ -59,33 +49,26 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
         group, place = divmod(step, STEPS_AT_ONCE)
         return ids_of(group)[place]
 
-    def rows_at(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of this process's rows, and their places in the run's sequence."""
-        return ids_at(int(step))[rows], int(step) * batch_size + np.arange(rows.start, rows.stop)
-
-    @reporting
     def read(step: np.int64) -> np.ndarray:
-        ids_R, position_R = rows_at(step)
-        tokens_RT = palette.encode(split.read(ids_R), table)
+        try:
+            return tokens_at(int(step)).astype(np.int32)
+        except Exception as error:  # TensorFlow keeps only its text
+            failures.append(error)
+            raise
+
+    def tokens_at(step: int) -> np.ndarray:
+        """Tokens uint16 [R, T] of this process's rows; crops depend on their positions in the run's sequence."""
+        ids_R, position_R = ids_at(step)[rows], step * batch_size + np.arange(rows.start, rows.stop)
+        crops = (augment.unit_draws(seed, position_R, 3),) if recipe == "imagenet" else ()
+        tokens_RT = palette.encode(split.read(ids_R, *crops), table)
         if recipe == "cifar":
-            tokens_RT = augment.moved(tokens_RT, *augment.crop_and_mirror(seed, position_R, size))
-        return tokens_RT.astype(np.int32)
-
-    @reporting
-    def read_examples(step: np.int64) -> tuple[np.ndarray, np.ndarray]:
-        ids_R, position_R = rows_at(step)
-        return np.array(split.examples(ids_R), object), augment.unit_draws(seed, position_R, 3)
-
-    def quantize(images_RYXC: np.ndarray) -> np.ndarray:
-        return palette.encode(images_RYXC, table).astype(np.int32)
+            tokens_RT = augment.moved(tokens_RT, *augment.crop_and_mirror(seed, position_R, split.image_size))
+        return tokens_RT
 
     with tf.device("cpu"):
         dataset = tf.data.Dataset.range(start_step, tf.int64.max)
-        if recipe == "imagenet":
-            dataset = _pictures(dataset, read_examples, split, size, count)
         # NumPy's look-up needs a third of the time of TensorFlow's gather, and lets go of Python's lock.
-        function = quantize if recipe == "imagenet" else read
-        dataset = dataset.map(lambda given: tf.numpy_function(function, [given], tf.int32),
+        dataset = dataset.map(lambda step: tf.numpy_function(read, [step], tf.int32),
                               num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         iterator = dataset.prefetch(prefetch).as_numpy_iterator()
     try:
@@ -97,16 +80,3 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
         raise
     finally:
         del iterator, dataset  # ends tf.data's threads
-
-
-def _pictures(steps: tf.data.Dataset, read_examples: Callable, split, size: int, count: int) -> tf.data.Dataset:
-    """Images uint8 [R, Y, X, 3] of each step: examples are read by the batch, decoded one by one."""
-    def load(step: tf.Tensor):
-        examples_R, draws_R3 = tf.numpy_function(read_examples, [step], (tf.string, tf.float64))
-        return tf.ensure_shape(split.pictures(examples_R), [count]), tf.ensure_shape(draws_R3, [count, 3])
-
-    def decode(picture, draws):
-        return jpeg.decode(picture, draws, size, random=True)
-
-    dataset = steps.map(load, num_parallel_calls=2, deterministic=True).prefetch(2).unbatch()
-    return dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(count)

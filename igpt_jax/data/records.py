@@ -1,16 +1,22 @@
 """Data sets of TFDS in ArrayRecord files, read by index: pictures of their own sizes, decoded and cropped as needed.
 
-Same interface as a pixel store's. Dimensions: B batch; Y rows, X columns, C channels.
+Same interface as a pixel store's, and the same pixels: `images.decode` makes them in both. There is no quarantine
+here: a picture that cannot be used ends the run, and the message names it.
+
+Dimensions: B batch; Y rows, X columns, C channels.
 """
 
+import concurrent.futures
+import functools
 import hashlib
 import json
+import os
 
 import numpy as np
 import tensorflow as tf
 
 from igpt_jax.config import UserError, nearest
-from igpt_jax.data import jpeg, order
+from igpt_jax.data import augment, images, order
 from igpt_jax.data.order import Component
 from igpt_jax.data.sources.tfds import class_names_of, keys_of, open_builder
 
@@ -83,36 +89,51 @@ class RecordSplit:
                 raise UserError(f"{builder.info.full_name}: its files hold {len(source):,} records, and its record "
                                 f"says {ids[-1] + 1:,} or more. Prepare it again in TFDS.")
         self._starts = np.cumsum([0, *(len(ids) for _, ids in rows)])
-        self._features = {self._image: tf.io.FixedLenFeature([], tf.string)}
-        if self._label:
-            self._features[self._label] = tf.io.FixedLenFeature([], tf.int64)
+        self._names, self._path = [own for own, _ in rows], f"tfds:{builder.info.full_name}"
         contents = [builder.info.full_name, [[own, hashlib.sha256(ids.tobytes()).hexdigest()] for own, ids in rows],
-                    [[split.name, split.shard_lengths, split.num_bytes] for split in builder.info.splits.values()]]
+                    [[split.name, split.shard_lengths, split.num_bytes] for split in builder.info.splits.values()],
+                    images.RESIZE_RULE]
         self.fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        self._decode = tf.function(lambda data: tf.map_fn(
-            lambda one: jpeg.decode(one, tf.zeros(3, tf.float64), image_size, random=False), data,
-            fn_output_signature=tf.uint8))
+        self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
-    def examples(self, ids: np.ndarray) -> list[bytes]:
-        """The serialized tf.train.Example of each id."""
+    def _examples(self, ids: np.ndarray) -> list[tuple[str, tf.train.Features]]:
+        """Name and features of each id's example."""
         owner = np.searchsorted(self._starts, ids, side="right") - 1
-        found: list[bytes] = [b""] * len(ids)
+        found: list = [None] * len(ids)
         for i in np.unique(owner):
             place = np.flatnonzero(owner == i)
             source, rows = self._rows[i]
             wanted = rows[ids[place] - self._starts[i]].tolist()
-            for at, record in zip(place, source.__getitems__(wanted), strict=True):
-                found[at] = record
+            try:
+                records = source.__getitems__(wanted)
+                for at, row, record in zip(place, wanted, records, strict=True):
+                    found[at] = f"{self._names[i]}[{row}]", tf.train.Example.FromString(record).features
+            except Exception as error:  # the readers raise what they like on damaged files
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(f"{self._path}: {self._names[i]}{wanted} cannot be read ({reason}). Restore the data "
+                                "set from a copy, or prepare it again in TFDS.") from None
         return found
 
-    def pictures(self, examples: tf.Tensor) -> tf.Tensor:
-        """The encoded pictures, string [B], in serialized examples, string [B]."""
-        return tf.io.parse_example(examples, {self._image: self._features[self._image]})[self._image]
+    def pictures(self, ids: np.ndarray) -> list[tuple[str, bytes]]:
+        """Name and encoded picture of each id."""
+        return [(name, features.feature[self._image].bytes_list.value[0]) for name, features in self._examples(ids)]
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        """Images uint8 [B, Y, X, 3] of ids [B]: the centre crop of evaluation."""
-        with tf.device("cpu"):
-            return self._decode(self.pictures(tf.constant(self.examples(ids)))).numpy()
+    def read(self, ids: np.ndarray, draws_B3: np.ndarray | None = None) -> np.ndarray:
+        """Images uint8 [B, Y, X, 3] of ids [B]: the largest centered squares, or windows by augment.unit_draws.
+
+        Raises:
+          UserError: a picture cannot be used.
+        """
+        def one(picture: tuple[str, bytes], draws_3: np.ndarray | None) -> np.ndarray:
+            window = None if draws_3 is None else functools.partial(augment.window, draws_3, self.image_size)
+            try:
+                return images.decode(picture[1], self.image_size, window)
+            except images.Unusable as reason:
+                raise UserError(f"{self._path}: {picture[0]}: {reason}. Leave it out when you build the data set in "
+                                "TFDS, or run prepare, which sets such pictures aside.") from None
+
+        draws = [None] * len(ids) if draws_B3 is None else draws_B3
+        return np.stack(list(self._threads.map(one, self.pictures(ids), draws)))
 
     @property
     def labelled(self) -> bool:
@@ -121,7 +142,8 @@ class RecordSplit:
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """Labels int32 [B] of ids [B]. Raises UserError where there are none."""
-        if not self._label:
+        labels_B = [features.feature[self._label].int64_list.value[0] for _, features in self._examples(ids)
+                    ] if self._label else [-1]
+        if min(labels_B) < 0:  # TFDS marks examples without a label, as those of a test split, with -1
             raise UserError(f"split {self.name!r} has no labels. Use a labelled data set.")
-        with tf.device("cpu"):
-            return tf.io.parse_example(self.examples(ids), self._features)[self._label].numpy().astype(np.int32)
+        return np.array(labels_B, np.int32)
