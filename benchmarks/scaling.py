@@ -91,6 +91,8 @@ def row(title: str, cell: dict) -> str:
     setting = re.sub(r"--config\.(?:mesh\.|model\.)?", "", cell["settings"])
     setting = re.sub(r" accumulate=1\b", "", setting)
     setting = f"batch={cell['batch_size']} {setting}" if "alone" in title else setting
+    if cell["fits"] is None:
+        return f"| {title} | {setting} | {cell['verdict']['message']} | | | | | |"
     if not cell["fits"]:
         return f"| {title} | {setting} | {used / GIB:.1f} of {room / GIB:.1f}: does not fit | | | | | |"
     forecast, schedule = cell["forecast"], cell["schedule"]

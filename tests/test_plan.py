@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from igpt_jax import topology
+from igpt_jax import runtime, topology
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.jobs import plan
 from igpt_jax.planner import Evidence, compilation, targets, verdicts
@@ -171,13 +171,22 @@ def test_verdicts_are_kept_by_content(cache, monkeypatch):
     assert len(asked) == 6
 
 
-def test_a_crash_of_the_compiler_is_a_verdict(cache, monkeypatch, tmp_path):
-    """And is not kept. Seen to fail with the verdict read whatever the exit code."""
+@pytest.mark.parametrize(("last_words", "says"), [
+    ("kill -SEGV $$", "the compiler's process was killed by SIGSEGV. Try"),
+    ("echo out of luck >&2; kill -ABRT $$", "was killed by SIGABRT: out of luck. Try"),
+    ("exit 137", "was killed by SIGKILL (perhaps this machine ran out of memory). Try"),
+    ("echo a bug >&2; exit 1", "ended with code 1: a bug. Try"),
+    ("kill -SEGV $$,search=True", "SIGSEGV. Try")])
+def test_a_crash_of_the_compiler_fails_the_job(last_words, says, cache, tmp_path, capsys):
+    """With exit code 2 and the signal's name, and is not kept. Seen to fail with a plan returned for it."""
+    last_words, _, more = last_words.partition(",")
     crashing = tmp_path / "python"
-    crashing.write_text("#!/bin/sh\nif [ \"$1\" = -c ]; then exit 0; fi\necho out of luck >&2\nkill -SEGV $$\n")
+    crashing.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 0\n{last_words}\n')
     crashing.chmod(0o755)
-    verdict = verdicts.verdict_for(config_for(f"model=igpt_tiny,topology=cpu:1,python={crashing}"))
-    assert verdict.status == "failed" and "-11" in verdict.message and "out of luck" in verdict.message
+    config = config_for(f"model=igpt_tiny,topology=cpu:2,batch_size=16,search_compiles=2,python={crashing},{more}")
+    assert runtime.run_job(plan.run, config, str(tmp_path / "plan")) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert json.loads((tmp_path / "plan/result.json").read_text())["status"] == "failed"
     assert not cache.exists() or not list(cache.iterdir())
 
 
@@ -207,20 +216,23 @@ def test_what_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
 
 
 def test_the_search_ranks_what_it_compiled(monkeypatch, tmp_path, capsys):
-    """Fitting settings come first, the fastest of them on top. Seen to fail with the order of the estimates kept."""
+    """Fitting settings come first, the fastest of them on top. What does not fit comes
+    after them, what failed last. Seen to fail with the order of the estimates kept, and with a failure put before."""
     seen = []
 
     def compiled(config):
         seen.append(config)
-        return compilation.Verdict("compiled", required_bytes=2**30, flops=1e15 * (10 - len(seen)), devices=16,
-                                   mesh=dataclasses.asdict(config.mesh))
+        if len(seen) == 2:
+            return compilation.Verdict("failed", "it crashed")
+        return compilation.Verdict("compiled", required_bytes=2 ** (50 if len(seen) == 1 else 30), devices=16,
+                                   flops=1e15 * (10 - len(seen)), mesh=dataclasses.asdict(config.mesh))
 
     monkeypatch.setattr(plan, "verdict_for", compiled)
-    plan.run(config_for("model=igpt_s,topology=v5e:4x4,search=True,search_compiles=3"), str(tmp_path))
-    assert len(seen) == 3 and len({str(config) for config in seen}) == 3
-    lines = capsys.readouterr().out.splitlines()[1:4]
-    times = [float(line.split()[1]) for line in lines]
-    assert times == sorted(times)
+    plan.run(config_for("model=igpt_s,topology=v5e:4x4,search=True,search_compiles=5"), str(tmp_path))
+    assert len(seen) == 5 and len({str(config) for config in seen}) == 5
+    lines = capsys.readouterr().out.splitlines()[1:6]
+    times = [float(line.split()[1]) for line in lines[:3]]
+    assert times == sorted(times) and lines[3].split()[1] == "no" and lines[4].startswith("failed  ")
 
 
 def test_calibration_takes_the_measured_speed(python, tmp_path):

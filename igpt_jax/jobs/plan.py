@@ -29,6 +29,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
 
     Raises:
       UserError: the topology is unknown, cannot hold the mesh, or its compiler is missing; the batch is impossible.
+      runtime.Ended: the compiler crashed or failed, so there is no answer.
     """
     target = _target(config)
     if config.data != DataConfig():
@@ -51,6 +52,9 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     folder = storage.path(workdir)
     storage.publish(folder / "plan.txt", text + "\n")
     storage.publish(folder / "plan.json", runtime.to_json(record))
+    if result.fits is None:
+        raise runtime.Ended(f"no plan for {config.topology}: {result.verdict.message.rstrip('.')}. Try another "
+                            "model.attention, mesh or version of jaxlib.", result.metrics)
     if result.forecast and config.step == "train":
         _draw(result, share, folder / "figures" / "plan.png")
     return result.metrics
@@ -117,7 +121,7 @@ def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
 # Search.
 
 def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence) -> list[Answer]:
-    """Compiles the most promising settings; those that fit first, the fastest of them first."""
+    """Compiles the most promising settings; those that fit first, the fastest of them first, failed ones last."""
     ranked = _candidates(config, target, share, vary=True)
     tried = search.distinct(ranked)[:config.search_compiles]
     telemetry.say(f"igpt_jax plan: {len(ranked):,} settings by estimate; compiling {len(tried)}")
@@ -129,7 +133,7 @@ def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence
             refusal = error
     if refusal and not found:
         raise refusal
-    return sorted(found, key=lambda each: (not each.fits, each.forecast.step_seconds if each.fits
+    return sorted(found, key=lambda each: (each.fits is None, not each.fits, each.forecast.step_seconds if each.fits
                                            else each.verdict.required_bytes))
 
 
@@ -137,7 +141,8 @@ def _ranking(found: list[Answer]) -> list[str]:
     lines = [("GiB per device", "s per step", "setting")]
     for each in found:
         seconds = f"{each.forecast.step_seconds:.3g}" if each.forecast else "-"
-        lines.append((f"{each.verdict.required_bytes / GIB:.2f}{'' if each.fits else ' no'}", seconds,
+        fits = {True: "", False: " no", None: " failed"}[each.fits]
+        lines.append((f"{each.verdict.required_bytes / GIB:.2f}{fits}".removeprefix("0.00 "), seconds,
                       search.settings(each.config)))
     return [f"{memory:18}  {seconds:10}  {setting}" for memory, seconds, setting in lines]
 

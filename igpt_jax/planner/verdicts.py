@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,8 +66,17 @@ def _ask(config: PlanConfig) -> Verdict:
             return Verdict("failed", f"the compiler took more than {TIMEOUT_SECONDS / 60:.0f} minutes.")
         if out.exists() and done.returncode == 0:
             return Verdict(**json.loads(out.read_text()))
-        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"])[-1]
-        return Verdict("failed", f"the compiler's process ended with code {done.returncode}: {last.strip()}")
+        last = [f": {line.strip()}" for line in done.stderr.splitlines() if line.strip()] or ["."]
+        return Verdict("failed", f"the compiler's process {_end(done.returncode)}{last[-1]}")
+
+
+def _end(code: int) -> str:
+    """How a process ended, from its exit code: negative, or above 128 behind a shell, where a signal killed it."""
+    number = -code if code < 0 else code - 128
+    if number not in set(signal.Signals):
+        return f"ended with code {code}"
+    name = signal.Signals(number).name
+    return f"was killed by {name}" + (" (perhaps this machine ran out of memory)" if name == "SIGKILL" else "")
 
 
 def _environment(target: topology.Target) -> dict[str, str]:
