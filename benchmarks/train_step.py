@@ -44,6 +44,8 @@ PRODUCT = 8192 if ON_GPU else 2048  # side of the matrices whose product is the 
 def ours(shape: ModelConfig, side: int, batch: int, axis: str, precision: str, devices: int) -> Candidate:
     if not ON_GPU:
         jax.config.update("jax_num_cpu_devices", devices)
+    if (jax.default_backend() == "gpu") != ON_GPU:
+        raise RuntimeError(f"JAX runs on the {jax.default_backend()}, PyTorch on {TORCH_DEVICE}: they must agree.")
     tokens_BT = batch_of(side, batch)
     config = PretrainConfig(model=shape, batch_size=batch, precision=precision, steps=10**6,
                             optimizer=OptimizerConfig(learning_rate=RATE, warmup_steps=1),
