@@ -23,7 +23,6 @@ IGNORED = re.compile(r"adam_v|adam_m|AdamWeightDecayOptimizer|global_step|(^|/)_
 
 
 def _tensorflow() -> Any:
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing is computed, and it logs a line when it starts
     try:
         import tensorflow  # 5 seconds and 665 MiB
     except ImportError:
