@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from igpt_jax import data, palette, storage
-from igpt_jax.config import UserError
+from igpt_jax.config import DataConfig, UserError
 from igpt_jax.data import stage, store
 
 PALETTE_VC = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
@@ -171,6 +171,64 @@ def test_splits_that_are_not_there(path, images, tmp_path_factory):
     write(unlabelled, {"train": (images, None)})
     with pytest.raises(UserError, match="no labels"):
         store.Store.open(unlabelled).split("train").labels(np.array([0]))
+
+
+@pytest.mark.parametrize(("splits", "asked", "fix"), [
+    (["train", "held_out"], "test", "prepare --config.test_source=..., or use --config.data.test=held_out"),
+    (["train"], "test", "It has train. Make one with prepare --config.test_source=...$"),
+    (["train", "test"], "held_out", "--config.held_out=0.1, or name another split. .*--config.data.held_out="),
+    ([], "train", r"quarantined.json says why"),
+])
+def test_a_missing_split_says_how_to_go_on(tmp_path, images, splits, asked, fix):
+    write(tmp_path, dict.fromkeys(splits, (images, None)))
+    with pytest.raises(UserError, match=f"split '{asked}' is not in .*{fix}"):
+        store.Store.open(tmp_path).split(asked)
+
+
+def test_hidden_files_do_not_condemn_a_store(path, tmp_path_factory):
+    """Those of the system: before and after it is written, in its manifest (of older versions) and then gone."""
+    for name in (".DS_Store", "train/.nfs0001", "train/images/.DS_Store", "train/.snapshot/images/c"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("x")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["train/labels/._zarr.json"] = [1, "0"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    opened = store.Store.open(path)
+    store.verify(path, opened.manifest)
+    copy = store.Store.open(stage.stage(str(path), str(tmp_path_factory.mktemp("here"))))
+    assert copy.split("train").read(np.arange(2)).shape == (2, 8, 8, 3)
+    fresh = tmp_path_factory.mktemp("fresh")
+    (fresh / "train" / "images").mkdir(parents=True)
+    (fresh / "train" / "images" / ".DS_Store").write_text("x")
+    assert not any(".DS" in name for name in write(fresh, {"train": (random_images(3), None)})["files"])
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    ([0, 2_000_000_000], "class 1 has no example in split 'train', whose 2 labels run from 0 to 2000000000"),
+    ([5, 5], "all the same"), ([1, 2], "class 0 has no example"), ([0, 1], ""),
+])
+def test_a_gap_in_the_labels_is_refused_before_anything_is_counted(tmp_path, labels, message):
+    """Seen to fail (16 GB) with numpy.bincount."""
+    opened = store.Store(tmp_path, write(tmp_path, {"train": (random_images(2), np.array(labels, np.int32))}))
+    if not message:
+        assert data.count_classes(opened, opened.split("train")) == 2
+        return
+    with pytest.raises(UserError, match=message):
+        data.count_classes(opened, opened.split("train"))
+
+
+def test_stores_whose_classes_differ_are_not_mixed_to_learn_classes(tmp_path):
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"]), ("c", [])):
+        writer = store.Writer(storage.path(tmp_path / name), 8)
+        writer.add("train", random_images(4), np.array([0, 1, 0, 1]))
+        writer.finish(PALETTE_VC, class_names=classes, **FIELDS)
+    for names, message in (("a,b", "class 0 is 'cat' and 'dog'"), ("a,c", "")):
+        mixed = data.open_data(DataConfig(store=",".join(f"{tmp_path}/{name}" for name in names.split(","))))
+        if message:
+            with pytest.raises(UserError, match=message):
+                data.count_classes(mixed, mixed.split("train"))
+        else:
+            assert data.count_classes(mixed, mixed.split("train")) == 2
 
 
 def test_writing_never_deletes_what_is_not_a_store(tmp_path, images):

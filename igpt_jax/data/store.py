@@ -133,13 +133,17 @@ class Writer:
       chunk: images per inner chunk: 1 for local disks, some 64 for buckets, where small reads are slow.
 
     Raises:
-      UserError: the folder holds other files where the store's arrays belong.
+      UserError: the folder holds other files where the store's arrays belong, or `chunk` is too large.
     """
 
     def __init__(self, path: epath.Path, image_size: int, chunk: int = 1):
         self._path, self._image_size, self.chunk = path, image_size, chunk
         self._arrays: dict[str, _Appended] = {}
         self._classes = 0
+        most = max(1, SHARD_BYTES // (3 * image_size**2))
+        if chunk > most:  # TensorStore takes the memory of a whole chunk, and aborts where there is none
+            raise UserError(f"chunk={chunk}: {chunk:,} images of {image_size}x{image_size} exceed a shard of "
+                            f"{SHARD_BYTES >> 20} MiB. Set it to {most:,} or less, or to 0.")
         for split in SPLITS:
             for name in ("images", "labels"):
                 array = path / split / name
@@ -428,7 +432,8 @@ def _without(name: str, known: list[str]) -> str:
         return "None of the images could be used: quarantined.json says why."
     there = f"It has {', '.join(known)}."
     if name == "test":
-        return f"{there} Make one with prepare --config.test_source=..., or use --config.data.test={known[-1]}"
+        instead = ", or use --config.data.test=held_out" if "held_out" in known else ""
+        return f"{there} Make one with prepare --config.test_source=...{instead}"
     if name == "held_out":
         return (f"{there} Make one with prepare --config.held_out=0.1, or name another split. To train without: "
                 "--config.data.held_out=")

@@ -118,7 +118,7 @@ def _open_sources(config: PrepareConfig) -> tuple[dict[str, sources.Source], int
             telemetry.say(f"passes over {files:,} files that are not named as pictures: {kind}")
         if names := source.class_names:
             shown = names if len(names) <= SHOWN else (*names[:SHOWN - 2], "...", names[-1])
-            telemetry.say(f"{split}: {len(names):,} classes: {', '.join(shown)}")
+            telemetry.say(f"{split}: {len(names):,} class{'es' if len(names) > 1 else ''}: {', '.join(shown)}")
     return given, size
 
 
@@ -151,7 +151,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         by_number[number] = name
         _check_same({**first["config"], "shard": f"{number}/{first['config']['shard'].split('/')[1]}"},
                     manifest["config"], path / name)
-        _check_same_contents(first, manifest, (next(iter(slices)), name), path)
+        _check_same_contents(first, manifest, path)
     missing = [f"{i}/{n}" for i in range(n) if i not in by_number]
     if missing:
         raise UserError(f"{path}: {len(missing)} of {n} slices are not finished: {', '.join(missing[:5])}. Run prepare "
@@ -183,15 +183,15 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     return _metrics(manifest, seconds=None)
 
 
-def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str], path: epath.Path
-                         ) -> None:
+def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], path: epath.Path) -> None:
     """Raises UserError where two slices' manifests are of different contents of the source."""
     known = [manifest.get("contents", {"train": {"classes": list(map(contents.nfc, manifest["class_names"]))}})
              for manifest in (one, other)]
+    names = tuple(f"slice {manifest['config']['shard']}" for manifest in (one, other))
     for split, content in known[0].items():
         if differs := contents.difference(content, known[1].get(split, {}), names):
-            raise UserError(f"{path}: the source of {split} changed between the slices {names[0]} and {names[1]}: "
-                            f"{differs}. Remove the slice that is wrong and prepare it again.")
+            raise UserError(f"{path}: the source of {split} changed between {' and '.join(names)}: {differs}. Remove "
+                            "the slice that is wrong and prepare it again.")
 
 
 def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:

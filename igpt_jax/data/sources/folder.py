@@ -1,6 +1,7 @@
 """A folder of pictures, local or in a bucket."""
 
 import collections
+import functools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -55,12 +56,14 @@ class Folder(Source):
 
     def items(self, start: int) -> Iterator[Item]:
         for name in self._names[start:]:
-            yield Item(name, self._number.get(contents.nfc(name.split("/")[0])), (self._root / name).read_bytes)
+            yield Item(name, self._number.get(contents.nfc(name.split("/")[0])), functools.partial(images.read, self._root / name))
 
     def _workdirs(self, names: dict[str, int]) -> list[str]:
         """The folders in which a job writes or has written; "" is the source itself."""
         found = []
-        for name in (name for name in names if name.rpartition("/")[2] == "config.json"):
+        for name, size in names.items():
+            if name.rpartition("/")[2] != "config.json" or not 0 < size < 2**20:  # a pipe has no size
+                continue
             try:
                 job = storage.parse_json(storage.read(self._root / name))["job"]
             except (ValueError, KeyError, TypeError):

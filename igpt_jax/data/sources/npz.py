@@ -1,6 +1,7 @@
 """NumPy archives. Nothing pickled is read."""
 
 import contextlib
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class Npz(Source):
             raise UserError("source 'npz' needs a path: npz:PATH, or a glob of several files.")
         self._files = storage.matching(argument)
         headers = [_check(file) for file in self._files]
-        self.contents = contents.of_files(self._files, [list(shape) for shape, _ in headers])
+        self.contents = contents.of_files(self._files, [_checksums(file) for file in self._files])
         self._counts = [shape[0] for shape, _ in headers]
         self._mine = slice_of(sum(self._counts), shard)
         self.count, self.sizes = len(self._mine), {shape[1] for shape, _ in headers}
@@ -73,6 +74,12 @@ def _rows(file: epath.Path, stop: int) -> Iterator[tuple[int | None, np.ndarray]
             yield None if labels is None else int(labels[i]), np.frombuffer(data, np.uint8).reshape(shape)
 
 
+def _checksums(file: epath.Path) -> str:
+    """Each array's CRC, as zipfile knows it without reading the array."""
+    with _archive_errors(file), file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+        return ", ".join(f"{info.filename} {info.CRC:08x}" for info in archive.infolist())
+
+
 def _check(file: epath.Path) -> tuple[tuple[int, ...], bool]:
     """Shape of the images and whether there are labels, from the headers alone."""
     with _archive_errors(file), file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
@@ -98,14 +105,19 @@ def _check(file: epath.Path) -> tuple[tuple[int, ...], bool]:
 def _archive_errors(file: epath.Path) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, ImportError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, ImportError,
+            MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file} is not a readable .npz archive ({reason}). Save it with numpy.savez.") from None
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
     with archive.open(f"{name}.npy") as member:
-        return _read_header(member)
+        shape, dtype = _read_header(member)
+        size = 0 if dtype.hasobject else member.tell() + math.prod(shape) * dtype.itemsize
+        if size > archive.getinfo(f"{name}.npy").file_size:  # a false shape must not size an allocation
+            raise ValueError(f"{name} ends early")
+        return shape, dtype
 
 
 def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -1,5 +1,6 @@
 """Made-up pictures, for tests of speed and scale."""
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,6 +9,7 @@ from igpt_jax.config import UserError
 from igpt_jax.data.sources.base import Item, Source, slice_of
 
 DRAWN_AT_ONCE = 1024
+LARGEST = 256  # pixels: this many at once take 4 GiB
 
 
 class Synthetic(Source):
@@ -18,8 +20,10 @@ class Synthetic(Source):
     CLASSES = 10
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
-        if not (argument or "10000").isdigit() or int(argument or 1) < 1:
-            raise UserError(f"source 'synthetic:{argument}': COUNT must be a positive whole number.")
+        if not re.fullmatch("[0-9]{1,12}", argument or "10000") or int(argument or 1) < 1:
+            raise UserError(f"source 'synthetic:{argument}': COUNT must be a positive whole number below 10^12.")
+        if image_size > LARGEST:
+            raise UserError(f"image_size={image_size}: synthetic pictures have {LARGEST} pixels or less.")
         self._size, self._seed = image_size or 32, seed
         self._mine = slice_of(int(argument or 10_000), shard)
         self.count, self.sizes = len(self._mine), {self._size}
