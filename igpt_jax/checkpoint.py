@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -170,18 +171,18 @@ class Checkpoints:
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Lets the figures of an evaluation count in the choice of the best step."""
-        if "eval/accuracy" in metrics:
-            self._scores[step] = metrics["eval/accuracy"]
-        elif "eval/nats_per_pixel" in metrics:
-            self._scores[step] = -metrics["eval/nats_per_pixel"]
+        score = metrics.get("eval/accuracy", -metrics.get("eval/nats_per_pixel", math.nan))
+        if math.isfinite(score):
+            self._scores[step] = score
 
-    def save(self, state: State, record: Record, surely: bool = False) -> None:
+    def save(self, state: State, record: Record, surely: bool = False, supersedes: bool = True) -> None:
         """Starts to save; returns once the arrays are copied, so that the next step may overwrite them.
 
         Args:
           state: the state after `record.steps_done` steps.
           record: written beside it; its metrics decide which checkpoint is the best.
           surely: wait until it is on disk, and try again where it fails.
+          supersedes: older steps may be removed for it; not where it may be worse than they are.
 
         Raises:
           Unsaved: `surely`, and it failed three times.
@@ -192,7 +193,7 @@ class Checkpoints:
             self.wait()
             if record.steps_done in self.steps:
                 return
-            self._start(state, record)
+            self._start(state, record, supersedes)
             if surely:
                 self.wait()
             if not self._problem:
@@ -201,7 +202,7 @@ class Checkpoints:
             raise Unsaved(f"step {record.steps_done:,} could not be saved: {self._problem}. Make room or mend "
                           f"{self._folder}: the same command then goes on from step {self.latest_step or 0:,}.")
 
-    def _start(self, state: State, record: Record) -> None:
+    def _start(self, state: State, record: Record, supersedes: bool) -> None:
         params, training = _split(state)
         record = dataclasses.replace(record, checksums=checksum.of_tree(state))
         try:
@@ -214,15 +215,16 @@ class Checkpoints:
         except Exception as error:  # whatever the storage's client raises: training goes on
             self._failed(record.steps_done, error)
             return
-        self._saving = self._thread.submit(self._finish, response, record)
+        self._saving = self._thread.submit(self._finish, response, record, supersedes)
 
-    def _finish(self, response: Any, record: Record) -> None:
+    def _finish(self, response: Any, record: Record, supersedes: bool) -> None:
         try:
             response.result()
             if jax.process_index() == 0:
                 integrity.write_hashes(self._folder / str(record.steps_done))
                 self.note(record.steps_done, record.metrics)
-                self._remove_superseded()
+                if supersedes:
+                    self._remove_superseded()
             self._problem, self._pause = "", 1.0
         except Exception as error:
             self._failed(record.steps_done, error)
@@ -436,9 +438,9 @@ def steps_of(typed: str) -> tuple[str, list[int]]:
     if not typed:
         raise UserError("checkpoint is empty. Name a workdir of pretrain, or one step of it (DIR/checkpoints/STEP).")
     path = storage.path(typed)
-    whole = storage.absolute(path)
+    storage.absolute(path)  # refuses what cannot be read
     if is_step(path):
-        path = whole if path.name in ("", "..") else path  # typed from inside of it
+        path = step_folders.resolved(path)
         if not NUMBER.fullmatch(path.name):
             raise UserError(f"checkpoint {typed!r} is a step in a folder of another name. Rename it to its number.")
         return str(path.parent), [int(path.name)]

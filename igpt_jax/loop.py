@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -139,7 +141,9 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
             telemetry.say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of "
                           f"{len(palette_VC)} colours, {train_split.count:,} images, mesh {dict(mesh.shape)}, "
                           f"{model.config.attention} attention, {config.precision}")
-            if start:
+            if start >= config.steps:
+                telemetry.say(f"already finished: the newest checkpoint is of step {start:,}, and steps={config.steps:,}")
+            elif start:
                 skipping = f", {offset:,} steps of examples further on" if offset else ""
                 telemetry.say(f"goes on from step {start:,} of {config.steps:,}{skipping}")
 
@@ -172,6 +176,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
 
         # The loop. A step's metrics are read after the next step is under way, so that devices never wait.
         late: tuple[int, dict[str, jax.Array]] | None = None
+        save_owed = eval_owed = False  # they were due amid skipped updates, and wait for one that is accepted
         ledger.enter("step")
         stop.saves = True
         for step in range(start + 1, end + 1):
@@ -188,16 +193,21 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
                 late = step, measured
 
                 last, stopping = step == config.steps, stop.should_stop()
-                eval_now = last or _due(step, config.eval_every_steps)
-                save_now = _due(step, config.checkpoint_every_steps) or step in config.keep_steps
+                named = step in config.keep_steps
+                eval_now = last or eval_owed or _due(step, config.eval_every_steps)
+                save_now = _due(step, config.checkpoint_every_steps) or save_owed or named
                 save_now = save_now or eval_now or stopping or checkpoints.retry_due
                 if config.compare_replicas_every_steps and (save_now or _due(step,
                                                                              config.compare_replicas_every_steps)):
                     _compare_replicas(step, state, mesh)
                 if not save_now:
                     continue
-                _report(*late, config, metrics, throughput, checkpoints, batches)
+                skipping = _report(*late, config, metrics, throughput, checkpoints, batches)
                 late = None
+                if skipping and not (last or stopping or named):
+                    save_owed, eval_owed = True, eval_now
+                    continue
+                save_owed = eval_owed = False
             except Diverged:
                 _note_divergence(workdir, checkpoints, late[0] + offset)
                 raise
@@ -208,7 +218,8 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
                 metrics.flush()
                 watchdog.beat(f"saving step {step:,}")
                 with ledger("save"):
-                    checkpoints.save(state, record(step, evaluated), surely=last or stopping)
+                    good = not skipping and all(map(math.isfinite, evaluated.values()))
+                    checkpoints.save(state, record(step, evaluated), surely=last or stopping, supersedes=good)
             if stopping and (not last or held_out and not evaluated):
                 raise stopped(step)
             if last:
@@ -247,8 +258,12 @@ def _throughput(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -
 
 
 def _report(step: int, measured: dict[str, jax.Array], config: PretrainConfig, metrics: telemetry.Metrics,
-            throughput: telemetry.Throughput, checkpoints: checkpoint.Checkpoints, batches: Batches) -> None:
-    """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay bad."""
+            throughput: telemetry.Throughput, checkpoints: checkpoint.Checkpoints, batches: Batches) -> int:
+    """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay bad.
+
+    Returns:
+      How many updates in a row were skipped.
+    """
     values = {name: float(np.asarray(value)) for name, value in jax.device_get(measured).items()}
     in_a_row = int(values.pop("train/skipped_in_a_row"))
     if checkpoints.failed_saves:
@@ -258,9 +273,20 @@ def _report(step: int, measured: dict[str, jax.Array], config: PretrainConfig, m
     if in_a_row >= config.max_skipped_updates:
         checkpoints.wait()
         raise Diverged(f"{in_a_row} updates in a row up to step {step:,} were not finite or spiked, and were skipped. "
-                       f"The newest checkpoint, step {checkpoints.latest_step or 0:,}, is good: go on past these "
-                       "examples (--config.skip_divergence=True), or with a lower optimizer.learning_rate or with "
-                       "optimizer.clip_norm, named in --config.accept_changes.")
+                       + _way_on(checkpoints.steps, step - in_a_row))
+    return in_a_row
+
+
+def _way_on(saved: Sequence[int], accepted: int) -> str:
+    """What to do after a divergence. All saved parameters are finite; since the step `accepted` no loss need be."""
+    lower = "with a lower optimizer.learning_rate or with optimizer.clip_norm"
+    if not saved:
+        return f"No checkpoint was saved before. Start in a new --workdir, {lower}."
+    *older, newest = saved
+    return (f"The newest checkpoint, step {newest:,}, is good: go on past these examples "
+            f"(--config.skip_divergence=True), or {lower}, named in --config.accept_changes." +
+            (f" Where that diverges at once, remove checkpoints/{newest}: step {older[-1]:,} is then used."
+             if older and newest >= accepted else ""))
 
 
 # Disbelief: of the examples, of the devices, of the machine.

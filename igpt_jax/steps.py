@@ -53,9 +53,10 @@ def abstract_state(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
 def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> Callable:
     """(state, tokens_BT, key, labels_B=None) -> (state, metrics); labels where the model has a class head.
 
-    An update whose loss or gradient is not finite, or whose gradient norm exceeds `optimizer.spike_factor` times its
-    running mean over accepted updates, leaves parameters and moments exactly as they were and is counted in `skipped`;
-    the step counter, and with it data order and schedule, goes on.
+    An update whose loss, gradient or learning rate is not finite, or whose gradient norm exceeds
+    `optimizer.spike_factor` times its running mean over accepted updates, is skipped: it leaves parameters and moments
+    exactly as they were and is counted in `skipped`; the step counter, and with it data order and schedule, goes on.
+    In an accepted update a parameter that would overflow keeps its value, so parameters are always finite.
     """
     optimizer = make_optimizer(config.optimizer)
     uses_dropout = config.model.dropout > 0
@@ -69,21 +70,21 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
         (loss, measured), gradients = _accumulated(loss_fn, state["params"], (tokens_BT, labels_B, hidden_BT),
                                                    step_key if uses_dropout else None, config.accumulate)
         gradient_norm = optax.tree.norm(gradients)
-        good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
+        good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(rate)
         if config.optimizer.spike_factor:
             good, spikes = _unless_spiking(state, good, gradient_norm, config.optimizer.spike_factor)
         else:
             spikes = {}
-        rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
         directions, moments = optimizer.update(gradients, state["optimizer"], state["params"])
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state["params"], directions)
-
-        def unless_bad(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        # Whether all are finite would be known only after a second pass over them, and their copies kept until then.
+        params = jax.tree.map(lambda n, o: jnp.where(good & jnp.isfinite(n), n, o), params, state["params"])
+        moments = jax.tree.map(lambda n, o: jnp.where(good, n, o), moments, state["optimizer"])
 
         state = {**spikes, "step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(good, 0, 1),
                  "skipped_in_a_row": jnp.where(good, 0, state["skipped_in_a_row"] + 1),
-                 "params": unless_bad(params, state["params"]), "optimizer": unless_bad(moments, state["optimizer"])}
+                 "params": params, "optimizer": moments}
         return state, {**measured, "train/gradient_norm": gradient_norm, "train/learning_rate": rate,
                        "train/skipped_updates": state["skipped"],
                        "train/skipped_in_a_row": state["skipped_in_a_row"]}

@@ -1,5 +1,7 @@
 """One training step: its numbers, its schedule, and what it does with a bad update."""
 
+import copy
+import dataclasses
 import math
 
 import jax
@@ -132,6 +134,32 @@ def test_a_bad_update_changes_nothing_but_the_counters():
         for one, other in zip(jax.tree.leaves(state[name]), jax.tree.leaves(after[name]), strict=True):
             assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), name
     assert (int(after["step"]), int(after["skipped"]), int(after["skipped_in_a_row"])) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("setting", ["learning_rate=inf", "learning_rate=nan", "epsilon=0.0", "weight_decay=inf"])
+def test_parameters_stay_finite_at_any_setting(setting):
+    """Though loss and gradient are finite. A rate that is not is a skipped update, and moves no moment either.
+
+    Seen to fail with the update judged by its loss and gradient alone.
+    """
+    config, model = make(",optimizer.warmup_steps=0,optimizer.schedule=constant")
+    name, value = setting.split("=")
+    config = dataclasses.replace(config, optimizer=unchecked(config.optimizer, name, float(value)))
+    state = steps.init_state(model, config, jax.random.key(0))
+    after, metrics = jax.jit(steps.make_train_step(model, config, 0))(state, tokens_of_step(0), jax.random.key(0))
+    assert np.isfinite(float(metrics["train/gradient_norm"]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after["params"]))
+    if not np.isfinite(float(metrics["train/learning_rate"])):
+        assert int(after["skipped_in_a_row"]) == 1
+        for one, other in zip(jax.tree.leaves(state["optimizer"]), jax.tree.leaves(after["optimizer"]), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def unchecked(config, name, value):
+    """The config with a value that its own check would refuse."""
+    config = copy.copy(config)
+    object.__setattr__(config, name, value)
+    return config
 
 
 def test_second_moments_may_rest_in_less_memory():
