@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from conftest import patience
 
 from igpt_jax import runtime, storage
 from igpt_jax.config import UserError, base_config, parse
@@ -27,10 +28,9 @@ def get_config(arguments=""):
 
 
 def test_job_list_is_fast(run_job):
-    start = time.monotonic()
-    done = run_job()
-    assert time.monotonic() - start < 2, "the list of jobs must not wait for JAX or TensorFlow"
+    done = run_job(env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0
+    assert not imports_jax(done), "the list of jobs must not wait for JAX"
     assert all(job in done.stdout for job in ("prepare", "pretrain", "evaluate", "sample"))
 
 
@@ -208,7 +208,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_job_where_it_is(run_
         with runtime.StopSignal():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
-    done = run_job(script=COMPILES_FOR_EVER, timeout=60)
+    done = run_job(script=COMPILES_FOR_EVER)
     assert done.returncode == 75 and "stopped before there was anything to save" in done.stderr, done
 
 
@@ -225,7 +225,7 @@ from igpt_jax.config import UserError, base_config, parse
 def run(config, workdir):
     assert jax.process_count() == 2
     with runtime.StopSignal(saves=sys.argv[3] != "plan") as stop:
-        for step in range(1, 500):
+        for step in range(1, 10**5):
             time.sleep(0.02)
             if step == 5 and jax.process_index() == 1:
                 if sys.argv[3] == "sample":
@@ -250,7 +250,7 @@ def test_launched_processes_stop_together(tmp_path, job, code):
     stand_in.write_text(LAUNCHED.format(python=sys.executable))
     stand_in.chmod(0o755)
     done = subprocess.run([ROOT / "launch" / "local.sh", "2", job, tmp_path / "workdir"], text=True,
-                          capture_output=True, timeout=120, env={**os.environ, "PYTHON": str(stand_in)})
+                          capture_output=True, timeout=patience(), env={**os.environ, "PYTHON": str(stand_in)})
     assert done.returncode == code, done.stderr
     assert (tmp_path / "workdir" / "config.json").exists()
     if job == "plan":

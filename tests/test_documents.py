@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import patience
 from PIL import Image
 
 from igpt_jax import __main__ as command_line
@@ -64,7 +65,6 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_readmes_commands_run(tmp_path):
     """In their order, in a folder with pictures of the test's own and, in place of OpenAI's weights, random ones of the
     same kind. The make targets of the README do the same jobs; `JOB` is a form, not a command.
@@ -101,7 +101,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("IGPT_SOURCE", "")
     monkeypatch.setenv("IGPT_STEPS", "20")
     notebook = nbformat.read(ROOT / "docs" / "igpt_jax.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=patience(), resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert b"<svg" in (tmp_path / "runs" / "report" / "report.html").read_bytes()
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", ())
                 if "image/png" in output.get("data", {})]

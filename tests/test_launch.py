@@ -196,7 +196,6 @@ def test_the_best_rate_of_a_sweep(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("script", ["reproduce", "reproduce_10m", "transfer"])
 def test_reproductions(tmp_path, script):
     """With few steps on made-up pictures; all stages finish, twice, and the second time what is done stays."""

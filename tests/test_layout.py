@@ -77,6 +77,17 @@ def test_tensorflow_is_imported_in_few_files():
         assert "tensorflow" not in names or module in MAY_IMPORT_TENSORFLOW, module
 
 
+def test_time_outs_come_from_one_place():
+    """A literal one would depend on the speed of the machine. Seen to fail with `timeout=120` in test_faults.py."""
+    for file in sorted(pathlib.Path(__file__).parent.glob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            calls = node.keywords if isinstance(node, ast.Call) else []
+            given = [word.value for word in calls if word.arg == "timeout"]
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "timeout":
+                given += node.args
+            assert not any(isinstance(each, ast.Constant) for each in given), f"{file.name}, line {node.lineno}"
+
+
 def test_what_runs_before_jax_does_not_import_it():
     """Seen to fail with `import jax` in storage.py. __main__ reaches JAX only through runtime and the jobs."""
     for module, tree in modules().items():

@@ -12,11 +12,11 @@ from igpt_jax import runtime, storage
 from igpt_jax.config import UserError, base_config, parse
 
 HOLD = """
-import sys, time
+import sys
 from igpt_jax import storage
 with storage.lock(storage.path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -193,7 +193,8 @@ def test_lines_in_a_bucket_are_numbered_parts(tmp_path, as_bucket):
 def test_lock_refuses_a_second_job_and_dies_with_the_first(tmp_path):
     """Seen to fail without the flock, and with a lock that is only a file."""
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, env=environment)
+    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, env=environment)
     try:
         assert first.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match=f"in use by host .*, process {first.pid}, since"):
@@ -202,6 +203,7 @@ def test_lock_refuses_a_second_job_and_dies_with_the_first(tmp_path):
     finally:
         first.kill()
         first.wait()
+        first.stdin.close()
         first.stdout.close()
     with storage.lock(storage.path(tmp_path)):
         assert json.loads((tmp_path / storage.LOCK).read_text())["pid"] == os.getpid()
@@ -209,10 +211,17 @@ def test_lock_refuses_a_second_job_and_dies_with_the_first(tmp_path):
         pass
 
 
-def test_lock_in_a_bucket(tmp_path, as_bucket):
+def test_lock_in_a_bucket(tmp_path, as_bucket, monkeypatch):
     """Seen to fail where a lock that beats is not looked at twice."""
-    workdir, lock = storage.path(tmp_path), tmp_path / storage.LOCK
-    with storage.lock(workdir):
+    workdir, lock, sleep = storage.path(tmp_path), tmp_path / storage.LOCK, storage.time.sleep
+
+    def until_it_beats(seconds):  # however late its thread runs
+        found = lock.read_text()
+        while lock.read_text() == found:
+            sleep(0.001)
+
+    with storage.lock(workdir), monkeypatch.context() as patched:
+        patched.setattr(storage.time, "sleep", until_it_beats)
         with pytest.raises(UserError, match=f"process {os.getpid()}"):
             with storage.lock(workdir):
                 pass
@@ -233,7 +242,7 @@ from igpt_jax import storage
 storage.is_local, storage.HEARTBEAT_SECONDS = (lambda path: False), 0.2
 with storage.lock(storage.path({str(tmp_path)!r})):
     print("held", flush=True)
-    time.sleep(30)
+    time.sleep(10**6)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": os.getcwd()}) as job:
