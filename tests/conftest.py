@@ -20,17 +20,29 @@ for name, value in ENVIRONMENT.items():  # before any test imports JAX
     os.environ.setdefault(name, value)
 
 
-def _run(command, devices, env, timeout):
-    # 8 fake devices share 2 cores: a collective may wait for long before XLA may call it stuck.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    environment = {**os.environ, "XLA_FLAGS": flags, **(env or {})}
+def patience(seconds=60):
+    """How long to wait for work that takes `seconds` on two idle cores before it counts as stuck, in seconds.
+
+    Every time-out of a test comes from here and guards against hangs alone: a busy machine takes ten times as long.
+    """
+    return 20 * seconds
+
+
+def fake_devices(count):
+    """XLA's flags for so many CPU devices. They share two cores, so a collective may wait for long."""
+    return (f"--xla_force_host_platform_device_count={count} "
+            f"--xla_cpu_collective_call_terminate_timeout_seconds={patience()}")
+
+
+def _run(command, devices, env):
+    environment = {**os.environ, "XLA_FLAGS": fake_devices(devices), **(env or {})}
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=timeout)
+                          capture_output=True, timeout=patience())
 
 
-def run_job_command(*arguments, script=None, devices=1, env=None, timeout=280):
+def run_job_command(*arguments, script=None, devices=1, env=None):
     """`python -m igpt_jax ARGUMENTS`, or the source text of a script, as a CompletedProcess."""
-    return _run(["-c", script] if script else ["-m", "igpt_jax", *arguments], devices, env, timeout)
+    return _run(["-c", script] if script else ["-m", "igpt_jax", *arguments], devices, env)
 
 
 @pytest.fixture
@@ -42,8 +54,8 @@ def run_job():
 @pytest.fixture
 def python():
     """python(script, devices=8, env=None): runs the source text of a script with fake devices; fails if it fails."""
-    def run(script, devices=8, env=None, timeout=280):
-        done = _run(["-c", script], devices, env, timeout)
+    def run(script, devices=8, env=None):
+        done = _run(["-c", script], devices, env)
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
     return run

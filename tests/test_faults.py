@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_job_command
+from conftest import ROOT, patience, run_job_command
 from test_jobs import losses, pretrain_arguments, result
 
 pytestmark = pytest.mark.fault
@@ -72,7 +72,7 @@ def test_a_folder_that_becomes_read_only(folder, store):
 
     def run(workdir, step):
         done = subprocess.run([sys.executable, "-c", READ_ONLY, json.dumps(arguments(workdir)), "drop"], cwd=ROOT,
-                              text=True, capture_output=True, timeout=120,
+                              text=True, capture_output=True, timeout=patience(),
                               env={**os.environ, "SCRIPT": READ_ONLY, "STEP": str(step)})
         return done.returncode, done.stderr
 

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import patience
 
 from igpt_jax.data import order
 from igpt_jax.data.order import Component
@@ -42,7 +43,7 @@ def test_large_n_is_one_to_one():
 def test_a_seek_is_instant():
     start = time.perf_counter()
     order.batch(0, 10**9, 128, 1_281_167)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < patience(0.1)
 
 
 @pytest.mark.parametrize("n", [3, 5, 16])
@@ -120,7 +121,7 @@ def test_a_seek_in_blocks_and_mixtures_is_instant():
     data = (Component(1_281_167, 1, 64), Component(10**8, 3, 64))
     start = time.perf_counter()
     ids = order.batch(0, 10**9, 128, data, window=1024)
-    assert time.perf_counter() - start < 1 and len(np.unique(ids)) == 128
+    assert time.perf_counter() - start < patience(0.1) and len(np.unique(ids)) == 128
 
 
 def test_draws_are_uniform_and_their_own():

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import patience
 
 from igpt_jax import palette, storage
 from igpt_jax.config import UserError
@@ -47,7 +48,7 @@ def test_lookup_table_equals_brute_force(palette_VC):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(patience(400))
 def test_lookup_table_equals_brute_force_on_every_colour():
     palette_VC = random_palette(512, seed=3)
     table = palette.build_lookup_table(palette_VC)

@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import patience
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igpt_jax import data, palette, storage
@@ -94,7 +95,7 @@ def test_closing_ends_the_threads(split, table):
     before, readers = threads(), 5
     for _ in range(readers):
         take(split, table, 2, reader="tfdata")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(1)
     while threads() >= before + readers and time.monotonic() < deadline:
         time.sleep(0.1)
     assert threads() < before + readers  # a pool of TensorFlow's may still grow: once 36 threads were left of 35

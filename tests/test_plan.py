@@ -257,7 +257,6 @@ for job, settings, workdir in (
 
 
 @needs_libtpu
-@pytest.mark.timeout(900)  # a compiler on a busy machine
 def test_a_tpu_plan_of_igpt_s(cache):
     """Google's compiler, for 4 chips: FSDP over one axis, all bytes accounted for. (Splash takes it 40 s more.)
 

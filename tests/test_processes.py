@@ -7,13 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_job_command
+from conftest import ROOT, fake_devices, run_job_command
 from test_jobs import losses, pretrain_arguments, result
 
 
 def local(processes, arguments, devices, **options):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": flags}
+    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": fake_devices(devices)}
     return subprocess.Popen(["launch/local.sh", str(processes), *arguments], cwd=ROOT, env=environment, text=True,
                             stderr=subprocess.PIPE, start_new_session=True, **options)
 

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from conftest import patience
 from PIL import Image
 
 from igpt_jax import config, report, runtime
@@ -128,7 +129,7 @@ def test_a_browser_shows_it_without_a_complaint(workdirs, tmp_path, width):
                            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
                            f"--user-data-dir={tmp_path}/profile", f"--window-size={width},3000",
                            f"--screenshot={picture}", (tmp_path / "report" / "report.html").as_uri()],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=patience())
     assert "CONSOLE" not in done.stderr, done.stderr
     pixels = np.asarray(Image.open(picture).convert("L"))
     assert pixels.shape == (3000, width) and len(np.unique(pixels)) > 20

@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_job_command
+from conftest import ROOT, patience, run_job_command
 from test_jobs import losses, result
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slurm
 STEPS = 40
 TINY = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16", "--config.model.heads=2",
         f"--config.steps={STEPS}", "--config.batch_size=16", "--config.precision=float32",
@@ -45,7 +45,7 @@ class Cluster:
     def job(self, number: str) -> dict[str, str]:
         return dict(pair.split("=", 1) for pair in self("scontrol", "show", "job", number).split() if "=" in pair)
 
-    def wait(self, number: str, state: str = "COMPLETED", seconds: float = 400) -> dict[str, str]:
+    def wait(self, number: str, state: str = "COMPLETED", seconds: float = patience()) -> dict[str, str]:
         """The job (or the array's last task) once it has ended in `state`."""
         end = time.monotonic() + seconds
         while self("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T").split() != [state]:
@@ -56,7 +56,7 @@ class Cluster:
     def logs(self, number: str) -> str:
         return "\n".join(file.read_text() for file in sorted(self.folder.glob(f"*-{number}*.log")))
 
-    def wait_for(self, number: str, text: str, seconds: float = 300) -> None:
+    def wait_for(self, number: str, text: str, seconds: float = patience()) -> None:
         end = time.monotonic() + seconds
         while text not in self.logs(number):
             assert time.monotonic() < end, f"{text!r} does not appear in\n{self.logs(number)}"
@@ -114,7 +114,7 @@ def test_a_run_whose_node_dies_goes_on(cluster, arguments, undisturbed):
     number = cluster.submit(*arguments("killed"))
     cluster.wait_for(number, f"step 12/{STEPS}")
     cluster.nodes("down-node", "n2")
-    end = time.monotonic() + 120
+    end = time.monotonic() + patience()
     while cluster.job(number)["Restarts"] == "0":
         assert time.monotonic() < end, cluster.logs(number)
         time.sleep(0.5)

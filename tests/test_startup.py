@@ -7,10 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
-from conftest import ROOT, run_job_command
+from conftest import ROOT, patience, run_job_command
 
 from igpt_jax import launcher, roll_call
 from igpt_jax.config import UserError
@@ -96,7 +95,7 @@ def test_two_processes_meet(by, variables):
             more = {} if by in ("flags", "torchrun", "SLURM") else {"JAX_COORDINATOR_PORT": str(port)}
             processes.append(start(["-c", MEET], {**variables, **more}, i=i, port=port, metadata=metadata,
                                    slurm=os.getpid()))
-        told = [process.communicate(timeout=120)[1] for process in processes]
+        told = [process.communicate(timeout=patience())[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
     assert f"2 processes on {'localhost' if by == 'SLURM' else socket.gethostname()} " in told[0]
     assert f"(started by {by}): 2 x cpu" in told[0] and "started by" not in told[1]
@@ -137,7 +136,7 @@ def test_incomplete_variables_are_refused(variables):
         launcher.recognise(variables)
 
 
-def jobs(workdir, numbers, of, *more_of_last, seconds="60"):
+def jobs(workdir, numbers, of, *more_of_last, seconds=""):
     """A command as processes `numbers` of `of`; returns exit codes and what each said."""
     port = free_port()
     running = []
@@ -145,8 +144,8 @@ def jobs(workdir, numbers, of, *more_of_last, seconds="60"):
         more = more_of_last if number == numbers[-1] else ()
         command = ["-m", "igpt_jax", "evaluate", f"--workdir={workdir}", "--config.checkpoints=/nowhere",
                    f"--coordinator=localhost:{port}", f"--processes={of}", f"--process_id={number}", *more]
-        running.append(start(command, {"IGPT_START_SECONDS": seconds}))
-    told = [process.communicate(timeout=120)[1] for process in running]
+        running.append(start(command, {"IGPT_START_SECONDS": seconds or str(patience())}))
+    told = [process.communicate(timeout=patience())[1] for process in running]
     return [process.returncode for process in running], told
 
 
@@ -155,13 +154,11 @@ def test_who_is_missing_is_named(tmp_path):
 
     Seen to fail with JAX's own deadline for the service, an hour.
     """
-    begun = time.monotonic()
-    codes, told = jobs(tmp_path, [0, 2], of=4, seconds="8")
+    codes, told = jobs(tmp_path, [0, 2], of=4, seconds="20")
     assert codes == [-6, -6], told  # as a shell sees it: 134
     for lines in told:
-        assert "2 of 4 processes came within 8 s; missing: process 1, process 3." in lines.splitlines()[-1], lines
+        assert "2 of 4 processes came within 20 s; missing: process 1, process 3." in lines.splitlines()[-1], lines
         assert "stack trace" not in lines
-    assert time.monotonic() - begun < 60
 
 
 def test_a_missing_coordinator_is_named(tmp_path):
@@ -203,6 +200,6 @@ def test_other_data_on_one_host_is_refused(tmp_path):
                    "--config.batch_size=8", f"--coordinator=localhost:{port}", "--processes=2",
                    f"--process_id={i}"]
         running.append(start(command, {}, cwd=tmp_path / str(i)))
-    told = [process.communicate(timeout=120)[1] for process in running]
+    told = [process.communicate(timeout=patience())[1] for process in running]
     assert [process.returncode for process in running] == [2, 2], told
     assert f"process 1 on {socket.gethostname()} has data='" in told[0] and not (tmp_path / "run/checkpoints").exists()

@@ -1,7 +1,5 @@
 """A process that does not move ends with exit code 76 and its stacks; one that compiles or is only slow does not."""
 
-import time
-
 import pytest
 
 STUCK = """
@@ -15,22 +13,21 @@ with Watchdog({allowance}) as watchdog:
 print("came through")
 """
 COMPILES = """import ctypes, jax._src.compiler
-    exec(compile("sleep(3)", jax._src.compiler.__file__, "exec"), {"sleep": ctypes.CDLL(None).sleep})"""
+    exec(compile("sleep(5)", jax._src.compiler.__file__, "exec"), {"sleep": ctypes.CDLL(None).sleep})"""
 
 
 def test_what_stands_still_is_ended_with_its_stacks(run_job):
     """Seen to fail with a watchdog that counts from its own start."""
-    start = time.monotonic()
-    done = run_job(script=STUCK.format(allowance=1, steps=5, seconds=0.5, then="time.sleep(60)"))
-    assert done.returncode == 76 and time.monotonic() - start < 30
-    assert "process 0 has not moved for 1 s while doing step 4" in done.stderr
+    done = run_job(script=STUCK.format(allowance=2, steps=5, seconds=0.5, then="time.sleep(10**6)"))
+    assert done.returncode == 76
+    assert "process 0 has not moved for 2 s while doing step 4" in done.stderr
     assert 'File "<string>", line 8 in <module>' in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("steps, seconds, then", [(8, 0.4, "pass"), (1, 0, COMPILES)], ids=["slow", "compiles"])
+@pytest.mark.parametrize("steps, seconds, then", [(8, 0.5, "pass"), (1, 0, COMPILES)], ids=["slow", "compiles"])
 def test_what_is_slow_or_compiles_goes_on(run_job, steps, seconds, then):
     """Seen to fail with beats that are not looked at, and without the look for the compiler."""
-    done = run_job(script=STUCK.format(allowance=1, steps=steps, seconds=seconds, then=then))
+    done = run_job(script=STUCK.format(allowance=3, steps=steps, seconds=seconds, then=then))
     assert done.returncode == 0 and "came through" in done.stdout, done.stderr
 
 
