@@ -64,15 +64,31 @@ def of_host_array(x: np.ndarray) -> int:
 def of_tree(tree: Any) -> dict[str, int]:
     """{"params/blocks/query_DNH": checksum} of every array of a tree, in one pass; equal on all processes."""
     named = flat(tree)
-    shardings = [leaf.sharding for leaf in named.values() if isinstance(getattr(leaf, "sharding", None), NamedSharding)]
-    everywhere = NamedSharding(shardings[0].mesh, PartitionSpec()) if shardings else None
-    sums = _stacked(everywhere)(list(named.values()))
+    sums = _stacked(_everywhere(named))(list(named.values()))
     return dict(zip(named, np.asarray(sums).tolist(), strict=True))
 
 
 @functools.cache
 def _stacked(place: NamedSharding | None) -> Any:
     return jax.jit(lambda leaves: jnp.stack([of_array(leaf) for leaf in leaves]), out_shardings=place)
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The names of a tree's arrays that hold a NaN or an infinity; equal on all processes."""
+    named = flat(tree)
+    finite = np.asarray(_finite(_everywhere(named))(list(named.values())))
+    return [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]
+
+
+@functools.cache
+def _finite(place: NamedSharding | None) -> Any:
+    return jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=place)
+
+
+def _everywhere(named: Mapping[str, Any]) -> NamedSharding | None:
+    """Replicated over the mesh of the arrays, where they have one."""
+    shardings = [leaf.sharding for leaf in named.values() if isinstance(getattr(leaf, "sharding", None), NamedSharding)]
+    return NamedSharding(shardings[0].mesh, PartitionSpec()) if shardings else None
 
 
 def flat(tree: Any) -> dict[str, Any]:

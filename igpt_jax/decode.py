@@ -17,29 +17,38 @@ from igpt_jax.sharding import constrain
 # The loop runs in segments, each with a cache just long enough for it: a step reads little that is not written yet.
 # Shorter ones read less, and take longer to compile: each is a program of its own.
 SEGMENT, SEGMENTS = 64, 4  # at least so many tokens in a segment; at most so many segments
+NOT_FINITE = -1  # drawn in place of a color where the logits are NaN or infinite
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a colour is drawn from the logits: temperature first, then the k most likely, then the share p."""
-    temperature: float = 1.0  # 0: always the most likely colour
+    """How a color is drawn from the logits: the k most likely, then temperature, then the share p of what is left."""
+    temperature: float = 1.0  # 0, and what float32 cannot divide by: always the most likely color
     top_k: int = 0  # 0: all
     top_p: float = 1.0
 
     def draw(self, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-        """Colours [B] int32; each image draws with its own key."""
-        if self.temperature == 0:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        logits_BV = logits_BV.astype(jnp.float32) / self.temperature
-        if 0 < self.top_k < logits_BV.shape[-1]:
-            kth_B1 = jax.lax.top_k(logits_BV, self.top_k)[0][:, -1:]
-            logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-        if self.top_p < 1:
-            sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-            before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-            least_B1 = jnp.min(jnp.where(before_BV < self.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-            logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-        return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+        """Colors [B] int32, NOT_FINITE where the largest logit is not finite; each image draws with its own key."""
+        logits_BV = logits_BV.astype(jnp.float32)
+        largest_B1 = logits_BV.max(axis=-1, keepdims=True)  # NaN where any logit is
+        if self.temperature < jnp.finfo(jnp.float32).tiny:
+            drawn_B = jnp.argmax(logits_BV, axis=-1)
+        else:
+            scaled_BV = (logits_BV - largest_B1) / self.temperature  # at most 0: nothing overflows to infinity
+            if 0 < self.top_k < logits_BV.shape[-1] or self.top_p < 1:
+                scaled_BV = jnp.where(self._kept(logits_BV, scaled_BV), scaled_BV, -jnp.inf)
+            drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
+        return jnp.where(jnp.isfinite(largest_B1[:, 0]), drawn_B, NOT_FINITE).astype(jnp.int32)
+
+    def _kept(self, logits_BV: jax.Array, scaled_BV: jax.Array) -> jax.Array:
+        """Which colors can be drawn [B, V]. Ranks decide, so that equal logits, frequent in bfloat16, count one by one:
+        the most likely color, the first of equals, is always kept, and no more than k are."""
+        order_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True)
+        sorted_BV, rank_V = jnp.take_along_axis(scaled_BV, order_BV, axis=-1), jnp.arange(logits_BV.shape[-1])
+        kept_BV = rank_V < (self.top_k or logits_BV.shape[-1])
+        shares_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf), axis=-1)
+        kept_BV &= (jnp.cumsum(shares_BV, axis=-1) - shares_BV < self.top_p) | (rank_V == 0)
+        return jnp.take_along_axis(kept_BV, jnp.argsort(order_BV, axis=-1), axis=-1)
 
 
 def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: jax.Array,
@@ -58,7 +67,7 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
       cache_dtype: of the cached keys and values; None: that of the computation.
 
     Returns:
-      int32 [B, T]: the given pixels and those drawn after them.
+      int32 [B, T]: the given pixels and those drawn after them; NOT_FINITE where the model's logits are not finite.
     """
     B, P = given_BP.shape
     T = model.dims.T

@@ -104,6 +104,37 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(frequencies(Sampling(top_p=0.8)), [5 / 9, 2.5 / 9, 1.5 / 9, 0], atol=0.015)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature) for temperature in (0, 1e-300, 1e-46, 1e-38, 1.2e-38)]
+                         + [Sampling(top_k=1), Sampling(1e38, top_k=1), Sampling(top_p=1e-46), Sampling(top_p=1e-9),
+                            Sampling(1e-38, 5, 0.5)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extreme_settings_give_the_most_likely_color(sampling, dtype):
+    """The argmax, the first of equals, also of logits that are large or far apart.
+
+    Seen to fail with logits divided before the largest was subtracted, and with top_k by value.
+    """
+    logits_BV = jnp.tile(jnp.asarray([[1, 2, 9, -3, 9, 2], [-90, -80, -70, -60, -50, -1e30]], dtype), (20, 1))
+    if sampling.temperature and not (sampling.top_k or sampling.top_p < 1):
+        logits_BV = logits_BV.at[:, 4].add(-0.5)  # without a choice of one, equals are drawn equally often
+    drawn_B = jax.jit(sampling.draw)(logits_BV, keys_for(40))
+    np.testing.assert_array_equal(drawn_B, jnp.argmax(logits_BV, axis=-1))
+
+
+def test_top_k_at_any_temperature_keeps_k():
+    """Seen to fail with top_k among logits that are all 0 after the division."""
+    logits_BV = jnp.broadcast_to(jnp.arange(10.0), (200, 10))
+    assert set(np.asarray(Sampling(1e38, top_k=3).draw(logits_BV, keys_for(200)))) == {7, 8, 9}
+    assert set(np.asarray(Sampling(top_k=3).draw(0 * logits_BV, keys_for(200)))) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0), Sampling(top_k=2), Sampling(top_p=0.5)], ids=str)
+def test_logits_that_are_not_finite_give_no_color(sampling):
+    """A single NaN or infinity among them; the other images are drawn as ever. Seen to fail with color 0."""
+    logits_BV = jnp.zeros((4, 6)).at[:, 3].set(5).at[0, 5].set(jnp.nan).at[1, 2].set(jnp.inf).at[2].set(-jnp.inf)
+    drawn_B = sampling.draw(logits_BV, keys_for(4))
+    assert drawn_B[:3].tolist() == [decode.NOT_FINITE] * 3 and 0 <= drawn_B[3] < 6
+
+
 def test_a_split_prefill_gives_the_same_tokens(python):
     """Completions on fsdp, tensor and context axes, drawn and greedy, from 0, 7 and 40 given pixels, equal those of one
     device.
