@@ -37,7 +37,7 @@ def render(found: Sequence[Run]) -> tuple[str, dict[str, str]]:
     drawn: dict[str, str] = {}
     sections = []
     for number, run in enumerate(found, 1):
-        mine = list(_charts(run))
+        mine = [chart for chart in _charts(run) if chart.svg]  # none where it could not be drawn
         drawn |= {f"{number:02d}-{run.job}-{chart.title.lower().replace(' ', '-')}.svg": chart.svg for chart in mine}
         sections.append({
             "run": run, "charts": [(chart.title, markupsafe.Markup(chart.svg)) for chart in mine],
