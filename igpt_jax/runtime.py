@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed as jax_distributed  # the coordination service's client has no public name
 from jax.experimental import multihost_utils
 
-from igpt_jax import checkpoint, launcher, startup, storage
+from igpt_jax import checkpoint, launcher, process, startup, storage
 from igpt_jax.config import UserError, to_dict
 from igpt_jax.telemetry import say
 
@@ -61,7 +61,9 @@ def initialize(**facts: Any) -> None:
       facts: what all processes must agree on; `startup.agree` says how.
 
     Raises:
-      UserError, startup.Elsewhere: the launcher's variables cannot be read, or the processes differ.
+      UserError, startup.Elsewhere: the launcher's variables cannot be read, the processes differ, or the devices cannot
+        be used.
+      startup.PeerMissing: another process is gone.
     """
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -70,6 +72,8 @@ def initialize(**facts: Any) -> None:
         startup.connect(launch)
         _connected.set()
         hosts = startup.agree(code=startup.code_digest(), versions=checkpoint.versions(), **facts)
+    startup.find_devices()
+    if launch:
         startup.introduce(launch, hosts)
 
 
@@ -82,7 +86,8 @@ def set_precision(precision: str) -> None:
 # Signals.
 
 class StopSignal:
-    """Turns SIGINT (Ctrl-C) or SIGTERM into an orderly end; a second one, a second or more later, ends at once.
+    """Turns SIGINT (Ctrl-C), SIGTERM and others that schedulers send (`process.stop_signals`) into an orderly end; a
+    second one, a second or more later, ends at once.
 
     While `saves` is false there is nothing to lose: the signal interrupts the job where it happens to be, and leaving
     the context raises Preempted. What cannot be interrupted, a compiler or the wait for other processes, is ended
@@ -145,7 +150,7 @@ class StopSignal:
         return self._agreed
 
     def __enter__(self) -> "StopSignal":
-        self._former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._former = {number: signal.signal(number, self._on_signal) for number in process.stop_signals()}
         read, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         self._former_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -237,6 +242,9 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             say(f"{name}: {error}. Make room, give the right to write there, or another --workdir.")
             code = INPUT
+        elif isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
+            say(f"{name}: {missing}")
+            code = INPUT
         elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
             if _another_stops():
                 leave(PREEMPTED)
@@ -306,10 +314,11 @@ def leave(code: int) -> None:
     """Ends the process at once: tidying up takes Python a second of CPU time, and a preempted run has few; what an
     exception has interrupted, JAX's tracing for one, may crash meanwhile; and a failed process of several must not wait
     for the others, which may wait for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # of launchers, when one process has ended: the code is decided
+        for number in process.stop_signals():  # of launchers, when one process has ended: the code is decided
             signal.signal(number, signal.SIG_IGN)
     if _connected.is_set() and startup.coordinates():
         time.sleep(3 * GRACE_SECONDS)  # let the others end first

@@ -193,6 +193,25 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def find_devices() -> None:
+    """Starts JAX's devices: those of JAX_PLATFORMS, or the best that there are.
+
+    Raises:
+      UserError: they cannot be used.
+      PeerMissing: another process does not answer.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS=cuda without its plugin
+        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0]
+        if jax_distributed.global_state.client is not None and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", reason):
+            raise PeerMissing(f"the devices of all processes cannot be connected: {reason}") from None
+        asked = jax.config.jax_platforms
+        fix = (f"Unset JAX_PLATFORMS, which is {asked!r}, to use the devices that are there, or install JAX for it: "
+               "pip install -e '.[cuda]' or '.[tpu]'") if asked else "Set JAX_PLATFORMS=cpu to run without them"
+        raise UserError(f"JAX cannot use this machine's devices: {reason or 'no such platform'}. {fix}.") from None
+
+
 def introduce(launch: Launch, hosts: list[str]) -> None:
     """One line of process 0: how many processes, on which hosts, started by whom, with which devices."""
     if jax.process_index() != 0:

@@ -10,6 +10,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import fsspec
 from etils import epath
 from etils.epath import gpath
 
+from igpt_jax import process
 from igpt_jax.config import UserError
 
 SCHEMES = ("gs://", "s3://")
@@ -43,7 +45,12 @@ def path(text: str | os.PathLike) -> epath.Path:
         raise UserError("a path is empty. Give a local path, gs://BUCKET/... or s3://BUCKET/...")
     if "://" in text and not text.startswith(SCHEMES):
         raise UserError(f"path {text!r}: storage is a local path, gs:// or s3://.")
-    return epath.Path(text).expanduser()
+    return _local(os.path.expanduser(text)) if "://" not in text else epath.Path(text)
+
+
+def _local(text: str) -> epath.Path:
+    """A path of this machine, as /../gs/... where it is /gs/..., which epath would take for gs://..."""
+    return epath.Path(re.sub(r"^/+(?=(gs|s3|az|hf)(/|$))", "/../", text))
 
 
 def is_local(path: epath.Path) -> bool:
@@ -69,7 +76,7 @@ def absolute(path: epath.Path) -> epath.Path:
     if not alike:
         raise UserError(f"path {whole!r} is not UTF-8, as TensorStore needs it. Rename that folder"
                         + (".", ", or set LC_ALL=C.UTF-8.")[sys.getfilesystemencoding() != "utf-8"])
-    return epath.Path(whole)
+    return _local(whole)
 
 
 def _literal_glob(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
@@ -172,7 +179,7 @@ def _below(folder: epath.Path, part: str, last: bool) -> list[epath.Path]:
 def tensorstore_spec(path: epath.Path) -> dict[str, Any]:
     """TensorStore's key-value store of a folder. Emulators and other S3 services are named by $AWS_ENDPOINT_URL."""
     if is_local(path):
-        return {"driver": "file", "path": os.fspath(absolute(path)) + "/"}
+        return {"driver": "file", "path": os.path.abspath(absolute(path)) + "/"}
     scheme, _, rest = os.fspath(path).partition("://")
     bucket, _, folder = rest.partition("/")
     spec = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": folder.rstrip("/") + "/"}
@@ -407,7 +414,7 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
                 return
             with contextlib.suppress(Exception):  # a beat may be missed: two more come before others take over
                 if (now := content()) not in ("", latest):
-                    print(f"igpt_jax: {_in_use(workdir, now)} This job ends.", file=sys.stderr, flush=True)
+                    process.tell(f"igpt_jax: {_in_use(workdir, now)} This job ends.", sys.stderr)
                     os._exit(2)
                 latest = beat(count)
 

@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import patience
 
-from igpt_jax import runtime, storage
+from igpt_jax import process, runtime, storage
 from igpt_jax.config import UserError, base_config, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,6 +43,70 @@ def test_help_lists_every_key_without_jax(run_job):
 
 def imports_jax(done) -> bool:
     return re.search(r"\| +jax$", done.stderr, re.MULTILINE) is not None
+
+
+def shell(command):
+    """A command of the shell, in which `igpt` stands for `python -m igpt_jax`."""
+    igpt = f'igpt() {{ {sys.executable} -m igpt_jax "$@"; }}'
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {igpt}; {command}"], text=True, capture_output=True,
+                          timeout=patience(30), cwd=ROOT)
+
+
+@pytest.mark.parametrize("command, code, says", [
+    ("igpt --help | head -n 1", 0, ""),
+    ("igpt pretrain --help | head -c 1", 0, ""),
+    ("igpt --help > /dev/full", 0, "igpt_jax: stdout cannot be written: [Errno 28] No space left on device\n"),
+    ("igpt pretran 2> /dev/full", 2, ""),
+    ("igpt --help >&- 2>&- <&-", 0, ""),
+    ("igpt pretran >&- 2>&-", 2, ""),
+    ("PYTHONIOENCODING=ascii igpt 'pr\u00e9parer'", 2, "igpt_jax pr\\xe9parer: this job is not known. Did you mean "
+                                                    "'prepare'?\n"),
+])
+def test_streams_that_nobody_reads(command, code, says):
+    """Seen to fail with a plain `print`, and without `open_streams`."""
+    done = shell(command)
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stream():
+    """What C++ or a subprocess prints would end in it. Seen to fail without `open_streams`."""
+    script = ("import os, subprocess, sys; from igpt_jax import process; process.open_streams();"
+              "file = os.open('/dev/null', 0); assert file > 2, file;"
+              "print('out'); sys.stderr.write('err'); subprocess.run(['sh', '-c', 'echo told >&2'], check=True)")
+    assert subprocess.run(["bash", "-c", f'exec {sys.executable} -c "{script}" >&- 2>&- <&-'], cwd=ROOT).returncode == 0
+
+
+PACKAGE_MISSING = """
+import sys
+sys.modules[sys.argv[1]] = None
+from igpt_jax.__main__ import main
+sys.exit(main(["verify", "--workdir=w"]))
+"""
+
+
+@pytest.mark.parametrize("package, install", [("ml_collections", "ml_collections"),
+                                              ("orbax.checkpoint", "orbax-checkpoint")])
+def test_a_missing_package_is_told_in_one_line(package, install, tmp_path):
+    """At the start, and once a job begins. Seen to fail without the branch of `__main__`."""
+    done = subprocess.run([sys.executable, "-c", PACKAGE_MISSING, package], text=True, capture_output=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"is not installed. Run: pip install {install}, or all that igpt_jax needs: pip install -e " in done.stderr
+
+
+def test_only_a_package_that_is_not_there_is_missing():
+    """A module of ours, or a part of a package that is installed, is a bug and keeps its traceback."""
+    def told(name, cause=None):
+        error = ModuleNotFoundError("no", name=name)
+        error.__cause__ = cause
+        return process.missing_package(error)
+
+    for name in ("igpt_jax.jobs.absent", "jax._src.absent", "numpy.absent", None):
+        assert not told(name)
+    assert "the package absent is not installed" in told("absent.part")
+    assert "the package absent is not installed" in told(None, ModuleNotFoundError("no", name="absent"))
+    for name in process.ON_PYPI.values():
+        assert f"\n    {name.strip(chr(39))}>=" in (ROOT / "setup.cfg").read_text(), name
 
 
 # What is typed after `igpt_jax`, and what the one line must say.
@@ -98,7 +162,7 @@ def test_mistake_in_a_config_file_names_its_line(run_job, tmp_path, line, says):
 
 def test_settings_are_applied_in_order(tmp_path, monkeypatch):
     """The file's settings, then what follows its colon, then the flags. Seen to fail without `override` in `_load`."""
-    from igpt_jax.__main__ import _parse
+    from igpt_jax.command_line import _parse
 
     monkeypatch.chdir(ROOT)
     config, workdir = _parse("pretrain", ["--config=configs/igpt_l.py:steps=7,batch_size=2", "--workdir", "w",

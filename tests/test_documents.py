@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 from conftest import patience
+from conftest import patience
 from PIL import Image
 
-from igpt_jax import __main__ as command_line
+from igpt_jax import command_line
 from igpt_jax.config import JOBS
 
 ROOT = pathlib.Path(__file__).parent.parent

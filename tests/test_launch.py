@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_job_command
 
-from igpt_jax import __main__ as command_line
+from igpt_jax import command_line
 
 JOBSET = json.loads((ROOT / "tests/data/jobset-v1alpha2.json").read_text())
 COMMON = {"NAME": "igpt-l", "IMAGE": "registry.io/me/igpt:1", "WORKDIR": "gs://bucket/igpt_l"}

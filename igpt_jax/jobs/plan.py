@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from igpt_jax import checkpoint, figures, runtime, storage, telemetry, topology
+from igpt_jax import checkpoint, figures, process, runtime, storage, telemetry, topology
 from igpt_jax.config import DataConfig, MeshConfig, PlanConfig, UserError
 from igpt_jax.planner import Evidence, search
 from igpt_jax.planner.answer import Answer, answer, table
@@ -48,7 +48,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
         record["what_would_fit"] = _remedy(result, share, evidence)
         rows.append(("what would fit", record["what_would_fit"], Evidence.COMPILER))
     text = "\n".join([*lines, table(rows)])
-    print(text, flush=True)
+    process.tell(text)
     folder = storage.path(workdir)
     storage.publish(folder / "plan.txt", text + "\n")
     storage.publish(folder / "plan.json", runtime.to_json(record))
@@ -88,7 +88,7 @@ def _candidates(config: PlanConfig, target: Target, share: float, vary: bool) ->
 def _calibrated(config: PlanConfig, target: Target) -> tuple[float, Evidence]:
     """The share of the roofline that real runs on this kind of device reached: their steps are planned too."""
     shares = []
-    for path in filter(None, map(str.strip, config.calibration.split(","))):
+    for path in storage.patterns(config.calibration):
         for workdir in storage.matching(path):
             shares.append(_share_of(config, target, str(workdir)))
     if not shares:

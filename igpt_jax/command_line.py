@@ -1,0 +1,166 @@
+"""The command line: lists the jobs, or checks one job's flags and config, and only then imports JAX and starts it."""
+
+import ast
+import importlib
+import importlib.util
+import operator
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from igpt_jax import process, storage
+from igpt_jax.config import JOBS, UserError, base_config, keys, nearest, parse
+
+PROCESS_FLAGS = {
+    "coordinator": "of several processes: HOST:PORT where process 0 listens; launchers that are known need no flags",
+    "processes": "how many there are",
+    "process_id": "the number of this one, from 0",
+}
+USAGE = "python -m igpt_jax {job} [--config=FILE[:key=value,...]] --workdir=DIR [--config.key=value ...]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `python -m igpt_jax ARGUMENTS` and returns the exit code. Ends the process where they are the process's."""
+    job, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if job in ("-h", "--help", "help"):
+        process.tell(_job_list())
+        return 0
+    try:
+        if job not in JOBS:
+            raise UserError(f"this job is not known. {nearest(job, list(JOBS))}")
+        if {"-h", "--help"} & set(rest):
+            process.tell(_job_help(job))
+            return 0
+        config, workdir = _parse(job, rest)
+    except UserError as error:
+        process.tell(f"igpt_jax {job}: {error}", sys.stderr)
+        return 2
+    if job == "plan" and config.topology != "attached":  # leave this machine's accelerators to those who use them
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Nothing has begun while JAX is imported: no traceback, and the job can begin another time.
+    for number in process.stop_signals():
+        signal.signal(number, lambda number, frame: os._exit(75))
+    from igpt_jax import runtime  # the first import of JAX
+
+    code = runtime.run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
+    if arguments is None:  # as a program, not called by one
+        runtime.leave(code)
+    return code
+
+
+def _job_list() -> str:
+    width = max(map(len, JOBS))
+    lines = [f"  {job:{width}}  {does}" for job, does in JOBS.items()]
+    return "\n".join(["Image GPT in JAX. Jobs:", *lines, "", USAGE.format(job="JOB"),
+                      "python -m igpt_jax JOB --help lists what a job can be told."])
+
+
+def _job_help(job: str) -> str:
+    source = importlib.util.find_spec(f"igpt_jax.jobs.{job}").origin  # read, not imported: that would import JAX
+    with open(source, encoding="utf-8") as file:
+        doc = ast.get_docstring(ast.parse(file.read()))
+    table = [(f"{name}={default!r}", meaning) for name, default, meaning in keys(job) if name != "job"]
+    width = max(len(setting) for setting, _ in table if len(setting) <= 40)
+    lines = [f"  --config.{setting:{width}}  {meaning}" for setting, meaning in table]
+    several = [f"  --{name:{width + 7}}  {meaning}" for name, meaning in PROCESS_FLAGS.items()]
+    return "\n".join([doc, "", USAGE.format(job=job), "", "Config keys and their defaults:", *lines, "",
+                      "Processes (docs/launching.md):", *several])
+
+
+def _parse(job: str, arguments: Sequence[str]) -> tuple[Any, str]:
+    """The validated config and the workdir that the arguments ask for. Raises UserError."""
+    own = flags.FlagValues()
+    own.set_gnu_getopt(True)
+    flags.DEFINE_string("config", None, "config file", flag_values=own)
+    flags.DEFINE_string("workdir", None, "folder for all that the job writes", flag_values=own)
+    for name, meaning in PROCESS_FLAGS.items():
+        flags.DEFINE_string(name, None, meaning, flag_values=own)
+    try:
+        rest = own([job, *arguments], known_only=True)
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    # Where launchers leave them.
+    os.environ.update({f"IGPT_{name.upper()}": own[name].value for name in PROCESS_FLAGS if own[name].value})
+    config = _load(job, own["config"].value) if own["config"].present else base_config(job)
+    _override(job, config, rest)
+    if not own["workdir"].value or own["workdir"].value.startswith("-"):
+        raise UserError(f"--workdir is missing. Say where results go: --workdir=runs/{job}")
+    return parse(job, config), own["workdir"].value
+
+
+def _override(job: str, config: ConfigDict, rest: list[str]) -> None:
+    """Applies `--config.key=value` flags."""
+    known = [name for name, *_ in keys(job) if name != "job"]
+    for flag in filter(None, (re.match(r"--?([a-zA-Z][^=]*)", argument) for argument in rest[1:])):
+        if not flag[1].startswith("config."):
+            raise UserError(f"flag {flag[0]!r} is not known. Flags: --config, --workdir, --config.key=value, "
+                            f"{', '.join(f'--{name}' for name in PROCESS_FLAGS)}.")
+        if (name := flag[1].removeprefix("config.")) not in known:
+            group = [key for key in known if key.startswith(f"{name}.")]
+            hint = f"is a group. Set {' or '.join(group)}." if group else f"is not known. {nearest(name, known)}"
+            raise UserError(f"config key {name!r} {hint}")
+    overrides = flags.FlagValues()
+    overrides.set_gnu_getopt(True)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
+        left_over = overrides(rest)[1:]
+    except flags.IllegalFlagValueError as error:
+        name, value = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL).groups()
+        kind = type(operator.attrgetter(name)(config)).__name__
+        raise UserError(f"config key {name}={value!r} must be of type {kind}.") from None
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    if left_over:
+        raise UserError(f"{left_over[0]!r} is not a flag. Settings are written --config.key=value.")
+
+
+def _load(job: str, typed: str) -> ConfigDict:
+    """The config of `--config=FILE[:arguments]`: the job's base config with what FILE's get_config changes.
+
+    A config file is a program of the user's: whatever goes wrong in it is told with its line.
+    """
+    match = re.fullmatch(r"(.+?\.py)(?::(.*))?", typed)
+    if not match:
+        raise UserError(f"--config={typed!r} must name a Python file: --config=configs/{job}.py[:key=value,...]")
+    file, arguments = match.groups()
+    source = storage.read(storage.path(file))
+    try:
+        names = {"__name__": "config_file", "__file__": file}
+        exec(compile(source, file, "exec", dont_inherit=True), names)
+        if "get_config" not in names:
+            raise UserError("it must define get_config(), which returns igpt_jax.config.base_config(job), changed")
+        given = names["get_config"](*([] if arguments is None else [arguments]))
+        if not isinstance(given, ConfigDict):
+            raise UserError(f"get_config() must return a ConfigDict, not {type(given).__name__}")
+        parse(job, {"job": given.get("job", job)})  # another job's config: say that, not that its keys are unknown
+        config = base_config(job)
+        config.update(given)
+        return config
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f"{file} line {line}" if line else file
+        raise UserError(f"{where}: {_config_error(job, error)}") from None
+
+
+def _config_error(job: str, error: Exception) -> str:
+    if unknown := re.search(r'Key "(\w+)" does not exist|instead of "(\w+)"', str(error)):
+        word = unknown[1] or unknown[2]
+        known = sorted({part for name, *_ in keys(job) for part in name.split(".")})
+        return f"config key {word!r} is not known. {nearest(word, known)}"
+    if wrong := re.search(r"override field '(\w+)'.* type <class '(\w+)'> .* type <class '(\w+)'>", str(error)):
+        return f"config key {wrong[1]!r} must be of type {wrong[3]}, not {wrong[2]}"
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
