@@ -27,6 +27,8 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def unsealed(value: Mapping[str, Any], file: str) -> dict[str, Any]:
     """`value` without its CRC. Raises Damaged, which names `file`."""
+    if not isinstance(value, Mapping):
+        raise Damaged(f"{file} is not a JSON object")
     rest = {name: part for name, part in value.items() if name != "crc32"}
     if zlib.crc32(json.dumps(rest, sort_keys=True).encode()) != value.get("crc32"):
         raise Damaged(f"the CRC in {file} is wrong")

@@ -1,6 +1,7 @@
 """The folders of checkpoints, one per step: which are finished, and how one goes without ever looking whole."""
 
 import logging
+import os
 import re
 from typing import Any
 
@@ -28,6 +29,13 @@ def _numbered(folder: storage.epath.Path) -> list[storage.epath.Path]:
 def is_step(path: storage.epath.Path) -> bool:
     """Whether `path` is a finished step, whatever its name."""
     return (path / COMMITTED).exists()
+
+
+def resolved(step: storage.epath.Path) -> storage.epath.Path:
+    """A step by its own name, where it is a link to it, or `.`, that was typed."""
+    if storage.is_local(step) and not NUMBER.fullmatch(step.name):
+        return storage.path(os.path.realpath(step))
+    return step
 
 
 def directory_of_steps(path: storage.epath.Path) -> storage.epath.Path:
@@ -62,12 +70,18 @@ def quarantine(folder: storage.epath.Path, step: int, problem: str) -> None:
     while to.exists():
         to = to.parent / f"{to.name}-again"
     to.parent.mkdir(exist_ok=True)
-    (folder / str(step)).rename(to)
+    if os.path.islink(folder / str(step)):  # what it leads to stays as it is
+        problem += f" (the link to {os.readlink(folder / str(step))})"
+        os.unlink(folder / str(step))
+    else:
+        (folder / str(step)).rename(to)
     storage.publish(to / "problem.txt", f"{problem}\n")
 
 
 def remove(step: storage.epath.Path) -> None:
-    """Removes a step so that no kill leaves a part of it that looks whole."""
+    """Removes a step so that no kill leaves a part of it that looks whole; of a link, the link."""
+    if os.path.islink(step):
+        return os.unlink(step)
     if storage.is_local(step):
         step = step.rename(step.parent / f"{step.name}{DELETING}")
     else:

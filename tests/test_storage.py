@@ -33,6 +33,14 @@ def test_kind_of_path(typed, local):
     assert os.fspath(storage.path(typed)) == typed
 
 
+@pytest.mark.parametrize("typed", ["/gs/group/run", "/s3", "/gs"])
+def test_a_disk_named_like_a_bucket(typed):
+    """Seen to fail: epath takes /gs/group for gs://group, so a cluster's disk could not be used."""
+    path = storage.path(typed)
+    assert storage.is_local(path) and storage.is_local(storage.absolute(path / "a"))
+    assert os.path.normpath(os.fspath(path)).lstrip("/") == typed.lstrip("/")
+
+
 @pytest.mark.parametrize("typed", ["", "ftp://host/a"])
 def test_impossible_path(typed):
     with pytest.raises(UserError):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from igpt_jax import storage
 from igpt_jax.config import DataConfig, UserError
 from igpt_jax.data import augment, resident, stage
 from igpt_jax.data.ledger import Ledger
@@ -42,7 +43,7 @@ def open_data(config: DataConfig, image_size: int = 0):
         from igpt_jax.data.records import Records  # TensorFlow
 
         return Records(config.store, image_size)
-    names = [name for name in config.store.split(",") if name] or [""]
+    names = storage.patterns(config.store) or [""]
     opened = [Store.open(stage.stage(name, config.stage) if config.stage else name) for name in names]
     sizes = {store.image_size for store in opened} | ({image_size} if image_size else set())
     if len(sizes) > 1:
