@@ -89,11 +89,21 @@ def test_slices_of_a_source_that_changed(changing, tmp_path):
         manifest = json.loads(file.read_text())
         del manifest["contents"]
         file.write_text(json.dumps(manifest))
-    if "class" in message:
+    if "class" in message:  # older versions noted these
         with pytest.raises(UserError, match=message):
             run(merged, shard="merge")
     else:
         run(merged, shard="merge")
+
+
+@pytest.mark.parametrize("damaged", [[], {"train": 5}, {"train": {"sha256": "x"}}, {"train": {"classes": 5}}])
+def test_a_summary_that_was_changed(tmp_path, damaged):
+    for i in range(2):
+        run(tmp_path / "m" / str(i), source=f"folder:{class_folders(tmp_path / 'p')}", shard=f"{i}/2")
+    file = tmp_path / "m" / "1" / "slice.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "contents": damaged}))
+    with pytest.raises(UserError, match="changed after it was written"):
+        run(tmp_path / "m", shard="merge")
 
 
 def interrupt(monkeypatch, workdir, **keys):
@@ -191,6 +201,9 @@ def test_one_name_in_two_unicode_forms_is_one_class(tmp_path, capsys):
     root = class_folders(tmp_path / "p", ["a", nfc, nfd])
     test = class_folders(tmp_path / "t", [nfd, "a"])
     names, said = classes_of(root, capsys, tmp_path / "store", test_source=f"folder:{test}")
+    picture(test / "two\nlines" / "0.png")
+    with pytest.raises(UserError, match=r"lack: 'two\\nlines'"):
+        run(tmp_path / "other", source=f"folder:{root}", test_source=f"folder:{test}")
     assert names == ["a", nfc] and "differ in their Unicode form alone are one class" in said
     opened = store.Store.open(tmp_path / "store")
     assert opened.split("train").labels(np.arange(9)).tolist() == [0] * 3 + [1] * 6

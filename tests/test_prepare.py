@@ -230,8 +230,8 @@ def test_labels_for_a_part_of_one_group(tmp_path, monkeypatch):
     """Whether or not the first image has one. Seen to fail (an unlabelled store) with the first image's alone looked
     at."""
     image = random_images(8, 8, 3)
-    monkeypatch.setattr(sources.synthetic.Synthetic, "items", lambda source, start: [
-        sources.Item("first", None, image), sources.Item("second", 1, image)])
+    monkeypatch.setattr(sources.synthetic.Synthetic, "items", lambda source, start: iter([
+        sources.Item("first", None, image), sources.Item("second", 1, image)]))
     with pytest.raises(UserError, match="some have labels and others none"):
         run(tmp_path, source="synthetic:2", image_size=8, held_out=0.0)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from igpt_jax.config import UserError
 from igpt_jax.data import images, order
 from igpt_jax.data.sources import Item, Source
+from igpt_jax.data.sources.contents import on_one_line
 from igpt_jax.data.store import Writer
 
 GROUP = 64  # images that one thread decodes at a time
@@ -44,10 +45,19 @@ class Quarantine:
     def check(self) -> None:
         """Raises UserError where there are too many."""
         if len(self.entries) > self._share * self._inputs:
-            first = self.entries[0]
             raise UserError(f"{len(self.entries)} of {self._inputs:,} images cannot be used, more than max_quarantined="
-                            f"{self._share:g} allows; the first: {first['name']}: {first['reason']}. quarantined.json "
-                            "lists them: mend or remove them, or raise --config.max_quarantined.")
+                            f"{self._share:g} allows; {self._first()} mend or remove them, or raise "
+                            "--config.max_quarantined.")
+
+    def check_some_left(self, split: str, count: int) -> None:
+        """Raises UserError where all `count` images of a split are in quarantine."""
+        if sum(entry["split"] == split for entry in self.entries) >= count:
+            raise UserError(f"none of the {count:,} {split} images can be used; {self._first()} mend them, or give "
+                            "another source.")
+
+    def _first(self) -> str:
+        first = self.entries[0]
+        return f"the first: {first['name']}: {first['reason']}. quarantined.json lists them:"
 
 
 def ingest(sources: Mapping[str, Source], writer: Writer, quarantine: Quarantine, *, image_size: int, held_out: float,
@@ -134,8 +144,6 @@ def _one(item: Item, image_size: int) -> "np.ndarray | images.Unusable":
         return images.decode(content() if callable(content) else content, image_size)
     except images.Unusable as reason:
         return reason
-    except OSError as error:  # of reading it
-        return images.Unusable(f"cannot be read: {error.strerror or error}")
 
 
 def _add(writer: Writer, split: str, group: list[Decoded], relabel: Callable[[int], int]) -> None:
@@ -160,7 +168,7 @@ def _relabelling(train: Source, source: Source, split: str) -> Callable[[int], i
     number = {name: i for i, name in enumerate(train.class_names)}
     unknown = sorted(set(source.class_names) - number.keys())
     if unknown:
-        raise UserError(f"the {split} images have classes that the training images lack: {', '.join(unknown[:5])}. "
+        raise UserError(f"the {split} images have classes that the training images lack: {on_one_line(unknown[:5])}. "
                         "Name the folders alike.")
     numbers = [number[name] for name in source.class_names]
     return lambda label: numbers[label]

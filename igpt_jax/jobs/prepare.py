@@ -93,6 +93,8 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     if not finished:
         raise Preempted(f"stopped; what was read of {inputs:,} images is saved.")
     seconds = time.perf_counter() - start
+    if not config.shard:
+        quarantine.check_some_left("train", train.count)
 
     resized = any(source.sizes != {size} for source in given.values())
     fields = {"source": config.source, "seed": config.seed, "config": asked, "quarantined": quarantine.entries,
@@ -118,7 +120,8 @@ def _open_sources(config: PrepareConfig) -> tuple[dict[str, sources.Source], int
             telemetry.say(f"passes over {files:,} files that are not named as pictures: {kind}")
         if names := source.class_names:
             shown = names if len(names) <= SHOWN else (*names[:SHOWN - 2], "...", names[-1])
-            telemetry.say(f"{split}: {len(names):,} class{'es' if len(names) > 1 else ''}: {', '.join(shown)}")
+            plural = "es" if len(names) > 1 else ""
+            telemetry.say(f"{split}: {len(names):,} class{plural}: {contents.on_one_line(shown)}")
     return given, size
 
 
@@ -177,6 +180,8 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     fields |= {"splits": splits, "quarantined": quarantined, "skipped": skipped,
                "classes": max(manifest["classes"] for manifest in slices.values()),
                "config": {**first["config"], "shard": "merge", "palette": config.palette}}
+    if "train" not in splits:
+        ingest.Quarantine(0, 1, quarantined).check_some_left("train", 0)
     train = store.split_of(path, "train", splits, fields["image_size"], fields["chunk"])
     manifest = store.publish_manifest(path, _choose(train, imported, count, first["seed"], path), fields, files)
     _tell(manifest, path)
@@ -185,11 +190,17 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
 
 def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], path: epath.Path) -> None:
     """Raises UserError where two slices' manifests are of different contents of the source."""
-    known = [manifest.get("contents", {"train": {"classes": list(map(contents.nfc, manifest["class_names"]))}})
-             for manifest in (one, other)]
     names = tuple(f"slice {manifest['config']['shard']}" for manifest in (one, other))
-    for split, content in known[0].items():
-        if differs := contents.difference(content, known[1].get(split, {}), names):
+    try:
+        known = [manifest.get("contents", {"train": {"classes": list(map(contents.nfc, manifest["class_names"]))}})
+                 for manifest in (one, other)]
+        found = {split: contents.difference(content, known[1].get(split, {}), names)
+                 for split, content in known[0].items()}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: {' or '.join(names)} has a {store.SLICE} that was changed after it was written. "
+                        "Restore it, or prepare the slice again.") from None
+    for split, differs in found.items():
+        if differs:
             raise UserError(f"{path}: the source of {split} changed between {' and '.join(names)}: {differs}. Remove "
                             "the slice that is wrong and prepare it again.")
 

@@ -22,6 +22,11 @@ def nfc(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def on_one_line(names: Iterable[str]) -> str:
+    """Names, of which any may hold a newline."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names)
+
+
 def summarize(entries: Iterable[str], class_names: Sequence[str] = ()) -> dict[str, Any]:
     """The summary of a source.
 

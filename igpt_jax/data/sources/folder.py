@@ -56,7 +56,8 @@ class Folder(Source):
 
     def items(self, start: int) -> Iterator[Item]:
         for name in self._names[start:]:
-            yield Item(name, self._number.get(contents.nfc(name.split("/")[0])), functools.partial(images.read, self._root / name))
+            label = self._number.get(contents.nfc(name.split("/")[0]))
+            yield Item(name, label, functools.partial(images.read, self._root / name))
 
     def _workdirs(self, names: dict[str, int]) -> list[str]:
         """The folders in which a job writes or has written; "" is the source itself."""
@@ -70,7 +71,7 @@ class Folder(Source):
                 continue
             if isinstance(job, str) and job in JOBS:
                 found.append(name.rpartition("/")[0])
-        return sorted(found)
+        return sorted(folder for folder in found if not _inside(folder, found))
 
 
 def _is_picture(name: str) -> bool:
@@ -102,4 +103,4 @@ def _notices(argument: str, folders: set[str], linked: dict[str, str], workdirs:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    return contents.on_one_line(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
