@@ -1,14 +1,16 @@
 """Folders, tar shards and TFDS: what they give, in slices and from the middle, and what they refuse."""
 
 import io
+import os
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax.config import UserError
+from igpt_jax.config import PrepareConfig, UserError
 from igpt_jax.data import images, sources
+from igpt_jax.jobs import prepare
 
 
 def png(value, size=8):
@@ -104,6 +106,55 @@ def test_tar_with_some_labels(tmp_path):
     write_tar(tmp_path / "a.tar", [("1.png", png(1)), ("2.png", png(2)), ("2.cls", b"0")])
     with pytest.raises(UserError, match="1.png has no .cls or .json"):
         sources.open_source(f"tar:{tmp_path}/a.tar", 8, 0)
+
+
+@pytest.mark.parametrize(("labels", "wanted"), [
+    ([b'{"caption": "a dog", "status": "success"}', b"[1]"], [None, None]),  # as img2dataset writes them
+    ([b'{"label": null}', b'{"label": "word", "cls": null}'], [None, "no class number"]),
+    ([b'{"label": "3"}', b'{"label": null, "cls": 4.0}', b'{"label": 007}', b"{}"],
+     [3, 4, "no class number", "has no class, and others have"]),
+    ([b"{}"] * 16 + [b'{"label": 3}'], [None] * 16 + ["has a class, and others have none"]),
+])
+def test_tar_labels_in_json(tmp_path, labels, wanted):
+    """Seen to fail: without a label (all refused), and "3"."""
+    write_tar(tmp_path / "a.tar", [member for i, text in enumerate(labels) for member in (
+        (f"{i:02}.jpg", png(1)), (f"{i:02}.json", text), (f"{i:02}.txt", b"a caption"))])
+    for (_, label, value), expected in zip(given(f"tar:{tmp_path}/a.tar"), wanted, strict=True):
+        assert expected in value if isinstance(expected, str) else (label, value) == (expected, 1)
+
+
+def test_tar_labels_in_cls(tmp_path):
+    """Upper case too. Seen to fail with JSON's numbers (007)."""
+    write_tar(tmp_path / "a.tar", [("1.JPG", png(1)), ("1.CLS", b"007"), ("2.png", png(2)),
+                                   ("2.cls", b"\xef\xbb\xbf1\r\n"), ("3.png", png(3)), ("3.cls", b"-1"),
+                                   ("4.png", png(4)), ("4.cls", b"\xc2\xb2")])
+    assert [label for _, label, _ in given(f"tar:{tmp_path}/a.tar")] == [7, 1, None, None]
+
+
+@pytest.mark.parametrize("name", ["tar", "npz"])
+def test_a_pipe_among_the_files_is_refused(tmp_path, name):
+    """Seen to fail: waits without end."""
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UserError, match="x is not a regular file"):
+        sources.open_source(f"{name}:{tmp_path}/*", 8, 0)
+
+
+def test_what_is_no_regular_file_goes_to_quarantine(folder):
+    """A pipe, a device and a folder with a picture's name. Seen to fail (a pipe waits without end) with read_bytes."""
+    os.mkfifo(folder / "cat" / "pipe.jpg")
+    (folder / "cat" / "device.png").symlink_to("/dev/zero")
+    (folder / "cat" / "x.jpg").mkdir()
+    rows = {name: value for name, _, value in given(f"folder:{folder}")}
+    assert rows.pop("cat/pipe.jpg") == rows.pop("cat/device.png") == "not a regular file" and len(rows) == 3
+
+
+def test_a_source_without_one_good_picture(tmp_path):
+    """Seen to fail with "split 'train' is not in ..."."""
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+    config = PrepareConfig(source=f"folder:{tmp_path}", image_size=8, max_quarantined=1.0)
+    with pytest.raises(UserError, match="none of the 2 train images can be used; the first: a.png: not a JPEG"):
+        prepare.run(config, str(tmp_path / ".work"))
 
 
 def test_tar_that_reaches_out(tmp_path):

@@ -193,10 +193,22 @@ def _png(data: bytes) -> tuple[bytes, np.ndarray | None]:
         start, end = place + 8, place + 12 + length
         if kind == b"tRNS" and channels and length >= 2 * channels and _intact(data[place + 4:end]):
             key = np.frombuffer(data, ">u2", channels, start).astype(np.uint16) & (1 << data[24]) - 1
-        elif kind not in PASSED_OVER or (data.startswith(ORIENTED, start) and length <= MAX_TEXT):
+        elif kind not in PASSED_OVER or _may_turn(kind, data[start:min(end - 4, start + MAX_TEXT)]):
             kept.append(data[place:end])
         place = end
     return b"".join([*kept, data[place:]]), key
+
+
+def _may_turn(kind: bytes, text: bytes) -> bool:
+    """Whether a text chunk's content can hold an orientation, in a size that Pillow takes."""
+    if not text.startswith(ORIENTED) or len(text) == MAX_TEXT:
+        return False
+    if kind == b"iTXt" and text[text.index(b"\0") + 1:][:1] == b"\0":  # not compressed
+        return True
+    inflater = zlib.decompressobj()
+    with contextlib.suppress(zlib.error):
+        inflater.decompress(text.split(b"\0", {b"zTXt": 2, b"iTXt": 4}.get(kind, 0))[-1], MAX_TEXT)
+    return not inflater.unconsumed_tail
 
 
 def _intact(chunk: bytes) -> bool:

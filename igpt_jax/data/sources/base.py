@@ -1,9 +1,14 @@
 """What a source is."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from etils import epath
+
+from igpt_jax import storage
+from igpt_jax.config import UserError
 
 
 class Item(NamedTuple):
@@ -41,6 +46,21 @@ class Source(Protocol):
 
     def items(self, start: int) -> Iterator[Item]:
         """Yields the images from `start` on. Raises images.Unusable never: that is for decoding."""
+
+
+def files_of(name: str, argument: str) -> list[epath.Path]:
+    """The files that the path or glob given to source `name` stands for.
+
+    Raises:
+      UserError: no path, no file, or something that is no regular file: opening a pipe could wait without end.
+    """
+    if not argument:
+        raise UserError(f"source {name!r} needs a path: {name}:PATH, or a glob of several files.")
+    files = storage.matching(argument)
+    for file in files:
+        if storage.is_local(file) and not os.path.isfile(file):
+            raise UserError(f"{file} is not a regular file. Leave it out of the pattern.")
+    return files
 
 
 def slice_of(count: int, shard: tuple[int, int]) -> range:

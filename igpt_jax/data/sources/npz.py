@@ -10,10 +10,9 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.data.sources import contents
-from igpt_jax.data.sources.base import Item, Source, slice_of
+from igpt_jax.data.sources.base import Item, Source, files_of, slice_of
 
 
 class Npz(Source):
@@ -23,9 +22,7 @@ class Npz(Source):
     """
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
-        if not argument:
-            raise UserError("source 'npz' needs a path: npz:PATH, or a glob of several files.")
-        self._files = storage.matching(argument)
+        self._files = files_of("npz", argument)
         headers = [_check(file) for file in self._files]
         self.contents = contents.of_files(self._files, [_checksums(file) for file in self._files])
         self._counts = [shape[0] for shape, _ in headers]

@@ -1,21 +1,24 @@
 """Tar shards in the manner of webdataset. Nothing is unpacked to disk."""
 
 import collections
+import contextlib
+import itertools
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.data import images
 from igpt_jax.data.sources import contents
-from igpt_jax.data.sources.base import Item, Source, slice_of
+from igpt_jax.data.sources.base import Item, Source, files_of, slice_of
 
-MAX_MEMBER_BYTES = 2**28
 LABEL_SUFFIXES = (".cls", ".json")
+LABEL_KEYS = ("label", "cls")  # of .json
+LOOKED_AT = 16  # samples that tell whether the shards are labelled
 
 
 class _Sample(NamedTuple):
@@ -31,22 +34,24 @@ class Tar(Source):
     """`tar:PATTERN`: uncompressed tar files (a glob), sorted by name; a slice takes whole files.
 
     Members that share their path up to the first dot of the file name are one sample: a picture (.jpg, .jpeg, .png or
-    .webp) and its class, as a number in `.cls` or under "label" or "cls" of `.json`. Other members are counted and
-    told. Absolute paths, `..`, links and devices go to quarantine.
+    .webp) and its class, as a number in `.cls` or under "label" or "cls" of `.json`. Shards whose first samples have
+    no class, as img2dataset's, are unlabelled. Other members are counted and told. Absolute paths, `..`, links and
+    devices go to quarantine, and so does a sample that has a class where the others have none, or none where they
+    have one.
     """
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
-        if not argument:
-            raise UserError("source 'tar' needs a path: tar:PATH, or a glob of several files.")
-        files = storage.matching(argument)
+        files = files_of("tar", argument)
         self.contents = contents.of_files(files)
         self._samples: list[_Sample] = []
         self._skipped: collections.Counter = collections.Counter()
         for i in slice_of(len(files), shard):
             self._samples += self._index(files[i])
-        labelled = {sample.label is not None for sample in self._samples if not sample.problem}
-        if len(labelled) > 1:
-            lone = next(sample for sample in self._samples if not sample.problem and sample.label is None)
+        good = [sample for sample in self._samples if not sample.problem]
+        described = itertools.islice((sample for sample in good if sample.label), LOOKED_AT)
+        self._labelled = any(_label_of(sample) is not None for sample in described)
+        lone = next((sample for sample in good if not sample.label), None)
+        if self._labelled and lone:
             raise UserError(f"{lone.file}: {lone.name} has no .cls or .json, and others have. All or none must.")
         self.count, self.sizes, self.skipped = len(self._samples), set(), dict(sorted(self._skipped.items()))
 
@@ -71,14 +76,15 @@ class Tar(Source):
                 raise images.Unusable(reason)
             return Item(name, None, refuse)
 
-        if sample.problem:
-            return unusable(sample.problem)
-        label = None
-        if sample.label:
-            suffix, offset, size = sample.label
-            label = _label(suffix, _read(stream, offset, size))
-            if label is None:
-                return unusable(f"its {suffix} holds no class number from 0 to 2^31 - 1")
+        try:
+            if sample.problem:
+                raise images.Unusable(sample.problem)
+            label = _label_in(sample, stream) if sample.label else None
+            if (label is not None) != self._labelled:
+                raise images.Unusable("it has no class, and others have one" if self._labelled else
+                                      "it has a class, and others have none")
+        except images.Unusable as reason:
+            return unusable(str(reason))
         return Item(name, label, _read(stream, *sample.picture))
 
     def _index(self, file: epath.Path) -> list[_Sample]:
@@ -140,9 +146,9 @@ def _problem(member: tarfile.TarInfo) -> str:
         return "its path leads out of the archive"
     if member.issym() or member.islnk():
         return "a link"
-    if not member.isreg():
+    if not member.isreg() or member.issparse():
         return "not a regular file"
-    return f"larger than {MAX_MEMBER_BYTES >> 20} MiB" if member.size > MAX_MEMBER_BYTES else ""
+    return images.TOO_LARGE if member.size > images.MAX_BYTES else ""
 
 
 def _read(stream: Any, offset: int, size: int) -> bytes:
@@ -150,11 +156,31 @@ def _read(stream: Any, offset: int, size: int) -> bytes:
     return stream.read(size)
 
 
-def _label(suffix: str, data: bytes) -> int | None:
+def _label_of(sample: _Sample) -> int | None:
+    """The sample's class; None where it has none, or no readable one."""
+    with sample.file.open("rb") as stream, contextlib.suppress(images.Unusable):
+        return _label_in(sample, stream)
+
+
+def _label_in(sample: _Sample, stream: Any) -> int | None:
+    """The class that a sample's .cls or .json gives; None where the .json gives none.
+
+    Raises:
+      images.Unusable: it gives something that is no class number.
+    """
+    suffix, offset, size = sample.label
     try:
-        value = json.loads(data)  # of .cls too: a number
+        value = _read(stream, offset, size).decode("utf-8-sig").strip()
         if suffix == ".json":
-            value = value.get("label", value.get("cls"))
-        return value if type(value) is int and 0 <= value < 2**31 else None
-    except (ValueError, AttributeError, RecursionError):
-        return None
+            value = json.loads(value)
+            value = next((value[key] for key in LABEL_KEYS if value.get(key) is not None), None
+                         ) if isinstance(value, dict) else None
+            if value is None:
+                return None
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
+            value = int(value)
+        if type(value) in (int, float) and 0 <= value < 2**31 and value == int(value):  # pandas writes 3.0
+            return int(value)
+    except (ValueError, RecursionError):
+        pass
+    raise images.Unusable(f"its {suffix} holds no class number from 0 to 2^31 - 1")
