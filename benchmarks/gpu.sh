@@ -3,7 +3,8 @@
 #   benchmarks/gpu.sh SLICE [PYTHON [FOLDER]]      SLICE: kernels, steps, flags, sampling, peers, or all
 # Each figure is a file in FOLDER (default benchmarks/results/gpu); one that is there is not measured again, so that a
 # slice which was cut off goes on. TINY=1: tiny shapes, on any device, to try this file.
-# The slice `peers` and half of `sampling` need torch and transformers.
+# The slice `peers` and half of `sampling` need torch and transformers. Where some candidates of a file fail, the
+# figures of the others are kept, and the log beside them.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 slice=${1:?"SLICE: kernels, steps, flags, sampling, peers, or all"}
@@ -14,6 +15,8 @@ limit=$((SECONDS + ${SLICE_SECONDS:-530}))
 failed=0
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=3
 mkdir -p "$folder"
+theirs=16
+"$python" -c 'import torch, transformers' 2>/dev/null || theirs=0
 
 # measure NAME FILE.py ARGUMENTS...: writes FOLDER/NAME.json; where that fails, FOLDER/NAME.log is left.
 measure() {
@@ -25,13 +28,14 @@ measure() {
     return
   fi
   echo "+ $*"
+  rm -f "$folder/.$name.json"
   if timeout "$left" "$python" "benchmarks/$2" "${@:3}" --json "$folder/.$name.json" 2>"$folder/$name.log"; then
-    mv "$folder/.$name.json" "$folder/$name.json"
     rm "$folder/$name.log"
   else
     echo "$name: exit code $?: $(tail -n 1 "$folder/$name.log")"
     failed=1
   fi
+  [ -s "$folder/.$name.json" ] && mv "$folder/.$name.json" "$folder/$name.json"
 }
 
 # model side batch remat: what one H200 holds.
@@ -91,9 +95,14 @@ run_slice() {
     sampling)
       while read -r model side batch; do
         measure "sample_$model" sampling.py --size "$model" --side "$side" --batch "$batch" --precision bfloat16 \
-          --lengths "" --theirs 16
+          --lengths "" --theirs "$theirs"
       done <<<"$samples" ;;
     peers)
+      if [ "$theirs" = 0 ]; then
+        echo "peers: $python has no torch or no transformers: pip install '.[huggingface]'"
+        failed=1
+        return
+      fi
       while read -r model side batch remat; do
         measure "peers_${model}_$side" train_step.py --model "$model" --side "$side" --batch "$batch" --remat "$remat" \
           --rounds 10

@@ -3,15 +3,18 @@
     python benchmarks/train_step.py [--model 6x256x8] [--side 32] [--batch 4] [--only PATTERN] [--json FILE]
 
 A step is forward, backward and Adam on a batch already in memory. Candidates take turns, each in a process of its own;
-figures are medians. FLOP/s are model FLOPs (causal half, `train_flops_per_image`), the same for all, over the time;
-their share is of the fastest matrix product measured in the same run, and MFU of the peak that the maker states. On a
-CPU ours also runs split over fake devices, one for each core where the batch divides: small steps use two cores better
-so than one device with two threads does. On a GPU bfloat16 alone is run, and the memory of one of ours alone (--only)
-is held against what its compiler planned; start it with XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch runs beside.
+figures are medians. Without PyTorch ours are measured alone. FLOP/s are model FLOPs (causal half,
+`train_flops_per_image`), the same for all, over the time; their share is of the fastest matrix product measured in the
+same run, and MFU of the peak that the maker states. On a CPU ours also runs split over fake devices, one for each core
+where the batch divides: small steps use two cores better so than one device with two threads does. On a GPU bfloat16
+alone is run, and the memory of one of ours alone (--only) is held against what its compiler planned; start it with
+XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch runs beside.
 """
 
 import argparse
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +22,7 @@ import pathlib
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,9 +30,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
 from turns import Candidate, take_turns
 
 from igpt_jax import sharding, steps, telemetry, topology
@@ -36,16 +37,26 @@ from igpt_jax.config import MODELS, MeshConfig, ModelConfig, OptimizerConfig, Pr
 from igpt_jax.model import Model
 
 COLOURS, RATE = 512, 1e-3
-ON_GPU = torch.cuda.is_available()  # JAX would take hold of the device to answer
-TORCH_DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def device() -> tuple[str, str]:
+    """JAX's platform and device. A process of its own asks, since JAX keeps hold of a device once it was asked."""
+    if "BENCHMARK_DEVICE" not in os.environ:  # candidates' processes inherit it
+        script = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind, sep=chr(10))"
+        os.environ["BENCHMARK_DEVICE"] = subprocess.run([sys.executable, "-c", script], check=True, text=True,
+                                                        stdout=subprocess.PIPE).stdout.strip()
+    found, name = os.environ["BENCHMARK_DEVICE"].split("\n")
+    return found, f"{platform.machine()}, {os.cpu_count()} cores" if found == "cpu" else name
+
+
+PLATFORM, DEVICE = device()
+ON_GPU = PLATFORM == "gpu"
 PRODUCT = 8192 if ON_GPU else 2048  # side of the matrices whose product is the limit
 
 
 def ours(shape: ModelConfig, side: int, batch: int, axis: str, precision: str, devices: int) -> Candidate:
     if not ON_GPU:
         jax.config.update("jax_num_cpu_devices", devices)
-    if (jax.default_backend() == "gpu") != ON_GPU:
-        raise RuntimeError(f"JAX runs on the {jax.default_backend()}, PyTorch on {TORCH_DEVICE}: they must agree.")
     tokens_BT = batch_of(side, batch)
     config = PretrainConfig(model=shape, batch_size=batch, precision=precision, steps=10**6,
                             optimizer=OptimizerConfig(learning_rate=RATE, warmup_steps=1),
@@ -79,92 +90,13 @@ def batch_of(side: int, batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(COLOURS, size=(batch, side**2)).astype(np.int32)
 
 
-class PlainGPT(nn.Module):
-    """What a good PyTorch GPT looks like: joined projections, scaled_dot_product_attention, no dropout, no biases."""
-
-    def __init__(self, layers: int, embed: int, heads: int, tokens: int):
-        super().__init__()
-        self.colours, self.places = nn.Embedding(COLOURS + 1, embed), nn.Embedding(tokens, embed)
-        self.blocks = nn.ModuleList(nn.ModuleDict({
-            "norm1": nn.LayerNorm(embed, bias=False), "qkv": nn.Linear(embed, 3 * embed, bias=False),
-            "out": nn.Linear(embed, embed, bias=False), "norm2": nn.LayerNorm(embed, bias=False),
-            "up": nn.Linear(embed, 4 * embed, bias=False), "down": nn.Linear(4 * embed, embed, bias=False),
-        }) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(embed, bias=False), nn.Linear(embed, COLOURS, bias=False)
-        self.heads = heads
-
-    def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
-        x = self.colours(x_BT) + self.places.weight
-        B, T, D = x.shape
-        for block in self.blocks:
-            q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2)
-                       for part in block["qkv"](block["norm1"](x)).split(D, dim=2))
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block["out"](attended.transpose(1, 2).reshape(B, T, D))
-            x = x + block["down"](F.gelu(block["up"](block["norm2"](x)), approximate="tanh"))
-        return self.head(self.norm(x))
-
-
-def hugging_face(shape: ModelConfig, tokens: int) -> nn.Module:
-    """transformers' ImageGPT, from indices to logits of the palette's colours."""
-    import transformers
-
-    config = transformers.ImageGPTConfig(vocab_size=COLOURS + 1, n_positions=tokens, n_embd=shape.embed,
-                                         n_layer=shape.layers, n_head=shape.heads, resid_pdrop=0.0, embd_pdrop=0.0,
-                                         attn_pdrop=0.0, use_cache=False)
-    model = transformers.ImageGPTForCausalImageModeling(config)
-
-    class Logits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids=x_BT).logits
-
-    return Logits()
-
-
-def theirs(make: Callable[[], nn.Module], side: int, batch: int, bfloat16: bool, compiled: bool) -> Candidate:
-    model = make().to(TORCH_DEVICE)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.9, 0.95), fused=True)
-    wanted = torch.tensor(batch_of(side, batch), dtype=torch.long, device=TORCH_DEVICE)
-    given = F.pad(wanted[:, :-1], (1, 0), value=COLOURS)
-
-    def loss_of(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(TORCH_DEVICE, torch.bfloat16, enabled=bfloat16):
-            logits_BTV = model(given)
-        return F.cross_entropy(logits_BTV.float().flatten(0, 1), wanted.flatten())
-
-    loss_of = torch.compile(loss_of) if compiled else loss_of
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        loss_of(given, wanted).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return Candidate(seconds, rest=torch.cuda.empty_cache)
-
-
-def square_product(framework: str) -> Candidate:
+def jax_product() -> Candidate:
     """The product of two square matrices."""
-    dtype = "bfloat16" if ON_GPU else "float32"
-    if framework == "jax":
-        factor, product = jnp.ones((PRODUCT, PRODUCT), dtype), jax.jit(jnp.matmul)
-    else:
-        factor, product = torch.ones(PRODUCT, PRODUCT, dtype=getattr(torch, dtype), device=TORCH_DEVICE), torch.matmul
+    factor, product = jnp.ones((PRODUCT, PRODUCT), "bfloat16" if ON_GPU else "float32"), jax.jit(jnp.matmul)
 
     def seconds() -> float:
         start = time.perf_counter()
-        done = product(factor, factor)
-        if framework == "jax":
-            done.block_until_ready()
-        elif ON_GPU:
-            torch.cuda.synchronize()
+        product(factor, factor).block_until_ready()
         return time.perf_counter() - start
 
     return Candidate(seconds)
@@ -172,19 +104,17 @@ def square_product(framework: str) -> Candidate:
 
 def candidates(shape: ModelConfig, side: int, batch: int, axis: str) -> dict[str, Callable[[], Candidate]]:
     """What makes each, by name."""
-    makers: dict[str, Callable[[], Candidate]] = {
-        f"{framework}'s product": functools.partial(square_product, framework) for framework in ("jax", "torch")}
+    makers: dict[str, Callable[[], Candidate]] = {"jax's product": jax_product}
     for precision in ("bfloat16",) if ON_GPU else ("float32", "bfloat16"):
         for devices in (1,) if ON_GPU else sorted({1, math.gcd(batch, os.cpu_count())}):
             makers[f"ours, {precision}, {devices} device{'s' * (devices > 1)}"] = functools.partial(
                 ours, shape, side, batch, axis, precision, devices)
-    for name, make in (("Hugging Face", functools.partial(hugging_face, shape, side**2)),
-                       ("plain GPT", functools.partial(PlainGPT, shape.layers, shape.embed, shape.heads, side**2))):
-        for bfloat16 in (True,) if ON_GPU else (False, True):
-            for compiled in (False, True):
-                kind = f"{'bfloat16 autocast' if bfloat16 else 'float32'}, {'compiled' if compiled else 'eager'}"
-                makers[f"{name}, {kind}"] = functools.partial(theirs, make, side, batch, bfloat16, compiled)
-    return makers
+    if not importlib.util.find_spec("torch"):
+        print("PyTorch is not installed: ours alone", file=sys.stderr)
+        return makers
+    import peers
+
+    return makers | peers.candidates(shape, ON_GPU, PRODUCT, RATE, COLOURS, batch_of(side, batch))
 
 
 def main() -> int:
@@ -216,9 +146,9 @@ def main() -> int:
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     limits = {name: 2 * PRODUCT**3 / median for name, median in medians.items() if "product" in name}
     limit = max(limits.values(), default=None)
-    device = torch.cuda.get_device_name() if ON_GPU else f"{platform.machine()}, {os.cpu_count()} cores"
-    chip = topology.chip_for(device)
-    figures = {"device": device, "load": os.getloadavg()[0], "jax": jax.__version__, "torch": torch.__version__,
+    chip = topology.chip_for(DEVICE)
+    torch = importlib.metadata.version("torch") if importlib.util.find_spec("torch") else None
+    figures = {"device": DEVICE, "load": os.getloadavg()[0], "jax": jax.__version__, "torch": torch,
                "model": arguments.model, "tokens": T, "batch": arguments.batch, **choices, "axis": arguments.axis,
                "product_flops": limits}
     figures["rows"] = [
@@ -227,7 +157,8 @@ def main() -> int:
          "mfu": flops / median / chip.peak_bf16_flops if chip else None, **facts[name]}
         for name, median in medians.items() if name not in limits]
 
-    print(f"{figures['device']}, load {figures['load']:.1f}, jax {jax.__version__}, torch {torch.__version__}; "
+    figures["failed"] = sorted(chosen.keys() - seconds.keys())
+    print(f"{figures['device']}, load {figures['load']:.1f}, jax {jax.__version__}, torch {torch}; "
           f"{arguments.model}, {T} tokens, batch {arguments.batch}" +
           "".join(f", {name} {each / 1e9:,.0f} GFLOP/s" for name, each in limits.items()))
     best = {peer: min((row["seconds"] for row in figures["rows"] if row["name"].startswith(peer)), default=None)

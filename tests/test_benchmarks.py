@@ -32,6 +32,30 @@ def test_compare_tells_what_became_slower_and_what_cannot_be_compared(tmp_path):
     assert compare(tmp_path, figures(1.0), [])[0] == 2
 
 
+STAND_IN = """#!/bin/sh
+[ "$1" != -c ] || exit {has_torch}
+while [ "$1" != --json ]; do shift; done
+echo '{{"rows": []}}' > "$2"
+echo "plain GPT: failed" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(("has_torch", "slice_", "kept", "says"), [
+    (0, "peers", {"peers_2x32x2_8.json", "peers_2x32x2_8.log"}, "exit code 1: plain GPT: failed"),
+    (1, "peers", set(), "pip install '.[huggingface]'"),
+    (1, "kernels", {"kernel_1x64x2x16.json", "kernel_1x64x2x16.log"}, "exit code 1")])
+def test_a_failed_candidate_loses_no_figures(tmp_path, has_torch, slice_, kept, says):
+    """Seen to fail with the figures moved only where all candidates came through."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(has_torch=has_torch))
+    python.chmod(0o755)
+    done = subprocess.run([ROOT / "benchmarks/gpu.sh", slice_, python, tmp_path / "out"], text=True,
+                          capture_output=True, env={**os.environ, "TINY": "1"})
+    assert done.returncode == 1 and says in done.stdout, done.stdout + done.stderr
+    assert {file.name for file in (tmp_path / "out").iterdir()} == kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("slice_", ["kernels", "steps", "flags", "sampling", "peers"])
 def test_gpu_slices(tmp_path, slice_):
