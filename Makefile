@@ -10,12 +10,17 @@
 # make wandb        the tests of Weights & Biases, with the real library, offline
 # make notebook     runs docs/igpt_jax.ipynb with few steps
 # make browser      the report page in headless Chromium
+# make environments fresh environments of Python 3.11, 3.12 and 3.13: quickstart and tests; writes docs/environments.md
 # make lint         ruff
 # make clean        removes the environment, caches and runs/quickstart
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+# Without huggingface no torch, and the tests that need it are skipped.
+TEST_EXTRAS ?= test,huggingface
+INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-torch.txt
 
 export JAX_PLATFORMS := cpu
 export EPATH_USE_TF := 0
@@ -23,18 +28,22 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export IGPT_CACHE := $(CURDIR)/.cache/igpt_jax
 
-.PHONY: setup quickstart test slow reproduce transfer buckets slurm scaling faults faults-long wandb notebook browser lint clean
+.PHONY: setup quickstart test slow reproduce transfer buckets slurm scaling faults faults-long wandb notebook browser environments lint clean
 
-setup: $(INSTALLED)
+setup: $(INSTALLED_TEST)
 
-# The stamp is newer than what it was made from, so a second run needs no network.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+# Stamps are newer than what they were made from, so a second run needs no network.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt constraints-torch.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	$(INSTALL) setuptools wheel
+	$(INSTALL) --no-build-isolation --editable .
 	touch $@
 
-quickstart: setup
+$(INSTALLED_TEST): $(INSTALLED)
+	$(INSTALL) --no-build-isolation --editable '.[$(TEST_EXTRAS)]'
+	touch $@
+
+quickstart: $(INSTALLED)
 	launch/quickstart.sh $(VENV)/bin/python runs/quickstart
 
 test: setup
@@ -48,40 +57,44 @@ buckets:
 	$(PYTHON) -m venv .venv-buckets
 	grep -v -e ^fsspec= -e ^python-dateutil= constraints.txt | cat - constraints-buckets.txt > .venv-buckets/constraints.txt
 	.venv-buckets/bin/pip install --quiet --constraint .venv-buckets/constraints.txt setuptools wheel
-	.venv-buckets/bin/pip install --quiet --constraint .venv-buckets/constraints.txt --no-build-isolation --editable '.[test,buckets]'
+	.venv-buckets/bin/pip install --quiet --constraint .venv-buckets/constraints.txt --no-build-isolation --editable '.[$(TEST_EXTRAS),buckets]'
 	.venv-buckets/bin/python -m pytest -m buckets
 
-reproduce: setup
+reproduce: $(INSTALLED)
 	launch/reproduce.sh $(VENV)/bin/python runs/reproduce
 
-transfer: setup
+transfer: $(INSTALLED)
 	launch/transfer.sh $(VENV)/bin/python runs/transfer
 
 slurm: setup
 	$(VENV)/bin/python -m pytest -m slurm
 
-scaling: setup
+scaling: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet libtpu==0.0.51
 	$(VENV)/bin/python benchmarks/scaling.py --python "$(CUDA_PYTHON)"
 
 faults: setup
 	$(VENV)/bin/python -m pytest -m fault
 
-faults-long: setup
+faults-long: $(INSTALLED)
 	$(VENV)/bin/python -W ignore benchmarks/faults.py --json=runs/faults.json
 
 # Sixteen packages that nothing else needs.
 wandb: setup
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[wandb]'
+	$(INSTALL) --no-build-isolation --editable '.[wandb]'
 	$(VENV)/bin/python -m pytest tests/test_metric_writers.py
 
 notebook: setup
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[notebook]'
+	$(INSTALL) --no-build-isolation --editable '.[notebook]'
 	$(VENV)/bin/python -m pytest -m slow tests/test_documents.py -k notebook
 
 # Needs Chromium: apt-get install chromium.
 browser: setup
 	$(VENV)/bin/python -m pytest -m browser
+
+# A fresh environment for each of Python 3.11 to 3.13: several GB of downloads, an hour.
+environments:
+	$(PYTHON) benchmarks/environments.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import traceback
 
 import pytest
 
@@ -32,6 +33,22 @@ def fake_devices(count):
     """XLA's flags for so many CPU devices. They share two cores, so a collective may wait for long."""
     return (f"--xla_force_host_platform_device_count={count} "
             f"--xla_cpu_collective_call_terminate_timeout_seconds={patience()}")
+
+
+def _skip_without_torch():
+    """Skips what imports torch or transformers itself where they are missing; in our own code that is a failure."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        frames = [pathlib.Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        here = [frame for frame in frames if frame.is_relative_to(ROOT) and "site-packages" not in frame.parts]
+        if error.name in ("torch", "transformers") and here[-1].parent == ROOT / "tests":
+            pytest.skip(f"needs {error.name}: pip install '.[huggingface]'")
+        raise
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(lambda item: (yield from _skip_without_torch()))
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(lambda item: (yield from _skip_without_torch()))
 
 
 def _run(command, devices, env):
