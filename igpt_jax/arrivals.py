@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from igpt_jax import checkpoint, storage
+from igpt_jax import checkpoint, side_files, storage
 from igpt_jax.config import UserError
 
 TRAINING = ("pretrain", "finetune")  # the jobs whose workdirs get checkpoints as they go
@@ -146,6 +146,6 @@ def _done(typed: str) -> bool:
 def _told(file: storage.epath.Path, name: str) -> Any:
     """An entry of a JSON file of another job; None where it is not there yet."""
     try:
-        return json.loads(file.read_bytes())[name]
-    except (OSError, ValueError, KeyError):
+        return (side_files.look(file) or {}).get(name)
+    except UserError:
         return None

@@ -36,7 +36,7 @@ def over_split(step: Callable, params: Any, split: Split | TokenFile, mesh: Mesh
       batch_size: global; must divide over data x fsdp.
       table: `palette.lookup_table`'s.
     """
-    startup.agree(data=split.count if isinstance(split, TokenFile) else split.fingerprint)
+    startup.agree(data=split.fingerprint)
     place = sharding.batch_sharding(mesh)
     rows = process_rows(place, batch_size)
 

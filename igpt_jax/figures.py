@@ -25,7 +25,7 @@ from igpt_jax.topology import GIB
 
 Points = Sequence[tuple[float, float | None]]
 CURVES = 10  # in one figure, at most: as many as there are colours
-LONGEST_LABEL = 60  # characters
+LONGEST_LABEL = 40  # characters: two columns of a legend
 
 
 # Matplotlib. Its object interface needs neither pyplot nor a display; it is imported where something is drawn.
@@ -61,12 +61,12 @@ def _defaults(settings: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def label(text: str) -> str:
+def label(text: str, longest: int = LONGEST_LABEL) -> str:
     """`text` as Matplotlib can show it: characters without a glyph as escapes, long ones cut in the middle."""
     glyphs = _glyphs()
     text = "".join(char if ord(char) in glyphs else char.encode("unicode_escape").decode() for char in text)
-    if len(text) > LONGEST_LABEL:
-        text = f"{text[:LONGEST_LABEL // 2 - 1]}…{text[-LONGEST_LABEL // 2:]}"
+    if len(text) > longest:
+        text = f"{text[:longest // 2 - 1]}…{text[-longest // 2:]}"
     return f"\u200b{text}" if text.startswith("_") else text  # legends leave out what begins with _
 
 
@@ -230,7 +230,7 @@ def scaling_curve(path: storage.epath.Path, title: str, curve: Sequence[tuple[in
     import matplotlib.ticker
 
     figure = _new(9, 3.8)
-    figure.suptitle(label(title), fontsize=11)
+    figure.suptitle(label(title, 100), fontsize=11)
     counts = [point[0] for point in curve]
     panels = (("seconds per step", 1, 1.0), ("GiB per device", 2, GIB))
     for axes, (title, index, unit) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -13,7 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igpt_jax import checkpoint, checksum, evaluation, palette, sharding, steps, storage, telemetry, topology, transfer
+from igpt_jax import (
+    checkpoint,
+    checksum,
+    evaluation,
+    palette,
+    sharding,
+    side_files,
+    steps,
+    storage,
+    telemetry,
+    topology,
+    transfer,
+)
 from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data import Batch, Batches, count_classes, open_data, train_batches
 from igpt_jax.figures import loss_curve
@@ -142,7 +154,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
                           f"{len(palette_VC)} colours, {train_split.count:,} images, mesh {dict(mesh.shape)}, "
                           f"{model.config.attention} attention, {config.precision}")
             if start >= config.steps:
-                telemetry.say(f"already finished: the newest checkpoint is of step {start:,}, and steps={config.steps:,}")
+                telemetry.say(f"already finished: the newest checkpoint is of step {start:,}; steps={config.steps:,}")
             elif start:
                 skipping = f", {offset:,} steps of examples further on" if offset else ""
                 telemetry.say(f"goes on from step {start:,} of {config.steps:,}{skipping}")
@@ -301,10 +313,10 @@ def _note_divergence(workdir: str, checkpoints: checkpoint.Checkpoints, position
 def _offset_after_divergence(config: PretrainConfig, workdir: str, start: int, offset: int) -> int:
     """How many steps of examples to be ahead of the step's own: past those on which the run diverged, if it did."""
     file = storage.path(workdir) / DIVERGENCE
-    if config.skip_divergence and file.exists():
-        noted = json.loads(storage.read(file))
-        if noted["newest_checkpoint"] == start:  # later checkpoints hold the offset themselves
-            return noted["position"] - start
+    read = side_files.load if jax.process_index() == 0 else side_files.look
+    noted = config.skip_divergence and read(file) or {}
+    if noted.get("newest_checkpoint") == start:  # later checkpoints hold the offset themselves
+        return noted["position"] - start
     return offset
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import secrets
 import sys
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from igpt_jax import storage
+from igpt_jax import side_files, storage
 from igpt_jax.config import PretrainConfig, UserError, to_dict
 from igpt_jax.telemetry import Writer, say
 
@@ -148,10 +149,7 @@ class WeightsAndBiases:
         if not offline and not wandb.login(prompt=False, verify=False):  # a prompt would keep the run waiting
             raise UserError("nobody is logged in. Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
         entity, _, project = config.wandb.rpartition("/")
-        file = folder / WANDB_ID
-        if not file.exists():
-            storage.publish(file, secrets.token_hex(8))
-        self._run = wandb.init(project=project, entity=entity or None, id=file.read_text(), name=folder.name,
+        self._run = wandb.init(project=project, entity=entity or None, id=_wandb_id(folder), name=folder.name,
                                resume=None if offline else "allow",
                                dir=os.fspath(folder) if storage.is_local(folder) else None, config=to_dict(config))
         self._run.define_metric("*", step_metric="step")
@@ -163,3 +161,16 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(folder: storage.epath.Path) -> str:
+    """The id in a workdir's file WANDB_ID, which is made where there is none."""
+    file = folder / WANDB_ID
+    if file.exists():
+        text = storage.read(file).decode(errors="replace").strip()
+        if re.fullmatch(r"[\w-]{1,128}", text, re.ASCII):
+            return text
+        side_files.set_aside(file)
+    text = secrets.token_hex(8)
+    storage.publish(file, text)
+    return text

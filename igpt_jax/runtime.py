@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed as jax_distributed  # the coordination service's client has no public name
 from jax.experimental import multihost_utils
 
-from igpt_jax import checkpoint, launcher, process, startup, storage
+from igpt_jax import checkpoint, launcher, process, side_files, startup, storage
 from igpt_jax.config import UserError, to_dict
 from igpt_jax.telemetry import say
 
@@ -25,6 +25,10 @@ DONE, BUG, INPUT, PREEMPTED, DIVERGED = 0, 1, 2, 75, 77  # and watchdog.EXIT_COD
 PEER = 134  # as JAX itself ends the survivors of a dead process, where no collective fails before
 PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+# JAX's defaults. Each has an environment variable, which would make a resumed run, or a sample, another one.
+PINNED = {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
+          "jax_high_dynamic_range_gumbel": False, "jax_numpy_dtype_promotion": "standard",
+          "jax_numpy_rank_promotion": "allow"}
 GRACE_SECONDS = 1.0  # for the main thread to hear a signal
 STOPPING = "igpt_stopping"  # in the coordination service: a process ends before there is anything to save
 
@@ -78,7 +82,12 @@ def initialize(**facts: Any) -> None:
 
 
 def set_precision(precision: str) -> None:
-    """Makes JAX keep to `precision` of the config: float32 without TF32 or bf16 passes, float64 with 64-bit types."""
+    """Makes JAX keep to `precision` of the config: float32 without TF32 or bf16 passes, float64 with 64-bit types; and
+    to its defaults in all else that changes what it computes."""
+    for name, value in PINNED.items():
+        if getattr(jax.config, name, value) != value:  # a later JAX may have no choice there
+            say(f"igpt_jax: {name.upper()} has no effect here, where results depend on the config and seed alone")
+            jax.config.update(name, value)
     jax.config.update("jax_enable_x64", precision == "float64")
     jax.config.update("jax_default_matmul_precision", None if precision == "bfloat16" else "highest")
 
@@ -283,31 +292,29 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.epath.Path]:
 
 @contextlib.contextmanager
 def _records(folder: storage.epath.Path, config: Any) -> Iterator[None]:
-    """Writes config.json and removes result.json; where the job refuses the config, what was there comes back."""
+    """Writes config.json and removes result.json; where the job refuses the config, what was there comes back.
+
+    Either of them tells whose workdir it is. One that is not JSON is damaged, and is set aside.
+    """
     files = [folder / "config.json", folder / "result.json"]
-    former = [file.read_text() if file.exists() else None for file in files]
-    if former[0] is not None and (job := _job_of(former[0])) != config.job:
-        owner = f"the job {job!r} (its config.json)" if job else "something else: its config.json is not a job's"
-        raise UserError(f"workdir {folder} belongs to {owner}. Give {config.job!r} a --workdir of its own.")
+    told = {file.name: value for file in files if (value := side_files.load(file, object)) is not None}
+    for name, value in told.items():
+        job = value.get("job") if isinstance(value, dict) else None
+        if job != config.job:
+            owner = f"the job {job!r} (its {name})" if job else f"something else: its {name} is not a job's"
+            raise UserError(f"workdir {folder} belongs to {owner}. Give {config.job!r} a --workdir of its own.")
+    former = [storage.read(file) if file.exists() else None for file in files]
     storage.publish(files[0], to_json(to_dict(config)))
     files[1].unlink(missing_ok=True)
     try:
         yield
     except UserError:
-        for file, text in zip(files, former, strict=True):
-            if text is None:
+        for file, data in zip(files, former, strict=True):
+            if data is None:
                 file.unlink(missing_ok=True)
             else:
-                storage.publish(file, text)
+                storage.publish(file, data)
         raise
-
-
-def _job_of(text: str) -> str | None:
-    """The job that wrote a config.json; None where none did."""
-    try:
-        return json.loads(text)["job"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def leave(code: int) -> None:
@@ -331,10 +338,10 @@ def _device() -> dict[str, Any]:
             "processes": jax.process_count()}
 
 
-def to_json(value: Any) -> str:
+def to_json(value: Any, indent: int | None = 2) -> str:
     """JSON with what JSON has no word for, NaN and infinities, as null."""
     text = json.dumps(value, default=lambda scalar: scalar.item())  # NumPy's and JAX's scalars
-    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2) + "\n"
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=indent) + "\n"
 
 
 def _summary(metrics: dict[str, Any]) -> str:

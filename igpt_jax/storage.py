@@ -45,6 +45,8 @@ def path(text: str | os.PathLike) -> epath.Path:
         raise UserError("a path is empty. Give a local path, gs://BUCKET/... or s3://BUCKET/...")
     if "://" in text and not text.startswith(SCHEMES):
         raise UserError(f"path {text!r}: storage is a local path, gs:// or s3://.")
+    if re.match("(gs|s3):/(?!/)", text):
+        raise UserError(f"path {text!r} has one slash after its scheme. Write gs://BUCKET/... or s3://BUCKET/...")
     return _local(os.path.expanduser(text)) if "://" not in text else epath.Path(text)
 
 
@@ -328,7 +330,7 @@ def _parts(path: epath.Path) -> list[epath.Path]:
 
 
 def read_lines(path: epath.Path) -> list[str]:
-    """All lines that a `LineWriter` wrote to `path`, in order, without newlines.
+    """All lines that a `LineWriter` wrote to `path`, in order, without newlines; U+FFFD in place of damaged bytes.
 
     Raises:
       UserError: there is neither the file nor a part of it.
@@ -336,7 +338,7 @@ def read_lines(path: epath.Path) -> list[str]:
     files = [path] if path.exists() else _parts(path)
     if not files:
         raise UserError(f"{path} does not exist. Check the path.")
-    return [line for file in files for line in read(file).decode().splitlines()]
+    return [line for file in files for line in read(file).decode(errors="replace").splitlines()]
 
 
 @contextlib.contextmanager

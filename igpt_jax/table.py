@@ -2,30 +2,34 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from igpt_jax import runtime, storage
+from igpt_jax import runtime, side_files, storage
 
 Row = Mapping[str, Any]
 
 
 def publish(folder: storage.epath.Path, name: str, rows: Sequence[Row]) -> None:
-    """Writes NAME.json and NAME.csv, each of them whole or not at all. Tables within a row are in the JSON alone."""
-    storage.publish(folder / f"{name}.json", runtime.to_json(rows))
+    """Writes NAME.json and NAME.csv, each of them whole or not at all. Tables within a row are in the JSON alone.
+
+    What is not finite is null in the JSON and empty in the CSV.
+    """
+    text = runtime.to_json(rows)
+    storage.publish(folder / f"{name}.json", text)
+    rows = storage.parse_json(text)
     columns = dict.fromkeys(column for row in rows for column, value in row.items() if not _is_table(value))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(columns), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    storage.publish(folder / f"{name}.csv", text.getvalue())
+    storage.publish(folder / f"{name}.csv", lines.getvalue())
 
 
 def load(folder: storage.epath.Path, name: str) -> list[dict[str, Any]]:
-    """The rows that `publish` wrote; none where there are none yet."""
-    file = folder / f"{name}.json"
-    return json.loads(storage.read(file)) if file.exists() else []
+    """The rows that `publish` wrote; none where there are none yet, or the file is damaged, as is then said."""
+    rows = side_files.load(folder / f"{name}.json", list) or []
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _is_table(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 from tqdm import tqdm
 
-from igpt_jax import storage
+from igpt_jax import side_files, storage
 from igpt_jax.config import UserError
 
 # What the progress bar and the log lines show, in this order: metric, label, format.
@@ -236,11 +236,13 @@ class Metrics:
         valid = _valid(lines)
         kept = [line for line in valid if line["step"] <= start_step]
         if storage.is_local(path) and len(kept) < len(lines):
+            if None in lines[:-1]:  # the last is torn where a run was killed
+                side_files.set_aside(path, f"its other lines are kept ({lines[:-1].count(None)} are damaged)")
             storage.publish(path, "".join(json.dumps(line) + "\n" for line in kept))
         spent = goodput([line for line in valid if line["step"] > start_step])
         spent.pop("goodput", None)
         began = time.time() - (self._ledger.unread if self._ledger else 0.0)
-        down = spent.pop("seconds/down", 0.0) + began - max((line["time"] for line in valid), default=began)
+        down = spent.pop("seconds/down", 0.0) + began - max((line.get("time") or 0 for line in valid), default=began)
         return {"resumed_from": start_step, "seconds/lost": sum(spent.values()), "seconds/down": max(0.0, down)}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -296,21 +298,25 @@ def _describe(values: Mapping[str, float]) -> str:
     return "  ".join(f"{label} {values[name]:{form}}" for name, label, form in SHOWN if name in values)
 
 
-def _parse_line(line: str) -> dict[str, float | None]:
+def _parse_line(line: str) -> dict[str, float | None] | None:
+    """The values of a line; None where it is damaged, or torn since its run was killed."""
     try:
-        return json.loads(line)
-    except ValueError:  # a run that was killed may leave part of a line
-        return {}
+        values = storage.parse_json(line)
+    except ValueError:
+        return None
+    good = (isinstance(values, dict) and "\ufffd" not in line  # which stands for bytes that are not UTF-8
+            and all(value is None or isinstance(value, int | float) for value in values.values())
+            and all(isinstance(values[name], int) for name in ("step", "resumed_from") if name in values))
+    return values if good and "step" in values else None
 
 
-def _valid(lines: Sequence[dict[str, float | None]]) -> list[dict[str, float | None]]:
-    """The lines of which no later run says, by going on from an earlier step, that they were undone."""
+def _valid(lines: Sequence[dict[str, float | None] | None]) -> list[dict[str, float | None]]:
+    """The whole lines of which no later run says, by going on from an earlier step, that they were undone."""
     valid: list[dict[str, float | None]] = []
-    for line in lines:
+    for line in filter(None, lines):
         if "resumed_from" in line:
             valid = [earlier for earlier in valid if earlier["step"] <= line["resumed_from"]]
-        if "step" in line:
-            valid.append(line)
+        valid.append(line)
     return valid
 
 

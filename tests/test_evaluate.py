@@ -22,6 +22,9 @@ from igpt_jax.jobs import evaluate as job
 from igpt_jax.model import Model
 
 STEPS = (4, 8, 12, 16, 20)
+SHAPE = ("--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16",
+         "--config.model.heads=2", "--config.batch_size=16", "--config.precision=float32",
+         "--config.optimizer.warmup_steps=2")
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,8 @@ def logs(folder):
                "--config.idle_seconds=200"]
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     train = subprocess.Popen([sys.executable, "-m", "igpt_jax", "pretrain", f"--workdir={folder / 'run'}",
-                              f"--config.data.store={folder / 'store'}", "--config.model.name=igpt_tiny",
-                              "--config.model.layers=2", "--config.model.embed=16", "--config.model.heads=2",
-                              f"--config.steps={STEPS[-1]}", "--config.batch_size=16", "--config.precision=float32",
-                              "--config.optimizer.warmup_steps=2", "--config.checkpoint_every_steps=4",
+                              f"--config.data.store={folder / 'store'}", *SHAPE, f"--config.steps={STEPS[-1]}",
+                              "--config.checkpoint_every_steps=4",
                               "--config.eval_every_steps=0", "--config.keep_newest=9"],
                              cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with first, train:
@@ -109,24 +110,6 @@ def test_slices_join_to_the_table_of_one_job(folder, logs):
     assert [row["nats_per_pixel"] for row in joined] == [row["nats_per_pixel"] for row in whole]
 
 
-def test_what_another_run_wrote_in_its_place_is_evaluated_anew(folder, logs):
-    """The same command again does nothing; with another step's files under the same path, it measures those.
-
-    Seen to fail with rows known by their path alone.
-    """
-    steps = folder / "swapped" / "checkpoints"
-    shutil.copytree(folder / "run" / "checkpoints" / "4", steps / "4")
-    assert checkpoint.identity(steps / "4") == checkpoint.identity(folder / "run" / "checkpoints" / "4")
-    assert checkpoint.identity(steps / "4") != checkpoint.identity(folder / "run" / "checkpoints" / "8")
-    name, typed = "evaluate_swapped", f"--config.checkpoints={steps}/4"
-    evaluate(folder, name, typed)
-    assert "step 4, " not in evaluate(folder, name, typed).stderr
-    shutil.rmtree(steps / "4")
-    shutil.copytree(folder / "run" / "checkpoints" / "20", steps / "4")
-    assert "step 20, " in evaluate(folder, name, typed).stderr
-    assert [row["steps"] for row in rows_of(folder / name)] == [20]
-
-
 def test_damaged_steps_are_told_and_the_others_measured(folder, logs):
     """A flipped bit in one of two checkpoints, and a third that is still being written: exit code 2, one row.
 
@@ -161,6 +144,97 @@ def test_a_step_that_is_removed_while_it_is_measured_has_its_row(folder, logs, m
     monkeypatch.setattr(evaluation, "over_split", remove_first)
     job.run(parse("evaluate", {"checkpoints": f"{steps}/4"}), str(folder / "evaluate_vanishing"))
     assert [row["steps"] for row in rows_of(folder / "evaluate_vanishing")] == [4]
+
+
+def measure(folder, name, **given):
+    """The rows of an evaluation in this process, and how many checkpoints were measured for it."""
+    measured = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_measured", lambda *arguments, inner=job._measured: measured.append(1) or inner(*arguments))
+        job.run(parse("evaluate", {"checkpoints": f"{folder / 'run'}/checkpoints/*", **given}), str(folder / name))
+    return rows_of(folder / name), len(measured)
+
+
+@pytest.mark.parametrize("what", ["tokens", "store", "probed"])
+def test_what_changed_under_the_same_path_is_measured_anew(folder, logs, what):
+    """Another content of a file of tokens, of the store, or of the probed one: all checkpoints; else none.
+
+    Seen to fail with rows known by path, settings and checkpoint alone.
+    """
+    place, name = folder / f"changing {what}", f"evaluate changing {what}"
+
+    def put(seed):
+        random = np.random.default_rng(seed)
+        if what == "tokens":
+            colors = len(checkpoint.load_record(str(folder / "run")).palette_VC)
+            return np.save(f"{place}.npy", random.integers(0, colors, (20, 64)))
+        shutil.rmtree(place, ignore_errors=True)
+        writer = Writer(storage.path(place), 8)
+        for split in ("train", "held_out", "test"):
+            writer.add(split, random.integers(0, 256, (40, 8, 8, 3), np.uint8), (np.arange(40) % 2).astype(np.int32))
+        writer.finish(Store.open(folder / "store").palette, source="", resize="", seed=0, held_out={}, config={})
+
+    given = {"tokens": {"tokens": f"{place}.npy"}, "store": {"data": {"store": str(place)}},
+             "probed": {"probe": True, "limit": 30, "probing": {"data": {"store": str(place)}}}}[what]
+    put(0)
+    first, measured = measure(folder, name, **given)
+    assert measured == len(STEPS) and measure(folder, name, **given) == (first, 0)
+    put(1)
+    second, measured = measure(folder, name, **given)
+    assert measured == len(STEPS) and second != first
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"5", b"null", b'[5, {"checkpoint": 1}]'])
+def test_a_damaged_table_is_set_aside_and_written_anew(folder, logs, content, caplog):
+    """Seen to fail with the table read as JSON that is what it should be."""
+    (folder / "damaged table").mkdir(exist_ok=True)
+    (folder / "damaged table" / "evaluation.json").write_bytes(content)
+    rows, measured = measure(folder, "damaged table", checkpoints=str(folder / "run"))
+    assert measured == 1 and [row["steps"] for row in rows] == [20]
+    if not content.startswith(b"["):
+        assert any("evaluation.json is damaged" in message for message in caplog.messages), caplog.messages
+
+
+def test_a_loss_that_is_not_finite_is_a_row_like_any_other(folder, logs, monkeypatch, capsys):
+    """Measured once, with surprise, and the same command again. Seen to fail with a TypeError over the table's null."""
+    over_split = evaluation.over_split
+
+    def not_finite(*arguments):
+        for found in over_split(*arguments):
+            yield jax.tree.map(lambda x: x * np.float32(np.nan), found)
+
+    monkeypatch.setattr(evaluation, "over_split", not_finite)
+    given = {"checkpoints": f"{folder / 'run'}/checkpoints/4", "surprise": 2, "limit": 20}
+    first, measured = measure(folder, "not finite", **given)
+    assert measured == 1 and [row["nats_per_pixel"] for row in first] == [None]
+    assert measure(folder, "not finite", **given) == (first, 0)
+    told = capsys.readouterr().err
+    assert "a loss that is not finite over 20 images" in told and "cannot be drawn" not in told, told
+    (file,) = (folder / "not finite" / "surprise").iterdir()
+    assert json.loads(file.read_text(), parse_constant=pytest.fail)["nats_by_place"][0][0] is None
+    monkeypatch.undo()
+    rows, measured = measure(folder, "not finite", **given | {"checkpoints": f"{folder / 'run'}/checkpoints/*"})
+    assert measured == len(STEPS) - 1 and [row["nats_per_pixel"] is None for row in rows] == [True, *4 * [False]]
+
+
+def test_what_another_run_wrote_in_its_place_is_evaluated_anew(folder, logs):
+    """The same command again does nothing; with another run's step under the same path, it measures that.
+
+    Seen to fail with rows known by their path alone.
+    """
+    done = run_job_command("pretrain", f"--workdir={folder / 'other'}", f"--config.data.store={folder / 'store'}",
+                           *SHAPE, "--config.steps=4", "--config.seed=1", "--config.eval_every_steps=0")
+    assert done.returncode == 0, done.stderr
+    step = folder / "swapped" / "checkpoints" / "4"
+    given = {"checkpoints": str(step)}
+    shutil.copytree(folder / "run" / "checkpoints" / "4", step)
+    assert checkpoint.identity(step) == checkpoint.identity(folder / "run" / "checkpoints" / "4")
+    first, measured = measure(folder, "evaluate_swapped", **given)
+    assert measured == 1 and measure(folder, "evaluate_swapped", **given) == (first, 0)
+    shutil.rmtree(step)
+    shutil.copytree(folder / "other" / "checkpoints" / "4", step)
+    second, measured = measure(folder, "evaluate_swapped", **given)
+    assert measured == 1 and len(second) == 1 and second[0]["nats_per_pixel"] != first[0]["nats_per_pixel"]
 
 
 BAD = {

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, run_job_command
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
+
+from igpt_jax import config, runtime
 
 STEPS = 12
 TINY = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16", "--config.model.heads=2",
@@ -63,8 +66,6 @@ def result(workdir):
 
 
 def arrays(workdir, step=STEPS):
-    import jax
-
     with warnings.catch_warnings(action="ignore"):  # Orbax: no shardings are asked for
         trees = ocp.load_checkpointables(pathlib.Path(workdir) / "checkpoints" / str(step))
     return {jax.tree_util.keystr(path): np.asarray(leaf)
@@ -223,6 +224,47 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder, store, trained):
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
     assert result(trained)["status"] == "done"  # a refused command leaves a finished workdir as it was
+
+
+def run_here(folder, job="report"):
+    """The exit code of a job that does nothing, in this process."""
+    return runtime.run_job(lambda config, workdir: {}, config.parse(job, config.base_config(job)), str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"job": "rep'])
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_damaged_records_of_a_workdir_are_set_aside(tmp_path, name, content, caplog):
+    """Each time under a name of its own; and the other record still tells whose workdir it is.
+
+    Seen to fail with a UnicodeDecodeError, and with config.json alone asked for the job.
+    """
+    for left in ([], [f"{name}.damaged"], [f"{name}.damaged", f"{name}.damaged-2"]):
+        assert run_here(tmp_path) == 0
+        assert sorted(file.name for file in tmp_path.glob("*.damaged*")) == left
+        (tmp_path / name).write_bytes(content)
+    assert run_here(tmp_path, "verify") == 2
+    assert (tmp_path / f"{name}.damaged").read_bytes() == content
+    assert len([message for message in caplog.messages if f"{name} is damaged" in message]) == 3
+
+
+def test_results_of_something_else_are_not_replaced(tmp_path, capsys):
+    """Seen to fail with config.json alone asked: a foreign result.json was removed."""
+    (tmp_path / "result.json").write_text('{"score": 1}')
+    assert run_here(tmp_path) == 2
+    assert (tmp_path / "result.json").read_text() == '{"score": 1}' and "not a job's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [
+    ("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False), ("jax_random_seed_offset", 7),
+    ("jax_high_dynamic_range_gumbel", True), ("jax_numpy_dtype_promotion", "strict"),
+    ("jax_numpy_rank_promotion", "raise"),
+])
+def test_no_setting_of_jax_makes_other_numbers(name, value, capsys):
+    """As environment variables set them. Seen to fail with the name missing in `runtime.PINNED`."""
+    jax.config.update(name, value)
+    runtime.set_precision("float32")
+    assert getattr(jax.config, name) == runtime.PINNED[name] != value
+    assert f"{name.upper()} has no effect" in capsys.readouterr().err
 
 
 def test_the_run_must_divide_over_the_mesh(folder, store):

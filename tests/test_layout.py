@@ -5,8 +5,8 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "igpt_jax"
 ORDER = [
-    "process",
-    "config", "storage", "palette", "topology", "sharding", "checksum", "attention.reference", "attention.context",
+    "process", "config", "storage", "side_files",
+    "palette", "topology", "sharding", "checksum", "attention.reference", "attention.context",
     "attention.blocked", "attention.splash", "attention", "model", "objectives", "features", "decode", "export",
     "linear_probe", "optimizer", "steps", "data.order", "data.images", "data.sources", "data.store", "data.ingest",
     "data.colours", "data.augment", "data.ledger", "data.stage", "data", "data.tokens", "data.resident",

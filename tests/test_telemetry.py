@@ -68,6 +68,22 @@ def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
     assert "step 7/10  loss 0.1429" in printed and "\r" not in printed and "\x1b" not in printed
 
 
+@pytest.mark.parametrize("bad", [b"5", b'"step"', b"\xff\xfe\x00", b'{"step": 2, "train/nats\xff": 1.0}', b'{"step": "2"}',
+                                 b'{"step": 2, "resumed_from": null}', b'{"step": 2, "a": [1]}', b"[" * 9999])
+def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, bad, caplog):
+    """In the middle of a log, as the same run goes on. Seen to fail with each line taken for what it should be."""
+    run(tmp_path, 0, 2)
+    file = tmp_path / "metrics.jsonl"
+    first, second = file.read_bytes().splitlines()
+    damaged = b"\n".join([first, bad, second]) + b"\n"
+    file.write_bytes(damaged)
+    assert [line["step"] for line in telemetry.load_metrics(tmp_path)] == [1, 2]
+    run(tmp_path, 2, 3)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert [message.endswith("its other lines are kept (1 are damaged).") for message in caplog.messages] == [True]
+
+
 def test_non_finite_values_are_null(tmp_path):
     metrics = telemetry.Metrics(tmp_path, total_steps=1)
     metrics.log(1, {"a": math.nan, "b": math.inf, "c": np.float32(1.5)})

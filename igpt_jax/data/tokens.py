@@ -3,6 +3,8 @@
 B batch, T tokens of an image.
 """
 
+import functools
+import hashlib
 import io
 import os
 
@@ -10,6 +12,8 @@ import numpy as np
 
 from igpt_jax import storage
 from igpt_jax.config import UserError
+
+ROWS_HASHED = 4096  # at a time
 
 
 class TokenFile:
@@ -40,6 +44,14 @@ class TokenFile:
             raise UserError(f"tokens {path} must be whole numbers [n, {tokens}], {image_size}x{image_size} pixels "
                             f"a row; this is {shape}. OpenAI's are called {{imagenet,cifar10}}_{{tr,va,te}}X.npy.")
         self.count = len(rows)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows, as of a split of a store."""
+        digest = hashlib.sha256(f"{self._rows_BT.dtype} {self._rows_BT.shape}".encode())
+        for start in range(0, len(self._rows_BT), ROWS_HASHED):
+            digest.update(np.ascontiguousarray(self._rows_BT[start:start + ROWS_HASHED]))
+        return digest.hexdigest()
 
     def tokens(self, ids: np.ndarray) -> np.ndarray:
         """int32 [B, T]. Raises UserError, naming a row, where a token is no colour of the palette."""

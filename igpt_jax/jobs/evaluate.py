@@ -10,6 +10,7 @@ with what is missing. Many checkpoints can be shared by an array job of n slices
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +22,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax import arrivals, checkpoint, evaluation, figures, palette, sharding, storage, surprise, table, telemetry
+from igpt_jax import (
+    arrivals,
+    checkpoint,
+    evaluation,
+    figures,
+    palette,
+    runtime,
+    sharding,
+    side_files,
+    storage,
+    surprise,
+    table,
+    telemetry,
+)
 from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, to_dict
 from igpt_jax.data import open_split
 from igpt_jax.data.store import Split, Store, tokens_of
@@ -73,12 +87,13 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
             continue
         row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder), "asked": asked,
                "identity": identity}
+        row = storage.parse_json(runtime.to_json(row))  # as from the table: null for what is not finite
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
         _publish(folder, rows)
         telemetry.say(f"{step}: {_told(row)}")
     _publish(folder, rows)
     if damaged:
-        raise Ended(f"damaged, and not in the table: {', '.join(damaged)}.", _metrics(rows))
+        raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows))
     return _metrics(rows)
 
 
@@ -94,25 +109,27 @@ def _check_stores(config: EvaluateConfig) -> None:
 
 def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
     """The checkpoints of this slice that have no row among those that were there at the start; None where it waits."""
-    known = {row["checkpoint"]: row["identity"] for row in rows}
+    known = {row["checkpoint"]: (row.get("identity"), row.get("data")) for row in rows if "checkpoint" in row}
+    fingerprint = functools.cache(lambda *given: _fingerprint(config, _examples(config, *given), *given))
+
+    def is_known(step: str) -> bool:
+        try:
+            return step in known and known[step] == (checkpoint.identity(step),
+                                                     fingerprint(*_needed(checkpoint.load_record(step))))
+        except UserError:  # it is gone or damaged, as will be said when it is loaded
+            return False
+
     steps = (arrivals.follow(config.checkpoints, config.idle_seconds, config.poll_seconds) if config.watch else
              arrivals.listed(config.checkpoints))
     for step in steps:
-        if step is None or arrivals.in_slice(step, *config.slice) and not _same(step, known.get(step)):
+        if step is None or arrivals.in_slice(step, *config.slice) and not is_known(step):
             yield step
-
-
-def _same(step: str, identity: str | None) -> bool:
-    try:
-        return checkpoint.identity(step) == identity
-    except UserError:  # it is gone or damaged, as will be said when it is loaded
-        return False
 
 
 def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh,
              folder: storage.epath.Path) -> Row:
     """The columns of one checkpoint; its surprise goes to files of its own."""
-    split = _examples(config, record)
+    split = _examples(config, *_needed(record))
     lookup = palette.lookup_table(record.palette_VC)
     labelled = not isinstance(split, TokenFile) and split.labelled
     found = evaluation.make_measure(model, mesh, config.batch_size, lookup)(params, split, labelled=labelled)
@@ -125,16 +142,30 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, reco
         found = surprise.measure(model, params, split, mesh, config.batch_size, lookup, config.surprise)
         if jax.process_index() == 0:
             _publish_surprise(folder, step, found, split, lookup, record)
-    return row
+    return row | {"data": _fingerprint(config, split, *_needed(record))}
 
 
-def _examples(config: EvaluateConfig, record: checkpoint.Record) -> Split | TokenFile:
+def _needed(record: checkpoint.Record) -> tuple[str, int, int]:
+    """What of a checkpoint decides the examples: its own store, the image size and the colors."""
+    return record.config.data.store, record.image_size, len(record.palette_VC)
+
+
+def _examples(config: EvaluateConfig, store: str, image_size: int, colors: int) -> Split | TokenFile:
     if config.tokens:
-        split = TokenFile(config.tokens, record.image_size, len(record.palette_VC))
+        split = TokenFile(config.tokens, image_size, colors)
     else:
-        split = open_split(config.data.store or record.config.data.store, config.data.split, record.image_size)
+        split = open_split(config.data.store or store, config.data.split, image_size)
     split.count = min(split.count, config.limit or split.count)
     return split
+
+
+def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *_: int) -> str:
+    """Changes with the content of the evaluated split, and of those that are probed."""
+    found = [split.fingerprint]
+    if config.probe:
+        probed = Store.open(config.probing.data.store or config.data.store or store)
+        found += [probed.split(name).fingerprint for name in config.probing.data.splits]
+    return _digest(found)
 
 
 def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh) -> Row:
@@ -180,13 +211,13 @@ def _publish_surprise(folder: storage.epath.Path, step: str, found: surprise.Sur
     ids = np.arange(len(found.shown_NT))
     tokens_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
     shown_NYX, by_place_YX = (each.reshape(-1, size, size) for each in (found.shown_NT, found.by_place_T))
-    storage.publish(folder / "surprise" / f"{name}.json", json.dumps({
+    storage.publish(folder / "surprise" / f"{name}.json", runtime.to_json({
         "checkpoint": step, "examples": split.count, "nats_by_place": by_place_YX[0].round(6).tolist(),
         "nats_by_class": {label: {"nats_per_pixel": nats, "examples": count}
                           for label, (nats, count) in found.by_class.items()},
         "pictures": [{"example": index, "nats_per_pixel": float(nats_YX.mean(dtype=np.float64)),
                       "nats": nats_YX.astype(np.float64).round(5).tolist()} for index, nats_YX in enumerate(shown_NYX)],
-    }) + "\n")
+    }, indent=None))
     images_NYXC = palette.decode(tokens_BT, record.palette_VC).reshape(-1, size, size, 3)
     figures.surprise_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX)
     figures.surprise_means(folder / "figures" / f"surprise_means-{name}.png", by_place_YX[0],
@@ -196,12 +227,12 @@ def _publish_surprise(folder: storage.epath.Path, step: str, found: surprise.Sur
 def _joined(folder: storage.epath.Path) -> list[Row]:
     """The rows of all slices in the workdir's folders. Raises UserError where one is missing or not done."""
     slices: dict[str, list[Row]] = {}
+    told: dict[str, Any] = {}
     for child in storage.children(folder):
-        done, given = child / "result.json", child / "config.json"
-        if child.is_dir() and done.exists() and given.exists():
-            told = json.loads(storage.read(given))
-            if told.get("job") == "evaluate" and json.loads(storage.read(done))["status"] == "done":
-                slices[told["shard"]] = table.load(child, NAME)
+        given = child.is_dir() and side_files.look(child / "config.json")
+        if given and given.get("job") == "evaluate" and (
+                side_files.look(child / "result.json") or {}).get("status") == "done":
+            told, slices[given["shard"]] = given, side_files.look(child / f"{NAME}.json", list) or []
     counts = {shard.partition("/")[2] for shard in slices} - {""}
     if len(counts) != 1:
         raise UserError(f"shard=merge: the folders in {folder} hold finished slices of {len(counts)} array jobs, where "
@@ -209,7 +240,8 @@ def _joined(folder: storage.epath.Path) -> list[Row]:
     n = int(counts.pop())
     missing = [f"{i}/{n}" for i in range(n) if f"{i}/{n}" not in slices]
     rows = [row for rows in slices.values() for row in rows]
-    if missing or len({row["asked"] for row in rows}) > 1:
+    named = bool(told["tokens"] or told["data"]["store"])  # else each run has been measured on its own store
+    if missing or len({(row["asked"], named and row.get("data")) for row in rows}) > 1:
         raise UserError(f"shard=merge: {folder}: " + (f"slices {', '.join(missing[:5])} are not done" if missing else
                                                      "the slices measured different things") + ". Evaluate them again.")
     return rows
@@ -223,10 +255,11 @@ def _metrics(rows: list[Row]) -> dict[str, Any]:
 
 
 def _told(row: Row) -> str:
+    nats = row["nats_per_pixel"]
+    nats = "a loss that is not finite" if nats is None else f"{nats:.6f} nats per pixel"
     accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     probe = f", probe of layer {row['probe_layer']} {row['probe_accuracy']:.2%}" if "probe_accuracy" in row else ""
-    return (f"step {row['steps']:,}, {row['nats_per_pixel']:.6f} nats per pixel over {row['examples']:,} images"
-            f"{accuracy}{probe}")
+    return f"step {row['steps']:,}, {nats} over {row['examples']:,} images{accuracy}{probe}"
 
 
 def _digest(value: Any) -> str:

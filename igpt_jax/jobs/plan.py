@@ -6,14 +6,13 @@ named by --config.python. What was compiled is kept under $IGPT_CACHE.
 """
 
 import dataclasses
-import json
 import statistics
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from igpt_jax import checkpoint, figures, process, runtime, storage, telemetry, topology
+from igpt_jax import checkpoint, figures, process, runtime, side_files, storage, telemetry, topology
 from igpt_jax.config import DataConfig, MeshConfig, PlanConfig, UserError
 from igpt_jax.planner import Evidence, search
 from igpt_jax.planner.answer import Answer, answer, table
@@ -100,7 +99,10 @@ def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
     record = checkpoint.load_record(workdir)
     if record.config.job != "pretrain":
         raise UserError(f"calibration={workdir} is a workdir of {record.config.job}. Give finished ones of pretrain.")
-    result = json.loads(storage.read(storage.path(workdir) / "result.json"))
+    result = side_files.look(storage.path(workdir) / "result.json")
+    if not result:
+        raise UserError(f"calibration={workdir}: its result.json is missing or damaged. The command of that run writes "
+                        "it anew.")
     device, speed = result["device"], result["metrics"].get("images_per_second")
     ran_on = topology.like(device["kind"], device["count"])
     if ran_on.chip != target.chip:

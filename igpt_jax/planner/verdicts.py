@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from igpt_jax import storage, topology
+from igpt_jax import side_files, storage, topology
 from igpt_jax.config import PlanConfig, UserError, to_dict
 from igpt_jax.planner.compilation import Verdict, compile_step
 
@@ -43,8 +43,8 @@ def verdict_for(config: PlanConfig) -> Verdict:
         return compile_step(config)
     folder = storage.path(os.environ.get("IGPT_CACHE") or "~/.cache/igpt_jax") / "verdicts"
     file = folder / f"{_digest(config)}.json"
-    if file.exists():
-        return Verdict(**json.loads(file.read_text()))
+    if known := side_files.load(file):
+        return Verdict(**known)
     verdict = _ask(config)
     if verdict.status == "refused":
         raise UserError(verdict.message)

@@ -17,6 +17,7 @@ from igpt_jax.report.charts import Series
 from igpt_jax.report.runs import Row, Run
 
 ROWS_SHOWN = 200  # of a table
+DIGESTS = ("asked", "identity", "data")  # columns of evaluation.json that say nothing to a reader
 CHARTS = (  # of training: title, metrics with their labels, unit
     ("Loss", (("train/nats_per_pixel", "training, per pixel"), ("eval/nats_per_pixel", "held out, per pixel"),
               ("train/classification_nats", "classification, per image")), "nats"),
@@ -91,7 +92,7 @@ def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]], int]:
     """Columns, cells, and how many rows are left out. Columns of digests and of tables in tables are left out."""
     rows = [row for row in rows if isinstance(row, Mapping)]
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("asked", "identity")
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in DIGESTS
                and not any(isinstance(each, Mapping) for row in rows if isinstance(row.get(name), list)
                            for each in row[name])]
     return columns, [[row.get(name) for name in columns] for row in rows[:ROWS_SHOWN]], max(0, len(rows) - ROWS_SHOWN)
