@@ -3,6 +3,7 @@
 Both are buckets: nothing can be renamed, so a step is written in place and `commit_success.txt` says that it is whole.
 """
 
+import os
 import re
 
 from etils import epath
@@ -18,7 +19,7 @@ def teach() -> None:
     """Makes Orbax treat s3:// as it treats gs://, with TensorStore's driver for it. Again: nothing more."""
     if gcs_utils._GCS_PATH_PREFIX == BUCKETS:
         return
-    normalize, gcs_spec = tensorstore_utils._normalize_path, gcs_utils.get_kvstore_for_gcs
+    gcs_spec = gcs_utils.get_kvstore_for_gcs
 
     def spec(path: str) -> dict:
         if not path.startswith("s3://"):
@@ -28,5 +29,6 @@ def teach() -> None:
 
     gcs_utils._GCS_PATH_PREFIX = BUCKETS
     gcs_utils.get_kvstore_for_gcs = spec
-    tensorstore_utils._normalize_path = lambda path: re.sub("^s3:/+", "s3://", normalize(path))
+    # Orbax's own makes `gs://` of each `gs:/`, in a local path with a folder named `imgs:` too.
+    tensorstore_utils._normalize_path = lambda path: re.sub("^(gs|s3):/+", r"\1://", os.path.normpath(path))
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith(BUCKETS)

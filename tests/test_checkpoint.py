@@ -218,7 +218,7 @@ def test_killed_saves_and_removals_leave_nothing(copy):
     assert sorted(child.name for child in step.parent.iterdir()) == sorted(["20", "30", "40", "50", *mine])
 
 
-@pytest.mark.parametrize("name", ["6", "checkpoints", "run[1]", "a,*?"])
+@pytest.mark.parametrize("name", ["6", "checkpoints", "run[1]", "a,*?", "imgs:"])
 def test_names_of_workdirs_say_nothing(run, tmp_path, name):
     """Steps 4 and 6 in a workdir of any name: both are found, watched and verified, and 4 is used where 6 is damaged.
 

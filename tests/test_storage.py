@@ -41,7 +41,7 @@ def test_a_disk_named_like_a_bucket(typed):
     assert os.path.normpath(os.fspath(path)).lstrip("/") == typed.lstrip("/")
 
 
-@pytest.mark.parametrize("typed", ["", "ftp://host/a"])
+@pytest.mark.parametrize("typed", ["", "ftp://host/a", "gs:/bucket/a", "s3:/bucket"])
 def test_impossible_path(typed):
     with pytest.raises(UserError):
         storage.path(typed)
