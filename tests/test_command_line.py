@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from conftest import patience
 
@@ -214,6 +215,15 @@ def test_each_end_has_its_exit_code(config, tmp_path, capsys, error, code, statu
     assert str(error) in printed and ("Traceback" in printed) == (code == 1)
 
 
+def test_the_environment_does_not_choose_the_random_numbers(config, tmp_path, capsys):
+    """As JAX_DEFAULT_PRNG_IMPL=rbg sets it. Seen to fail without PINNED."""
+    impl = []
+    jax.config.update("jax_default_prng_impl", "rbg")
+    assert runtime.run_job(lambda *_: impl.append(str(jax.random.key_impl(jax.random.key(0)))) or {}, config,
+                           str(tmp_path)) == 0
+    assert impl == ["threefry2x32"] and "JAX_DEFAULT_PRNG_IMPL has no effect here" in capsys.readouterr().err
+
+
 def test_a_refused_config_leaves_the_former_one(config, tmp_path, capsys):
     """Seen to fail without the restoring branch of `_config_file`."""
     def refuse(config, workdir):
@@ -248,6 +258,22 @@ script = "import os, time; from igpt_jax import runtime; stop = runtime.StopSign
 done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 assert done.returncode == -{number} and not done.stdout, done
 """, devices=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_what_schedulers_send_asks_to_stop_where_it_is_not_ignored(number):
+    """`nohup` starts a job with SIGHUP ignored. Seen to fail with all of them handled."""
+    former = signal.signal(number, signal.SIG_DFL)
+    try:
+        with runtime.StopSignal(saves=True) as stop:
+            os.kill(os.getpid(), number)
+            assert stop.should_stop()
+        signal.signal(number, signal.SIG_IGN)
+        with runtime.StopSignal(saves=True) as stop:
+            os.kill(os.getpid(), number)
+            assert not stop.should_stop() and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, former)
 
 
 COMPILES_FOR_EVER = """

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_job_command
 
-from igpt_jax import command_line
+from igpt_jax import __version__, command_line
 
 JOBSET = json.loads((ROOT / "tests/data/jobset-v1alpha2.json").read_text())
 COMMON = {"NAME": "igpt-l", "IMAGE": "registry.io/me/igpt:1", "WORKDIR": "gs://bucket/igpt_l"}
@@ -232,6 +233,29 @@ def test_the_container_installs_by_the_constraints():
     needed = {"constraints.txt", "constraints-buckets.txt", "setup.cfg", "pyproject.toml", "igpt_jax", "launch"}
     assert needed <= set(copied) and all((ROOT / name).exists() for name in copied)
     assert "RUN launch/install.sh" in dockerfile
+
+
+def test_an_editable_install_is_found_above_its_clone(tmp_path):
+    """From the folder above a clone named igpt_jax, which Python takes for a namespace package, the package is found,
+    by module and by import. Seen to fail without `package_dir` in setup.cfg.
+    """
+    clone, site = tmp_path / "igpt_jax", tmp_path / "site"
+    (clone / "igpt_jax").mkdir(parents=True)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    for name in ("__init__.py", "process.py"):
+        shutil.copy(ROOT / "igpt_jax" / name, clone / "igpt_jax")
+    (clone / "igpt_jax" / "__main__.py").write_text("from igpt_jax import __version__; print(__version__)")
+    build = f"import setuptools.build_meta as build; build.build_editable({str(site)!r})"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", build], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wheel, = site.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    found = f"import runpy, site; site.addsitedir({str(site)!r}); runpy.run_module('igpt_jax', run_name='__main__')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-S", "-c", found], cwd=tmp_path, capture_output=True, text=True,
+                          env=environment)
+    assert done.returncode == 0 and done.stdout.strip() == __version__, done.stderr
 
 
 def test_every_job_tells_of_processes():

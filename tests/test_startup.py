@@ -11,7 +11,7 @@ import threading
 import pytest
 from conftest import ROOT, patience, run_job_command
 
-from igpt_jax import launcher, roll_call
+from igpt_jax import launcher, roll_call, startup
 from igpt_jax.config import UserError
 
 # What each launcher sets, and no more, on both of two processes of this machine; {i}: 0 or 1, {port}: a free one.
@@ -164,6 +164,22 @@ def test_who_is_missing_is_named(tmp_path):
 def test_a_missing_coordinator_is_named(tmp_path):
     codes, (lines,) = jobs(tmp_path, [1], of=2, seconds="1")
     assert codes == [-6] and "within 1 s process 0, at localhost:" in lines
+
+
+@pytest.mark.parametrize("error, says", [
+    (AssertionError(), "JAX cannot use this machine's devices: no such platform. Unset JAX_PLATFORMS, which is 'cpu'"),
+    (RuntimeError("Unable to initialize backend 'tpu': INTERNAL: no\nlibtpu.so (set JAX_PLATFORMS='' to choose)"),
+     "devices: Unable to initialize backend 'tpu': INTERNAL: no libtpu.so. Unset JAX_PLATFORMS, which is 'cpu'"),
+])
+def test_a_platform_that_is_not_there_is_told_with_its_cure(monkeypatch, error, says):
+    """JAX_PLATFORMS=cuda without JAX's plugin is an AssertionError of JAX. Seen to fail with RuntimeError alone."""
+    def devices():
+        raise error
+
+    monkeypatch.setattr(startup.jax, "devices", devices)
+    with pytest.raises(UserError) as told:
+        startup.find_devices()
+    assert says in str(told.value) and "pip install -e '.[cuda]'" in str(told.value)
 
 
 def test_hosts_of_the_missing_are_named():
