@@ -1,0 +1,165 @@
+"""Fresh environments: what each installs, whether quickstart and tests run there. Writes docs/environments.md.
+
+    python benchmarks/environments.py [NAME ...] [--all] [--folder FOLDER]
+
+Each environment works on a copy of the commit at HEAD. Rows of environments that are not named stay as they were.
+"""
+
+import argparse
+import configparser
+import dataclasses
+import datetime
+import glob
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "environments.md"
+SHOWN = ("jax", "numpy", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "torch", "transformers")
+MARKS = "not slow and not buckets and not slurm and not browser and not fault"
+# Files whose tests call most of what these packages offer, in a few minutes.
+FILES = ("attention", "model", "steps", "checkpoint", "decode", "plan", "store", "records", "figures", "compiled",
+         "pipeline", "weights")
+GPU_IMAGE = ("jax==0.11.2", "numpy==2.5.*", "flax==0.12.12", "orbax-checkpoint==0.12.8")
+NOT_IN_GPU_IMAGE = ("tensorflow", "tensorflow-cpu", "tensorflow-datasets", "tensorboardX")
+
+VERSIONS = """import importlib.metadata as m, json, platform
+print(json.dumps({d.name.lower().replace("_", "-"): d.version for d in m.distributions()}
+                 | {"python": platform.python_version()}))"""
+ABOUT = """# Environments
+
+    make environments
+
+makes a fresh environment for each row, runs the quickstart and tests there, and writes this page: the last results, on
+two CPU cores. Install times are without pip's cache. The GPU image has JAX, Flax and Orbax, but no TensorFlow, TFDS or
+tensorboardX. torch comes with `make test` alone, since PyPI's Linux wheel for it brings CUDA, several GB. Where it is
+missing, the tests that need it are skipped.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What is installed: by the constraints with torch, the newest of everything, or a GPU image's packages."""
+    python: str
+    constrained: bool = False
+    gpu_image: bool = False
+
+    def installs(self) -> tuple[list[str], list[str]]:
+        """Arguments of pip for quickstart and for the tests."""
+        limits = [f"--constraint={name}" for name in ("constraints.txt", "constraints-torch.txt")]
+        if self.constrained:
+            return ([*limits, "--editable", "."], [*limits, "--editable", ".[test,huggingface]"])
+        if not self.gpu_image:
+            return ["--editable", "."], ["--editable", ".[test]"]
+        setup = configparser.ConfigParser()
+        setup.read(ROOT / "setup.cfg")
+        ours, test = (value.split("\n")[1:] for value in (setup["options"]["install_requires"],
+                                                          setup["options.extras_require"]["test"]))
+        pinned = {re.split("[=<>]", each)[0] for each in GPU_IMAGE} | set(NOT_IN_GPU_IMAGE)
+        return [*GPU_IMAGE, *(each for each in ours if re.split(r"[=<>]", each)[0] not in pinned)], test
+
+    def tests(self) -> list[str]:
+        return [f"tests/test_{name}.py" for name in FILES
+                if not (self.gpu_image and name in ("pipeline", "records"))]  # TensorFlow's
+
+
+ENVIRONMENTS = {"3.11, constraints.txt": Environment("3.11", constrained=True), "3.12, newest": Environment("3.12"),
+                "3.13, newest": Environment("3.13"), "3.12, GPU image": Environment("3.12", gpu_image=True)}
+
+
+def interpreter(version: str) -> str:
+    """A Python of this version that runs: on PATH, or among pyenv's."""
+    pyenv = sorted(glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python")))
+    for python in filter(None, [shutil.which(f"python{version}"), *pyenv]):
+        if subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0:
+            return python
+    sys.exit(f"environments.py: no Python {version} was found. Install it, or name other environments.")
+
+
+def megabytes(folder: pathlib.Path) -> float:
+    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_symlink()) / 1e6
+
+
+def measure(environment: Environment, folder: pathlib.Path, every_test: bool) -> dict:
+    """One row of the table."""
+    tree, venv = folder / "tree", folder / "venv"
+    tree.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", tree], input=archive, check=True)
+    subprocess.run([interpreter(environment.python), "-m", "venv", venv], check=True)
+    python = str(venv / "bin" / "python")
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "EPATH_USE_TF": "0", "TF_CPP_MIN_LOG_LEVEL": "3",
+                 "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "IGPT_CACHE": str(folder / "cache")}
+    row = {"date": datetime.date.today().isoformat()}
+
+    def run(name: str, *command: str) -> str:
+        print(f"  {name}", flush=True)
+        start = time.time()
+        done = subprocess.run(command, cwd=tree, env=variables, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        row[f"{name}_seconds"], row[f"{name}_code"] = round(time.time() - start), done.returncode
+        if done.returncode:
+            print("    " + "\n    ".join(done.stdout.splitlines()[-40:]), flush=True)
+        return done.stdout
+
+    for name, packages in zip(("install", "install_tests"), environment.installs(), strict=True):
+        run(name, python, "-m", "pip", "install", "--quiet", "--no-cache-dir", *packages)
+        row[f"{name}_megabytes"] = round(megabytes(venv))
+        if name == "install":
+            run("quickstart", "launch/quickstart.sh", python, "runs/quickstart")
+    versions = json.loads(run("versions", python, "-c", VERSIONS))
+    row["versions"] = {name: versions[name] for name in ("python", *SHOWN) if name in versions}
+    said = run("tests", python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", MARKS,
+               *([] if every_test else environment.tests()))
+    row["tests"] = said.strip().splitlines()[-1].strip("= ")
+    row["files"] = "all" if every_test else len(environment.tests())
+    return row
+
+
+def page(rows: dict[str, dict]) -> str:
+    """The document, from the rows that were measured."""
+    lines = [ABOUT, "| environment | date | install | with the test extra | quickstart | tests |",
+             "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        quickstart = f"{row['quickstart_seconds']} s" if not row["quickstart_code"] else "failed"
+        install, test = (f"{row[f'{step}_seconds']} s, {row[f'{step}_megabytes'] / 1000:.1f} GB"
+                         for step in ("install", "install_tests"))
+        tests = f"{re.sub(r' in [0-9.]+s.*', '', row['tests'])} ({row['files']} files, {row['tests_seconds']} s)"
+        lines.append(f"| {name} | {row['date']} | {install} | {test} | {quickstart} | {tests} |")
+    lines += ["", f"Tests are the fast ones of these {len(FILES)} files where a row does not say all: "
+              + ", ".join(FILES) + "; without TensorFlow not pipeline and records.", "",
+              "| environment | " + " | ".join(("Python", *SHOWN)) + " |", "|---" * (len(SHOWN) + 2) + "|"]
+    lines += [f"| {name} | " + " | ".join(row["versions"].get(each, "-") for each in ("python", *SHOWN)) + " |"
+              for name, row in rows.items()]
+    return "\n".join(lines) + f"\n\n<!-- {json.dumps(rows)} -->\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {'; '.join(ENVIRONMENTS)}; none: all")
+    parser.add_argument("--all", action="store_true", help="all fast tests, an hour each")
+    parser.add_argument("--folder", help="for the environments, which are removed after; default: the system's")
+    arguments = parser.parse_args()
+    if wrong := set(arguments.names) - set(ENVIRONMENTS):
+        parser.error(f"{', '.join(sorted(wrong))} is not one of: {'; '.join(ENVIRONMENTS)}")
+    found = re.search(r"<!-- (\{.*\}) -->", PAGE.read_text()) if PAGE.exists() else None
+    rows = json.loads(found[1]) if found else {}
+    for name in arguments.names or ENVIRONMENTS:
+        print(name, flush=True)
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            rows[name] = measure(ENVIRONMENTS[name], pathlib.Path(folder), arguments.all)
+        rows = {each: rows[each] for each in ENVIRONMENTS if each in rows}
+        PAGE.write_text(page(rows))
+        print(f"  {rows[name]['tests']}", flush=True)
+    return int(any(row["tests_code"] or row["quickstart_code"] for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

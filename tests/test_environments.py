@@ -1,0 +1,53 @@
+"""What is installed for what, and how the tests behave where something is missing or dies."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import conftest
+import pytest
+from conftest import ROOT, patience
+
+
+@pytest.mark.parametrize(("target", "extras"), [("quickstart", None), ("test", ".[test,huggingface]")])
+def test_only_the_tests_install_torch(tmp_path, target, extras):
+    """Seen to fail with quickstart's environment made by the tests' recipe."""
+    done = subprocess.run(["make", "--dry-run", target, f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    installed = [line.split("--editable ")[1].strip("'") for line in done.stdout.splitlines() if "--editable" in line]
+    assert installed == [".", *filter(None, [extras])], done
+
+
+KILLED = """
+import os, signal, time
+
+def test_before(): pass
+
+def test_killed(): os.kill(os.getpid(), signal.SIGKILL)
+
+def test_after(): pass
+"""
+
+
+def test_a_worker_that_dies_ends_the_run(tmp_path):
+    """And starts no other in its place, which may hang. Seen to fail without --max-worker-restart."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_killed.py").write_text(KILLED)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile"], cwd=tmp_path, text=True,
+                          env=environment, capture_output=True, timeout=patience(10))
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("crashed while running") == 2  # in its report and in the summary
+
+
+@pytest.mark.parametrize(("missing", "outcome"), [("torch", pytest.skip.Exception), ("jax", ModuleNotFoundError)])
+def test_what_imports_torch_is_skipped_without_it(missing, outcome):
+    """Seen to fail with every missing module taken for torch."""
+    attempt = conftest._skip_without_torch()
+    next(attempt)
+    try:
+        raise ModuleNotFoundError(name=missing)
+    except ModuleNotFoundError as error:
+        with pytest.raises(outcome):
+            attempt.throw(error)
