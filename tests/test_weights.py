@@ -369,7 +369,7 @@ def test_what_is_not_the_model_is_refused_by_name(tmp_path, original, case):
     damage, message = REFUSED[case]
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        open_weights("huggingface", str(tmp_path))
+        assert open_weights("huggingface", str(tmp_path)).palette_VC is not None
     assert "\n" not in str(caught.value)
 
 

@@ -7,9 +7,8 @@ parameters, and how far the logits of the two sides are apart.
 import contextlib
 import ctypes
 import dataclasses
-import os
-import shutil
-from collections.abc import Iterator
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from igpt_jax.model import Model
 from igpt_jax.probing import load_probe
 from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
 from igpt_jax.weights.certificate import certify, fixed_images, nats_per_pixel
+from igpt_jax.weights.frameworks import fault_of_transformers
 from igpt_jax.weights.names import Weights, masked
-
-CERTIFICATE = "certificate.json"
+from igpt_jax.weights.target import CERTIFICATE, Target
 
 
 def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
@@ -47,32 +46,28 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
     _refuse_what_has_no_place(config, source, target_kind)
 
     certificate = {"from": f"{source_kind}:{source_path}", "to": f"{target_kind}:{target_path}"}
-    file = storage.path(workdir) / CERTIFICATE
-    place = _place(target_kind, target_path, source.steps_done)
-    _refuse_to_overwrite(place, f"{target_kind}:{target_path}", file)
-    storage.publish(file, runtime.to_json({**certificate, "verdict": "unfinished"}))
+    target = Target(target_kind, target_path, source.steps_done, workdir)
     telemetry.say(f"{certificate['from']} -> {certificate['to']}: {source.sizes['L']} layers, width "
                   f"{source.sizes['D']}, {source.sizes['V']} colours"
                   f"{', masked (BERT): there is no start vector' if masked(source) else ''}")
-    if target_kind == "openai":
-        openai.write(source, target_path)
-    elif target_kind == "orbax":
-        ours.write(source, target_path, palette_VC)
-    elif target_kind == "huggingface":
-        with _appearing_whole(place) as folder:
+    with target.appearing({**certificate, "verdict": "unfinished"}) as folder:
+        if target_kind == "openai":
+            openai.write(source, str(folder / target.entry))
+        elif target_kind == "orbax":
+            ours.write(source, folder, palette_VC)
+        elif target_kind == "huggingface":
             huggingface.write(source, folder, head, palette_VC, ours.dropout_of(source))
-    else:
-        with _appearing_whole(place) as folder:
+        else:
             _export(source, folder, palette_VC, config.export)
 
     if target_kind == "export":
-        certificate |= _certify_export(source, place)
+        certificate |= _certify_export(source, Path(target.folder))
     else:
         certificate |= certify(source, open_weights(target_kind, target_path), config.certificate == "full")
-    storage.publish(file, runtime.to_json(certificate))
+    target.record(json.loads(runtime.to_json(certificate)))
     if certificate["verdict"] != "same":
-        raise UserError(f"the converted weights are not the same model: {_difference(certificate)}. Do not use them; "
-                        f"{file} has the details.")
+        raise UserError(f"{_difference(certificate, source, 'huggingface' in (source_kind, target_kind))}. Do not use "
+                        f"the converted weights; {storage.path(workdir) / CERTIFICATE} has the details.")
     return {"parameters": certificate["parameters"], "converted_to": certificate["to"],
             "max_logit_difference": max((each["max_difference"] for each in _compared(certificate)), default=None)}
 
@@ -121,31 +116,6 @@ def _refuse_what_has_no_place(config: ConvertConfig, source: Weights, target: st
         raise UserError(f"{typed} holds no head for pixels. {fix}")
 
 
-def _place(kind: str, path: str, step: int) -> Path:
-    """What appears when the target is complete."""
-    if kind == "orbax":
-        return storage.path(path) / "checkpoints" / str(step)
-    return Path(storage.path(f"{path}.index" if kind == "openai" else path))
-
-
-def _refuse_to_overwrite(place: Path, to: str, certificate: storage.epath.Path) -> None:
-    """An unfinished or former result of the same command may be replaced, nothing else."""
-    mine = certificate.exists() and f'"to": "{to}"' in certificate.read_text()
-    if place.exists() and not mine and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"convert_to: {place} is already there. Remove it, or name another place.")
-
-
-@contextlib.contextmanager
-def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `folder` when all is written."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
-
-
 def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig) -> None:
     record = ours.record_for(source, palette_VC)
     if config.rows >= record.image_size:
@@ -191,14 +161,22 @@ def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:
     return certificate
 
 
-def _difference(certificate: dict[str, Any]) -> str:
-    if "differing" not in certificate:
-        return f"their losses are {certificate['nats_per_pixel']}"
-    differing = certificate["differing"]
+def _difference(certificate: dict[str, Any], source: Weights, transformers: bool) -> str:
+    """What is wrong, where the two sides differ; `transformers` has computed one of them."""
+    differing, compared = certificate.get("differing"), _compared(certificate)
+    fault = fault_of_transformers(source.sizes["H"]) if transformers and not differing else ""
+    figures = [*certificate.get("nats_per_pixel", {}).values(), *(each["max_difference"] for each in compared)]
+    if fault:
+        return f"the two sides cannot be compared: {fault}"
+    if not differing and not all(map(math.isfinite, figures)):
+        return "the logits are not finite, though the weights are: they are so large that computing overflows"
+    not_the_same = "the converted weights are not the same model:"
     if differing:
-        return f"{len(differing)} parameters differ, the first of them {differing[0]}"
-    worst = max(_compared(certificate), key=lambda each: each["max_difference"] / each["limit"])
-    return f"their logits are {worst['max_difference']:.3g} apart (limit {worst['limit']:.3g})"
+        return f"{not_the_same} {len(differing)} parameters differ, the first of them {differing[0]}"
+    if not compared:
+        return f"{not_the_same} their losses are {certificate['nats_per_pixel']}"
+    worst = max(compared, key=lambda each: each["max_difference"] / each["limit"])
+    return f"{not_the_same} their logits are {worst['max_difference']:.3g} apart (limit {worst['limit']:.3g})"
 
 
 def _compared(certificate: dict[str, Any]) -> list[dict[str, Any]]:

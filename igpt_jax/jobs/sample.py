@@ -5,8 +5,10 @@ tokens. Needs nothing but a checkpoint; --config.images=FOLDER completes picture
 """
 
 import io
+import itertools
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,8 +21,8 @@ from igpt_jax import checkpoint, palette, sharding, storage, telemetry
 from igpt_jax.checkpoint import Record
 from igpt_jax.config import SampleConfig, UserError
 from igpt_jax.data import open_split, process_rows, put, tokens_of
-from igpt_jax.data.images import SUFFIXES, Unusable, decode
-from igpt_jax.decode import Sampling, generate
+from igpt_jax.data.images import SUFFIXES, Unusable, decode, read
+from igpt_jax.decode import NOT_FINITE, Sampling, generate
 from igpt_jax.figures import image_grid, save_png
 
 UNKNOWN = 127  # grey level of the pixels that the model was not given
@@ -103,13 +105,14 @@ def _users_pictures(typed: str, size: int) -> tuple[np.ndarray, list[str]]:
     files = []
     for path in storage.matching(typed):
         children = storage.children(path) if path.is_dir() else []
-        files += [child for child in children if child.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
+        here = [child for child in children if child.suffix.lower() in SUFFIXES and child.is_file()]
+        files += here if path.is_dir() else [path]
     images, unusable = {}, {}
-    for file in files:
+    for name, file in _named(files).items():
         try:
-            images[file.name] = decode(storage.read(file), size)
+            images[name] = decode(read(file), size)
         except Unusable as reason:
-            unusable[file.name] = str(reason)
+            unusable[name] = str(reason)
     if not images:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
         raise UserError(f"images={typed!r} holds no picture that can be used{f' ({reasons})' if reasons else ''}. "
@@ -117,6 +120,15 @@ def _users_pictures(typed: str, size: int) -> tuple[np.ndarray, list[str]]:
     for name, reason in unusable.items():
         telemetry.say(f"left out {name}: {reason}")
     return np.stack(list(images.values())), list(images)
+
+
+def _named(files: Iterable[storage.epath.Path]) -> dict[str, storage.epath.Path]:
+    """Files by their names, with as many of their folders as tell all of them apart."""
+    files = list(dict.fromkeys(files))
+    for parts in itertools.count(1):
+        named = {"/".join(file.parts[-parts:]): file for file in files}
+        if len(named) == len(files):
+            return named
 
 
 class _Drawing:
@@ -155,7 +167,11 @@ class _Drawing:
                              for whole in (given_BP, index_B2))
                 out.append(np.asarray(self._run(self._params, *arguments, kind)))
                 bar.update(min(batch_size, count - start))
-        return np.concatenate(out)[:count]
+        drawn_BT = np.concatenate(out)[:count]
+        if (drawn_BT == NOT_FINITE).any():
+            raise UserError(f"checkpoint {self._config.checkpoint}: its logits are not finite, though its weights are: "
+                            f"they overflow in {self._config.precision}. Give another checkpoint.")
+        return drawn_BT
 
 
 def _pictures(tokens_BT: np.ndarray, record: Record) -> np.ndarray:

@@ -29,6 +29,7 @@ def fixed_images(weights: Weights) -> tuple[np.ndarray, np.ndarray | None]:
     return tokens_BT, hidden_BT if masked(weights) else None
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is told at the end
 def nats_per_pixel(logits_BTV: np.ndarray, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None = None) -> float:
     """Mean negative log likelihood, added up in float64: of all pixels, or over an image's hidden ones, then images."""
     wide_BTV = logits_BTV.astype(np.float64)
@@ -79,6 +80,7 @@ def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array, "<f4").data).hexdigest()
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _compare_logits(source: Weights, target: Weights) -> dict[str, dict[str, Any]]:
     """`logits` and `class_logits` on `fixed_images`: the largest difference and its limit; of pixels also both sides'
     nats per pixel. Or why they are not compared.

@@ -1,5 +1,6 @@
 """Hugging Face folders of transformers' ImageGPT: config.json, safetensors (one file or several) and the palette."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -48,7 +49,7 @@ class HuggingFaceWeights(ForeignWeights):
                 raise UserError(f"{where}: config.json has {name}={config[name]!r}; this model has {value!r}.")
         self._shapes = {name: shape for name, shape in found.items() if not name.endswith(LEGACY)}
         names.check(where, self._shapes, table, sizes)
-        super().__init__(table, sizes, self._slice, self._palette(where, sizes["V"]))
+        super().__init__(where, table, sizes, self._slice)
         self._refuse_biases(where, table)
 
     def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -74,17 +75,21 @@ class HuggingFaceWeights(ForeignWeights):
             raise UserError(f"{where}: {name} is not an object of JSON. Export the folder again.")
         return value
 
-    def _palette(self, where: str, colours: int) -> np.ndarray | None:
-        if not (self._folder / "preprocessor_config.json").exists():
+    @functools.cached_property
+    def palette_VC(self) -> np.ndarray | None:
+        """Read when it is asked for: where the user gives a palette, the processor's need not be usable."""
+        where, colours = self._where, self.sizes["V"]
+        processor = self._folder / "preprocessor_config.json"
+        clusters = self._json(processor.name, where).get("clusters") if processor.exists() else None
+        if clusters is None:
             return None
-        clusters = self._json("preprocessor_config.json", where).get("clusters")
         try:
             palette_VC = np.asarray(clusters, np.float32)
         except (ValueError, TypeError):
             palette_VC = np.empty(0)
         if palette_VC.shape != (colours, 3) or not (np.abs(palette_VC) <= 1).all():
             raise UserError(f"{where}: clusters in preprocessor_config.json must be {colours} colours in [-1, 1]. "
-                            "Repair it, or delete the file and set --config.palette.")
+                            "Repair it, or set --config.palette.")
         return palette_VC
 
     def _slice(self, name: str, axis: int, start: int, stop: int) -> np.ndarray:

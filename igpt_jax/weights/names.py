@@ -149,6 +149,14 @@ class Weights(Protocol):
         """
 
 
+def finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
+    """The array. Raises UserError where it holds a NaN or an infinity, without a copy of the array to tell."""
+    if array.size and not np.isfinite([array.min(), array.max()]).all():
+        raise UserError(f"{where}: its weights are not finite (NaN or infinity in {name}). The training that saved "
+                        "them diverged. Convert an earlier checkpoint of it.")
+    return array
+
+
 def masked(weights: Weights) -> bool:
     """Whether they are a BERT model's: hidden pixels from all others. It alone has no start vector."""
     return "start_D" not in weights.names
@@ -158,15 +166,18 @@ class ForeignWeights:
     """`Weights` in foreign files, by a table.
 
     Args:
+      where: they are, for messages.
       table: of the tensors that the files hold.
       sizes: of the dims.
       read: (name, axis, start, stop) -> that slice of a foreign tensor.
     """
 
-    def __init__(self, table: Sequence[Tensor], sizes: Sizes, read: Callable[[str, int, int, int], np.ndarray],
-                 palette_VC: np.ndarray | None = None, steps_done: int = 0):
-        self.sizes, self.palette_VC, self.steps_done = sizes, palette_VC, steps_done
-        self._table, self._read = table, read
+    palette_VC: np.ndarray | None = None
+
+    def __init__(self, where: str, table: Sequence[Tensor], sizes: Sizes,
+                 read: Callable[[str, int, int, int], np.ndarray], steps_done: int = 0):
+        self.sizes, self.steps_done = sizes, steps_done
+        self._where, self._table, self._read = where, table, read
         self.names = tuple(part.ours for tensor in table for part in tensor.parts)
 
     def layers(self, name: str) -> Sequence[np.ndarray]:
@@ -179,7 +190,9 @@ class ForeignWeights:
             start = stop
 
         def read(layer: int) -> np.ndarray:
-            return part.to_ours(self._read(tensor.name.format(layer), tensor.axis, start, stop), self.sizes)
+            name = tensor.name.format(layer)
+            array = finite(self._where, name, self._read(name, tensor.axis, start, stop))
+            return part.to_ours(array, self.sizes)
 
         return Layers(self.sizes["L"] if tensor.stacked else 1, read)
 

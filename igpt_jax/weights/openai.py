@@ -15,6 +15,7 @@ import numpy as np
 from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.weights import names
+from igpt_jax.weights.frameworks import triton_first
 from igpt_jax.weights.names import OPENAI, ForeignWeights, Tensor, Weights
 
 SHARD_BYTES = 32 * 2**20
@@ -23,6 +24,7 @@ IGNORED = re.compile(r"adam_v|adam_m|AdamWeightDecayOptimizer|global_step|(^|/)_
 
 
 def _tensorflow() -> Any:
+    triton_first()
     try:
         import tensorflow  # 5 seconds and 665 MiB
     except ImportError:
@@ -48,7 +50,7 @@ class OpenAIWeights(ForeignWeights):
     framework = "NumPy, after OpenAI's released code"
 
     def __init__(self, typed: str):
-        prefix, tensorflow = _prefix(typed), _tensorflow()
+        prefix, tensorflow = prefix_of(typed), _tensorflow()
         try:
             self._reader = tensorflow.train.load_checkpoint(prefix)
             shapes = self._reader.get_variable_to_shape_map()
@@ -61,11 +63,12 @@ class OpenAIWeights(ForeignWeights):
                           if absent.get(tensor.parts[0].ours, "") in ("", *shapes))
         names.check(f"openai:{typed}", shapes, table, sizes)
         step = re.search(r"ckpt-(\d+)$", prefix)
-        super().__init__(table, sizes, self._slice, steps_done=int(step[1]) if step else 0)
+        super().__init__(f"openai:{typed}", table, sizes, self._slice, steps_done=int(step[1]) if step else 0)
 
     def _slice(self, name: str, axis: int, start: int, stop: int) -> np.ndarray:
         return self._reader.get_tensor(name)  # no OpenAI variable holds more than one parameter
 
+    @np.errstate(over="ignore", invalid="ignore")
     def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None) -> dict[str, np.ndarray]:
         """By OpenAI's released code (model.py: norm, attn, mlp, gelu2, and its BERT form) written again in NumPy.
 
@@ -101,9 +104,12 @@ class OpenAIWeights(ForeignWeights):
             {"classes": n_BTD.mean(1) @ get("clf/wclf").T} if "K" in self.sizes else {})
 
 
-def _prefix(typed: str) -> str:
+def prefix_of(typed: str) -> str:
+    """The prefix of a checkpoint's files, typed as such or as the folder of a single one. Raises UserError."""
     if not storage.is_local(storage.path(typed)):
         raise UserError(f"openai:{typed}: TensorFlow reads and writes local files here. Copy the checkpoint first.")
+    if glob.has_magic(os.path.abspath(typed)) or "\\" in os.path.abspath(typed):
+        raise UserError(f"openai:{typed}: TensorFlow takes *, ?, [ and backslashes for a pattern. Give another path.")
     typed = os.path.expanduser(typed).removesuffix(".index").removesuffix(".meta")
     if not os.path.isdir(typed):
         return typed
@@ -129,8 +135,6 @@ def _sizes(where: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 def write(weights: Weights, prefix: str) -> None:
     """Writes a TF1 checkpoint of float32 variables at `prefix`; about 32 MiB of them are on their way at a time."""
     tensorflow = _tensorflow()
-    prefix = os.path.abspath(_prefix(prefix))
-    os.makedirs(os.path.dirname(prefix), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(prefix), prefix=".convert-") as folder:
         shards, pending, size = [], {}, 0
 

@@ -57,7 +57,8 @@ class OurWeights:
         return jax.tree.map(np.asarray, found)
 
     def _load(self, name: str) -> np.ndarray:
-        """One parameter, float32, in the host's memory. Raises UserError where it is not what was saved."""
+        """One parameter, float32, in the host's memory. Raises UserError where it is not what was saved, or not
+        finite."""
         path = (name,) if name in OUTSIDE_BLOCKS else ("blocks", name)
         damaged = UserError(f"checkpoint {self._path} is damaged: the array params/{'/'.join(path)} is not what was "
                             "saved. Name another step.")
@@ -69,7 +70,7 @@ class OurWeights:
         exact = self.record.config.precision != "float64"
         if expected is not None and exact and checksum.of_host_array(array) != expected:
             raise damaged
-        return array
+        return names.finite(f"checkpoint {self._path}", f"params/{'/'.join(path)}", array)
 
 
 def _read(folder: storage.epath.Path, name: str) -> np.ndarray:
@@ -83,7 +84,8 @@ def _read(folder: storage.epath.Path, name: str) -> np.ndarray:
     chunk = stored.chunk_layout.read_chunk.shape
     axis = max(range(stored.ndim), key=lambda axis: stored.shape[axis] / chunk[axis])
     if chunk[axis] >= stored.shape[axis]:
-        return np.asarray(stored.read().result(), np.float32)
+        with np.errstate(over="ignore"):  # of float64; what overflows is then found not to be finite
+            return np.asarray(stored.read().result(), np.float32)
     array = np.empty(stored.shape, np.float32)
     for first in range(0, array.shape[axis], chunk[axis]):
         part = *[slice(None)] * axis, slice(first, first + chunk[axis])

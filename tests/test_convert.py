@@ -1,0 +1,272 @@
+"""Where convert writes, what it replaces there and what it never touches; weights that are not finite."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import types
+
+import numpy as np
+import pytest
+from test_weights import change, float32, make_huggingface, make_palette, original, run  # noqa: F401 (fixtures)
+
+from igpt_jax import checkpoint, sharding
+from igpt_jax.config import EvaluateConfig, MeshConfig, SampleConfig, UserError
+from igpt_jax.jobs import convert, evaluate, sample
+from igpt_jax.runtime import Ended
+from igpt_jax.weights import certificate, open_weights, ours
+
+KINDS = ("huggingface", "openai", "orbax")
+ENTRY = {"huggingface": "config.json", "openai": "model.index", "orbax": "checkpoints/0/_CHECKPOINT_METADATA"}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def converted(original, target, workdir="job", **more):  # noqa: F811
+    """Converts with hashes alone. Returns the certificate."""
+    return run(pathlib.Path(workdir), f"huggingface:{original}", target, certificate="hashes", **more)[1]
+
+
+def to(kind, folder="out"):
+    return f"{kind}:{folder}/model" if kind == "openai" else f"{kind}:{folder}"
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_run_replaces_what_the_first_wrote(here, original, kind):  # noqa: F811
+    """And nothing else; nothing of the making is left. Seen to fail with the target's folder removed."""
+    first = converted(original, to(kind))
+    before = content(here / "out")
+    (here / "out" / "README.md").write_text("mine")
+    (here / "out" / "more").mkdir()
+    (here / "out" / "more" / "model.index").write_text("mine too")
+    np.save("p.npy", np.linspace(-1, 1, 39, dtype=np.float32).reshape(13, 3))
+    second = converted(original, to(kind), palette="p.npy")
+    after = content(here / "out")
+    assert after.keys() == before.keys() | {"README.md", "more/model.index"}
+    assert after["README.md"] == b"mine" and after["more/model.index"] == b"mine too"
+    assert first["files"].keys() == second["files"].keys() and second["verdict"] == "same"
+    if kind != "openai":  # which has no palette
+        assert any(after[name] != before[name] for name in before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_words_from_another_folder_are_another_place(here, original, kind, monkeypatch):  # noqa: F811
+    """One workdir, `out` typed in two current folders: the second `out` is not convert's. Seen to fail with the words
+    that the user typed compared."""
+    converted(original, to(kind), workdir=here / "job")
+    (here / "other").mkdir()
+    monkeypatch.chdir(here / "other")
+    path = here / "other" / "out" / ENTRY[kind]
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match="is already there"):
+        converted(original, to(kind), workdir=here / "job")
+    assert content(here / "other") == {f"out/{ENTRY[kind]}": b"mine"}
+    told = json.loads((here / "job" / convert.CERTIFICATE).read_text())
+    assert told["verdict"] == "same" and told["place"].endswith(to(kind, f"{here}/out").partition(":")[2])
+    monkeypatch.chdir(here / "out")
+    converted(original, to(kind, "."), workdir=here / "job")  # the same place in other words
+
+
+@pytest.mark.parametrize("kind, name, what", [
+    ("huggingface", "config.json", "has changed since"), ("huggingface", "model.safetensors", "has changed since"),
+    ("openai", "model.data-00000-of-00001", "has changed since"),
+    ("openai", "model.data-00000-of-00007", "is already there"),
+    ("orbax", ENTRY["orbax"], "has changed since"), ("orbax", "checkpoints/0/README.md", "was not written by convert")])
+def test_what_the_user_changed_or_put_in_its_way_stays(here, original, kind, name, what):  # noqa: F811
+    """Seen to fail with files known by their names alone."""
+    converted(original, to(kind))
+    file = here / "out" / name
+    file.write_bytes(b"edited" if not file.exists() else file.read_bytes() + b" ")
+    before = content(here)
+    with pytest.raises(UserError, match=f"{name} {what}") as caught:
+        converted(original, to(kind))
+    assert len(str(caught.value).splitlines()) == 1
+    assert content(here) == before
+
+
+@pytest.mark.parametrize("kind, name", [("huggingface", "hfé"), ("huggingface", "a 'b\" c"), ("orbax", "ü"),
+                                        ("openai", "é"), ("huggingface", "~")])
+def test_any_name_is_known_again(here, original, kind, name, monkeypatch):  # noqa: F811
+    """Seen to fail with the name compared as JSON writes it."""
+    monkeypatch.setenv("HOME", str(here / "home"))
+    for _ in range(2):
+        assert converted(original, to(kind, name))["verdict"] == "same"
+
+
+@pytest.mark.parametrize("target, what", [
+    ("huggingface:.", "is already there"), ("huggingface:file", "is already there"),
+    ("huggingface:file/x", "cannot be written"), ("orbax:file", "cannot be written"),
+    ("openai:file/x", "cannot be written"), ("openai:one", "one/m.index is already there"),
+    ("huggingface:gs://bucket/x", "a local folder"), ("openai:gs://bucket/x", "local files"),
+    ("orbax:half", "is in the way"), ("export:job", "is already there")])
+def test_places_that_cannot_be_used_are_refused_in_one_line(here, original, target, what):  # noqa: F811
+    """Nothing is written or lost. `one` holds another checkpoint of OpenAI's, `half` another run's unfinished work."""
+    for name in ("file", "one/m.index", "half/checkpoints/.0.unfinished/x", "job/config.json"):
+        (here / name).parent.mkdir(exist_ok=True, parents=True)
+        (here / name).write_text("mine")
+    before = content(here)
+    with pytest.raises(UserError, match=what) as caught:
+        converted(original, target)
+    assert len(str(caught.value).splitlines()) == 1
+    assert content(here) == before
+
+
+def test_what_a_killed_run_left_is_taken_away(here, original, monkeypatch):  # noqa: F811
+    """Killed while it wrote, and again while it moved the files. Seen to fail with no place in the certificate."""
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.huggingface, "write", killed)
+        patch.setattr("igpt_jax.weights.target.Target._restore", killed)  # no tidying up
+        patch.setattr("igpt_jax.weights.target.shutil.rmtree", lambda *arguments, **more: None)
+        with pytest.raises(Killed):
+            converted(original, "huggingface:out")
+    assert list((here / "out").iterdir()) == [here / "out" / ".convert.unfinished"]
+    converted(original, "huggingface:out")
+    expected = content(here / "out")
+    moved = []
+
+    def replace(source, to):
+        if len(moved) == 4:  # the three former files are away, one is there
+            raise Killed
+        moved.append(os.path.basename(to))
+        os.replace(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("igpt_jax.weights.target.os", types.SimpleNamespace(**{**vars(os), "replace": replace}))
+        with pytest.raises(Killed):
+            converted(original, "huggingface:out")
+    assert moved[3] == "model.safetensors" and not (here / "out" / "config.json").exists()
+    assert converted(original, "huggingface:out")["verdict"] == "same"
+    assert content(here / "out") == expected
+
+
+# Weights that are not finite.
+
+def spoiled(folder, original, name="transformer.h.1.mlp.c_fc.weight", value=np.nan):  # noqa: F811
+    """A copy of the model with one bad element."""
+    folder.mkdir()
+    for file in original.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    change(folder, lambda tensors: tensors[name].__setitem__((0, 0), value))
+    return folder
+
+
+def spoiled_checkpoint(workdir, original, value):  # noqa: F811
+    """Our checkpoint with one bad element, its checksums right: as a training that diverged would have saved it."""
+    source = open_weights("huggingface", str(original))
+    params = ours.parameters(source, lambda shape, name: np.empty(shape, np.float32))
+    params["blocks"]["query_DNH"][1, 0, 0, 0] = value
+    ours.save(str(workdir), params, ours.record_for(source, source.palette_VC))
+    return workdir
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["huggingface", "orbax"])
+def test_weights_that_are_not_finite_are_not_converted(here, original, kind, value):  # noqa: F811
+    """One line names the tensor; what an earlier run wrote is as it was, certificate too. Seen to fail without
+    `finite`."""
+    converted(original, "openai:out/model")
+    before = content(here)
+    if kind == "orbax":
+        source = spoiled_checkpoint(here / "bad", original, value)
+    else:
+        source = spoiled(here / "bad", original, value=value)
+    for target in ("openai:out/model", "huggingface:new", "orbax:new"):
+        with pytest.raises(UserError, match="not finite .NaN or infinity in .*(query_DNH|c_fc.weight)") as caught:
+            run(here / "job", f"{kind}:{source}", target, certificate="hashes")
+        assert len(str(caught.value).splitlines()) == 1
+    assert {name: data for name, data in content(here).items() if not name.startswith("bad")} == before
+
+
+def test_jobs_refuse_a_checkpoint_that_is_not_finite(here, original, capsys):  # noqa: F811
+    """At the one place where all of them load a model; evaluate measures the others, and says which it did not. Seen
+    to fail with a color drawn, and with figures that are NaN."""
+    bad = spoiled_checkpoint(here / "bad", original, np.nan)
+    converted(original, "orbax:good")
+    with pytest.raises(UserError, match="not finite .NaN or infinity in blocks/query_DNH, 1 of 13 arrays"):
+        checkpoint.load_model(str(bad), sharding.make_mesh(MeshConfig()), "bfloat16")
+    with pytest.raises(UserError, match="not finite"):
+        sample.run(SampleConfig(checkpoint=str(bad), count=1), "s")
+    np.save("tokens.npy", np.zeros((2, 25), np.int64))
+    with pytest.raises(Ended, match="not finite, and not in the table: bad/checkpoints/0") as ended:
+        evaluate.run(EvaluateConfig(checkpoints="bad,good", tokens="tokens.npy", batch_size=2), "e")
+    assert ended.value.metrics["checkpoints"] == 1 and "its weights are not finite" in capsys.readouterr().err
+
+
+def test_weights_that_overflow_are_told_from_wrong_ones(here, original):  # noqa: F811
+    """Finite weights whose logits are not: convert and sample say so. Seen to fail with "not the same model", and with
+    pictures of color 0."""
+    bad = spoiled(here / "bad", original, "lm_head.weight", 3e38)
+    change(bad, lambda tensors: tensors["lm_head.weight"].__setitem__(slice(None), 3e38))
+    with pytest.raises(UserError, match="so large that computing overflows"):
+        run(here / "job", f"huggingface:{bad}", "orbax:ours")
+    with pytest.raises(UserError, match="its logits are not finite"):
+        sample.run(SampleConfig(checkpoint="ours", count=1), "s")
+
+
+@pytest.mark.parametrize("version, told", [("5.17.0", True), ("5.20.2", True), ("5.21.0", False), ("5.16.1", False),
+                                           ("4.57.6", False), ("6.0.0.dev0", False), ("odd", False)])
+def test_a_library_that_computes_wrongly_is_named(here, original, version, told, monkeypatch):  # noqa: F811
+    """Where logits differ. Seen to fail with 5.21 among the wrong ones, whose `torch_float` is right."""
+    known = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version",
+                        lambda name: version if name == "transformers" else known(name))
+    monkeypatch.setattr(certificate, "LOGIT_LIMIT", -1)
+    with pytest.raises(UserError) as caught:
+        run(here / "job", f"huggingface:{original}", "orbax:ours")
+    assert ("pip install 'transformers>=5.21'" in str(caught.value)) == told
+    assert ("not the same model" in str(caught.value)) != told and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_processor_without_clusters_needs_a_palette(here, original):  # noqa: F811
+    """And one that cannot be used does not matter where a palette is given. Seen to fail with it always read."""
+    for text, what in (("{}", "comes without its palette"), ("no JSON", "is not JSON"),
+                       ('{"clusters": [[2]]}', "must be 13 colours")):
+        bad = here / f"bad{len(text)}"
+        bad.mkdir()
+        for file in original.iterdir():
+            (bad / file.name).write_bytes(file.read_bytes())
+        (bad / "preprocessor_config.json").write_text(text)
+        with pytest.raises(UserError, match=what):
+            converted(bad, "orbax:ours")
+        assert converted(bad, "orbax:ours", palette=make_palette(here / "p.npy", 13))["verdict"] == "same"
+
+
+FAKE = {"tensorflow": "import types; config = types.SimpleNamespace(set_visible_devices=lambda *_: None)",
+        "torch": "", "triton": ""}
+
+
+@pytest.mark.parametrize("installed, order", [
+    (("torch", "triton"), ["triton", "tensorflow"]), (("torch",), ["tensorflow"]), (("triton",), ["tensorflow"])])
+def test_triton_comes_before_tensorflow(tmp_path, python, installed, order):
+    """The other way round the process ends at once. Packages that only say that they are imported stand for the real
+    ones. Seen to fail without `triton_first`."""
+    for name in ("tensorflow", *installed):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"print('importing', __name__)\n{FAKE[name]}\n")
+    done = python(f"""
+import sys
+sys.path = [{str(tmp_path)!r}] + [p for p in sys.path]
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: (
+    None if name in {sorted(set(FAKE) - set(installed) - {'tensorflow'})} else real(name, *more))
+from igpt_jax.weights import openai
+openai._tensorflow()
+""", devices=1)
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("importing")] == order
