@@ -235,9 +235,14 @@ def _taken(folder: str, name: str, taken: dict[str, str], passed_over: dict[str,
     return False
 
 
+def encoded(text: str) -> bytes:
+    """UTF-8; a name that is not UTF-8 shows as in Python's strings, caf\\udce9."""
+    return text.encode(errors="backslashreplace")
+
+
 def publish(path: epath.Path, data: bytes | str) -> None:
     """Writes a file so that a reader sees its old content or its new one, never a part; makes its folder."""
-    data = data.encode() if isinstance(data, str) else data
+    data = encoded(data) if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_local(path):
         path.write_bytes(data)
@@ -292,7 +297,7 @@ class LineWriter:
     def write(self, line: str) -> None:
         """Appends one line; `line` comes without its newline."""
         if len(self._pending) < PENDING_BYTES:
-            self._pending += line.encode() + b"\n"
+            self._pending += encoded(line) + b"\n"
         if self._file or time.monotonic() - self._flushed >= PART_SECONDS:
             self._write_out()
 

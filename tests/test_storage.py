@@ -121,6 +121,17 @@ def test_publish_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     assert [child.name for child in storage.children(path.parent)] == ["file.json"]
 
 
+def test_names_that_are_not_utf8_are_written_out(tmp_path):
+    """A report of such a folder. Seen to fail with a plain encode."""
+    for file in (tmp_path / "report.html", tmp_path / "metrics.jsonl"):
+        storage.publish(storage.path(file), "caf\udce9")
+        assert file.read_text() == "caf\\udce9"
+    writer = storage.LineWriter(storage.path(file))
+    writer.write("caf\udce9")
+    writer.close()
+    assert storage.read_lines(storage.path(file)) == ["caf\\udce9"] * 2
+
+
 def test_lines_over_two_runs(tmp_path):
     path = storage.path(tmp_path / "metrics.jsonl")
     for run in (["a", "b"], ["c"]):
