@@ -1,0 +1,139 @@
+"""Habits: names, environment variables, streams, signals and damaged side files, each in one real run of four steps.
+
+Run by `make faults`; takes under three minutes on 2 cores.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, patience, run_job_command
+from test_jobs import result
+
+pytestmark = pytest.mark.fault
+MODEL = ["--config.model.name=igpt_tiny", "--config.model.layers=1", "--config.model.embed=8", "--config.model.heads=1",
+         "--config.batch_size=8", "--config.precision=float32", "--config.optimizer.warmup_steps=2",
+         "--config.checkpoint_every_steps=2", "--config.keep_steps=()"]
+# The jobs of a JSON list, one after the other, up to one that fails.
+SEVERAL = """
+import json, os, sys
+from igpt_jax.__main__ import main
+jobs = [[os.fsdecode(word.encode("latin1")) for word in job] for job in json.loads(sys.argv[1])]
+sys.exit(next((code for code in map(main, jobs) if code), 0))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("habits")
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    done = run_job_command("prepare", f"--workdir={folder / 'store'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "store"
+
+
+@pytest.fixture
+def pretrain(store):
+    return lambda workdir, steps=4: ["pretrain", f"--workdir={workdir}", f"--config.data.store={store}", *MODEL,
+                                     f"--config.steps={steps}"]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, store):
+    done = run_job_command("pretrain", f"--workdir={folder / 'finished'}", f"--config.data.store={store}", *MODEL,
+                           "--config.steps=4")
+    assert done.returncode == 0, done.stderr
+    return folder / "finished"
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], name): value for line in lines for name, value in line.items()
+            if name.startswith(("train/nats", "eval/nats"))}
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a, b {c}*?", "cost$%$_^", "_hidden", "caf\udce9", "é 图", "a\\b"])
+def test_names(folder, pretrain, name):
+    """A run with this name trains, and is verified, evaluated and reported; or is refused before it trains."""
+    workdir = folder / "names" / name
+    jobs = [pretrain(workdir), ["verify", f"--workdir={folder}/v-{name}", f"--config.path={workdir}"],
+            ["evaluate", f"--workdir={folder}/e-{name}", f"--config.checkpoints={workdir}"],
+            ["report", f"--workdir={folder}/r-{name}", f"--config.workdirs={workdir}"]]
+    # JSON of the words' bytes, which Python gets as they are
+    words = json.dumps([[os.fsencode(word).decode("latin1") for word in job] for job in jobs])
+    done = run_job_command(script=SEVERAL.replace("sys.argv[1]", repr(words)))
+    if done.returncode == 2 and name in ("caf\udce9", "a\\b"):
+        assert len(done.stderr.splitlines()) == 1 and not workdir.exists(), done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert (workdir / "checkpoints" / "4").exists() and (workdir / "figures" / "loss.png").exists()
+        assert all((folder / f"{job}-{name}" / "result.json").exists() for job in "ver")
+
+
+@pytest.mark.parametrize("environment, code, says", [
+    ({"MPLBACKEND": "module://matplotlib_inline.backend_inline", "JAX_DEFAULT_PRNG_IMPL": "rbg",
+      "JAX_THREEFRY_PARTITIONABLE": "0", "MATPLOTLIBRC": "{folder}/matplotlibrc"}, 0, "has no effect here"),
+    ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}, 0, ""),
+    ({"JAX_PLATFORMS": "cuda"}, 2, "JAX cannot use this machine's devices"),
+    ({"JAX_PLATFORMS": "foo"}, 2, "Unset JAX_PLATFORMS, which is 'foo'"),
+    ({"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/cache", "JAX_COMPILATION_CACHE_DIR": ""}, 0, ""),
+], ids=["pictures and random numbers", "plain C", "cuda", "foo", "no home"])
+def test_environment(folder, finished, pretrain, environment, code, says, request):
+    """Either it does not change what a run computes, or one line says what to do."""
+    (folder / "matplotlibrc").write_text("text.usetex: True\n")
+    workdir = folder / request.node.callspec.id
+    environment = {name: value.format(folder=folder) for name, value in environment.items()}
+    done = run_job_command(*pretrain(workdir), env=environment)
+    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    if code:
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+    else:
+        assert losses(workdir) == losses(finished)
+
+
+@pytest.mark.parametrize("streams", [">&- 2>&- <&-", "> /dev/full 2>&1", "2>&1 | head -n 1"])
+def test_streams(folder, finished, pretrain, streams):
+    """Nobody reads what a run says. It ends as it would have."""
+    workdir = folder / f"streams-{len(streams)}"
+    words = " ".join(f"'{word}'" for word in [sys.executable, "-m", "igpt_jax", *pretrain(workdir)])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} {streams}"], cwd=ROOT, timeout=patience())
+    assert done.returncode == 0 and losses(workdir) == losses(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_signals_of_schedulers_and_terminals(folder, pretrain, number):
+    workdir = folder / number.name
+    with subprocess.Popen([sys.executable, "-m", "igpt_jax", *pretrain(workdir, steps=1_000_000)], cwd=ROOT,
+                          stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 1/"):
+                process.send_signal(number)
+                break
+        with contextlib.suppress(ValueError):
+            process.communicate(timeout=patience())
+    assert process.returncode == 75 and result(workdir)["status"] == "preempted"
+    assert any((workdir / "checkpoints").iterdir())
+
+
+def test_damaged_side_files(folder, finished, pretrain):
+    """What no checkpoint depends on stops no run: it is set aside, and a line says so."""
+    workdir = folder / "damaged"
+    shutil.copytree(finished, workdir)
+    for step in (workdir / "checkpoints").iterdir():
+        if step.name == "4":
+            shutil.rmtree(step)
+    (workdir / "metrics.jsonl").write_bytes(b"\xff\xfe\n5\n" + (workdir / "metrics.jsonl").read_bytes() + b'{"step": 3')
+    (workdir / "result.json").write_bytes(b"\xff\x00")
+    (workdir / "config.json").write_bytes(b"\xe9")
+    done = run_job_command(*pretrain(workdir))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert result(workdir)["status"] == "done" and (workdir / "checkpoints" / "4").exists()
+    assert done.stderr.count("damaged") >= 3, done.stderr
