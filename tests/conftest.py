@@ -17,6 +17,8 @@ ENVIRONMENT = {
     "IGPT_CACHE": str(ROOT / ".cache" / "igpt_jax"),
     "PYTHONPATH": str(ROOT),
 }
+LARGE = {"torch": "pip install '.[huggingface]'", "transformers": "pip install '.[huggingface]'",
+         "tensorflow": "pip install ."}  # what tests may be run without
 for name, value in ENVIRONMENT.items():  # before any test imports JAX
     os.environ.setdefault(name, value)
 
@@ -35,20 +37,20 @@ def fake_devices(count):
             f"--xla_cpu_collective_call_terminate_timeout_seconds={patience()}")
 
 
-def _skip_without_torch():
-    """Skips what imports torch or transformers itself where they are missing; in our own code that is a failure."""
+def _skip_without_large():
+    """Skips a test that imports one of LARGE itself where it is missing; in our own code that is a failure."""
     try:
         return (yield)
     except ModuleNotFoundError as error:
         frames = [pathlib.Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
         here = [frame for frame in frames if frame.is_relative_to(ROOT) and "site-packages" not in frame.parts]
-        if error.name in ("torch", "transformers") and here[-1].parent == ROOT / "tests":
-            pytest.skip(f"needs {error.name}: pip install '.[huggingface]'")
+        if error.name in LARGE and here[-1].parent == ROOT / "tests":
+            pytest.skip(f"needs {error.name}: {LARGE[error.name]}")
         raise
 
 
-pytest_runtest_setup = pytest.hookimpl(wrapper=True)(lambda item: (yield from _skip_without_torch()))
-pytest_runtest_call = pytest.hookimpl(wrapper=True)(lambda item: (yield from _skip_without_torch()))
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(lambda item: (yield from _skip_without_large()))
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(lambda item: (yield from _skip_without_large()))
 
 
 def _run(command, devices, env):
