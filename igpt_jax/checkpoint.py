@@ -57,7 +57,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class NoneGood(UserError):
-    """What was named as a checkpoint is damaged, and there is no other step to use in its place."""
+    """What was named as a checkpoint is damaged, and there is no other step to use in its place; or not finite."""
 
 
 class Unsaved(Exception):
@@ -354,10 +354,21 @@ def _read_record(folder: Any, step: int) -> Record:
         raise Damaged(f"{RECORD} is not a record: {error!r}") from None
     if record.steps_done != step:
         raise Damaged(f"its record is that of step {record.steps_done}")
-    if (path / EVALUATION).exists():
-        later = integrity.unsealed(integrity.read_json(path / EVALUATION), EVALUATION)
-        record = dataclasses.replace(record, metrics={**record.metrics, **later["metrics"]})
-    return record
+    try:
+        return dataclasses.replace(record, metrics={**record.metrics, **_later_metrics(path)})
+    except Damaged as damage:  # the step itself is good
+        log.error("%s: %s. Its figures are not used.", path, damage)
+        return record
+
+
+def _later_metrics(path: Any) -> Mapping[str, float]:
+    """The figures of a step that came after it was saved; none where none came. Raises Damaged."""
+    if not (path / EVALUATION).exists():
+        return {}
+    try:
+        return dict(integrity.unsealed(integrity.read_json(path / EVALUATION), EVALUATION)["metrics"])
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise Damaged(f"{EVALUATION} holds no figures") from None
 
 
 def _load(folder: Any, step: int, trees: dict[str, Any], record: Record) -> dict[str, Any]:
@@ -411,6 +422,7 @@ def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
 
     try:
         record = _read_record(typed, step)
+        _later_metrics(path)
         start = time.perf_counter()
         integrity.check_hashes(path)
         found["hash_seconds"] = time.perf_counter() - start
@@ -500,7 +512,7 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
       attention: the back-end, whatever the training used.
 
     Raises:
-      UserError: no checkpoint there, or none that is what was written.
+      UserError: no checkpoint there, or none that is what was written; or its weights are not finite.
     """
     def load(folder: str, step: int) -> tuple[Model, dict[str, Any], Record]:
         record = _read_record(folder, step)
@@ -518,7 +530,12 @@ def load_model(typed: str, mesh: Mesh, precision: str, attention: str = "auto") 
             with partial_load():  # what the model has no place for, such as a class head, stays on disk
                 params = _load(folder, step, {"params": abstract}, record)["params"]
         model = model_for(precision)
-        return model, jax.tree.map(lambda p, like: p.astype(like.dtype), params, model.abstract_parameters()), record
+        params = jax.tree.map(lambda p, like: p.astype(like.dtype), params, model.abstract_parameters())
+        if arrays := checksum.not_finite(params):
+            raise NoneGood(f"checkpoint {step_path(folder, step)}: its weights are not finite (NaN or infinity in "
+                           f"{arrays[0]}, {len(arrays)} of {len(checksum.flat(params))} arrays). The training that "
+                           "saved them diverged. Name an earlier step (DIR/checkpoints/STEP).")
+        return model, params, record
 
     return _newest_good(typed, load)
 

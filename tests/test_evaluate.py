@@ -195,6 +195,20 @@ def test_a_damaged_table_is_set_aside_and_written_anew(folder, logs, content, ca
         assert any("evaluation.json is damaged" in message for message in caplog.messages), caplog.messages
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"5", b'{"metrics": {"eval/nats_per_pixel": 1.0}, "crc32": 1}'])
+def test_damaged_figures_beside_a_step_do_not_condemn_it(folder, logs, content, tmp_path, caplog):
+    """Those of an evaluation that came after the step was saved; `verify` tells of them.
+
+    Seen to fail with the step taken for damaged, which then goes to quarantine.
+    """
+    step = shutil.copytree(folder / "run" / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
+    (step / "evaluation.json").write_bytes(content)
+    assert checkpoint.load_record(str(tmp_path)).steps_done == 8
+    assert ["Its figures are not used" in message for message in caplog.messages] == [True]
+    problem = checkpoint.verify(str(tmp_path / "checkpoints"), 8, sharding.make_mesh(MeshConfig()))["problem"]
+    assert "evaluation.json" in problem
+
+
 def test_a_loss_that_is_not_finite_is_a_row_like_any_other(folder, logs, monkeypatch, capsys):
     """Measured once, with surprise, and the same command again. Seen to fail with a TypeError over the table's null."""
     over_split = evaluation.over_split

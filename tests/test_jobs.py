@@ -16,7 +16,7 @@ from conftest import ROOT, run_job_command
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from igpt_jax import config, runtime
+from igpt_jax import config, evaluation, loop, runtime, steps
 
 STEPS = 12
 TINY = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16", "--config.model.heads=2",
@@ -252,6 +252,68 @@ def test_results_of_something_else_are_not_replaced(tmp_path, capsys):
     (tmp_path / "result.json").write_text('{"score": 1}')
     assert run_here(tmp_path) == 2
     assert (tmp_path / "result.json").read_text() == '{"score": 1}' and "not a job's" in capsys.readouterr().err
+
+
+def train_with_bad_rates(monkeypatch, store, workdir, bad_steps, **more):
+    """Trains 24 steps in this process; the learning rate of the updates that make `bad_steps` is infinite."""
+    rate = steps.learning_rate
+    monkeypatch.setattr(steps, "learning_rate", lambda config, step, *rest: jax.numpy.where(
+        jax.numpy.isin(step + 1, np.asarray(bad_steps)), np.inf, rate(config, step, *rest)))
+    given = config.base_config("pretrain", "model=igpt_tiny,steps=24,batch_size=8,precision=float32")
+    given.model.update(layers=1, embed=8, heads=1)
+    given.update({"checkpoint_every_steps": 4, "keep_newest": 1, "max_skipped_updates": 6, **more})
+    given.data.store, given.optimizer.warmup_steps = str(store), 2
+    loop.train(config.parse("pretrain", given), str(workdir))
+
+
+def saved(workdir):
+    return sorted(int(step.name) for step in (workdir / "checkpoints").iterdir())
+
+
+def test_what_is_due_amid_skipped_updates_waits_for_an_accepted_one(monkeypatch, store, tmp_path):
+    """Steps 7 to 10 are skipped: the checkpoint and the evaluation of step 8 come after step 11. Of a named step, 15,
+    they do not wait.
+
+    Seen to fail with step 8 saved, and evaluated without being saved.
+    """
+    train_with_bad_rates(monkeypatch, store, tmp_path, [7, 8, 9, 10, 15], eval_every_steps=8, keep_newest=9,
+                         keep_steps=(15,))
+    assert saved(tmp_path) == [4, 11, 12, 15, 16, 20, 24]
+    evaluated = [step for step, name in losses(tmp_path) if name == "eval/nats_per_pixel"]
+    assert evaluated == [11, 16, 24]
+    assert all(np.isfinite(leaf).all() for leaf in arrays(tmp_path, 15).values())
+
+
+@pytest.mark.parametrize("bad_from, kept, said", [(1, [], "No checkpoint was saved before"),
+                                                  (10, [8], "The newest checkpoint, step 8, is good")])
+def test_a_run_that_diverges_keeps_its_good_steps(monkeypatch, store, tmp_path, bad_from, kept, said):
+    """Seen to fail with steps of skipped updates saved, for which the good ones were removed."""
+    with pytest.raises(runtime.Diverged, match=said):
+        train_with_bad_rates(monkeypatch, store, tmp_path, range(bad_from, 99), eval_every_steps=0)
+    assert saved(tmp_path) == kept
+
+
+def test_an_evaluation_that_is_not_finite_removes_nothing(monkeypatch, store, tmp_path):
+    """And is never the best. Seen to fail with NaN noted, which no other figure exceeds."""
+    make_measure = evaluation.make_measure
+    monkeypatch.setattr(evaluation, "make_measure", lambda *given: lambda params, *rest: {
+        name: value * np.nan for name, value in make_measure(*given)(params, *rest).items()})
+    train_with_bad_rates(monkeypatch, store, tmp_path, [], eval_every_steps=12)
+    assert saved(tmp_path) == [20, 24]
+
+
+def test_a_run_past_its_end_says_that_it_is_finished(monkeypatch, store, tmp_path, capsys):
+    """Seen to fail with "goes on from step 24 of 8"."""
+    more = {"optimizer": {"schedule": "constant"}, "eval_every_steps": 0}
+    given = config.base_config("pretrain", "model=igpt_tiny,steps=4,batch_size=8,precision=float32")
+    given.model.update(layers=1, embed=8, heads=1)
+    given.update(more)
+    given.data.store, given.optimizer.warmup_steps = str(store), 2
+    for steps_wanted in (4, 2):
+        given.steps = steps_wanted
+        loop.train(config.parse("pretrain", given), str(tmp_path))
+    told = capsys.readouterr().err
+    assert "already finished: the newest checkpoint is of step 4; steps=2" in told and "goes on" not in told
 
 
 @pytest.mark.parametrize("name, value", [
