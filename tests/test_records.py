@@ -30,6 +30,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
 def encoded(image, kind, **options):
     data = io.BytesIO()
     image.save(data, kind, **options)
+    data.seek(0)
     return data
 
 rng = np.random.default_rng(0)

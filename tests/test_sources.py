@@ -125,10 +125,11 @@ def test_tar_labels_in_json(tmp_path, labels, wanted):
 
 def test_tar_labels_in_cls(tmp_path):
     """Upper case too. Seen to fail with JSON's numbers (007)."""
-    write_tar(tmp_path / "a.tar", [("1.JPG", png(1)), ("1.CLS", b"007"), ("2.png", png(2)),
+    write_tar(tmp_path / "a.tar", [("1.JPG", png(1)), ("1.CLS", b"007"), ("README", b""), ("2.png", png(2)),
                                    ("2.cls", b"\xef\xbb\xbf1\r\n"), ("3.png", png(3)), ("3.cls", b"-1"),
                                    ("4.png", png(4)), ("4.cls", b"\xc2\xb2")])
     assert [label for _, label, _ in given(f"tar:{tmp_path}/a.tar")] == [7, 1, None, None]
+    assert sources.open_source(f"tar:{tmp_path}/a.tar", 8, 0).skipped == {"no ending": 1}
 
 
 @pytest.mark.parametrize("name", ["tar", "npz"])

@@ -71,6 +71,8 @@ def read(file: epath.Path) -> bytes:
                 raise Unusable("not a regular file")
             if status.st_size > MAX_BYTES:
                 raise Unusable(TOO_LARGE)
+            if not status.st_size:  # so says /proc of all its files, some of which wait as pipes do
+                return b""
         return file.read_bytes()
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror or error}") from None

@@ -18,7 +18,7 @@ import tensorflow as tf
 from igpt_jax.config import UserError, nearest
 from igpt_jax.data import augment, images, order
 from igpt_jax.data.order import Component
-from igpt_jax.data.sources.tfds import class_names_of, keys_of, open_builder
+from igpt_jax.data.sources.tfds import class_names_of, keys_of, open_builder, unreadable
 
 
 class Records:
@@ -89,7 +89,7 @@ class RecordSplit:
                 raise UserError(f"{builder.info.full_name}: its files hold {len(source):,} records, and its record "
                                 f"says {ids[-1] + 1:,} or more. Prepare it again in TFDS.")
         self._starts = np.cumsum([0, *(len(ids) for _, ids in rows)])
-        self._names, self._path = [own for own, _ in rows], f"tfds:{builder.info.full_name}"
+        self._names, self._path = [own for own, _ in rows], builder.info.full_name
         contents = [builder.info.full_name, [[own, hashlib.sha256(ids.tobytes()).hexdigest()] for own, ids in rows],
                     [[split.name, split.shard_lengths, split.num_bytes] for split in builder.info.splits.values()],
                     images.RESIZE_RULE]
@@ -108,10 +108,8 @@ class RecordSplit:
                 records = source.__getitems__(wanted)
                 for at, row, record in zip(place, wanted, records, strict=True):
                     found[at] = f"{self._names[i]}[{row}]", tf.train.Example.FromString(record).features
-            except Exception as error:  # the readers raise what they like on damaged files
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UserError(f"{self._path}: {self._names[i]}{wanted} cannot be read ({reason}). Restore the data "
-                                "set from a copy, or prepare it again in TFDS.") from None
+            except Exception as error:
+                raise unreadable(f"{self._path}: {self._names[i]}{wanted}", error) from None
         return found
 
     def pictures(self, ids: np.ndarray) -> list[tuple[str, bytes]]:
@@ -129,8 +127,8 @@ class RecordSplit:
             try:
                 return images.decode(picture[1], self.image_size, window)
             except images.Unusable as reason:
-                raise UserError(f"{self._path}: {picture[0]}: {reason}. Leave it out when you build the data set in "
-                                "TFDS, or run prepare, which sets such pictures aside.") from None
+                raise UserError(f"tfds:{self._path}: {picture[0]}: {reason}. Leave it out when you build the data "
+                                "set in TFDS, or run prepare, which sets such pictures aside.") from None
 
         draws = [None] * len(ids) if draws_B3 is None else draws_B3
         return np.stack(list(self._threads.map(one, self.pictures(ids), draws)))

@@ -119,7 +119,8 @@ class Tar(Source):
             found[f"{member.name} {len(found)}"] = _Sample(file, member.name, None, None, problem)
             return
         if base.startswith(".") or suffix not in (*images.SUFFIXES, *LABEL_SUFFIXES):
-            self._skipped[suffix if stem else "hidden"] += 1
+            kind = "hidden" if not stem else "no ending" if suffix == "." else suffix
+            self._skipped[kind] += 1
             return
         place = member.offset_data, member.size
         sample = found.setdefault(key, _Sample(file, key, None, None))

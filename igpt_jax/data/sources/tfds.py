@@ -37,6 +37,12 @@ class Tfds(Source):
             yield Item(f"{self._split}[{i}]", None if label == -1 else label, example[self._image])
 
     def _examples(self, mine: range) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._read(mine)
+        except Exception as error:
+            raise unreadable(f"{self._builder.info.full_name}: {self._split}", error) from None
+
+    def _read(self, mine: range) -> Iterator[dict[str, Any]]:
         import tensorflow_datasets as tfds
 
         decoders = {self._image: tfds.decode.SkipDecoding()}
@@ -49,6 +55,13 @@ class Tfds(Source):
         in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         dataset = self._builder.as_dataset(split=rows, decoders=decoders, shuffle_files=False, read_config=in_order)
         yield from dataset.as_numpy_iterator()
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """One line for the errors of TFDS's readers, which raise what they like on damaged files."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(f"tfds:{name} cannot be read ({reason}). Restore the data set from a copy, or prepare it again in "
+                     "TFDS.")
 
 
 def open_builder(argument: str) -> tuple[Any, str]:
