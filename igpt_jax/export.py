@@ -37,17 +37,47 @@ import numpy as np
 from jax import export
 
 here = pathlib.Path(__file__).parent
-sampler = export.deserialize(bytearray((here / "sampler.jax").read_bytes()))
-with np.load(here / "weights.npz") as file:
-    weights = dict(file)
-palette = np.load(here / "palette.npy")
-count, out = int(sys.argv[1]), sys.argv[2]
+
+
+def stop(why):
+    print(f"run.py: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read(name, how):
+    try:
+        return how(here / name)
+    except Exception as error:
+        stop(f"{here / name} cannot be read ({' '.join(str(error).split())[:200]}). Export it again.")
+
+
+def arrays(file):
+    with np.load(file) as given:
+        return dict(given)
+
+
+if len(sys.argv) != 3 or not sys.argv[1].isdecimal() or not int(sys.argv[1]):
+    stop("give the number of pictures, 1 or more, and a file: python run.py 8 drawn.npz")
+count, out = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+if out.is_dir() or not out.absolute().parent.is_dir():
+    stop(f"{out} cannot be written: name a file in a folder that exists.")
+sampler = read("sampler.jax", lambda file: export.deserialize(bytearray(file.read_bytes())))
+weights = read("weights.npz", arrays)
+palette = read("palette.npy", np.load)
 given_pixels = sampler.in_avals[-2].shape[1]
-given = np.zeros((count, given_pixels), np.int32)  # yours: indices of the nearest palette colours, row by row
-tokens = np.asarray(jax.jit(sampler.call)(weights, given, np.arange(count, dtype=np.uint32)))
+try:
+    given = np.zeros((count, given_pixels), np.int32)  # yours: indices of the nearest palette colours, row by row
+    tokens = np.asarray(jax.jit(sampler.call)(weights, given, np.arange(count, dtype=np.uint32)))
+except Exception as error:  # another platform, files of two exports, no memory for so many
+    stop(f"the sampler, made for {', '.join(sampler.platforms)}, fails: {' '.join(str(error).split())[:300]}")
+if (tokens < 0).any():
+    stop("the logits are not finite. Export another checkpoint.")
 side = round(tokens.shape[1] ** 0.5)
 images = np.rint(127.5 * (palette[tokens] + 1)).astype(np.uint8).reshape(count, side, side, 3)
-np.savez(out, tokens=tokens, images=images)
+try:
+    np.savez(out, tokens=tokens, images=images)
+except OSError as error:
+    stop(f"{out} cannot be written: {error.strerror or error}.")
 '''
 
 

@@ -1,23 +1,47 @@
-"""Where convert writes, what it replaces there and what it never touches; weights that are not finite."""
+"""Where convert writes, what it replaces there and what it never touches; weights that are not finite; run.py."""
 
 import importlib.metadata
 import json
 import os
 import pathlib
+import runpy
+import shutil
+import sys
 import types
 
 import numpy as np
 import pytest
-from test_weights import change, float32, make_huggingface, make_palette, original, run  # noqa: F401 (fixtures)
+from test_weights import change, float32, make_palette, run  # noqa: F401 (a fixture for all tests)
 
 from igpt_jax import checkpoint, sharding
-from igpt_jax.config import EvaluateConfig, MeshConfig, SampleConfig, UserError
+from igpt_jax.config import EvaluateConfig, ExportConfig, MeshConfig, SampleConfig, UserError
 from igpt_jax.jobs import convert, evaluate, sample
 from igpt_jax.runtime import Ended
-from igpt_jax.weights import certificate, open_weights, ours
+from igpt_jax.weights import huggingface, names, open_weights, ours
 
 KINDS = ("huggingface", "openai", "orbax")
 ENTRY = {"huggingface": "config.json", "openai": "model.index", "orbax": "checkpoints/0/_CHECKPOINT_METADATA"}
+
+
+def make_folder(folder):
+    """A Hugging Face folder of a random model of 5x5 pixels and 13 colors, made without torch."""
+    sizes, rng = {"L": 2, "D": 24, "N": 2, "H": 12, "F": 96, "V": 13, "T": 25}, np.random.default_rng(0)
+
+    def layers(name):
+        shape = [sizes[letter] for letter in name.rsplit("_", 1)[1]]
+        stacked = any(part.ours == name and tensor.stacked for tensor in names.OPENAI for part in tensor.parts)
+        return [(("norm" in name) + 0.3 * rng.normal(size=shape)).astype(np.float32)
+                for _ in range(sizes["L"] if stacked else 1)]
+
+    folder.mkdir(parents=True)
+    palette_VC = np.linspace(1, -1, 39, dtype=np.float32).reshape(13, 3)
+    huggingface.write(types.SimpleNamespace(sizes=sizes, layers=layers), folder, huggingface.PIXELS, palette_VC, 0.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("original") / "hf")
 
 
 @pytest.fixture
@@ -27,7 +51,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def converted(original, target, workdir="job", **more):  # noqa: F811
+def converted(original, target, workdir="job", **more):
     """Converts with hashes alone. Returns the certificate."""
     return run(pathlib.Path(workdir), f"huggingface:{original}", target, certificate="hashes", **more)[1]
 
@@ -41,7 +65,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_run_replaces_what_the_first_wrote(here, original, kind):  # noqa: F811
+def test_a_second_run_replaces_what_the_first_wrote(here, original, kind):
     """And nothing else; nothing of the making is left. Seen to fail with the target's folder removed."""
     first = converted(original, to(kind))
     before = content(here / "out")
@@ -59,7 +83,7 @@ def test_a_second_run_replaces_what_the_first_wrote(here, original, kind):  # no
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_words_from_another_folder_are_another_place(here, original, kind, monkeypatch):  # noqa: F811
+def test_the_same_words_from_another_folder_are_another_place(here, original, kind, monkeypatch):
     """One workdir, `out` typed in two current folders: the second `out` is not convert's. Seen to fail with the words
     that the user typed compared."""
     converted(original, to(kind), workdir=here / "job")
@@ -82,7 +106,7 @@ def test_the_same_words_from_another_folder_are_another_place(here, original, ki
     ("openai", "model.data-00000-of-00001", "has changed since"),
     ("openai", "model.data-00000-of-00007", "is already there"),
     ("orbax", ENTRY["orbax"], "has changed since"), ("orbax", "checkpoints/0/README.md", "was not written by convert")])
-def test_what_the_user_changed_or_put_in_its_way_stays(here, original, kind, name, what):  # noqa: F811
+def test_what_the_user_changed_or_put_in_its_way_stays(here, original, kind, name, what):
     """Seen to fail with files known by their names alone."""
     converted(original, to(kind))
     file = here / "out" / name
@@ -96,7 +120,7 @@ def test_what_the_user_changed_or_put_in_its_way_stays(here, original, kind, nam
 
 @pytest.mark.parametrize("kind, name", [("huggingface", "hfé"), ("huggingface", "a 'b\" c"), ("orbax", "ü"),
                                         ("openai", "é"), ("huggingface", "~")])
-def test_any_name_is_known_again(here, original, kind, name, monkeypatch):  # noqa: F811
+def test_any_name_is_known_again(here, original, kind, name, monkeypatch):
     """Seen to fail with the name compared as JSON writes it."""
     monkeypatch.setenv("HOME", str(here / "home"))
     for _ in range(2):
@@ -109,7 +133,7 @@ def test_any_name_is_known_again(here, original, kind, name, monkeypatch):  # no
     ("openai:file/x", "cannot be written"), ("openai:one", "one/m.index is already there"),
     ("huggingface:gs://bucket/x", "a local folder"), ("openai:gs://bucket/x", "local files"),
     ("orbax:half", "is in the way"), ("export:job", "is already there")])
-def test_places_that_cannot_be_used_are_refused_in_one_line(here, original, target, what):  # noqa: F811
+def test_places_that_cannot_be_used_are_refused_in_one_line(here, original, target, what):
     """Nothing is written or lost. `one` holds another checkpoint of OpenAI's, `half` another run's unfinished work."""
     for name in ("file", "one/m.index", "half/checkpoints/.0.unfinished/x", "job/config.json"):
         (here / name).parent.mkdir(exist_ok=True, parents=True)
@@ -121,7 +145,7 @@ def test_places_that_cannot_be_used_are_refused_in_one_line(here, original, targ
     assert content(here) == before
 
 
-def test_what_a_killed_run_left_is_taken_away(here, original, monkeypatch):  # noqa: F811
+def test_what_a_killed_run_left_is_taken_away(here, original, monkeypatch):
     """Killed while it wrote, and again while it moved the files. Seen to fail with no place in the certificate."""
     class Killed(BaseException):
         pass
@@ -157,7 +181,7 @@ def test_what_a_killed_run_left_is_taken_away(here, original, monkeypatch):  # n
 
 # Weights that are not finite.
 
-def spoiled(folder, original, name="transformer.h.1.mlp.c_fc.weight", value=np.nan):  # noqa: F811
+def spoiled(folder, original, name="transformer.h.1.mlp.c_fc.weight", value=np.nan):
     """A copy of the model with one bad element."""
     folder.mkdir()
     for file in original.iterdir():
@@ -166,7 +190,7 @@ def spoiled(folder, original, name="transformer.h.1.mlp.c_fc.weight", value=np.n
     return folder
 
 
-def spoiled_checkpoint(workdir, original, value):  # noqa: F811
+def spoiled_checkpoint(workdir, original, value):
     """Our checkpoint with one bad element, its checksums right: as a training that diverged would have saved it."""
     source = open_weights("huggingface", str(original))
     params = ours.parameters(source, lambda shape, name: np.empty(shape, np.float32))
@@ -177,7 +201,7 @@ def spoiled_checkpoint(workdir, original, value):  # noqa: F811
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["huggingface", "orbax"])
-def test_weights_that_are_not_finite_are_not_converted(here, original, kind, value):  # noqa: F811
+def test_weights_that_are_not_finite_are_not_converted(here, original, kind, value):
     """One line names the tensor; what an earlier run wrote is as it was, certificate too. Seen to fail without
     `finite`."""
     converted(original, "openai:out/model")
@@ -193,7 +217,7 @@ def test_weights_that_are_not_finite_are_not_converted(here, original, kind, val
     assert {name: data for name, data in content(here).items() if not name.startswith("bad")} == before
 
 
-def test_jobs_refuse_a_checkpoint_that_is_not_finite(here, original, capsys):  # noqa: F811
+def test_jobs_refuse_a_checkpoint_that_is_not_finite(here, original, capsys):
     """At the one place where all of them load a model; evaluate measures the others, and says which it did not. Seen
     to fail with a color drawn, and with figures that are NaN."""
     bad = spoiled_checkpoint(here / "bad", original, np.nan)
@@ -208,32 +232,33 @@ def test_jobs_refuse_a_checkpoint_that_is_not_finite(here, original, capsys):  #
     assert ended.value.metrics["checkpoints"] == 1 and "its weights are not finite" in capsys.readouterr().err
 
 
-def test_weights_that_overflow_are_told_from_wrong_ones(here, original):  # noqa: F811
+def test_weights_that_overflow_are_told_from_wrong_ones(here, original):
     """Finite weights whose logits are not: convert and sample say so. Seen to fail with "not the same model", and with
     pictures of color 0."""
     bad = spoiled(here / "bad", original, "lm_head.weight", 3e38)
     change(bad, lambda tensors: tensors["lm_head.weight"].__setitem__(slice(None), 3e38))
+    converted(bad, "openai:oa/model")
     with pytest.raises(UserError, match="so large that computing overflows"):
-        run(here / "job", f"huggingface:{bad}", "orbax:ours")
+        run(here / "again", "openai:oa/model", "orbax:ours", palette=make_palette(here / "p.npy", 13))
     with pytest.raises(UserError, match="its logits are not finite"):
         sample.run(SampleConfig(checkpoint="ours", count=1), "s")
 
 
 @pytest.mark.parametrize("version, told", [("5.17.0", True), ("5.20.2", True), ("5.21.0", False), ("5.16.1", False),
                                            ("4.57.6", False), ("6.0.0.dev0", False), ("odd", False)])
-def test_a_library_that_computes_wrongly_is_named(here, original, version, told, monkeypatch):  # noqa: F811
+def test_a_library_that_computes_wrongly_is_named(here, original, version, told, monkeypatch):
     """Where logits differ. Seen to fail with 5.21 among the wrong ones, whose `torch_float` is right."""
     known = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version",
                         lambda name: version if name == "transformers" else known(name))
-    monkeypatch.setattr(certificate, "LOGIT_LIMIT", -1)
+    monkeypatch.setattr(huggingface.HuggingFaceWeights, "outputs", lambda *_: {"pixels": np.zeros((2, 25, 13))})
     with pytest.raises(UserError) as caught:
         run(here / "job", f"huggingface:{original}", "orbax:ours")
-    assert ("pip install 'transformers>=5.21'" in str(caught.value)) == told
+    assert ("pip install 'transformers>=5.22'" in str(caught.value)) == told
     assert ("not the same model" in str(caught.value)) != told and len(str(caught.value).splitlines()) == 1
 
 
-def test_a_processor_without_clusters_needs_a_palette(here, original):  # noqa: F811
+def test_a_processor_without_clusters_needs_a_palette(here, original):
     """And one that cannot be used does not matter where a palette is given. Seen to fail with it always read."""
     for text, what in (("{}", "comes without its palette"), ("no JSON", "is not JSON"),
                        ('{"clusters": [[2]]}', "must be 13 colours")):
@@ -270,3 +295,40 @@ from igpt_jax.weights import openai
 openai._tensorflow()
 """, devices=1)
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("importing")] == order
+
+
+# Exported programs.
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    run(folder / "job", f"huggingface:{make_folder(folder / 'hf')}", f"export:{folder}/out",
+        export=ExportConfig(rows=4, platforms=("cpu",)))
+    return folder / "out"
+
+
+@pytest.mark.parametrize("arguments, what", [
+    ([], "number of pictures"), (["0", "x.npz"], "number of pictures"), (["-3", "x.npz"], "number of pictures"),
+    (["1.5", "x.npz"], "number of pictures"), (["1", "none/x.npz"], "x.npz cannot be written"),
+    (["1", "."], "cannot be written"), (["10" * 8, "x.npz"], "fails: "), (["1", "x.npz"], "sampler.jax cannot be read"),
+    (["1", "x.npz"], "weights.npz cannot be read"), (["1", "x.npz"], "palette.npy cannot be read"),
+    (["1", "x.npz"], "fails: "), (["1", "x.npz"], "logits are not finite")])
+def test_an_exported_program_tells_mistakes_in_one_line(exported, tmp_path, arguments, what, monkeypatch, capsys):
+    """And ends with code 2. Seen to fail with tracebacks."""
+    shutil.copytree(exported, tmp_path / "out")
+    for name in ("sampler.jax", "weights.npz", "palette.npy"):
+        if what.startswith(name):
+            (tmp_path / "out" / name).write_bytes(b"damaged")
+    if arguments == ["1", "x.npz"] and what in ("fails: ", "logits are not finite"):
+        with np.load(exported / "weights.npz") as file:
+            weights = {name: np.full_like(array, np.nan) for name, array in file.items()}
+        if what == "fails: ":
+            weights.pop("head_VD")
+        np.savez(tmp_path / "out" / "weights.npz", **weights)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(tmp_path / "out" / "run.py"))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said.splitlines()) == 1 and what in said
+    assert not list(tmp_path.glob("*.npz"))

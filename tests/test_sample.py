@@ -1,9 +1,12 @@
 """Completing pictures of a user's own, from a checkpoint alone."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
-from test_weights import make_huggingface, run
+from test_convert import make_folder
+from test_weights import run
 
 from igpt_jax import palette
 from igpt_jax.config import SampleConfig, SampleMeshConfig, UserError
@@ -14,7 +17,7 @@ from igpt_jax.jobs import sample
 def folder(tmp_path_factory):
     """A converted model of 5x5 pixels, and pictures: wide, tall, grey, too small and broken."""
     folder = tmp_path_factory.mktemp("sample")
-    make_huggingface(folder / "hf", "small", 0)
+    make_folder(folder / "hf")
     run(folder / "model", f"huggingface:{folder}/hf", "")
     pictures, rng = folder / "pictures", np.random.default_rng(0)
     pictures.mkdir()
@@ -64,6 +67,24 @@ def test_pictures_are_completed_below_the_rows_given(folder, capsys):
     _, more = complete(folder, "more", completions=3, count=1)
     np.testing.assert_array_equal(more["completions"][:, :2], made["completions"])
     assert more["samples"].shape == (1, 25)
+
+
+@pytest.mark.parametrize("pattern, names", [
+    ("*/1.png", ["a/1.png", "b/1.png", "c/1.png"]), ("a/*", ["1.png", "2.png"]), ("b", ["1.png"]),
+    ("*", ["a/1.png", "a/2.png", "b/1.png", "c/1.png"]), ("*/[13].png", ["a/1.png", "b/1.png", "c/1.png"])])
+def test_each_picture_is_completed_whatever_its_name(folder, tmp_path, pattern, names):
+    """Pictures of one name in several folders; the folder of a FIFO and of a folder named like a picture. Seen to fail
+    with pictures known by their names alone."""
+    for seed, name in enumerate(("a/1.png", "a/2.png", "b/1.png", "c/1.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    os.mkfifo(tmp_path / "b" / "2.png")
+    (tmp_path / "b" / "3.png").mkdir()
+    sample.run(SampleConfig(checkpoint=str(folder / "model"), images=f"{tmp_path}/{pattern}", rows=4, completions=1),
+               str(tmp_path / "s"))
+    with np.load(tmp_path / "s" / "samples.npz") as file:
+        assert file["names"].tolist() == names and len(np.unique(file["originals"], axis=0)) == len(names)
 
 
 @pytest.mark.parametrize("images, message", [

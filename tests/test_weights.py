@@ -47,9 +47,7 @@ def float32():
 
 def make_huggingface(folder, size, seed, kind="ImageGPTForCausalImageModeling", classes=7):
     """A model of transformers' own with random weights and gains, zero biases, and a palette beside it."""
-    import torch
-    import transformers
-
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
     transformers.utils.logging.disable_progress_bar()
     s = SIZES[size]
     config = transformers.ImageGPTConfig(
@@ -422,9 +420,7 @@ def test_a_model_trained_here_gives_the_same_loss_in_transformers(tmp_path):
 
     Seen to fail with transformers fed the pixels unshifted, as its image processor gives them.
     """
-    import torch
-    import transformers
-
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
     store, trained = tmp_path / "store", tmp_path / "trained"
     tiny = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=32",
             "--config.model.heads=2", "--config.steps=30", "--config.batch_size=32", "--config.precision=float32",

@@ -29,5 +29,5 @@ def fault_of_transformers(head_dim: int) -> str:
     if math.isqrt(head_dim) ** 2 == head_dim or not (5, 17) <= release < (5, 21):
         return ""
     return (f"transformers {version} divides attention scores by {math.isqrt(head_dim)} in place of the square root of "
-            f"the head dim {head_dim}, an error of its versions 5.17 to 5.20. Run `pip install 'transformers>=5.21'` "
+            f"the head dim {head_dim}, an error of its versions 5.17 to 5.20. Run `pip install 'transformers>=5.22'` "
             "and convert again")
