@@ -6,7 +6,7 @@
 # make transfer     the paper's transfer in small: pretrained on some images, probed on others; see launch/transfer.sh
 # make slurm        the SLURM files on a cluster of this machine; needs Debian's slurm-wlm and munge, and root
 # make scaling      compiles the table of docs/scaling.md; GPU cells with CUDA_PYTHON=..., see there
-# make faults       the fault tests alone; make faults-long: 200 kills and all the rest, an hour
+# make faults       the fault tests alone, with those of habits (names, environment, streams); make faults-long: 200 kills and all the rest, an hour
 # make wandb        the tests of Weights & Biases, with the real library, offline
 # make notebook     runs docs/igpt_jax.ipynb with few steps
 # make browser      the report page in headless Chromium

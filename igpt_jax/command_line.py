@@ -39,20 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process.tell(_job_help(job))
             return 0
         config, workdir = _parse(job, rest)
+        if job == "plan" and config.topology != "attached":  # leave this machine's accelerators to those who use them
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        # Nothing has begun while JAX is imported: no traceback, and the job can begin another time.
+        for number in process.stop_signals():
+            signal.signal(number, lambda number, frame: os._exit(75))
+        _import_jax()
     except UserError as error:
         process.tell(f"igpt_jax {job}: {error}", sys.stderr)
         return 2
-    if job == "plan" and config.topology != "attached":  # leave this machine's accelerators to those who use them
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Nothing has begun while JAX is imported: no traceback, and the job can begin another time.
-    for number in process.stop_signals():
-        signal.signal(number, lambda number, frame: os._exit(75))
-    from igpt_jax import runtime  # the first import of JAX
+    from igpt_jax import runtime
 
     code = runtime.run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
     if arguments is None:  # as a program, not called by one
         runtime.leave(code)
     return code
+
+
+def _import_jax() -> None:
+    """Raises UserError where JAX refuses one of its environment variables; it reads them when it is imported."""
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in sorted(os.environ.items()) if name.startswith("JAX_"))
+        raise UserError(f"JAX does not start: {_one_line(error)}. Correct or unset that variable: {given}") from None
 
 
 def _job_list() -> str:
@@ -145,7 +155,7 @@ def _load(job: str, typed: str) -> ConfigDict:
         return config
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"{file} line {line}" if line else file

@@ -28,7 +28,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES
 # JAX's defaults. Each has an environment variable, which would make a resumed run, or a sample, another one.
 PINNED = {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
           "jax_high_dynamic_range_gumbel": False, "jax_numpy_dtype_promotion": "standard",
-          "jax_numpy_rank_promotion": "allow"}
+          "jax_numpy_rank_promotion": "allow", "jax_disable_jit": False}
 GRACE_SECONDS = 1.0  # for the main thread to hear a signal
 STOPPING = "igpt_stopping"  # in the coordination service: a process ends before there is anything to save
 

@@ -203,7 +203,7 @@ def find_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS=cuda without its plugin
-        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0]
+        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
         if jax_distributed.global_state.client is not None and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", reason):
             raise PeerMissing(f"the devices of all processes cannot be connected: {reason}") from None
         asked = jax.config.jax_platforms

@@ -95,6 +95,13 @@ def test_a_missing_package_is_told_in_one_line(package, install, tmp_path):
     assert f"is not installed. Run: pip install {install}, or all that igpt_jax needs: pip install -e " in done.stderr
 
 
+@pytest.mark.parametrize("variable", ["JAX_ENABLE_X64", "JAX_DEFAULT_DEVICE", "JAX_DEFAULT_PRNG_IMPL"])
+def test_a_variable_that_jax_refuses_is_told_in_one_line(run_job, variable):
+    """Seen to fail with a plain import of JAX."""
+    done = run_job("verify", "--workdir=w", env={variable: "word"})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{variable}='word'" in done.stderr
+
+
 def test_only_a_package_that_is_not_there_is_missing():
     """A module of ours, or a part of a package that is installed, is a bug and keeps its traceback."""
     def told(name, cause=None):
@@ -153,6 +160,7 @@ def test_mistake_is_one_line(run_job, typed):
     ("unknown", "line 7: NameError"),
     ("return", "get_config() must return a ConfigDict"),
     ("if", "line 7: SyntaxError"),
+    ("raise SystemExit('enough')", "line 7: SystemExit: enough"),
 ])
 def test_mistake_in_a_config_file_names_its_line(run_job, tmp_path, line, says):
     file = tmp_path / "config.py"

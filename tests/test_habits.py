@@ -80,7 +80,8 @@ def test_names(folder, pretrain, name):
 
 @pytest.mark.parametrize("environment, code, says", [
     ({"MPLBACKEND": "module://matplotlib_inline.backend_inline", "JAX_DEFAULT_PRNG_IMPL": "rbg",
-      "JAX_THREEFRY_PARTITIONABLE": "0", "MATPLOTLIBRC": "{folder}/matplotlibrc"}, 0, "has no effect here"),
+      "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DISABLE_JIT": "1", "MATPLOTLIBRC": "{folder}/matplotlibrc"},
+     0, "has no effect here"),
     ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}, 0, ""),
     ({"JAX_PLATFORMS": "cuda"}, 2, "JAX cannot use this machine's devices"),
     ({"JAX_PLATFORMS": "foo"}, 2, "Unset JAX_PLATFORMS, which is 'foo'"),
