@@ -29,4 +29,4 @@ def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
             storage.publish(folder / "figures" / name, svg)
         storage.publish(folder / "report.html", page)
         telemetry.say(f"{folder / 'report.html'}: {len(found)} workdirs")
-    return {"workdirs": len(found), "bytes": len(page.encode())}
+    return {"workdirs": len(found), "bytes": len(storage.encoded(page))}
