@@ -169,6 +169,10 @@ class Checkpoints:
         """The best of the evaluated steps by held-out accuracy, without classes by loss; None where there is none."""
         return max(self._scores, key=self._scores.__getitem__, default=None)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation of a step gave finite figures."""
+        return step in self._scores
+
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Lets the figures of an evaluation count in the choice of the best step."""
         score = metrics.get("eval/accuracy", -metrics.get("eval/nats_per_pixel", math.nan))

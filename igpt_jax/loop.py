@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -285,20 +284,27 @@ def _report(step: int, measured: dict[str, jax.Array], config: PretrainConfig, m
     if in_a_row >= config.max_skipped_updates:
         checkpoints.wait()
         raise Diverged(f"{in_a_row} updates in a row up to step {step:,} were not finite or spiked, and were skipped. "
-                       + _way_on(checkpoints.steps, step - in_a_row))
+                       + _way_on(checkpoints, step - in_a_row))
     return in_a_row
 
 
-def _way_on(saved: Sequence[int], accepted: int) -> str:
-    """What to do after a divergence. All saved parameters are finite; since the step `accepted` no loss need be."""
-    lower = "with a lower optimizer.learning_rate or with optimizer.clip_norm"
+def _way_on(checkpoints: checkpoint.Checkpoints, accepted: int) -> str:
+    """What to do after a divergence whose last accepted update was that of step `accepted`.
+
+    All saved parameters are finite; those to which a later update was accepted, or which were evaluated, gave a finite
+    loss too.
+    """
+    saved, lower = checkpoints.steps, "with a lower optimizer.learning_rate or with optimizer.clip_norm"
     if not saved:
         return f"No checkpoint was saved before. Start in a new --workdir, {lower}."
-    *older, newest = saved
-    return (f"The newest checkpoint, step {newest:,}, is good: go on past these examples "
-            f"(--config.skip_divergence=True), or {lower}, named in --config.accept_changes." +
-            (f" Where that diverges at once, remove checkpoints/{newest}: step {older[-1]:,} is then used."
-             if older and newest >= accepted else ""))
+    newest, good = saved[-1], [step for step in saved if step < accepted or checkpoints.is_evaluated(step)]
+    on = f"go on past these examples (--config.skip_divergence=True), or {lower}, named in --config.accept_changes"
+    if newest in good:
+        return f"The newest checkpoint, step {newest:,}, is good: {on}."
+    other = (f"remove checkpoints/{newest}: step {good[-1]:,} is good" if good else
+             f"start in a new --workdir, {lower}")
+    return (f"Since the newest checkpoint, step {newest:,}, no loss was finite: {on}. Where that diverges at once, "
+            f"{other}.")
 
 
 # Disbelief: of the examples, of the devices, of the machine.

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import re
 import secrets
@@ -112,6 +113,7 @@ class TensorBoard:
             from tensorboardX import event_file_writer, record_writer, summary
             from tensorboardX.proto import event_pb2
 
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # a line for each NaN
         bucket = types.SimpleNamespace(open=_BucketFile, directory_check=lambda folder: None)
         for scheme in storage.SCHEMES:
             record_writer.register_writer_factory(scheme.removesuffix("://"), bucket)

@@ -284,12 +284,16 @@ def test_what_is_due_amid_skipped_updates_waits_for_an_accepted_one(monkeypatch,
     assert all(np.isfinite(leaf).all() for leaf in arrays(tmp_path, 15).values())
 
 
-@pytest.mark.parametrize("bad_from, kept, said", [(1, [], "No checkpoint was saved before"),
-                                                  (10, [8], "The newest checkpoint, step 8, is good")])
-def test_a_run_that_diverges_keeps_its_good_steps(monkeypatch, store, tmp_path, bad_from, kept, said):
+@pytest.mark.parametrize("bad_from, every, kept, said", [
+    (1, 0, [], "No checkpoint was saved before"), (10, 0, [4, 8], "The newest checkpoint, step 8, is good"),
+    (9, 0, [4, 8], "Since the newest checkpoint, step 8, no loss .* remove checkpoints/8: step 4 is good"),
+    (9, 8, [4, 8], "The newest checkpoint, step 8, is good"),
+    (5, 0, [4], "Since the newest checkpoint, step 4, no loss .* start in a new --workdir"),
+])
+def test_a_run_that_diverges_keeps_its_good_steps(monkeypatch, store, tmp_path, bad_from, every, kept, said):
     """Seen to fail with steps of skipped updates saved, for which the good ones were removed."""
     with pytest.raises(runtime.Diverged, match=said):
-        train_with_bad_rates(monkeypatch, store, tmp_path, range(bad_from, 99), eval_every_steps=0)
+        train_with_bad_rates(monkeypatch, store, tmp_path, range(bad_from, 99), eval_every_steps=every, keep_newest=2)
     assert saved(tmp_path) == kept
 
 
