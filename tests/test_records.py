@@ -155,6 +155,16 @@ for read in (lambda: split.read(np.arange(12)), lambda: split.labels(np.arange(1
         raise AssertionError("nothing was refused")
     except UserError as error:
         assert "Leave it out" in str(error) or "has no labels" in str(error), error
+
+import pathlib
+for file in pathlib.Path(path[5:]).glob("*array_record*"):
+    file.write_bytes(bytes(file.stat().st_size))
+for read in (lambda: split.read(np.array([3])), lambda: list(sources.open_source(path, 16, 0).items(0))):
+    try:
+        read()
+        raise AssertionError("nothing was refused")
+    except UserError as error:
+        assert "cannot be read (" in str(error) and "\\n" not in str(error), error
 """, devices=1)
 
 

@@ -109,7 +109,8 @@ class RecordSplit:
                 for at, row, record in zip(place, wanted, records, strict=True):
                     found[at] = f"{self._names[i]}[{row}]", tf.train.Example.FromString(record).features
             except Exception as error:
-                raise unreadable(f"{self._path}: {self._names[i]}{wanted}", error) from None
+                more = f" and {len(wanted) - 1:,} more" if len(wanted) > 1 else ""
+                raise unreadable(f"{self._path}: {self._names[i]}[{wanted[0]}]{more}", error) from None
         return found
 
     def pictures(self, ids: np.ndarray) -> list[tuple[str, bytes]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,8 @@ class Tfds(Source):
 
 def unreadable(name: str, error: Exception) -> UserError:
     """One line for the errors of TFDS's readers, which raise what they like on damaged files."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = re.sub(r"^\{\{.*\}\}|\[Op:.*\].*", "", str(error))  # TensorFlow's names of its own parts
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return UserError(f"tfds:{name} cannot be read ({reason}). Restore the data set from a copy, or prepare it again in "
                      "TFDS.")
 
