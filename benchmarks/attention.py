@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igpt_jax.attention import attention, backend_for
 from igpt_jax.config import ATTENTION_BACKENDS, UserError
+from igpt_jax.model.attention import attention, backend_for
 
 XLA = "jax.nn.dot_product_attention"
 

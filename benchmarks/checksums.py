@@ -26,20 +26,23 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from igpt_jax import checkpoint, checksum, model, sharding, steps
+    from igpt_jax import checkpoint
     from igpt_jax.config import base_config, parse
+    from igpt_jax.model.image_gpt import Model
+    from igpt_jax.parallel import checksums, sharding
+    from igpt_jax.training.steps import abstract_state, init_state
 
     # An igpt_s of as many layers as make the state, parameters and two moments in float32, as large as asked.
     layers = max(1, round(given.gib * 2**30 / (3 * 4 * 12 * 512**2)))
     config = parse("pretrain", base_config("pretrain", f"model=igpt_s,model.layers={layers},keep_newest=1"))
     mesh = sharding.make_mesh(config.mesh)
-    built = model.Model(config.model, 512, 8, config.precision, mesh)
-    abstract = steps.abstract_state(built, config, mesh)
+    built = Model(config.model, 512, 8, config.precision, mesh)
+    abstract = abstract_state(built, config, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = jax.jit(lambda key: steps.init_state(built, config, key), out_shardings=places)(jax.random.key(0))
+    state = jax.jit(lambda key: init_state(built, config, key), out_shardings=places)(jax.random.key(0))
     jax.block_until_ready(state)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    record = checkpoint.Record(config, np.zeros((512, 3), np.float32), 8, "none", 0)
+    record = checkpoint.Metadata(config, np.zeros((512, 3), np.float32), 8, "none", 0)
     took = {"checksums": [], "save, training held up": [], "save, whole": [], "restore and compare": []}
 
     def timed(name: str, run):
@@ -48,12 +51,12 @@ def main() -> None:
         took[name].append((time.perf_counter() - start, time.process_time() - cpu))
         return found
 
-    checksum.of_tree(state)  # compiles
+    checksums.of_tree(state)  # compiles
     folder = tempfile.mkdtemp()
     try:
         with checkpoint.Checkpoints(folder, config) as checkpoints:
             for step in range(1, given.rounds + 1):
-                timed("checksums", lambda: checksum.of_tree(state))
+                timed("checksums", lambda: checksums.of_tree(state))
 
                 def save(step: int = step):
                     timed("save, training held up",

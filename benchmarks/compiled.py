@@ -23,10 +23,10 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu looks for the machine
 
 import jax
 
-from igpt_jax import sharding, topology
 from igpt_jax.config import PlanConfig, base_config, parse, to_dict
-from igpt_jax.planner import compilation, flops, program, targets
-from igpt_jax.runtime import set_precision
+from igpt_jax.parallel import sharding, topology
+from igpt_jax.planner import compilation, flops, hlo, program, targets
+from igpt_jax.runtime.precision import set_precision
 
 COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while", "call")
 REARRANGES = ("transpose", "copy")
@@ -62,7 +62,7 @@ def evidence(config: PlanConfig) -> dict[str, Any]:
     state = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
                 for leaf in jax.tree.leaves(arguments[0]))
     moved = program.traffic(text, dict(mesh.shape))
-    module = program.parse(text)
+    module = hlo.parse(text)
     overlapped, waiting = overlap(module, dict(mesh.shape))
     counts, rearranged = instructions(module)
     return {"products": dict(products), "recomputed": flops.count(traced.jaxpr, model.causal) / saved,
@@ -76,11 +76,11 @@ def _without_remat(config: PlanConfig) -> dict[str, Any]:
     return {**values, "model": {**values["model"], "remat": "none"}}
 
 
-def instructions(module: dict[str, program.Computation]) -> tuple[dict[str, int], float]:
+def instructions(module: dict[str, hlo.Computation]) -> tuple[dict[str, int], float]:
     """How many instructions of each opcode run, those inside fusions and those that move next to nothing not counted;
     and the bytes that rearrangements move."""
     counts, moved = collections.Counter(), 0.0
-    for computation, instruction, times in program.executed(module, module["ENTRY"], 1.0):
+    for computation, instruction, times in hlo.executed(module, module["ENTRY"], 1.0):
         size = program.memory_bytes_of(module, computation, instruction)
         if size >= WORTH_COUNTING:
             counts[instruction.base] += round(times)
@@ -88,7 +88,7 @@ def instructions(module: dict[str, program.Computation]) -> tuple[dict[str, int]
     return dict(counts.most_common()), moved
 
 
-def overlap(module: dict[str, program.Computation], mesh_shape: dict[str, int]) -> tuple[float, float]:
+def overlap(module: dict[str, hlo.Computation], mesh_shape: dict[str, int]) -> tuple[float, float]:
     """Bytes sent by collectives with computation between their start and their end, and by all others."""
     sent = {True: 0.0, False: 0.0}
     for send in program.sends(module, mesh_shape):
@@ -96,7 +96,7 @@ def overlap(module: dict[str, program.Computation], mesh_shape: dict[str, int]) 
     return sent[True], sent[False]
 
 
-def _computes_until_done(computation: program.Computation, start: program.Instruction) -> bool:
+def _computes_until_done(computation: hlo.Computation, start: hlo.Instruction) -> bool:
     """Whether something is computed, in the order of the schedule, between a start and its done."""
     order = list(computation.values())
     for each in order[order.index(start) + 1:]:

@@ -26,9 +26,9 @@ import tensorflow_datasets as tfds
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
-from igpt_jax import data, palette
+from igpt_jax import data
 from igpt_jax.config import DataConfig, PrepareConfig
-from igpt_jax.data import pipeline
+from igpt_jax.data import palette, pipeline
 from igpt_jax.jobs import prepare
 
 ROUNDS, SECONDS = 3, 2.0
@@ -114,22 +114,23 @@ def rows(folder: str, store: str) -> dict[str, tuple[Callable[[], tuple[float, f
     records = data.open_data(DataConfig(store=f"tfds:{folder}/pictures/1.0.0"), 32).split("train+held_out")
     sharding = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
 
-    def streamed(given, recipe: str, batch_size: int) -> tuple[float, float]:
+    def streamed(given, augment: str, batch_size: int) -> tuple[float, float]:
         return rate(pipeline.batches(given, table, seed=0, batch_size=batch_size, start_step=0,
-                                     rows=slice(0, batch_size), prefetch=4, recipe=recipe), batch_size)
+                                     rows=slice(0, batch_size), prefetch=4, augment=augment), batch_size)
 
-    def resident(recipe: str) -> tuple[float, float]:
+    def resident(augment: str) -> tuple[float, float]:
         batches = data.train_batches(split, table, reader="resident", seed=0, batch_size=128, start_step=0,
-                                     sharding=sharding, prefetch=4, recipe=recipe)
+                                     sharding=sharding, prefetch=4, augment=augment)
         waited = iter(lambda: next(batches).tokens.block_until_ready(), None)
         return rate(waited, 128)
 
     size = split.image_size
-    found = {f"store {size}x{size}, tf.data, batches of {batch_size}, {recipe}":
-             (lambda recipe=recipe, batch_size=batch_size: streamed(split, recipe, batch_size), "")
-             for batch_size in (128, 512) for recipe in ("none", "cifar")}
-    found |= {f"store {size}x{size}, resident, batches of 128, {recipe}": (lambda recipe=recipe: resident(recipe), "")
-              for recipe in ("none", "cifar")}
+    found = {f"store {size}x{size}, tf.data, batches of {batch_size}, {augment}":
+             (lambda augment=augment, batch_size=batch_size: streamed(split, augment, batch_size), "")
+             for batch_size in (128, 512) for augment in ("none", "cifar")}
+    found |= {f"store {size}x{size}, resident, batches of 128, {augment}":
+                  (lambda augment=augment: resident(augment), "")
+              for augment in ("none", "cifar")}
     found["JPEG, tf.image decode alone"] = (lambda: rate(bare_decode(records, 64), 64), "")
     found["JPEG, read by index and tf.image decode"] = (lambda: rate(read_and_decode(records, 64), 64),
                                                         "JPEG, tf.image decode alone")

@@ -390,12 +390,16 @@ def damage(file: pathlib.Path, kind: str, rng: random.Random) -> bool:
 
 def files(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int) -> list[Tally]:
     """Each file of the newest checkpoint, damaged: never restored; the step before is used and the bad one moved."""
-    from igpt_jax import checkpoint, integrity, model, sharding, steps
+    from igpt_jax import checkpoint
+    from igpt_jax.model.image_gpt import Model
+    from igpt_jax.parallel import sharding
+    from igpt_jax.storage import hashes
+    from igpt_jax.training.steps import abstract_state
 
-    record = checkpoint.load_record(str(reference.workdir))
+    record = checkpoint.load_metadata(str(reference.workdir))
     config, mesh = record.config, sharding.make_mesh(record.config.mesh)
-    shape = model.Model(config.model, len(record.palette_VC), record.image_size, config.precision, mesh)
-    abstract = steps.abstract_state(shape, config, mesh)
+    shape = Model(config.model, len(record.palette_VC), record.image_size, config.precision, mesh)
+    abstract = abstract_state(shape, config, mesh)
     bits = {step: _bits(reference, step, abstract, record) for step in reference.checkpoints()[-2:]}
     older, newest = sorted(bits)
     tallies = []
@@ -415,7 +419,7 @@ def files(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int) 
                     state, stored = checkpoints.restore(abstract, record)
                 right = _equal(state, bits[stored.steps_done])
                 # Without SHA256SUMS, as a run that is killed leaves it, the arrays alone are compared.
-                unhashed = name == integrity.HASHES and not (copy / "quarantine").exists() and right
+                unhashed = name == hashes.HASHES and not (copy / "quarantine").exists() and right
                 tally.add(right and (stored.steps_done == older or unhashed), silent=int(not right),
                           without_fallback=int(stored.steps_done != older))
                 if not right or stored.steps_done != older and not unhashed:

@@ -15,7 +15,7 @@ import sys
 
 import matplotlib.figure
 
-from igpt_jax import telemetry
+from igpt_jax.metrics.logging import load_metrics
 
 NEW = ["--config.checkpoint=", "--config.model.name=igpt_tiny", "--config.optimizer.learning_rate=3e-3"]
 RUNS = {
@@ -42,7 +42,7 @@ def main() -> None:
                             f"--config.data.store={given.store}", f"--config.steps={given.steps}",
                             f"--config.batch_size={given.batch}", "--config.precision=float32",
                             f"--config.eval_every_steps={every}", "--config.log_every_steps=10", *more], check=True)
-        return json.loads((workdir / "result.json").read_text())["metrics"], telemetry.load_metrics(str(workdir))
+        return json.loads((workdir / "result.json").read_text())["metrics"], load_metrics(str(workdir))
 
     rows, curves, warmup = [], {}, f"--config.optimizer.warmup_steps={given.steps // 10}"
     for index, (label, more) in enumerate(RUNS.items()):

@@ -24,19 +24,19 @@ def device_for(on_gpu: bool) -> str:
 class PlainGPT(nn.Module):
     """What a good PyTorch GPT looks like: joined projections, scaled_dot_product_attention, no dropout, no biases."""
 
-    def __init__(self, layers: int, embed: int, heads: int, tokens: int, colours: int):
+    def __init__(self, layers: int, embed: int, heads: int, tokens: int, colors: int):
         super().__init__()
-        self.colours, self.places = nn.Embedding(colours + 1, embed), nn.Embedding(tokens, embed)
+        self.colors, self.places = nn.Embedding(colors + 1, embed), nn.Embedding(tokens, embed)
         self.blocks = nn.ModuleList(nn.ModuleDict({
             "norm1": nn.LayerNorm(embed, bias=False), "qkv": nn.Linear(embed, 3 * embed, bias=False),
             "out": nn.Linear(embed, embed, bias=False), "norm2": nn.LayerNorm(embed, bias=False),
             "up": nn.Linear(embed, 4 * embed, bias=False), "down": nn.Linear(4 * embed, embed, bias=False),
         }) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(embed, bias=False), nn.Linear(embed, colours, bias=False)
+        self.norm, self.head = nn.LayerNorm(embed, bias=False), nn.Linear(embed, colors, bias=False)
         self.heads = heads
 
     def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
-        x = self.colours(x_BT) + self.places.weight
+        x = self.colors(x_BT) + self.places.weight
         B, T, D = x.shape
         for block in self.blocks:
             q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2)
@@ -47,11 +47,11 @@ class PlainGPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def hugging_face(shape: ModelConfig, tokens: int, colours: int) -> nn.Module:
-    """transformers' ImageGPT, from indices to logits of the palette's colours."""
+def hugging_face(shape: ModelConfig, tokens: int, colors: int) -> nn.Module:
+    """transformers' ImageGPT, from indices to logits of the palette's colors."""
     import transformers
 
-    config = transformers.ImageGPTConfig(vocab_size=colours + 1, n_positions=tokens, n_embd=shape.embed,
+    config = transformers.ImageGPTConfig(vocab_size=colors + 1, n_positions=tokens, n_embd=shape.embed,
                                          n_layer=shape.layers, n_head=shape.heads, resid_pdrop=0.0, embd_pdrop=0.0,
                                          attn_pdrop=0.0, use_cache=False)
     model = transformers.ImageGPTForCausalImageModeling(config)
@@ -67,13 +67,13 @@ def hugging_face(shape: ModelConfig, tokens: int, colours: int) -> nn.Module:
     return Logits()
 
 
-def step(make: Callable[[], nn.Module], on_gpu: bool, rate: float, colours: int, tokens_BT: np.ndarray, bfloat16: bool,
+def step(make: Callable[[], nn.Module], on_gpu: bool, rate: float, colors: int, tokens_BT: np.ndarray, bfloat16: bool,
          compiled: bool) -> Candidate:
     device = device_for(on_gpu)
     model = make().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
     wanted = torch.tensor(tokens_BT, dtype=torch.long, device=device)
-    given = F.pad(wanted[:, :-1], (1, 0), value=colours)
+    given = F.pad(wanted[:, :-1], (1, 0), value=colors)
 
     def loss_of(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
@@ -108,18 +108,18 @@ def product(on_gpu: bool, side: int) -> Candidate:
     return Candidate(seconds)
 
 
-def candidates(shape: ModelConfig, on_gpu: bool, side: int, rate: float, colours: int, tokens_BT: np.ndarray
+def candidates(shape: ModelConfig, on_gpu: bool, side: int, rate: float, colors: int, tokens_BT: np.ndarray
                ) -> dict[str, Callable[[], Candidate]]:
     """What makes each, by name; `side` is that of the matrices."""
     tokens = tokens_BT.shape[1]
-    models = {"plain GPT": functools.partial(PlainGPT, shape.layers, shape.embed, shape.heads, tokens, colours)}
+    models = {"plain GPT": functools.partial(PlainGPT, shape.layers, shape.embed, shape.heads, tokens, colors)}
     if importlib.util.find_spec("transformers"):
-        models = {"Hugging Face": functools.partial(hugging_face, shape, tokens, colours), **models}
+        models = {"Hugging Face": functools.partial(hugging_face, shape, tokens, colors), **models}
     makers = {"torch's product": functools.partial(product, on_gpu, side)}
     for name, make in models.items():
         for bfloat16 in (True,) if on_gpu else (False, True):
             for compiled in (False, True):
                 kind = f"{'bfloat16 autocast' if bfloat16 else 'float32'}, {'compiled' if compiled else 'eager'}"
-                makers[f"{name}, {kind}"] = functools.partial(step, make, on_gpu, rate, colours, tokens_BT, bfloat16,
+                makers[f"{name}, {kind}"] = functools.partial(step, make, on_gpu, rate, colors, tokens_BT, bfloat16,
                                                               compiled)
     return makers

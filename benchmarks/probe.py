@@ -19,11 +19,12 @@ import jax
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from igpt_jax import linear_probe
-from igpt_jax.attention import attention
 from igpt_jax.config import ModelConfig
-from igpt_jax.features import make_feature_step
-from igpt_jax.model import Model, norm
+from igpt_jax.evaluation import linear_probe
+from igpt_jax.model.attention import attention
+from igpt_jax.model.features import make_feature_step
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.layers import norm
 
 
 def synthetic(examples: int, dims: int, classes: int, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,11 +21,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from igpt_jax import decode
 from igpt_jax.config import ModelConfig
-from igpt_jax.decode import Sampling, generate
-from igpt_jax.model import Dims, Model
-from igpt_jax.runtime import set_precision
+from igpt_jax.model import sampling
+from igpt_jax.model.dims import Dims
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.sampling import Sampling, generate
+from igpt_jax.runtime.precision import set_precision
 
 COLOURS = 512
 STEPS = 32  # in a row, for the cost of a step
@@ -85,10 +86,10 @@ def step_cost(model: Model, params: dict, batch: int, cached: int, cache: str) -
 
     def run(params):
         gpt = model.bind(params)
-        blocks = decode.unstacked(gpt)
+        blocks = sampling.unstacked(gpt)
 
         def step(i, carry):
-            logits_BV, caches = decode.decode_pixel(gpt, blocks, carry[0], cached - STEPS + i, carry[1])
+            logits_BV, caches = sampling.decode_pixel(gpt, blocks, carry[0], cached - STEPS + i, carry[1])
             return jnp.argmax(logits_BV, -1).astype(jnp.int32), caches
 
         caches = [(jnp.zeros((batch, d.N, cached, d.H), cache),) * 2 for _ in range(d.L)]
@@ -157,7 +158,7 @@ def main() -> None:
     figures["steps"] = []
     for pixels in map(int, filter(None, arguments.lengths.split(","))):
         model, params = make(round(pixels ** 0.5))
-        for end in decode.segments(0, pixels):
+        for end in sampling.segments(0, pixels):
             cost = step_cost(model, params, arguments.lengths_batch, end + 1, cache)
             gigabytes = step_bytes(model.dims, arguments.lengths_batch, end + 1, weight_bytes, cache_bytes) / 1e9
             figures["steps"].append({"pixels": pixels, "cached": end + 1, "seconds": cost, "gigabytes": gigabytes})

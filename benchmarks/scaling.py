@@ -19,13 +19,15 @@ import time
 
 from tqdm import tqdm
 
-from igpt_jax import storage, topology
+from igpt_jax import storage
 from igpt_jax.config import PlanConfig, UserError, base_config, parse
-from igpt_jax.planner import Evidence, search
+from igpt_jax.parallel import topology
+from igpt_jax.parallel.topology import GIB
+from igpt_jax.planner import search
 from igpt_jax.planner.answer import answer
 from igpt_jax.planner.estimate import estimate
+from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.verdicts import verdict_for
-from igpt_jax.topology import GIB
 
 MARKS = "<!-- tables: made by benchmarks/scaling.py -->", "<!-- end of the tables -->"
 DOCS = pathlib.Path(__file__).parent.parent / "docs"

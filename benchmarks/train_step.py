@@ -32,9 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from turns import Candidate, take_turns
 
-from igpt_jax import sharding, steps, telemetry, topology
 from igpt_jax.config import MODELS, MeshConfig, ModelConfig, OptimizerConfig, PretrainConfig
-from igpt_jax.model import Model
+from igpt_jax.model.flops import train_flops_per_image
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding, topology
+from igpt_jax.training.steps import abstract_state, init_state, jit_train_step
 
 COLOURS, RATE = 512, 1e-3
 
@@ -65,10 +67,10 @@ def ours(shape: ModelConfig, side: int, batch: int, axis: str, precision: str, d
     model = Model(config.model, COLOURS, side, precision, mesh)
     key = jax.random.key(0)
     with jax.set_mesh(mesh):
-        places = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract_state(model, config, mesh))
-        state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(key)
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
+        state = jax.jit(lambda key: init_state(model, config, key), out_shardings=places)(key)
         tokens = jax.device_put(tokens_BT, sharding.batch_sharding(mesh))
-        step = steps.jit_train_step(model, config, mesh, 1).lower(state, tokens, key).compile()
+        step = jit_train_step(model, config, mesh, 1).lower(state, tokens, key).compile()
 
     def seconds() -> float:
         nonlocal state
@@ -138,7 +140,7 @@ def main() -> int:
         layers, embed, heads = map(int, arguments.model.split("x"))
         shape = ModelConfig("igpt_tiny", layers=layers, embed=embed, heads=heads, **choices)
     T = arguments.side**2
-    flops = arguments.batch * telemetry.train_flops_per_image(shape.layers, shape.embed, shape.mlp, COLOURS, T)
+    flops = arguments.batch * train_flops_per_image(shape.layers, shape.embed, shape.mlp, COLOURS, T)
 
     makers = candidates(shape, arguments.side, arguments.batch, arguments.axis)
     chosen = {name: make for name, make in makers.items() if re.search(arguments.only, name)}

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from igpt_jax import process, storage
-from igpt_jax.config import JOBS, UserError, base_config, keys, nearest, parse
+from igpt_jax.config import JOBS, UserError, aliases, base_config, keys, nearest, parse, plain
 
 PROCESS_FLAGS = {
     "coordinator": "of several processes: HOST:PORT where process 0 listens; launchers that are known need no flags",
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process.tell(_job_help(job))
             return 0
         config, workdir = _parse(job, rest)
+        # TensorFlow reads files here and computes nothing. Where it may use oneDNN, it prints four lines when imported.
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         if job == "plan" and config.topology != "attached":  # leave this machine's accelerators to those who use them
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         # Nothing has begun while JAX is imported: no traceback, and the job can begin another time.
@@ -48,11 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         process.tell(f"igpt_jax {job}: {error}", sys.stderr)
         return 2
-    from igpt_jax import runtime
+    from igpt_jax.runtime.job import run_job
+    from igpt_jax.runtime.signals import leave
 
-    code = runtime.run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
+    code = run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
     if arguments is None:  # as a program, not called by one
-        runtime.leave(code)
+        leave(code)
     return code
 
 
@@ -112,7 +115,9 @@ def _override(job: str, config: ConfigDict, rest: list[str]) -> None:
         if not flag[1].startswith("config."):
             raise UserError(f"flag {flag[0]!r} is not known. Flags: --config, --workdir, --config.key=value, "
                             f"{', '.join(f'--{name}' for name in PROCESS_FLAGS)}.")
-        if (name := flag[1].removeprefix("config.")) not in known:
+        if (name := flag[1].removeprefix("config.")) in (former := aliases(job)):
+            process.tell(f"igpt_jax {job}: config key {name!r} is now called {former[name]!r}.", sys.stderr)
+        elif name not in known:
             group = [key for key in known if key.startswith(f"{name}.")]
             hint = f"is a group. Set {' or '.join(group)}." if group else f"is not known. {nearest(name, known)}"
             raise UserError(f"config key {name!r} {hint}")
@@ -151,7 +156,7 @@ def _load(job: str, typed: str) -> ConfigDict:
             raise UserError(f"get_config() must return a ConfigDict, not {type(given).__name__}")
         parse(job, {"job": given.get("job", job)})  # another job's config: say that, not that its keys are unknown
         config = base_config(job)
-        config.update(given)
+        config.update(plain(job, given))
         return config
     except UserError as error:
         raise UserError(f"{file}: {error}") from None

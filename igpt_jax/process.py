@@ -60,7 +60,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
     while error.name is None and isinstance(error.__cause__, ModuleNotFoundError):  # JAX says it in its own words
         error = error.__cause__
     name = (error.name or "").split(".")[0]
-    if name in ("", __package__) or getattr(sys.modules.get(name), "__file__", None) or _installed(name):
+    if name in ("", "igpt_jax") or getattr(sys.modules.get(name), "__file__", None) or _installed(name):
         return ""
     clone = pathlib.Path(__file__).parent.parent
     everything = f", or all that igpt_jax needs: pip install -e {clone}" if (clone / "setup.cfg").exists() else ""

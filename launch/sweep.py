@@ -15,7 +15,7 @@ from igpt_jax.config import UserError
 NATS = "eval/nats_per_pixel"
 
 
-def row(workdir: storage.epath.Path) -> dict:
+def row(workdir: storage.Path) -> dict:
     """One rate: what it is, how its training ended, and its held-out loss, infinite where there is none."""
     config = json.loads(storage.read(workdir / "config.json"))
     file = workdir / "result.json"

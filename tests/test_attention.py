@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpt_jax import sharding
-from igpt_jax.attention import attention, backend_for, context, splash
 from igpt_jax.config import UserError
+from igpt_jax.model.attention import attention, backend_for, context, splash
+from igpt_jax.parallel import sharding
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -45,9 +45,9 @@ def test_scores_and_softmax_are_float32_under_bfloat16(backend):
 
 ON_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
-from igpt_jax import sharding
-from igpt_jax.attention import attention, splash
-from igpt_jax.attention.reference import reference
+from igpt_jax.parallel import sharding
+from igpt_jax.model.attention import attention, splash
+from igpt_jax.model.attention.reference import reference
 from igpt_jax.config import MeshConfig
 
 def check(run, mesh_config, B, T, N, H, dtype, causal, tolerance):
@@ -121,7 +121,7 @@ def test_a_step_on_two_devices_compiles(python):
     """
     python("""
 import jax
-from igpt_jax import sharding
+from igpt_jax.parallel import sharding
 from igpt_jax.config import base_config, parse
 from igpt_jax.planner import compilation
 
@@ -177,11 +177,11 @@ def test_the_back_end_is_chosen_or_refused():
     assert backend_for("auto", "gpu", "float32", 1024, 64) == "reference"
     assert backend_for("auto", "gpu", "bfloat16", 1024, 64, context=2) == "blocked"
     assert backend_for("auto", "tpu", "bfloat16", 144, 64) == "reference"
-    for backend, platform, precision, tokens, context_parts, message in (
+    for backend, platform, precision, tokens, context_shards, message in (
             ("cudnn", "cpu", "bfloat16", 1024, 1, "cudnn does not run on cpu. Choose one of: auto, reference, bl"),
             ("cudnn", "gpu", "float32", 1024, 1, "does not compute in precision=float32"),
             ("cudnn", "gpu", "bfloat16", 1024, 2, "does not split sequences"),
             ("splash", "tpu", "bfloat16", 1024, 16, "multiples of 128 tokens on each device, not 64"),
             ("flash", "gpu", "bfloat16", 1024, 1, "'flash' is not known")):
         with pytest.raises(UserError, match=message):
-            backend_for(backend, platform, precision, tokens, 64, context_parts)
+            backend_for(backend, platform, precision, tokens, 64, context_shards)

@@ -1,13 +1,15 @@
 """Crops and mirrors: against NumPy's padding, and the same for readers, hosts and resumed runs."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from igpt_jax import data, palette, storage
+from igpt_jax import data, storage
 from igpt_jax.config import DataConfig, UserError
-from igpt_jax.data import augment, order, pipeline, resident, store
+from igpt_jax.data import augmentation, order, palette, pipeline, resident, store
 
 PALETTE_VC = np.random.default_rng(0).uniform(-1, 1, (12, 3)).astype(np.float32)
 FIELDS = {"source": "test", "resize": "none", "seed": 0, "held_out": {}, "config": {}}
@@ -30,7 +32,7 @@ def test_crop_and_mirror_against_numpy():
     """Reflect-pad by 4, one of 81 crops, mirrored or not; all of them occur. Seen to fail with edge padding, and with
     mirrors left out."""
     image = np.arange(256).reshape(16, 16)
-    rows, columns = augment.crop_and_mirror(5, np.arange(4000), 16)
+    rows, columns = augmentation.crop_and_mirror(5, np.arange(4000), 16)
 
     def crops(image):
         padded = np.pad(image, 4, mode="reflect")
@@ -47,9 +49,9 @@ def batches_of(split, table, **options):
                                                "prefetch": 2, **options})
 
 
-@pytest.mark.parametrize("recipe", ["none", "cifar"])
+@pytest.mark.parametrize("augment", ["none", "cifar"])
 @pytest.mark.parametrize("reader", ["resident", "tfdata"])
-def test_readers_hosts_and_resumes_agree(tmp_path, table, recipe, reader):
+def test_readers_hosts_and_resumes_agree(tmp_path, table, augment, reader):
     """A mixture of two stores in blocks, in windows: each batch against NumPy, from the start and from the middle, and
     on 1, 2, 4 and 8 simulated hosts; digests of epochs agree. Seen to fail with positions counted from the
     host's first row, in either reader."""
@@ -60,14 +62,14 @@ def test_readers_hosts_and_resumes_agree(tmp_path, table, recipe, reader):
 
     def expected(step):
         ids = order.batch(3, step, 16, split.components, 2)
-        if recipe == "none":
+        if augment == "none":
             return ids, tokens[ids].reshape(16, -1)
-        rows, columns = augment.crop_and_mirror(3, step * 16 + np.arange(16), 8)
+        rows, columns = augmentation.crop_and_mirror(3, step * 16 + np.arange(16), 8)
         return ids, np.stack([tokens[i][r][:, c] for i, r, c in zip(ids, rows, columns, strict=True)]).reshape(16, -1)
 
     digests = []
     for start in (0, 5):
-        batches = batches_of(split, table, reader=reader, recipe=recipe, window=2, start_step=start)
+        batches = batches_of(split, table, reader=reader, augment=augment, window=2, start_step=start)
         for step in range(start, 12):
             batch = next(batches)
             ids, wanted = expected(step)
@@ -81,7 +83,7 @@ def test_readers_hosts_and_resumes_agree(tmp_path, table, recipe, reader):
         parts = []
         for host in range(hosts):
             rows = slice(host * 16 // hosts, (host + 1) * 16 // hosts)
-            reading = module.batches(split, table, seed=3, batch_size=16, start_step=7, rows=rows, recipe=recipe,
+            reading = module.batches(split, table, seed=3, batch_size=16, start_step=7, rows=rows, augment=augment,
                                      window=2, **ahead)
             parts.append(next(reading)[1])
             reading.close()
@@ -98,9 +100,9 @@ def test_what_does_not_go_together(tmp_path, table):
                              ({"store": f"{tmp_path}/a", "augment": "flip"}, "not known")):
         with pytest.raises(UserError, match=message):
             data.open_data(DataConfig(**options))
-    for name, recipe, message in (("a", "imagenet", "whole pictures"), ("tiny", "cifar", "too small")):
+    for name, augment, message in (("a", "imagenet", "whole pictures"), ("tiny", "cifar", "too small")):
         with pytest.raises(UserError, match=message):
-            batches_of(store.Store.open(tmp_path / name).split("train"), table, reader="tfdata", recipe=recipe)
+            batches_of(store.Store.open(tmp_path / name).split("train"), table, reader="tfdata", augment=augment)
 
 
 def test_waiting_is_measured(tmp_path, table, monkeypatch):
@@ -108,7 +110,7 @@ def test_waiting_is_measured(tmp_path, table, monkeypatch):
     write(tmp_path, 30, 1)
     batches = batches_of(store.Store.open(tmp_path).split("train"), table, reader="resident")
     clock = [0.0]
-    monkeypatch.setattr(data.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     batches.metrics()
 
     def slow():

@@ -121,7 +121,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(bucket, tmp_path, run
         nats += result["metrics"]["nats_per_pixel"].values()
     assert nats[0] == nats[1] < 2.5
 
-    staged = f"from igpt_jax.data.stage import stage; print(stage('{url}/store', '{tmp_path}/here'))"
+    staged = f"from igpt_jax.data.staging import stage; print(stage('{url}/store', '{tmp_path}/here'))"
     where = run_job(script=staged, env=env).stdout.strip()
     assert where.startswith(str(tmp_path / "here"))
     with open(f"{where}/manifest.json") as one, open(tmp_path / "store" / "manifest.json") as other:

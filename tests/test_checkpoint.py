@@ -7,15 +7,22 @@ import os
 import pathlib
 import random
 import shutil
+import time
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
-from igpt_jax import arrivals, checkpoint, integrity, sharding, steps
+from igpt_jax import checkpoint
+from igpt_jax.checkpoint import watching
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.jobs import verify
-from igpt_jax.model import Model
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding
+from igpt_jax.runtime.exits import Unsaved
+from igpt_jax.storage import hashes
+from igpt_jax.training.steps import abstract_state, init_state
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +34,15 @@ def run(tmp_path_factory):
     config = parse("pretrain", config)
     model = Model(config.model, 17, 4, "float32")
     mesh = sharding.make_mesh(config.mesh)
-    abstract = steps.abstract_state(model, config, mesh)
-    state = steps.init_state(model, config, jax.random.key(0))
+    abstract = abstract_state(model, config, mesh)
+    state = init_state(model, config, jax.random.key(0))
     palette_VC = np.random.default_rng(0).uniform(-1, 1, (17, 3)).astype(np.float32)
     workdir = pathlib.Path(os.path.relpath(tmp_path_factory.mktemp("run")))  # as users type it: Orbax wants it absolute
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
         assert checkpoints.latest_step is None
         for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.6), (50, None)):
             metrics = {} if loss is None else {"eval/nats_per_pixel": loss}
-            record = checkpoint.Record(config, palette_VC, 4, "abc", step, metrics)
+            record = checkpoint.Metadata(config, palette_VC, 4, "abc", step, metrics)
             checkpoints.save(state, record)
     return workdir, config, mesh, state, abstract, record
 
@@ -79,22 +86,22 @@ def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
     _, config, *_, record = run
     longer = dataclasses.replace(record, config=dataclasses.replace(config, steps=config.steps * 2))
     with pytest.raises(UserError, match="steps=2000000"):
-        record.check_continues(longer, "here")
+        record.check_resumable(longer, "here")
 
     def constant(of, warmup_steps):
         optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=warmup_steps)
         return dataclasses.replace(of, config=dataclasses.replace(of.config, optimizer=optimizer))
 
-    constant(record, 10).check_continues(constant(longer, 10), "here")
+    constant(record, 10).check_resumable(constant(longer, 10), "here")
     with pytest.raises(UserError, match="steps=2000000"):
-        constant(record, -1).check_continues(constant(longer, -1), "here")
+        constant(record, -1).check_resumable(constant(longer, -1), "here")
 
 
 @pytest.mark.parametrize("typed", ["", "{}", "{}/checkpoints/99", "{}/../nowhere"])
 def test_no_checkpoint_there(typed, tmp_path):
     """Seen to fail with a FileNotFoundError let through."""
     with pytest.raises(UserError, match="checkpoint"):
-        checkpoint.load_record(typed.format(tmp_path))
+        checkpoint.load_metadata(typed.format(tmp_path))
 
 
 @pytest.fixture
@@ -151,7 +158,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
             restored, stored = checkpoints.restore(abstract, record)
         assert same(restored, state), name
-        if name == integrity.HASHES and kind == "deleted":
+        if name == hashes.HASHES and kind == "deleted":
             continue
         assert stored.steps_done == 40, f"{name} {kind} went unseen"
         (quarantined,) = (workdir / "quarantine").iterdir()
@@ -162,7 +169,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
 def test_a_bit_that_flips_in_memory_after_the_checksum_is_seen(run, tmp_path, monkeypatch, tree):
     """What is handed to Orbax differs by one bit from what was summed. Seen to fail without the comparison."""
     _, config, _, state, abstract, record = run
-    save = checkpoint.ocp.save_checkpointables_async
+    save = ocp.save_checkpointables_async
 
     def flip_and_save(path, trees, **options):
         leaves, structure = jax.tree.flatten(trees[tree])
@@ -173,9 +180,9 @@ def test_a_bit_that_flips_in_memory_after_the_checksum_is_seen(run, tmp_path, mo
         return save(path, {**trees, tree: jax.tree.unflatten(structure, leaves)}, **options)
 
     with checkpoint.Checkpoints(tmp_path, config) as checkpoints:
-        checkpoints.save(state, dataclasses.replace(record, steps_done=10), surely=True)
-        monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", flip_and_save)
-        checkpoints.save(state, dataclasses.replace(record, steps_done=20), surely=True)
+        checkpoints.save(state, dataclasses.replace(record, steps_done=10), blocking=True)
+        monkeypatch.setattr(ocp, "save_checkpointables_async", flip_and_save)
+        checkpoints.save(state, dataclasses.replace(record, steps_done=20), blocking=True)
         restored, stored = checkpoints.restore(abstract, record)
     assert stored.steps_done == 10 and same(restored, state)
     assert "is not what was saved" in (tmp_path / "quarantine" / "20" / "problem.txt").read_text()
@@ -228,14 +235,14 @@ def test_names_of_workdirs_say_nothing(run, tmp_path, name):
     workdir, typed = tmp_path / name, str(tmp_path / name)
     with checkpoint.Checkpoints(typed, config) as checkpoints:
         for steps_done in (4, 6):
-            checkpoints.save(state, dataclasses.replace(record, steps_done=steps_done), surely=True)
+            checkpoints.save(state, dataclasses.replace(record, steps_done=steps_done), blocking=True)
     (workdir / "config.json").write_text('{"job": "pretrain"}')
     (workdir / "result.json").write_text('{"status": "done"}')
     steps = [f"{typed}/checkpoints/{step}" for step in (4, 6)]
-    assert list(arrivals.follow(typed, 1e-9, 0)) == steps and arrivals.listed(typed) == steps[1:]
-    assert list(arrivals.follow(f"{typed}/checkpoints", 1e-9, 0)) == steps
-    assert arrivals.listed(f"{typed}/checkpoints/*") == steps
-    assert list(arrivals.follow(f"{steps[0]},{steps[1]}", 1e-9, 0)) == steps
+    assert list(watching.follow(typed, 1e-9, 0)) == steps and watching.listed(typed) == steps[1:]
+    assert list(watching.follow(f"{typed}/checkpoints", 1e-9, 0)) == steps
+    assert watching.listed(f"{typed}/checkpoints/*") == steps
+    assert list(watching.follow(f"{steps[0]},{steps[1]}", 1e-9, 0)) == steps
     damage(next((workdir / "checkpoints" / "6").glob("params/d/*")), "flipped", random.Random(1))
     assert checkpoint.load_model(typed, mesh, "float32")[2].steps_done == 4
     verified = [checkpoint.verify(folder, step, mesh)["problem"] for folder, step in verify._steps(typed)]
@@ -250,11 +257,11 @@ def test_a_renamed_step_is_damaged(copy):
     workdir, step, config, abstract, _, record = copy
     shutil.copytree(step.parent / "20", step.parent / "60")
     shutil.copytree(step, step.parent / "best")
-    assert checkpoint.load_record(str(workdir)).steps_done == 50
+    assert checkpoint.load_metadata(str(workdir)).steps_done == 50
     with pytest.raises(UserError, match="60 is damaged: its record is that of step 20"):
-        checkpoint.load_record(str(step.parent / "60"))
+        checkpoint.load_metadata(str(step.parent / "60"))
     with pytest.raises(UserError, match="in a folder of another name"):
-        checkpoint.load_record(str(step.parent / "best"))
+        checkpoint.load_metadata(str(step.parent / "best"))
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
         assert checkpoints.restore(abstract, record)[1].steps_done == 50
     assert [child.name for child in (workdir / "quarantine").iterdir()] == ["60"]
@@ -270,12 +277,12 @@ def test_links_to_steps(copy, monkeypatch):
     (step.parent / "40").symlink_to(workdir / "moved")
     assert checkpoint.locate(f"{step.parent}/latest")[1] == 50
     monkeypatch.chdir(step.parent / "20")
-    assert checkpoint.locate(".")[1] == checkpoint.load_record(".").steps_done == 20
+    assert checkpoint.locate(".")[1] == checkpoint.load_metadata(".").steps_done == 20
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
         assert checkpoints.restore(abstract, record)[1].steps_done == 50
         assert not checkpoint.verify(str(step.parent), 50, sharding.make_mesh(config.mesh))["problem"]
         assert "that of step 50 (the link to" in (workdir / "quarantine" / "60" / "problem.txt").read_text()
-        checkpoints.save(state, dataclasses.replace(record, steps_done=70, metrics={}), surely=True)
+        checkpoints.save(state, dataclasses.replace(record, steps_done=70, metrics={}), blocking=True)
         assert checkpoints.steps == [20, 30, 50, 70] and (workdir / "moved" / "commit_success.txt").exists()
 
 
@@ -289,7 +296,7 @@ def test_an_evaluation_that_came_later_decides_the_best(copy):
         for step_done in (60, 70, 80):
             checkpoints.save(state, dataclasses.replace(record, steps_done=step_done, metrics={}))
     assert checkpoint.steps_in(workdir / "checkpoints") == [30, 50, 70, 80]
-    assert checkpoint.load_record(str(step)).metrics == {"eval/nats_per_pixel": 0.5}
+    assert checkpoint.load_metadata(str(step)).metrics == {"eval/nats_per_pixel": 0.5}
 
 
 def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatch, caplog):
@@ -298,8 +305,8 @@ def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatc
     Seen to fail with the error of the thread dropped, and with the retry never due.
     """
     _, config, _, state, _, record = run
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
-    save = checkpoint.ocp.save_checkpointables_async
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    save = ocp.save_checkpointables_async
     left = 2
 
     def fail(*arguments, **options):
@@ -309,9 +316,9 @@ def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         return save(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", fail)
+    monkeypatch.setattr(ocp, "save_checkpointables_async", fail)
     clock = [100.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with caplog.at_level(logging.ERROR), checkpoint.Checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(state, dataclasses.replace(record, steps_done=1))
         assert not checkpoints.retry_due and "Step 1 could not be saved: [Errno 28] No space left" in caplog.text
@@ -322,11 +329,11 @@ def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatc
         assert not checkpoints.retry_due and checkpoints.failed_saves == 2
         clock[0] += 1
         assert checkpoints.retry_due
-        checkpoints.save(state, dataclasses.replace(record, steps_done=3), surely=True)
+        checkpoints.save(state, dataclasses.replace(record, steps_done=3), blocking=True)
         assert checkpoints.steps == [3] and not checkpoints.retry_due
         left = 3
-        with pytest.raises(checkpoint.Unsaved, match="step 4 .* No space .* goes on from step 3"):
-            checkpoints.save(state, dataclasses.replace(record, steps_done=4), surely=True)
+        with pytest.raises(Unsaved, match="step 4 .* No space .* goes on from step 3"):
+            checkpoints.save(state, dataclasses.replace(record, steps_done=4), blocking=True)
 
 
 def test_accepted_changes_are_recorded(run):
@@ -334,11 +341,11 @@ def test_accepted_changes_are_recorded(run):
     _, config, _, _, _, record = run
     changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.001),
                                   accept_changes=("optimizer.learning_rate",))
-    (change,) = record.check_continues(dataclasses.replace(record, config=changed), "here")
+    (change,) = record.check_resumable(dataclasses.replace(record, config=changed), "here")
     assert change == {"step": 50, "key": "optimizer.learning_rate", "from": 0.003, "to": 0.001}
     changed = dataclasses.replace(changed, seed=4)
     with pytest.raises(UserError, match="settings: seed=4"):
-        record.check_continues(dataclasses.replace(record, config=changed), "here")
-    stored = checkpoint.Record.from_json(json.loads(json.dumps(dataclasses.replace(
+        record.check_resumable(dataclasses.replace(record, config=changed), "here")
+    stored = checkpoint.Metadata.from_json(json.loads(json.dumps(dataclasses.replace(
         record, changes=(change,), data_offset=7).to_json())))
     assert (stored.changes, stored.data_offset) == ([change], 7)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpt_jax import checksum
+from igpt_jax.parallel import checksums
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool", "uint16"]
 
@@ -17,14 +17,14 @@ def test_any_single_bit_changes_the_checksum(dtype):
     """
     numbers = np.random.default_rng(0).integers(0, 2, (4, 3, 2)) * (1 if dtype == "bool" else 64)
     array = np.asarray(jnp.asarray(numbers, dtype))
-    expected = int(checksum.of_array(jnp.asarray(array)))
+    expected = int(checksums.of_array(jnp.asarray(array)))
     bits = 1 if dtype == "bool" else 8 * array.dtype.itemsize
     for element in range(array.size):
         for bit in range(bits):
             bytes_ = np.frombuffer(array.tobytes(), np.uint8).copy()
             bytes_[element * array.dtype.itemsize + bit // 8] ^= 1 << bit % 8
             flipped = np.frombuffer(bytes_.tobytes(), array.dtype).reshape(array.shape)
-            assert int(checksum.of_array(jnp.asarray(flipped))) != expected, (element, bit)
+            assert int(checksums.of_array(jnp.asarray(flipped))) != expected, (element, bit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,7 +34,7 @@ def test_the_host_finds_the_same(dtype):
     rng = np.random.default_rng(0)
     for shape in ((), (0,), (3, 0), (5,), (7, 5, 3), (3, 700, 900)):
         x = np.asarray(jnp.asarray(64 * rng.standard_normal(shape), dtype))
-        assert checksum.of_host_array(x) == int(checksum.of_array(jnp.asarray(x))), shape
+        assert checksums.of_host_array(x) == int(checksums.of_array(jnp.asarray(x))), shape
 
 
 def test_places_count_and_the_figure_is_golden():
@@ -45,9 +45,9 @@ def test_places_count_and_the_figure_is_golden():
     """
     square = jnp.arange(16, dtype=jnp.float32).reshape(4, 4)
     moved = (square, square.T, square[::-1], square[:, ::-1], square.reshape(2, 8))
-    assert len({int(checksum.of_array(x)) for x in moved}) == 5
-    assert int(checksum.of_array(square)) == 2190152789
-    assert checksum.of_tree({"b": {"c_D": jnp.float32(1)}, "a": (jnp.int32(0), jnp.zeros((0,)))}).keys() == {
+    assert len({int(checksums.of_array(x)) for x in moved}) == 5
+    assert int(checksums.of_array(square)) == 2190152789
+    assert checksums.of_tree({"b": {"c_D": jnp.float32(1)}, "a": (jnp.int32(0), jnp.zeros((0,)))}).keys() == {
         "a/0", "a/1", "b/c_D"}
 
 
@@ -61,16 +61,16 @@ def test_the_figure_is_the_same_on_any_mesh_and_names_the_odd_device(python):
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import NamedSharding, PartitionSpec as P
-from igpt_jax import checksum, sharding
+from igpt_jax.parallel import checksums, sharding
 from igpt_jax.config import MeshConfig
 mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 for dtype in (np.float32, np.float64):
     x = np.random.default_rng(0).standard_normal((4, 8, 6)).astype(dtype)
-    one = checksum.of_tree({"x": x})["x"]
+    one = checksums.of_tree({"x": x})["x"]
     specs = [P(), P("fsdp"), P(None, "tensor"), P("data", "fsdp", "tensor"), P(None, ("data", "fsdp", "tensor"))]
     for spec in specs:
         placed = jax.device_put(x, NamedSharding(mesh, spec))
-        assert checksum.of_tree({"x": placed})["x"] == one, spec
+        assert checksums.of_tree({"x": placed})["x"] == one, spec
 
 def with_one_bit_wrong(x, spec, device):
     place = NamedSharding(mesh, spec)
@@ -84,11 +84,11 @@ def with_one_bit_wrong(x, spec, device):
 
 x = x.astype(np.float32)
 good = {"a": jax.device_put(x, NamedSharding(mesh, P())), "b": jax.device_put(x, NamedSharding(mesh, P("fsdp")))}
-assert checksum.odd_devices(good, mesh) == {}
+assert checksums.odd_devices(good, mesh) == {}
 for name, spec, device in (("a", P(), 5), ("b", P("fsdp"), 3)):
     bad = {**good, name: with_one_bit_wrong(x, spec, device)}
-    odd = checksum.odd_devices(bad, mesh)
+    odd = checksums.odd_devices(bad, mesh)
     assert list(odd) == [name] and len(odd[name]) == 1 and f"{device} of process 0" in odd[name][0], odd
 two = with_one_bit_wrong(np.zeros((4, 8), np.float32), P(None, ("fsdp", "tensor")), 3)  # 2 copies of each part
-assert len(checksum.odd_devices({"c": two}, mesh)["c"]) == 2
+assert len(checksums.odd_devices({"c": two}, mesh)["c"]) == 2
 """)

@@ -13,8 +13,11 @@ import jax
 import pytest
 from conftest import patience
 
-from igpt_jax import process, runtime, storage
+from igpt_jax import process, storage
 from igpt_jax.config import UserError, base_config, parse
+from igpt_jax.runtime import job as runtime
+from igpt_jax.runtime.exits import Diverged, Preempted
+from igpt_jax.runtime.signals import StopSignal
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """
@@ -207,8 +210,8 @@ def test_a_job_leaves_its_config_and_its_result(config, tmp_path):
 
 
 @pytest.mark.parametrize("error, code, status", [
-    (runtime.Preempted("stopped after step 3."), 75, "preempted"),
-    (runtime.Diverged("non-finite since step 3."), 77, "diverged"),
+    (Preempted("stopped after step 3."), 75, "preempted"),
+    (Diverged("non-finite since step 3."), 77, "diverged"),
     (UserError("no."), 2, None),
     (ZeroDivisionError("a bug"), 1, None),
 ])
@@ -250,7 +253,7 @@ def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(python, capsys)
     launcher. Seen to fail without re-raising; with the second of grace left out pytest itself ends.
     """
     former = signal.getsignal(signal.SIGTERM)
-    with runtime.StopSignal() as stop:
+    with StopSignal() as stop:
         stop.saves = True
         assert not stop.should_stop()
         for _ in range(2):
@@ -261,8 +264,9 @@ def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(python, capsys)
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         python(f"""
 import subprocess, sys
-script = "import os, time; from igpt_jax import runtime; stop = runtime.StopSignal().__enter__(); stop.saves = True;" \\
-         "os.kill(os.getpid(), {number}); time.sleep(1.1); os.kill(os.getpid(), {number}); print('still here')"
+script = "import os, time; from igpt_jax.runtime.signals import StopSignal; stop = StopSignal().__enter__();" \\
+         "stop.saves = True; os.kill(os.getpid(), {number}); time.sleep(1.1); " \\
+         "os.kill(os.getpid(), {number}); print('still here')"
 done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 assert done.returncode == -{number} and not done.stdout, done
 """, devices=1)
@@ -273,11 +277,11 @@ def test_what_schedulers_send_asks_to_stop_where_it_is_not_ignored(number):
     """`nohup` starts a job with SIGHUP ignored. Seen to fail with all of them handled."""
     former = signal.signal(number, signal.SIG_DFL)
     try:
-        with runtime.StopSignal(saves=True) as stop:
+        with StopSignal(saves=True) as stop:
             os.kill(os.getpid(), number)
             assert stop.should_stop()
         signal.signal(number, signal.SIG_IGN)
-        with runtime.StopSignal(saves=True) as stop:
+        with StopSignal(saves=True) as stop:
             os.kill(os.getpid(), number)
             assert not stop.should_stop() and signal.getsignal(number) == signal.SIG_IGN
     finally:
@@ -286,13 +290,13 @@ def test_what_schedulers_send_asks_to_stop_where_it_is_not_ignored(number):
 
 COMPILES_FOR_EVER = """
 import ctypes, os, threading, jax._src.compiler
-from igpt_jax import runtime
+from igpt_jax.runtime.signals import GRACE_SECONDS, StopSignal
 
-runtime.GRACE_SECONDS = 0.3
+GRACE_SECONDS = 0.3
 mutex = ctypes.create_string_buffer(64)
 lock = ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
-with runtime.StopSignal():
+with StopSignal():
     threading.Timer(0.5, os.kill, (os.getpid(), 15)).start()
     exec(compile("lock(mutex)", jax._src.compiler.__file__, "exec"))
 """
@@ -302,8 +306,8 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_job_where_it_is(run_
     """In Python; and inside a compiler, which hears no exception. Seen to fail without the thread that hears
     signals: the process never ended.
     """
-    with pytest.raises(runtime.Preempted, match="before there was anything new to save"):
-        with runtime.StopSignal():
+    with pytest.raises(Preempted, match="before there was anything new to save"):
+        with StopSignal():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
     done = run_job(script=COMPILES_FOR_EVER)
@@ -316,13 +320,15 @@ if sys.argv[1] == "-c":
     exec(sys.argv[2])
     sys.exit()
 import jax
-from igpt_jax import runtime
+from igpt_jax.runtime.exits import Preempted
+from igpt_jax.runtime.job import run_job
+from igpt_jax.runtime.signals import StopSignal
 from igpt_jax.config import UserError, base_config, parse
 
 
 def run(config, workdir):
     assert jax.process_count() == 2
-    with runtime.StopSignal(saves=sys.argv[3] != "plan") as stop:
+    with StopSignal(saves=sys.argv[3] != "plan") as stop:
         for step in range(1, 10**5):
             time.sleep(0.02)
             if step == 5 and jax.process_index() == 1:
@@ -331,10 +337,10 @@ def run(config, workdir):
                 os.kill(os.getpid(), signal.SIGINT)
             if stop.saves and stop.should_stop():
                 print(f"stops at {{step}}", flush=True)
-                raise runtime.Preempted("stopped.")
+                raise Preempted("stopped.")
 
 
-sys.exit(runtime.run_job(run, parse("pretrain", base_config("pretrain")), sys.argv[4]))
+sys.exit(run_job(run, parse("pretrain", base_config("pretrain")), sys.argv[4]))
 """
 
 

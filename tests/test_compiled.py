@@ -11,9 +11,10 @@ from conftest import ROOT
 
 LOWERED = """
 import re, jax, jax.numpy as jnp, numpy as np
-from igpt_jax import sharding, steps
+from igpt_jax.parallel import sharding
+from igpt_jax.training.steps import abstract_state, jit_train_step
 from igpt_jax.config import MeshConfig, base_config, parse
-from igpt_jax.model import Model
+from igpt_jax.model.image_gpt import Model
 
 L = 7  # a size that no other dim has, to know stacked weights by
 
@@ -24,11 +25,11 @@ def lowered(mesh_config, **model):
     mesh = sharding.make_mesh(mesh_config)
     model = Model(config.model, 64, 8, "bfloat16", mesh)
     with jax.set_mesh(mesh):
-        state = steps.abstract_state(model, config, mesh)
+        state = abstract_state(model, config, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
         tokens = jax.ShapeDtypeStruct((8, model.dims.T), jnp.int32, sharding=sharding.batch_sharding(mesh))
-        return steps.jit_train_step(model, config, mesh, 5).lower(state, tokens, key), state
+        return jit_train_step(model, config, mesh, 5).lower(state, tokens, key), state
 
 MESHES = [MeshConfig(1, 8), MeshConfig(1, 2, 2, 2)]
 """
@@ -50,7 +51,7 @@ for mesh in MESHES:
 
 def test_weights_are_gathered_layer_by_layer(python):
     """No collective ever makes the stacked weights of all layers whole, nor their moments: a gather is of one layer,
-    inside the loop. Outside it only the tables of colours, positions and the head are gathered.
+    inside the loop. Outside it only the tables of colors, positions and the head are gathered.
 
     Seen to fail with the stacked weights constrained to be whole before the scan.
     """

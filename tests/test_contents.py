@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import tarfile
 import unicodedata
@@ -181,7 +182,7 @@ def test_of_two_paths_to_a_folder_the_first_by_name_is_taken(tmp_path, capsys, m
     (root / "c").symlink_to("b")
     (root / "a").symlink_to("d")
     (root / ".a").symlink_to("b")
-    walk = prepare.storage.os.walk
+    walk = os.walk
 
     def backwards(*arguments, **keys):
         for parent, folders, names in walk(*arguments, **keys):
@@ -192,7 +193,7 @@ def test_of_two_paths_to_a_folder_the_first_by_name_is_taken(tmp_path, capsys, m
         names, said = classes_of(root, capsys, tmp_path / f"store{i}")
         assert names == ["a", "b"] and "passes over c (the same folder as b), d (the same folder as a)" in said
         assert "train: 2 classes: a, b" in said
-        monkeypatch.setattr(prepare.storage.os, "walk", backwards)
+        monkeypatch.setattr(os, "walk", backwards)
 
 
 def test_one_name_in_two_unicode_forms_is_one_class(tmp_path, capsys):

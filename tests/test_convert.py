@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from test_weights import change, float32, make_palette, run  # noqa: F401 (a fixture for all tests)
 
-from igpt_jax import checkpoint, sharding
+from igpt_jax import checkpoint
 from igpt_jax.config import EvaluateConfig, ExportConfig, MeshConfig, SampleConfig, UserError
 from igpt_jax.jobs import convert, evaluate, sample
-from igpt_jax.runtime import Ended
+from igpt_jax.parallel import sharding
+from igpt_jax.runtime.exits import Ended
 from igpt_jax.weights import huggingface, names, open_weights, ours
 
 KINDS = ("huggingface", "openai", "orbax")
@@ -261,7 +262,7 @@ def test_a_library_that_computes_wrongly_is_named(here, original, version, told,
 def test_a_processor_without_clusters_needs_a_palette(here, original):
     """And one that cannot be used does not matter where a palette is given. Seen to fail with it always read."""
     for text, what in (("{}", "comes without its palette"), ("no JSON", "is not JSON"),
-                       ('{"clusters": [[2]]}', "must be 13 colours")):
+                       ('{"clusters": [[2]]}', "must be 13 colors")):
         bad = here / f"bad{len(text)}"
         bad.mkdir()
         for file in original.iterdir():

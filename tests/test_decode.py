@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_model import random_parameters
 
-from igpt_jax import decode
 from igpt_jax.config import ModelConfig
-from igpt_jax.decode import Sampling, generate
-from igpt_jax.model import Model
+from igpt_jax.model import sampling as decode
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.sampling import Sampling, generate
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_narrow_cache_costs_little(model):
 def test_draws_follow_the_distribution():
     """Frequencies of 20,000 draws against softmax, and what top-k and top-p leave out.
 
-    Seen to fail with the temperature multiplied instead of divided, and with top-p cutting one colour early.
+    Seen to fail with the temperature multiplied instead of divided, and with top-p cutting one color early.
     """
     logits_V = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     logits_BV = jnp.broadcast_to(logits_V, (20_000, 4))
@@ -143,10 +143,10 @@ def test_a_split_prefill_gives_the_same_tokens(python):
     """
     python("""
 import jax, jax.numpy as jnp, numpy as np
-from igpt_jax import sharding
+from igpt_jax.parallel import sharding
 from igpt_jax.config import MeshConfig, ModelConfig
-from igpt_jax.decode import Sampling, generate
-from igpt_jax.model import Model
+from igpt_jax.model.sampling import Sampling, generate
+from igpt_jax.model.image_gpt import Model
 
 def run(mesh_config, devices, given, temperature):
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])

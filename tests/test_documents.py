@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 from conftest import patience
-from conftest import patience
 from PIL import Image
 
 from igpt_jax import command_line

@@ -12,7 +12,7 @@ from conftest import ROOT, patience
 
 @pytest.mark.parametrize(("target", "extras"), [("quickstart", None), ("test", ".[test,huggingface]")])
 def test_only_the_tests_install_torch(tmp_path, target, extras):
-    """Seen to fail with quickstart's environment made by the tests' recipe."""
+    """Seen to fail with quickstart's environment made by the tests' augment."""
     done = subprocess.run(["make", "--dry-run", target, f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     installed = [line.split("--editable ")[1].strip("'") for line in done.stdout.splitlines() if "--editable" in line]
     assert installed == [".", *filter(None, [extras])], done

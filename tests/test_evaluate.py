@@ -15,11 +15,16 @@ from conftest import ROOT, run_job_command
 from PIL import Image
 from test_model import random_parameters
 
-from igpt_jax import arrivals, checkpoint, evaluation, objectives, palette, sharding, storage, surprise
+from igpt_jax import checkpoint, storage
+from igpt_jax.checkpoint import watching
 from igpt_jax.config import MeshConfig, ModelConfig, parse
+from igpt_jax.data import palette
 from igpt_jax.data.store import Store, Writer
+from igpt_jax.evaluation import exact_loss, loss_maps
 from igpt_jax.jobs import evaluate as job
-from igpt_jax.model import Model
+from igpt_jax.model import objectives
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding
 
 STEPS = (4, 8, 12, 16, 20)
 SHAPE = ("--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16",
@@ -95,7 +100,7 @@ def test_slices_join_to_the_table_of_one_job(folder, logs):
     Seen to fail with the slices chosen by the place in the list that is there at the time.
     """
     steps, oldest = f"--config.checkpoints={folder / 'run'}/checkpoints/*", folder / "run" / "checkpoints" / "4"
-    first, second = sorted((0, 1), key=lambda i: not arrivals.in_slice(str(oldest), i, 2))
+    first, second = sorted((0, 1), key=lambda i: not watching.in_slice(str(oldest), i, 2))
     evaluate(folder, "array/first", steps, f"--config.shard={first}/2")
     done = evaluate(folder, "array", "--config.shard=merge", code=2)
     assert f"slices {second}/2 are not done" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
@@ -135,13 +140,13 @@ def test_a_step_that_is_removed_while_it_is_measured_has_its_row(folder, logs, m
     """As a run that goes on does it. Seen to fail, on such a run, with the identity read after the measurement."""
     steps = folder / "vanishing" / "checkpoints"
     shutil.copytree(folder / "run" / "checkpoints" / "4", steps / "4")
-    over_split = evaluation.over_split
+    over_split = exact_loss.over_split
 
     def remove_first(*arguments):
         shutil.rmtree(steps / "4", ignore_errors=True)
         return over_split(*arguments)
 
-    monkeypatch.setattr(evaluation, "over_split", remove_first)
+    monkeypatch.setattr(exact_loss, "over_split", remove_first)
     job.run(parse("evaluate", {"checkpoints": f"{steps}/4"}), str(folder / "evaluate_vanishing"))
     assert [row["steps"] for row in rows_of(folder / "evaluate_vanishing")] == [4]
 
@@ -166,7 +171,7 @@ def test_what_changed_under_the_same_path_is_measured_anew(folder, logs, what):
     def put(seed):
         random = np.random.default_rng(seed)
         if what == "tokens":
-            colors = len(checkpoint.load_record(str(folder / "run")).palette_VC)
+            colors = len(checkpoint.load_metadata(str(folder / "run")).palette_VC)
             return np.save(f"{place}.npy", random.integers(0, colors, (20, 64)))
         shutil.rmtree(place, ignore_errors=True)
         writer = Writer(storage.path(place), 8)
@@ -203,7 +208,7 @@ def test_damaged_figures_beside_a_step_do_not_condemn_it(folder, logs, content, 
     """
     step = shutil.copytree(folder / "run" / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
     (step / "evaluation.json").write_bytes(content)
-    assert checkpoint.load_record(str(tmp_path)).steps_done == 8
+    assert checkpoint.load_metadata(str(tmp_path)).steps_done == 8
     assert ["Its figures are not used" in message for message in caplog.messages] == [True]
     problem = checkpoint.verify(str(tmp_path / "checkpoints"), 8, sharding.make_mesh(MeshConfig()))["problem"]
     assert "evaluation.json" in problem
@@ -211,13 +216,13 @@ def test_damaged_figures_beside_a_step_do_not_condemn_it(folder, logs, content, 
 
 def test_a_loss_that_is_not_finite_is_a_row_like_any_other(folder, logs, monkeypatch, capsys):
     """Measured once, with surprise, and the same command again. Seen to fail with a TypeError over the table's null."""
-    over_split = evaluation.over_split
+    over_split = exact_loss.over_split
 
     def not_finite(*arguments):
         for found in over_split(*arguments):
             yield jax.tree.map(lambda x: x * np.float32(np.nan), found)
 
-    monkeypatch.setattr(evaluation, "over_split", not_finite)
+    monkeypatch.setattr(exact_loss, "over_split", not_finite)
     given = {"checkpoints": f"{folder / 'run'}/checkpoints/4", "surprise": 2, "limit": 20}
     first, measured = measure(folder, "not finite", **given)
     assert measured == 1 and [row["nats_per_pixel"] for row in first] == [None]
@@ -275,7 +280,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder):
 def test_every_checkpoint_is_in_one_slice():
     """And slices are about equally large. Seen to fail with Python's own hash, which differs between processes."""
     steps = [f"runs/pretrain/checkpoints/{step}" for step in range(0, 1_000_000, 5000)]
-    owners = [[i for i in range(4) if arrivals.in_slice(step, i, 4)] for step in steps]
+    owners = [[i for i in range(4) if watching.in_slice(step, i, 4)] for step in steps]
     assert all(len(owner) == 1 for owner in owners)
     assert owners[1] == [zlib.crc32(steps[1].encode()) % 4]
     assert min(np.bincount([owner for owner, in owners])) > 30
@@ -299,7 +304,7 @@ def test_surprise_counts_each_pixel_once(tmp_path, monkeypatch):
     tokens = palette.encode(images, table).astype(np.int32)
     nats_ET = np.asarray(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens), np.float64)
 
-    found = surprise.measure(model, params, split, sharding.make_mesh(MeshConfig()), 7, table, shown=9)
+    found = loss_maps.measure(model, params, split, sharding.make_mesh(MeshConfig()), 7, table, shown=9)
     np.testing.assert_allclose(found.by_place_T, nats_ET.mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.shown_NT, nats_ET[:9], rtol=1e-4, atol=1e-5)
     for label, (nats, count) in found.by_class.items():

@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 from test_model import random_parameters
 
-from igpt_jax import evaluation, objectives, palette, sharding, storage
+from igpt_jax import storage
 from igpt_jax.config import MeshConfig, ModelConfig, UserError
+from igpt_jax.data import palette
 from igpt_jax.data.store import Store, Writer
-from igpt_jax.data.tokens import TokenFile
-from igpt_jax.model import Model
+from igpt_jax.data.token_file import TokenFile
+from igpt_jax.evaluation import exact_loss
+from igpt_jax.model import objectives
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding
 
 
 def test_every_image_counts_once(tmp_path, monkeypatch):
@@ -31,7 +35,7 @@ def test_every_image_counts_once(tmp_path, monkeypatch):
     tokens = palette.encode(images, table).astype(np.int32)
     expected = float(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens).mean())
     for batch_size in (1, 8, 64):
-        evaluate = evaluation.make_evaluate(model, mesh, batch_size, table)
+        evaluate = exact_loss.make_evaluate(model, mesh, batch_size, table)
         assert evaluate(params, split) == pytest.approx(expected, rel=1e-6)
     assert evaluate(params, split, lambda: True) is None
 
@@ -55,7 +59,7 @@ def test_what_is_no_file_of_tokens_is_refused(tmp_path, case):
 
 
 def test_a_file_of_tokens_in_openais_layout(tmp_path):
-    """int64 [n, T] as published: every row counts once; a row with a colour that the palette lacks is named.
+    """int64 [n, T] as published: every row counts once; a row with a color that the palette lacks is named.
 
     Seen to fail with the check of the tokens left out, and with the rows read in another order.
     """
@@ -66,7 +70,7 @@ def test_a_file_of_tokens_in_openais_layout(tmp_path):
     model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
     params = random_parameters(model)
     expected = float(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens).mean())
-    evaluate = evaluation.make_evaluate(model, sharding.make_mesh(MeshConfig()), 8, np.empty(0))
+    evaluate = exact_loss.make_evaluate(model, sharding.make_mesh(MeshConfig()), 8, np.empty(0))
     assert evaluate(params, file) == pytest.approx(expected, rel=1e-6)
     tokens[7, 2] = 5
     np.save(tmp_path / "imagenet_teX.npy", tokens)

@@ -45,8 +45,8 @@ if len(sys.argv) > 2:
         ctypes.CDLL(None).prctl(24, right, 0, 0, 0)
     os.execv(sys.executable, [sys.executable, "-c", os.environ["SCRIPT"], sys.argv[1]])
 import json
-from igpt_jax import telemetry
-log, arguments = telemetry.Metrics.log, json.loads(sys.argv[1])
+from igpt_jax.metrics.logging import Metrics
+log, arguments = Metrics.log, json.loads(sys.argv[1])
 
 def close(self, step, values):
     log(self, step, values)
@@ -54,7 +54,7 @@ def close(self, step, values):
         for folder, _, _ in os.walk(arguments[1].partition("=")[2]):
             os.chmod(folder, 0o555)
 
-telemetry.Metrics.log = close
+Metrics.log = close
 from igpt_jax.__main__ import main
 sys.exit(main(arguments))
 """
@@ -94,9 +94,9 @@ BAD_WINDOW = """
 import os, sys
 import jax.numpy as jnp
 import numpy as np
-from igpt_jax import objectives
+from igpt_jax.model import objectives
 from igpt_jax.data import order
-ask, loss = order.batch, objectives.autoregressive
+ask, loss = order.batch, objectives.Autoregressive.loss
 log = open(sys.argv[1], "a")
 
 def batch(seed, step, *rest):
@@ -105,7 +105,8 @@ def batch(seed, step, *rest):
     return ask(seed, step, *rest) * (not 12 <= step < 18)
 
 order.batch = batch
-objectives.autoregressive = lambda logits, tokens: jnp.where((tokens == tokens[0]).all(), jnp.nan, loss(logits, tokens))
+objectives.Autoregressive.loss = lambda self, logits, tokens, view: jnp.where(
+    (tokens == tokens[0]).all(), jnp.nan, loss(self, logits, tokens, view))
 from igpt_jax.__main__ import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -151,15 +152,15 @@ def test_a_run_goes_on_past_the_examples_on_which_it_diverged(folder, store):
 
 STOPPING = """
 import os, signal, sys
-from igpt_jax import telemetry
-log = telemetry.Metrics.log
+from igpt_jax.metrics.logging import Metrics
+log = Metrics.log
 
 def stop(self, step, values):
     log(self, step, values)
     if step == {stop_at}:
         os.kill(os.getpid(), signal.SIGTERM)
 
-telemetry.Metrics.log = stop
+Metrics.log = stop
 from igpt_jax.__main__ import main
 sys.exit(main({arguments}))
 """

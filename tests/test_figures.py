@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax import figures, storage
+from igpt_jax import storage
+from igpt_jax.metrics import figures
 from igpt_jax.report import charts
 
 NASTY = ("cost$%$", "a_$b", "_hidden", "$\\frac{$", "猫の写真", "caf\udce9", "tab\there", "long" * 60, "", r"a\$b^{")
@@ -65,7 +66,8 @@ def test_a_notebooks_backend_changes_nothing(tmp_path, python):
     """Seen to fail with a plain import of Matplotlib, which refuses a backend that is not installed."""
     done = python(f"""
 import os
-from igpt_jax import figures, storage
+from igpt_jax import storage
+from igpt_jax.metrics import figures
 figures.loss_over_steps(storage.path({str(tmp_path)!r}) / "loss.png", {{"a": [(1, 3.0)]}})
 assert os.environ["MPLBACKEND"].startswith("module")
 """, devices=1, env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
@@ -89,8 +91,8 @@ def test_figures_leave_out_what_is_not_finite(tmp_path, bad, capsys):
     rows = [{"nats_per_pixel": nats, "steps": 1, "probe_accuracy": 0.5, "probe_interval": (0.4, 0.6)}
             for nats in (2.0, bad)]
     figures.accuracy_over_loss(storage.path(tmp_path / "accuracy.png"), {"a": rows, "b": rows[1:]}, 10)
-    figures.surprise_means(storage.path(tmp_path / "means.png"), np.float64([[1, 2], [3, bad or np.nan]]),
+    figures.loss_by_position(storage.path(tmp_path / "means.png"), np.float64([[1, 2], [3, bad or np.nan]]),
                            {"0": 2.0, "1": bad or np.nan})
-    figures.surprise_maps(storage.path(tmp_path / "maps.png"), np.zeros((1, 2, 2, 3), np.uint8),
+    figures.loss_maps(storage.path(tmp_path / "maps.png"), np.zeros((1, 2, 2, 3), np.uint8),
                           np.float32([[[1, 2], [3, bad or np.nan]]]))
     assert len(list(tmp_path.glob("*.png"))) == 4, capsys.readouterr().err

@@ -1,10 +1,13 @@
 """Where the wall time went: every second of a run is in one phase, lost or down, over crashes too."""
 
 import json
+import time
 
 import pytest
 
-from igpt_jax import telemetry
+from igpt_jax import storage
+from igpt_jax.metrics.logging import Metrics, metrics_lines
+from igpt_jax.metrics.phases import PhaseTimer, goodput
 
 
 class Clock:
@@ -20,7 +23,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(telemetry.time, "time", clock)
+    monkeypatch.setattr(time, "time", clock)
     return clock
 
 
@@ -28,35 +31,35 @@ def test_each_second_is_in_one_phase(clock):
     """Phases inside phases, and one that an error leaves. Seen to fail with `enter` that does not add up the phase it
     leaves, and without the `finally` (what came after the error counted as the save's).
     """
-    ledger = telemetry.Ledger("start", clock)
+    timer = PhaseTimer("start", clock)
     clock.now += 1
-    with ledger("compile"):
+    with timer("compile"):
         clock.now += 2
-    ledger.enter("step")
+    timer.enter("step")
     clock.now += 4
-    with ledger("evaluate"):
+    with timer("evaluate"):
         clock.now += 8
-        with ledger("input"):
+        with timer("input"):
             clock.now += 16
         clock.now += 32
     with pytest.raises(OSError):
-        with ledger("save"):
+        with timer("save"):
             clock.now += 64
             raise OSError
     clock.now += 128
-    assert ledger.read() == {"seconds/start": 1, "seconds/compile": 2, "seconds/step": 132, "seconds/evaluate": 40,
+    assert timer.read() == {"seconds/start": 1, "seconds/compile": 2, "seconds/step": 132, "seconds/evaluate": 40,
                              "seconds/input": 16, "seconds/save": 64}
     clock.now += 256
-    assert ledger.read() == {"seconds/step": 256} and ledger.read() == {}
+    assert timer.read() == {"seconds/step": 256} and timer.read() == {}
 
 
 def run(workdir, clock, start, stop, down=0.0):
     """A process that starts `down` seconds later, needs 10 s to start and 2 s for each step, and dies after `stop`."""
     clock.now += down
-    ledger = telemetry.Ledger("start", clock)
+    timer = PhaseTimer("start", clock)
     clock.now += 10
-    metrics = telemetry.Metrics(workdir, 20, start, ledger)
-    ledger.enter("step")
+    metrics = Metrics(workdir, 20, start, timer)
+    timer.enter("step")
     for step in range(start + 1, stop + 1):
         clock.now += 2
         metrics.log(step, {"train/nats_per_pixel": 1.0})
@@ -71,14 +74,14 @@ def test_lost_and_down_time_add_up_to_the_wall_time(tmp_path, clock, in_a_bucket
     Seen to fail with the time that a process takes to start counted as down too, with the lost seconds of an undone
     line forgotten, and with lines that are undone still counted.
     """
-    monkeypatch.setattr(telemetry.storage, "is_local", lambda path: not in_a_bucket)
-    monkeypatch.setattr(telemetry.storage, "LineWriter", Lines)
+    monkeypatch.setattr(storage, "is_local", lambda path: not in_a_bucket)
+    monkeypatch.setattr(storage, "LineWriter", Lines)
     began = clock.now
     run(tmp_path, clock, 0, 7)
     run(tmp_path, clock, 5, 6, down=100)
     clock.now += 1000  # starts, and dies before it logs
     run(tmp_path, clock, 5, 20, down=50)
-    found = telemetry.goodput(telemetry.metrics_lines(tmp_path))
+    found = goodput(metrics_lines(tmp_path))
     # Starting is counted with the first line, so the second process' 10 s are lost with its only step.
     assert found == {"seconds/start": 20, "seconds/step": 40, "seconds/lost": 2 * 2 + 10 + 2, "seconds/down": 1150,
                      "goodput": pytest.approx(40 / 1226)}

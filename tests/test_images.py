@@ -155,7 +155,7 @@ def test_what_is_no_file_is_never_opened(tmp_path, kind, monkeypatch):
 
 
 def test_the_centred_square_is_reduced_by_its_mean():
-    """Seen to fail with the corner in place of the centre."""
+    """Seen to fail with the corner in place of the center."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     means = pixels[:, 8:40].reshape(8, 4, 8, 4, 3).astype(float).mean((1, 3))
     np.testing.assert_allclose(images.decode(encoded(Image.fromarray(pixels)), 8), means, atol=1)

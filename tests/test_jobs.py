@@ -16,7 +16,13 @@ from conftest import ROOT, run_job_command
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from igpt_jax import config, evaluation, loop, runtime, steps
+from igpt_jax import config
+from igpt_jax.evaluation import exact_loss
+from igpt_jax.runtime.exits import Diverged
+from igpt_jax.runtime.job import run_job
+from igpt_jax.runtime.precision import PINNED, set_precision
+from igpt_jax.training import loop, steps
+from igpt_jax.training.optimizer import learning_rate
 
 STEPS = 12
 TINY = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16", "--config.model.heads=2",
@@ -228,7 +234,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder, store, trained):
 
 def run_here(folder, job="report"):
     """The exit code of a job that does nothing, in this process."""
-    return runtime.run_job(lambda config, workdir: {}, config.parse(job, config.base_config(job)), str(folder))
+    return run_job(lambda config, workdir: {}, config.parse(job, config.base_config(job)), str(folder))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"job": "rep'])
@@ -256,7 +262,7 @@ def test_results_of_something_else_are_not_replaced(tmp_path, capsys):
 
 def train_with_bad_rates(monkeypatch, store, workdir, bad_steps, **more):
     """Trains 24 steps in this process; the learning rate of the updates that make `bad_steps` is infinite."""
-    rate = steps.learning_rate
+    rate = learning_rate
     monkeypatch.setattr(steps, "learning_rate", lambda config, step, *rest: jax.numpy.where(
         jax.numpy.isin(step + 1, np.asarray(bad_steps)), np.inf, rate(config, step, *rest)))
     given = config.base_config("pretrain", "model=igpt_tiny,steps=24,batch_size=8,precision=float32")
@@ -292,15 +298,15 @@ def test_what_is_due_amid_skipped_updates_waits_for_an_accepted_one(monkeypatch,
 ])
 def test_a_run_that_diverges_keeps_its_good_steps(monkeypatch, store, tmp_path, bad_from, every, kept, said):
     """Seen to fail with steps of skipped updates saved, for which the good ones were removed."""
-    with pytest.raises(runtime.Diverged, match=said):
+    with pytest.raises(Diverged, match=said):
         train_with_bad_rates(monkeypatch, store, tmp_path, range(bad_from, 99), eval_every_steps=every, keep_newest=2)
     assert saved(tmp_path) == kept
 
 
 def test_an_evaluation_that_is_not_finite_removes_nothing(monkeypatch, store, tmp_path):
     """And is never the best. Seen to fail with NaN noted, which no other figure exceeds."""
-    make_measure = evaluation.make_measure
-    monkeypatch.setattr(evaluation, "make_measure", lambda *given: lambda params, *rest: {
+    make_measure = exact_loss.make_measure
+    monkeypatch.setattr(exact_loss, "make_measure", lambda *given: lambda params, *rest: {
         name: value * np.nan for name, value in make_measure(*given)(params, *rest).items()})
     train_with_bad_rates(monkeypatch, store, tmp_path, [], eval_every_steps=12)
     assert saved(tmp_path) == [20, 24]
@@ -328,8 +334,8 @@ def test_a_run_past_its_end_says_that_it_is_finished(monkeypatch, store, tmp_pat
 def test_no_setting_of_jax_makes_other_numbers(name, value, capsys):
     """As environment variables set them. Seen to fail with the name missing in `runtime.PINNED`."""
     jax.config.update(name, value)
-    runtime.set_precision("float32")
-    assert getattr(jax.config, name) == runtime.PINNED[name] != value
+    set_precision("float32")
+    assert getattr(jax.config, name) == PINNED[name] != value
     assert f"{name.upper()} has no effect" in capsys.readouterr().err
 
 

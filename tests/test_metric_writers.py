@@ -5,8 +5,11 @@ import sys
 
 import pytest
 
-from igpt_jax import loop, metric_writers, storage, telemetry
+from igpt_jax import storage
 from igpt_jax.config import UserError, base_config, parse
+from igpt_jax.metrics import writers
+from igpt_jax.metrics.logging import Metrics, load_metrics
+from igpt_jax.training import loop
 
 
 def config(wandb=""):
@@ -16,7 +19,7 @@ def config(wandb=""):
 
 
 def run(workdir, steps):
-    metrics = telemetry.Metrics(workdir, steps, writers=metric_writers.open_writers(config(), workdir))
+    metrics = Metrics(workdir, steps, writers=writers.open_writers(config(), workdir))
     for step in range(1, steps + 1):
         metrics.log(step, {"train/nats_per_pixel": 1 / step})
     metrics.close()
@@ -31,15 +34,15 @@ def test_tensorboard_gets_scalars_and_its_failure_is_harmless(tmp_path, capsys):
     (tmp_path / "other" / "tensorboard").write_text("a file, where TensorBoard needs a folder")
     run(tmp_path / "other", 20)  # more lines than tensorboardX's own queue holds
     assert capsys.readouterr().err.count("TensorBoard is off") == 1
-    assert len(telemetry.load_metrics(tmp_path / "other")) == 20
+    assert len(load_metrics(tmp_path / "other")) == 20
 
 
 def test_tensorboard_does_without_torch(tmp_path, python):
     """Seen to fail with a plain import: a run started 5 s later on a loaded machine."""
     python(f"""
 import sys
-from igpt_jax import metric_writers
-board = metric_writers.TensorBoard({str(tmp_path)!r})
+from igpt_jax.metrics import writers
+board = writers.TensorBoard({str(tmp_path)!r})
 board.write(1, 1.8e9, {{"train/nats_per_pixel": 2.0}})
 board.close()
 assert "torch" not in sys.modules and "tensorboardX" in sys.modules
@@ -49,7 +52,7 @@ assert "torch" not in sys.modules and "tensorboardX" in sys.modules
 def test_tensorboard_in_a_bucket_is_published_whole(monkeypatch):
     published = {}
     monkeypatch.setattr(storage, "publish", lambda path, data: published.update({str(path): data}))
-    board = metric_writers.TensorBoard("gs://bucket/run/tensorboard")
+    board = writers.TensorBoard("gs://bucket/run/tensorboard")
     for step in (1, 2):
         board.write(step, 1.8e9, {"train/nats_per_pixel": 2.0})
     board.close()
@@ -70,11 +73,11 @@ def test_without_wandb_the_run_does_not_start(tmp_path, monkeypatch, folder_of_t
 
 WANDB = """
 import os, signal, sys
-from igpt_jax import metric_writers
+from igpt_jax.metrics import writers
 from igpt_jax.config import base_config, parse
 config = base_config("pretrain")
 config.wandb = "digits"
-*_, writer = metric_writers.open_writers(parse("pretrain", config), sys.argv[1])
+*_, writer = writers.open_writers(parse("pretrain", config), sys.argv[1])
 """
 
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpt_jax import objectives
 from igpt_jax.config import ModelConfig
-from igpt_jax.model import Model, activation, count_parameters
+from igpt_jax.model import objectives
+from igpt_jax.model.dims import count_parameters
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.layers import activation
 
 SMALL = {"name": "igpt_tiny", "layers": 3, "embed": 24, "heads": 2}
 
@@ -90,9 +92,9 @@ def test_activation_is_rounded_once():
 
 
 def test_bfloat16_gradients_of_frequent_colours():
-    """Half of 32,768 pixels have one colour: its row adds up 16,000 gradients, which bfloat16 sums would lose.
+    """Half of 32,768 pixels have one color: its row adds up 16,000 gradients, which bfloat16 sums would lose.
 
-    Seen to fail with the colour table cast to bfloat16 before the lookup.
+    Seen to fail with the color table cast to bfloat16 before the lookup.
     """
     rng = np.random.default_rng(0)
     tokens_BT = rng.integers(0, 17, (32, 1024)) * (rng.random((32, 1024)) < 0.5)
@@ -100,17 +102,17 @@ def test_bfloat16_gradients_of_frequent_colours():
     for precision in ("float32", "bfloat16"):
         model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 17, 32, precision)
         params = random_parameters(model, scale=0.1)
-        gradients[precision] = jax.jit(jax.grad(lambda params, model=model: objectives.autoregressive(
-            model.logits(params, tokens_BT), tokens_BT)))(params)["token_embed_VD"]
+        gradients[precision] = jax.jit(jax.grad(lambda params, model=model: objectives.nats_per_token(
+            model.logits(params, tokens_BT), tokens_BT).mean()))(params)["token_embed_VD"]
     error = jnp.linalg.norm(gradients["bfloat16"] - gradients["float32"]) / jnp.linalg.norm(gradients["float32"])
     assert float(error) < 0.03
 
 
 def test_first_loss_is_ln_of_the_palette():
-    """The head starts at zero, so every colour is as likely: ln 512 = 6.238325. Seen to fail with a random head."""
+    """The head starts at zero, so every color is as likely: ln 512 = 6.238325. Seen to fail with a random head."""
     model = Model(ModelConfig(**SMALL), palette_size=512, image_size=4, precision="float32")
     tokens_BT = np.random.default_rng(0).integers(0, 512, (2, 16))
-    loss = objectives.autoregressive(model.logits(model.init(jax.random.key(0)), tokens_BT), tokens_BT)
+    loss = objectives.nats_per_token(model.logits(model.init(jax.random.key(0)), tokens_BT), tokens_BT).mean()
     assert float(loss) == pytest.approx(math.log(512), abs=5e-6)
 
 
@@ -139,16 +141,16 @@ def test_gradients_equal_finite_differences(python):
     python("""
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
-from igpt_jax import objectives
+from igpt_jax.model import objectives
 from igpt_jax.config import ModelConfig
-from igpt_jax.model import Model
+from igpt_jax.model.image_gpt import Model
 rng = np.random.default_rng(0)
 tokens = rng.integers(0, 7, (2, 9))
 for attention, remat in (("reference", "none"), ("blocked", "none"), ("blocked", "full")):
     config = ModelConfig("igpt_tiny", layers=2, embed=8, heads=2, mlp=12, attention=attention, remat=remat)
     model = Model(config, 7, 3, "float64")
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape)), model.abstract_parameters())
-    loss = jax.jit(lambda p: objectives.autoregressive(model.logits(p, tokens), tokens))
+    loss = jax.jit(lambda p: objectives.nats_per_token(model.logits(p, tokens), tokens).mean())
     gradients = jax.jit(jax.grad(loss))(params)
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
     for _ in range(8):

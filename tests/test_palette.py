@@ -7,27 +7,28 @@ import numpy as np
 import pytest
 from conftest import patience
 
-from igpt_jax import palette, storage
+from igpt_jax import storage
 from igpt_jax.config import UserError
+from igpt_jax.data import palette
 
 
-def brute_force(colours_PC, palette_VC):
+def brute_force(colors_PC, palette_VC):
     """Nearest palette entries by float64 squared distance, the lowest of equals."""
-    scaled_P1C = colours_PC[:, None] / 127.5 - 1
+    scaled_P1C = colors_PC[:, None] / 127.5 - 1
     distance_PV = ((scaled_P1C - palette_VC.astype(np.float64)) ** 2).sum(-1)
     return distance_PV.argmin(1)
 
 
-def colours_of(index_P):
+def colors_of(index_P):
     return np.stack([index_P >> 16, index_P >> 8 & 255, index_P & 255], -1)
 
 
-def random_palette(colours, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (colours, 3)).astype(np.float32)
+def random_palette(colors, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (colors, 3)).astype(np.float32)
 
 
 def palette_with_ties():
-    """Twice the same entry, and entries mirrored at an 8-bit colour: exact and near ties over whole planes."""
+    """Twice the same entry, and entries mirrored at an 8-bit color: exact and near ties over whole planes."""
     some_VC = palette.decode(np.arange(40), random_palette(40)) / np.float32(127.5) - 1
     pair_VC = np.float32([[51, 51, 51], [51, 51, 153], [153, 51, 51]]) / np.float32(127.5) - 1
     return np.concatenate([some_VC, some_VC[::-1], pair_VC]).astype(np.float32)
@@ -36,7 +37,7 @@ def palette_with_ties():
 @pytest.mark.parametrize("palette_VC", [random_palette(2), random_palette(512), palette_with_ties()],
                          ids=["2", "512", "ties"])
 def test_lookup_table_equals_brute_force(palette_VC):
-    """On random colours, the cube's corners, edges and all greys. Seen to fail with a quarter of the bound in
+    """On random colors, the cube's corners, edges and all grays. Seen to fail with a quarter of the bound in
     build_lookup_table, and with `<=` for `<` between candidates (ties)."""
     table = palette.build_lookup_table(palette_VC)
     assert table.dtype == np.uint16 and table.shape == (2**24,)
@@ -44,7 +45,7 @@ def test_lookup_table_equals_brute_force(palette_VC):
     planted = np.concatenate([edges, np.arange(256) * 0x010101, [0x333366, 0x663333, 0x663366]])
     index_P = np.concatenate([np.random.default_rng(1).integers(2**24, size=40_000), planted])
     for some_P in np.array_split(index_P, 8):
-        np.testing.assert_array_equal(table[some_P], brute_force(colours_of(some_P), palette_VC))
+        np.testing.assert_array_equal(table[some_P], brute_force(colors_of(some_P), palette_VC))
 
 
 @pytest.mark.slow
@@ -54,7 +55,7 @@ def test_lookup_table_equals_brute_force_on_every_colour():
     table = palette.build_lookup_table(palette_VC)
     for start in range(0, 2**24, 2**14):
         index_P = np.arange(start, start + 2**14)
-        np.testing.assert_array_equal(table[index_P], brute_force(colours_of(index_P), palette_VC))
+        np.testing.assert_array_equal(table[index_P], brute_force(colors_of(index_P), palette_VC))
 
 
 def test_lookup_table_cache(tmp_path, monkeypatch):
@@ -92,7 +93,7 @@ def test_encode_is_row_by_row_and_decode_returns():
 
 
 def test_decode_rounds_half_to_even_like_the_release():
-    """127.5 (0 + 1) = 127.5 -> 128; OpenAI's first two colours as 8-bit values. Seen to fail with floor."""
+    """127.5 (0 + 1) = 127.5 -> 128; OpenAI's first two colors as 8-bit values. Seen to fail with floor."""
     palette_VC = np.float32([[0, 0, 0], [0.886644, 0.661883, 0.389175], [-0.604256, -0.022950, 0.542380]])
     assert palette.decode(np.arange(3), palette_VC).tolist() == [[128] * 3, [241, 212, 177], [50, 125, 197]]
 
@@ -126,7 +127,7 @@ def test_fit_with_a_colour_each_is_exact():
     pixels_PC = np.repeat(np.arange(0, 255, 15, dtype=np.uint8)[:, None], 3, axis=1)[[3, 1, 2, *range(17)]]
     palette_VC = palette.fit(pixels_PC, 17, seed=0)
     np.testing.assert_array_equal(palette.decode(np.arange(17), palette_VC)[:, 0], np.arange(0, 255, 15))
-    with pytest.raises(UserError, match="only 17 distinct colours"):
+    with pytest.raises(UserError, match="only 17 distinct colors"):
         palette.fit(pixels_PC, 18, seed=0)
 
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import patience
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from igpt_jax import data, palette, storage
+from igpt_jax import data, storage
 from igpt_jax.config import UserError
-from igpt_jax.data import order, pipeline, store
+from igpt_jax.data import batches, order, palette, pipeline, store
 
 PALETTE_VC = np.random.default_rng(0).uniform(-1, 1, (12, 3)).astype(np.float32)
 COUNT, SIZE = 50, 8
@@ -113,15 +113,15 @@ def test_a_damaged_image_stops_the_reader(path, images, table):
 
 
 def test_auto_is_resident_until_it_does_not_fit(split, table, monkeypatch):
-    assert data._reader_for(split, "auto") == "resident"
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 1000)
-    assert data._reader_for(split, "auto") == "tfdata"
+    assert batches._reader_for(split, "auto") == "resident"
+    monkeypatch.setattr(batches, "RESIDENT_BYTES", 1000)
+    assert batches._reader_for(split, "auto") == "tfdata"
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match="pip install tensorflow-cpu"):
-        data._reader_for(split, "auto")
+        batches._reader_for(split, "auto")
     with pytest.raises(UserError, match="pip install tensorflow-cpu"):
-        data._reader_for(split, "tfdata")
-    assert data._reader_for(split, "resident") == "resident"
+        batches._reader_for(split, "tfdata")
+    assert batches._reader_for(split, "resident") == "resident"
 
 
 def test_readers_agree_on_eight_devices_and_residence_needs_no_tensorflow(path, python):
@@ -132,8 +132,9 @@ import sys
 sys.modules["tensorflow"] = None
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from igpt_jax import data, palette
-from igpt_jax.data import store
+from igpt_jax import data
+from igpt_jax.data import batches, palette
+from igpt_jax.data import batches, store
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 split = store.Store.open({str(path)!r}).split("train")

@@ -7,11 +7,13 @@ import os
 
 import pytest
 
-from igpt_jax import runtime, topology
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.jobs import plan
-from igpt_jax.planner import Evidence, compilation, targets, verdicts
+from igpt_jax.parallel import topology
+from igpt_jax.planner import compilation, targets, verdicts
 from igpt_jax.planner.answer import answer
+from igpt_jax.planner.evidence import Evidence
+from igpt_jax.runtime import job as runtime
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install libtpu (extra plan)")
 CUDA_PYTHON = os.environ.get("IGPT_CUDA_PYTHON", "")  # of an environment with jax[cuda13]
@@ -36,7 +38,9 @@ def test_the_planned_step_is_the_trained_step(python, tmp_path, objective):
     """
     python(f"""
 import jax
-from igpt_jax import loop, sharding, steps
+from igpt_jax.parallel import sharding
+from igpt_jax.training import loop
+
 from igpt_jax.config import base_config, parse
 from igpt_jax.jobs import prepare
 from igpt_jax.planner import compilation
@@ -45,7 +49,7 @@ images = parse("prepare", base_config("prepare", "source=synthetic:64,image_size
 prepare.run(images, "{tmp_path}/store")
 settings = ("model=igpt_tiny,model.layers=2,batch_size=16,steps=1,optimizer.warmup_steps=1,mesh.fsdp=2,mesh.tensor=2,"
             "accumulate=2,precision=bfloat16,eval_every_steps=0,objective={objective}")
-trained, jit_train_step = [], steps.jit_train_step
+trained, jit_train_step = [], loop.jit_train_step
 
 def spied(*arguments):
     class Step:
@@ -55,11 +59,11 @@ def spied(*arguments):
             return lowered
     return Step()
 
-steps.jit_train_step = spied
+loop.jit_train_step = spied
 config = base_config("pretrain", settings)
 config.data.store, config.data.held_out = "{tmp_path}/store", ""
 loop.train(parse("pretrain", config), "{tmp_path}/run")
-steps.jit_train_step = jit_train_step
+loop.jit_train_step = jit_train_step
 
 config = parse("plan", base_config("plan", settings + ",image_size=8,palette_size=16"))
 mesh = sharding.make_mesh(config.mesh)
@@ -78,7 +82,8 @@ def test_a_real_run_takes_the_planned_memory(python):
     """
     done = python(r"""
 import re, jax, numpy as np
-from igpt_jax import sharding, steps
+from igpt_jax.parallel import sharding
+from igpt_jax.training.steps import init_state
 from igpt_jax.config import base_config, parse
 from igpt_jax.planner import compilation
 
@@ -93,7 +98,7 @@ step, shapes, model = compilation.step_for(config, mesh)
 key = jax.random.key(0)
 with jax.set_mesh(mesh):
     compiled = step.lower(*shapes).compile()
-    init = jax.jit(lambda key: steps.init_state(model, config, key)).lower(key).compile()
+    init = jax.jit(lambda key: init_state(model, config, key)).lower(key).compile()
     tokens = jax.device_put(np.zeros(shapes[1].shape, np.int32), shapes[1].sharding)
     before = resident("VmRSS")
     state = init(key)
@@ -238,7 +243,7 @@ def test_the_search_ranks_what_it_compiled(monkeypatch, tmp_path, capsys):
 def test_calibration_takes_the_measured_speed(python, tmp_path):
     """The plan of a run that was measured predicts what was measured. Seen to fail with the share inverted."""
     python(f"""
-from igpt_jax import runtime
+from igpt_jax.runtime.job import run_job
 from igpt_jax.config import base_config, parse
 from igpt_jax.jobs import plan, prepare, pretrain
 
@@ -248,7 +253,7 @@ for job, settings, workdir in (
         (pretrain, small + "steps=20,log_every_steps=5,data.store={tmp_path}/store,data.held_out=", "run"),
         (plan, small + "image_size=8,palette_size=16,topology=cpu:1,calibration={tmp_path}/run", "plan")):
     name = job.__name__.rpartition(".")[2]
-    assert runtime.run_job(job.run, parse(name, base_config(name, settings)), "{tmp_path}/" + workdir) == 0
+    assert run_job(job.run, parse(name, base_config(name, settings)), "{tmp_path}/" + workdir) == 0
 """, devices=1, env={"IGPT_CACHE": str(tmp_path / "cache")})
     speed = json.loads((tmp_path / "run/result.json").read_text())["metrics"]["images_per_second"]
     planned = json.loads((tmp_path / "plan/plan.json").read_text())

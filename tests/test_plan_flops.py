@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import pytest
 
-from igpt_jax import sharding, telemetry
 from igpt_jax.config import base_config, parse
+from igpt_jax.model.flops import train_flops_per_image
+from igpt_jax.parallel import sharding
 from igpt_jax.planner import compilation, flops
 from igpt_jax.planner.estimate import estimate
 
@@ -25,7 +26,7 @@ def test_igpt_s_within_two_per_cent_of_the_closed_formula():
 
     Plain attention computes all scores: that half more, exactly. Seen to fail with a scan's body counted once.
     """
-    formula = 2 * telemetry.train_flops_per_image(24, 512, 2048, 512, 1024)
+    formula = 2 * train_flops_per_image(24, 512, 2048, 512, 1024)
     plain = formula + 3 * 2 * (2 * 24 * 1024**2 * 512)
     assert counted("model=igpt_s,model.remat=none,model.attention=reference") == pytest.approx(plain, rel=1e-12)
     # Diagonal blocks of 128 are computed whole (9/16 of the scores for 1/2), and the backward pass repeats q k.

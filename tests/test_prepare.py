@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax import palette, storage
+from igpt_jax import storage
 from igpt_jax.config import PrepareConfig, UserError
 from igpt_jax.data import images as rules
-from igpt_jax.data import order, sources, store
+from igpt_jax.data import order, palette, sources, store
+from igpt_jax.data.store import writer
 from igpt_jax.jobs import prepare
 
 
@@ -122,7 +123,7 @@ def test_prepare_again(tmp_path):
     ({"source": "npz"}, "needs a path"),
     ({"source": "npz:/nowhere/*.npz"}, "matches nothing"),
     ({"image_size": 28}, "never enlarged"),
-    ({"palette": "fit:18"}, "only 17 distinct colours"),
+    ({"palette": "fit:18"}, "only 17 distinct colors"),
     ({"palette": "fit:some"}, "whole number"),
     ({"palette": "/nowhere.npy"}, "does not exist"),
     ({"held_out": 0.9999}, "leaves none"),
@@ -246,8 +247,8 @@ def stop_after(monkeypatch, groups):
 def test_an_interrupted_job_goes_on(tmp_path, monkeypatch, chunk):
     """Across shards, train and test: the same store as without a stop, file by file. Seen to fail with progress saved
     before the group is counted, and with pending rows left out of it."""
-    monkeypatch.setattr(store, "SHARD_BYTES", 192 * 100)
-    monkeypatch.setattr(store, "LABELS_PER_CHUNK", 64)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 192 * 100)
+    monkeypatch.setattr(writer, "LABELS_PER_CHUNK", 64)
     keys = {"source": "synthetic:500", "test_source": "synthetic:150", "image_size": 8, "chunk": chunk}
     run(tmp_path / "whole", **keys)
     for groups in (2, 3, 4):

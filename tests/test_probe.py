@@ -12,11 +12,14 @@ from sklearn.linear_model import LogisticRegression
 from test_model import random_parameters
 from threadpoolctl import threadpool_limits
 
-from igpt_jax import features, linear_probe, storage
-from igpt_jax.attention import attention
+from igpt_jax import storage
 from igpt_jax.config import ModelConfig
 from igpt_jax.data.store import Writer
-from igpt_jax.model import Model, norm
+from igpt_jax.evaluation import linear_probe
+from igpt_jax.model import features
+from igpt_jax.model.attention import attention
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.layers import norm
 
 
 @pytest.mark.parametrize("kind", features.KINDS)

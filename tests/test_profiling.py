@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from igpt_jax.config import UserError, base_config, parse
-from igpt_jax.profiling import Profile
+from igpt_jax.metrics.profile import Profile
 
 
 def test_the_named_steps_are_traced(tmp_path, capfd):

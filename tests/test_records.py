@@ -83,7 +83,7 @@ import io, numpy as np
 from PIL import Image
 from igpt_jax import data
 from igpt_jax.config import DataConfig
-from igpt_jax.data import augment, order, pipeline
+from igpt_jax.data import augmentation, order, pipeline
 store = data.open_data(DataConfig(store="tfds:{folder}/array_record/pictures/1.0.0"), 16)
 train, held_out, validation = (store.split(name) for name in ("train", "held_out", "validation"))
 assert (train.count, held_out.count, validation.count, store.classes) == (36, 4, 7, 3)
@@ -93,16 +93,16 @@ assert len(set(pictures)) == 40
 decoded = [Image.open(io.BytesIO(one)).convert("RGB") for one in pictures]
 assert both.labels(np.arange(40)).tolist().count(0) == 14
 
-draws = augment.unit_draws(3, np.arange(2000), 3)
-left, top, side = np.array([augment.window(one, 16, 140, 100) for one in draws[:500]]).T
+draws = augmentation.unit_draws(3, np.arange(2000), 3)
+left, top, side = np.array([augmentation.window(one, 16, 140, 100) for one in draws[:500]]).T
 assert side.min() == round(224 / 384 * 100) and side.max() == round(224 / 256 * 100)
 assert top.min() == 0 and left.min() == 0 and (top + side).max() == 100 and (left + side).max() == 140
-assert {{augment.window(one, 16, 20, 16)[2] for one in draws}} == {{16}}  # nothing is enlarged
+assert {{augmentation.window(one, 16, 20, 16)[2] for one in draws}} == {{16}}  # nothing is enlarged
 
 table = np.arange(2**24, dtype=np.uint16)  # a token is green and blue
 def tokens(start, rows):
     reading = pipeline.batches(both, table, seed=3, batch_size=8, start_step=start, rows=rows, prefetch=1,
-                               recipe="imagenet")
+                               augment="imagenet")
     found = [next(reading) for _ in range(3)]
     reading.close()
     return np.stack([one for _, one in found])
@@ -112,9 +112,9 @@ for hosts in (2, 4, 8):
     assert np.array_equal(np.concatenate(parts, 1), whole)
 assert np.array_equal(tokens(2, slice(0, 8))[0], whole[2])
 for step in range(3):
-    ids, place = order.batch(3, step, 8, both.components), augment.unit_draws(3, step * 8 + np.arange(8), 3)
+    ids, place = order.batch(3, step, 8, both.components), augmentation.unit_draws(3, step * 8 + np.arange(8), 3)
     for row in range(8):
-        left, top, side = augment.window(place[row], 16, *decoded[ids[row]].size)
+        left, top, side = augmentation.window(place[row], 16, *decoded[ids[row]].size)
         crop = decoded[ids[row]].crop((left, top, left + side, top + side)).resize((16, 16), Image.Resampling.BOX)
         wanted = np.asarray(crop).astype(int)[..., 1]
         assert np.abs((whole[step, row] >> 8).reshape(16, 16) - wanted).max() <= 1
@@ -149,7 +149,7 @@ for i, name in enumerate(names):
 assert good == 9, good
 for read in (lambda: split.read(np.arange(12)), lambda: split.labels(np.arange(12)), lambda: next(pipeline.batches(
         split, np.zeros(2**24, np.uint16), seed=0, batch_size=12, start_step=0, rows=slice(0, 12), prefetch=1,
-        recipe="imagenet"))):
+        augment="imagenet"))):
     try:
         read()
         raise AssertionError("nothing was refused")

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from igpt_jax import checkpoint, integrity, palette, sharding, steps
+from igpt_jax import checkpoint
 from igpt_jax.config import MeshConfig, UserError
+from igpt_jax.data import palette
 from igpt_jax.data.store import Store
-from igpt_jax.model import Model
-from igpt_jax.objectives import nats_per_token
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.objectives import nats_per_token
+from igpt_jax.parallel import sharding
+from igpt_jax.storage import hashes
+from igpt_jax.training.steps import abstract_state
 from igpt_jax.weights.ours import OurWeights
 
 DATA = ROOT / "tests" / "data"
@@ -50,11 +54,11 @@ def test_an_array_of_converted_weights_is_compared(tmp_path):
     by convert, which reads one array at a time. Seen to fail without either comparison."""
     step = tmp_path / "run" / "checkpoints" / "30"
     shutil.copytree(DATA / "converted_format2", tmp_path / "run")
-    (step / integrity.HASHES).unlink()
+    (step / hashes.HASHES).unlink()
     value = json.loads((step / checkpoint.RECORD).read_text())
-    record = integrity.unsealed(value["custom_metadata"], "record")
+    record = hashes.unsealed(value["custom_metadata"], "record")
     record["checksums"]["params/blocks/query_DNH"] ^= 1
-    (step / checkpoint.RECORD).write_text(json.dumps({**value, "custom_metadata": integrity.sealed(record)}))
+    (step / checkpoint.RECORD).write_text(json.dumps({**value, "custom_metadata": hashes.sealed(record)}))
     with pytest.raises(UserError, match="params/blocks/query_DNH is not what was saved"):
         checkpoint.load_model(str(step), sharding.make_mesh(MeshConfig()), "float32")
     weights = OurWeights(str(step))
@@ -66,11 +70,11 @@ def test_an_array_of_converted_weights_is_compared(tmp_path):
 def test_a_run_of_format_2_goes_on(tmp_path):
     """The whole state, moments too. Seen to fail with an odd number added to the places in a checksum."""
     shutil.copytree(DATA / "pretrain_format2", tmp_path / "run")
-    record = checkpoint.load_record(str(tmp_path / "run"))
+    record = checkpoint.load_metadata(str(tmp_path / "run"))
     config, mesh = record.config, sharding.make_mesh(record.config.mesh)
     model = Model(config.model, len(record.palette_VC), record.image_size, config.precision, mesh)
     with checkpoint.Checkpoints(str(tmp_path / "run"), config) as checkpoints:
-        state, stored = checkpoints.restore(steps.abstract_state(model, config, mesh), record)
+        state, stored = checkpoints.restore(abstract_state(model, config, mesh), record)
     assert stored.steps_done == 30 and not (tmp_path / "run" / "quarantine").exists()
     assert int(state["step"]) == 30 and stored.checksums == record.checksums
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))

@@ -10,10 +10,11 @@ import pytest
 from conftest import patience
 from PIL import Image
 
-from igpt_jax import config, report, runtime
+from igpt_jax import config, report
 from igpt_jax.config import ReportConfig, UserError
 from igpt_jax.jobs import report as job
 from igpt_jax.report import paper, runs
+from igpt_jax.runtime.job import run_job
 
 NASTY = "<script>alert('x')</script>&$a_b$"
 
@@ -96,7 +97,7 @@ def test_the_page_of_a_second_run_leaves_itself_out(workdirs):
     """With runs/* the report's own workdir is among them. Seen to fail where it is not left out."""
     folder = workdirs / "report"
     for _ in range(2):
-        assert runtime.run_job(job.run, ReportConfig(workdirs=f"{workdirs}/*"), str(folder)) == 0
+        assert run_job(job.run, ReportConfig(workdirs=f"{workdirs}/*"), str(folder)) == 0
         assert json.loads((folder / "result.json").read_text())["metrics"]["workdirs"] == 3
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from test_convert import make_folder
 from test_weights import run
 
-from igpt_jax import palette
 from igpt_jax.config import SampleConfig, SampleMeshConfig, UserError
+from igpt_jax.data import palette
 from igpt_jax.jobs import sample
 
 

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, run_job_command
 from PIL import Image
 
-from igpt_jax import integrity
+from igpt_jax.storage import hashes
 
 DATA = ROOT / "tests" / "data"
 NESTED = "[" * 2_000_000
@@ -188,18 +188,18 @@ def large_record(folder, canary):
 def record_of_a_huge_model(folder, canary):
     """Its CRC is right: who can write a checkpoint can write that too."""
     step = checkpoint(folder)
-    (step / integrity.HASHES).unlink()
+    (step / hashes.HASHES).unlink()
     value = json.loads((step / "_CHECKPOINT_METADATA").read_text())
-    record = integrity.unsealed(value["custom_metadata"], "record")
+    record = hashes.unsealed(value["custom_metadata"], "record")
     record["config"]["model"] |= {"embed": 2**20, "heads": 2**10, "layers": 2**10}
-    value["custom_metadata"] = integrity.sealed(record)
+    value["custom_metadata"] = hashes.sealed(record)
     (step / "_CHECKPOINT_METADATA").write_text(json.dumps(value))
     return sample(step)
 
 
 def hashes_that_lead_out(folder, canary):
     step = checkpoint(folder)
-    (step / integrity.HASHES).write_text(f"{'0' * 64}  ../../../../../../../../dev/zero\n")
+    (step / hashes.HASHES).write_text(f"{'0' * 64}  ../../../../../../../../dev/zero\n")
     return verify(step)
 
 
@@ -213,7 +213,7 @@ def pipe_in_a_checkpoint(folder, canary):
     """Who opens it waits for ever."""
     step = checkpoint(folder)
     os.mkfifo(step / "params" / "more")
-    (step / integrity.HASHES).write_text(f"{'0' * 64}  params/more\n")
+    (step / hashes.HASHES).write_text(f"{'0' * 64}  params/more\n")
     return verify(step)
 
 
@@ -239,7 +239,7 @@ BAD_INPUT = (pickled_palette, pickled_palette_without_a_header, pickled_images, 
 HARMLESS = (picture_bomb, tar_that_leads_out, python_in_a_checkpoint)
 JOBS = """
 import importlib, json, sys
-from igpt_jax import runtime
+from igpt_jax.runtime.job import run_job
 from igpt_jax.config import base_config, parse
 
 codes = {{}}
@@ -251,7 +251,7 @@ for name, job, workdir, settings in json.load(open({rows!r})):
             key, _, value = setting.partition("=")
             kind = type(config[key])
             config[key] = kind(value)
-    codes[name] = runtime.run_job(importlib.import_module("igpt_jax.jobs." + job).run, parse(job, config), workdir)
+    codes[name] = run_job(importlib.import_module("igpt_jax.jobs." + job).run, parse(job, config), workdir)
 # Not getrusage: its ru_maxrss starts from what the process held that started this one.
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([codes, peak]))

@@ -5,15 +5,17 @@ import logging
 import jax
 import pytest
 
-from igpt_jax import sharding
 from igpt_jax.config import MeshConfig, ModelConfig, UserError
-from igpt_jax.model import Model
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding
 
 RUN = """
 import tempfile, itertools, jax, jax.numpy as jnp, numpy as np
-from igpt_jax import checkpoint, sharding, steps
+from igpt_jax import checkpoint
+from igpt_jax.parallel import sharding
+from igpt_jax.training.steps import abstract_state, init_state, jit_train_step, state_shardings
 from igpt_jax.config import MeshConfig, base_config, parse
-from igpt_jax.model import Model
+from igpt_jax.model.image_gpt import Model
 
 def parts(mesh_config, devices, precision, accumulate=1, second_moment="float32", job="pretrain",
           objective="autoregressive", **model):
@@ -23,15 +25,15 @@ def parts(mesh_config, devices, precision, accumulate=1, second_moment="float32"
     config = parse(job, config)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     classes = 4 if job == "finetune" else 0
-    return config, mesh, Model(config.model, 16, 8, precision, mesh, config.hidden_share, classes)
+    return config, mesh, Model.of(config, 16, 8, mesh, classes, precision)
 
 def run(mesh_config, devices, precision, steps_run=20, **options):
     config, mesh, model = parts(mesh_config, devices, precision, **options)
-    places = steps.state_shardings(model, config, mesh)
+    places = state_shardings(model, config, mesh)
     losses = []
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda key: steps.init_state(model, config, key), out_shardings=places)(jax.random.key(0))
-        step = steps.jit_train_step(model, config, mesh, 5)
+        state = jax.jit(lambda key: init_state(model, config, key), out_shardings=places)(jax.random.key(0))
+        step = jit_train_step(model, config, mesh, 5)
         for index in range(steps_run):
             tokens = (np.random.default_rng(index).integers(0, 4, (8, 64)) + np.arange(64)) % 16
             tokens, labels = jax.device_put((tokens, tokens[:, 0] % 4), sharding.batch_sharding(mesh))
@@ -107,7 +109,7 @@ def test_all_twenty_meshes_of_eight_devices(python):
 jax.config.update("jax_enable_x64", True)
 one = run(MeshConfig(), 1, "float64")
 config, mesh, model = parts(MeshConfig(1, 2, 2, 2), 8, "float64")
-record = checkpoint.Record(config, np.zeros((16, 3), np.float32), 8, "data", 20)
+record = checkpoint.Metadata(config, np.zeros((16, 3), np.float32), 8, "data", 20)
 with tempfile.TemporaryDirectory() as workdir:
     _, saved = run(MeshConfig(1, 2, 2, 2), 8, "float64")
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
@@ -117,7 +119,7 @@ with tempfile.TemporaryDirectory() as workdir:
         check(mesh_config, 1e-8, one, run(mesh_config, 8, "float64"))
         _, mesh, model = parts(mesh_config, 8, "float64")
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
-            restored, _ = checkpoints.restore(steps.abstract_state(model, config, mesh), record)
+            restored, _ = checkpoints.restore(abstract_state(model, config, mesh), record)
         for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 """)

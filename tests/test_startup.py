@@ -11,8 +11,8 @@ import threading
 import pytest
 from conftest import ROOT, patience, run_job_command
 
-from igpt_jax import launcher, roll_call, startup
 from igpt_jax.config import UserError
+from igpt_jax.runtime import launchers, missing_peers, startup
 
 # What each launcher sets, and no more, on both of two processes of this machine; {i}: 0 or 1, {port}: a free one.
 SLURM = {"SLURM_JOB_ID": "{slurm}", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
@@ -33,8 +33,8 @@ TPU_VM = {"GCE_METADATA_IP": "{metadata}"}  # nothing else: the metadata server 
 MEET = """
 import os, sys
 import numpy as np
-from igpt_jax import launcher, startup
-launch = launcher.recognise(os.environ)
+from igpt_jax.runtime import launchers, startup
+launch = launchers.recognize(os.environ)
 startup.connect(launch)
 startup.introduce(launch, startup.agree())
 import jax
@@ -85,7 +85,7 @@ def start(command, variables, cwd=ROOT, **values):
 def test_two_processes_meet(by, variables):
     """With exactly the variables that the launcher sets both connect, and one line tells of both.
 
-    Seen to fail, for each of them, with a `recognise` that knows no launcher.
+    Seen to fail, for each of them, with a `recognize` that knows no launcher.
     """
     port = free_port()
     with contextlib.ExitStack() as stack:
@@ -108,21 +108,21 @@ def test_two_processes_meet(by, variables):
     ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, None),
     ({"SLURM_JOB_ID": "5000", "SLURM_STEP_NODELIST": "gpu[08-09,11],big", "SLURM_STEP_NUM_TASKS": "7",
       "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
-     launcher.Launch("SLURM", "gpu08:62344", 7, 3,
+     launchers.Launch("SLURM", "gpu08:62344", 7, 3,
                      ("gpu08", "gpu08", "gpu09", "gpu09", "gpu11", "gpu11", "big"), (1,))),
     ({"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a,b", "SLURM_STEP_NUM_TASKS": "2",  # a task for all GPUs of a node
       "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "0,1"},
-     launcher.Launch("SLURM", "a:61441", 2, 1, ("a", "b"), None)),
+     launchers.Launch("SLURM", "a:61441", 2, 1, ("a", "b"), None)),
     ({"MASTER_ADDR": "a", "MASTER_PORT": "5", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1",
-      "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, launcher.Launch("torchrun", "a:6", 4, 3, (), (1,))),
+      "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, launchers.Launch("torchrun", "a:6", 4, 3, (), (1,))),
     ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2",
       "MEGASCALE_COORDINATOR_ADDRESS": "j-slice-0-0.j:8080"},
-     launcher.Launch("TPU", "j-slice-0-0.j:8476", 6, 5, ("slice 0, host 0", "slice 0, host 1", "slice 1, host 0",
+     launchers.Launch("TPU", "j-slice-0-0.j:8476", 6, 5, ("slice 0, host 0", "slice 0, host 1", "slice 1, host 0",
                                                          "slice 1, host 1", "slice 2, a", "slice 2, b"))),
 ])
 def test_places_are_recognised(variables, expected):
     """Node lists, several slices, and what is one process though a launcher's variables are there."""
-    assert launcher.recognise(variables) == expected
+    assert launchers.recognize(variables) == expected
 
 
 @pytest.mark.parametrize("variables", [
@@ -133,7 +133,7 @@ def test_places_are_recognised(variables, expected):
 ])
 def test_incomplete_variables_are_refused(variables):
     with pytest.raises(UserError, match="--coordinator|numbered from 0"):
-        launcher.recognise(variables)
+        launchers.recognize(variables)
 
 
 def jobs(workdir, numbers, of, *more_of_last, seconds=""):
@@ -184,9 +184,9 @@ def test_a_platform_that_is_not_there_is_told_with_its_cure(monkeypatch, error, 
 
 def test_hosts_of_the_missing_are_named():
     words = "# of tasks that reached the barrier: 1/3.\nSome timed out task names:\n2\n1\n\nRPC: RegisterTask"
-    line = roll_call.missing_line(words, 300, "n1:1", ["n1", "n2", "n3"])
+    line = missing_peers.missing_line(words, 300, "n1:1", ["n1", "n2", "n3"])
     assert "1 of 3 processes came within 300 s; missing: process 1 (n2), process 2 (n3)." in line
-    assert roll_call.missing_line("F1121 out of memory\n", 300, "n1:1", []) == "F1121 out of memory\n"
+    assert missing_peers.missing_line("F1121 out of memory\n", 300, "n1:1", []) == "F1121 out of memory\n"
 
 
 def test_a_process_that_differs_is_refused(tmp_path):

@@ -5,14 +5,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-from igpt_jax import runtime, storage
+from igpt_jax import storage
 from igpt_jax.config import UserError, base_config, parse
+from igpt_jax.runtime.job import run_job
+from igpt_jax.storage import files, lines, locks, paths
 
 HOLD = """
 import sys
+import time
 from igpt_jax import storage
 with storage.lock(storage.path(sys.argv[1])):
     print("held", flush=True)
@@ -23,8 +27,9 @@ with storage.lock(storage.path(sys.argv[1])):
 @pytest.fixture
 def as_bucket(monkeypatch):
     """A local folder under a bucket's rules: no rename, no append, no flock."""
-    monkeypatch.setattr(storage, "is_local", lambda path: False)
-    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 0.02)
+    for module in (storage, files, lines, locks, paths):
+        monkeypatch.setattr(module, "is_local", lambda path: False)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.02)
 
 
 @pytest.mark.parametrize(("typed", "local"), [("a/b", True), ("/a", True), ("gs://b/a", False), ("s3://b/a", False)])
@@ -101,7 +106,7 @@ def test_a_workdir_where_checkpoints_would_go_astray_is_refused(tmp_path, monkey
         monkeypatch.chdir(tmp_path / folder)
     before = list(tmp_path.rglob("*"))
     workdir = "run" if inside else str(tmp_path / folder)
-    assert runtime.run_job(lambda config, workdir: {}, parse("pretrain", base_config("pretrain")), workdir) == 2
+    assert run_job(lambda config, workdir: {}, parse("pretrain", base_config("pretrain")), workdir) == 2
     printed = capsys.readouterr().err
     assert told in printed and printed.count("\n") == 1 and list(tmp_path.rglob("*")) == before
 
@@ -225,14 +230,14 @@ def test_lock_refuses_a_second_job_and_dies_with_the_first(tmp_path):
         first.stdin.close()
         first.stdout.close()
     with storage.lock(storage.path(tmp_path)):
-        assert json.loads((tmp_path / storage.LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / locks.LOCK).read_text())["pid"] == os.getpid()
     with storage.lock(storage.path(tmp_path)):
         pass
 
 
 def test_lock_in_a_bucket(tmp_path, as_bucket, monkeypatch):
     """Seen to fail where a lock that beats is not looked at twice."""
-    workdir, lock, sleep = storage.path(tmp_path), tmp_path / storage.LOCK, storage.time.sleep
+    workdir, lock, sleep = storage.path(tmp_path), tmp_path / locks.LOCK, time.sleep
 
     def until_it_beats(seconds):  # however late its thread runs
         found = lock.read_text()
@@ -240,7 +245,7 @@ def test_lock_in_a_bucket(tmp_path, as_bucket, monkeypatch):
             sleep(0.001)
 
     with storage.lock(workdir), monkeypatch.context() as patched:
-        patched.setattr(storage.time, "sleep", until_it_beats)
+        patched.setattr(time, "sleep", until_it_beats)
         with pytest.raises(UserError, match=f"process {os.getpid()}"):
             with storage.lock(workdir):
                 pass
@@ -258,7 +263,10 @@ def test_who_loses_a_bucket_lock_ends(tmp_path):
     script = f"""
 import time
 from igpt_jax import storage
-storage.is_local, storage.HEARTBEAT_SECONDS = (lambda path: False), 0.2
+from igpt_jax.storage import files, lines, locks, paths
+for module in (storage, files, lines, locks, paths):
+    module.is_local = lambda path: False
+locks.HEARTBEAT_SECONDS = 0.2
 with storage.lock(storage.path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(10**6)
@@ -266,6 +274,6 @@ with storage.lock(storage.path({str(tmp_path)!r})):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": os.getcwd()}) as job:
         assert job.stdout.readline() == "held\n"
-        (tmp_path / storage.LOCK).write_text(json.dumps({"host": "other", "pid": 7, "start": "now"}))
+        (tmp_path / locks.LOCK).write_text(json.dumps({"host": "other", "pid": 7, "start": "now"}))
         assert "in use by host other, process 7" in job.stderr.read()
     assert job.returncode == 2

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from igpt_jax import data, palette, storage
+from igpt_jax import data, storage
 from igpt_jax.config import DataConfig, UserError
-from igpt_jax.data import stage, store
+from igpt_jax.data import palette, staging, store
+from igpt_jax.data.store import writer
 
 PALETTE_VC = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 FIELDS = {"source": "test", "resize": "none", "seed": 0, "held_out": {}, "config": {}}
@@ -61,8 +62,8 @@ def test_what_is_written_comes_back(path, images):
 
 def test_shards_are_written_as_they_fill(tmp_path, images, monkeypatch):
     """Three shards of 20, 20 and 10 images. Seen to fail with an image lost between shards."""
-    monkeypatch.setattr(store, "SHARD_BYTES", 20 * 192)
-    monkeypatch.setattr(store, "LABELS_PER_CHUNK", 16)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20 * 192)
+    monkeypatch.setattr(writer, "LABELS_PER_CHUNK", 16)
     write(tmp_path, {"train": (images, np.arange(50))})
     assert len(list((tmp_path / "train" / "images" / "c").iterdir())) == 3
     split = store.Store.open(tmp_path).split("train")
@@ -195,7 +196,7 @@ def test_hidden_files_do_not_condemn_a_store(path, tmp_path_factory):
     (path / "manifest.json").write_text(json.dumps(manifest))
     opened = store.Store.open(path)
     store.verify(path, opened.manifest)
-    copy = store.Store.open(stage.stage(str(path), str(tmp_path_factory.mktemp("here"))))
+    copy = store.Store.open(staging.stage(str(path), str(tmp_path_factory.mktemp("here"))))
     assert copy.split("train").read(np.arange(2)).shape == (2, 8, 8, 3)
     fresh = tmp_path_factory.mktemp("fresh")
     (fresh / "train" / "images").mkdir(parents=True)
@@ -278,16 +279,16 @@ def test_files_are_held_against_the_manifest(path, damage, message):
 def test_stage(path, tmp_path_factory):
     """A copy on this disk, made once, whole or not at all. Seen to fail without the comparison in stage._copy."""
     here = tmp_path_factory.mktemp("here")
-    where = stage.stage(str(path), str(here))
+    where = staging.stage(str(path), str(here))
     opened, original = store.Store.open(where), store.Store.open(path)
     assert opened.fingerprint == original.fingerprint
     copied, read = (which.split("train").read(np.arange(30)) for which in (opened, original))
     np.testing.assert_array_equal(copied, read)
     flip(path / "train" / "images" / "c" / "0" / "0" / "0" / "0", 50)
-    assert stage.stage(str(path), str(here)) == where  # it is there
+    assert staging.stage(str(path), str(here)) == where  # it is there
     with pytest.raises(UserError, match="train/images/c/0/0/0/0 differs from its SHA-256"):
-        stage.stage(str(path), str(here / "again"))
+        staging.stage(str(path), str(here / "again"))
     assert not list((here / "again").glob("*/manifest.json"))
     for folder, message in (("gs://bucket", "folder of this machine"), (f"{path}/manifest.json", "Give a folder")):
         with pytest.raises(UserError, match=message):
-            stage.stage(str(path), folder)
+            staging.stage(str(path), folder)

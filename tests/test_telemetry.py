@@ -8,8 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from igpt_jax import telemetry, topology
 from igpt_jax.config import MODELS
+from igpt_jax.metrics.logging import Metrics, load_metrics, say
+from igpt_jax.metrics.throughput import Throughput
+from igpt_jax.model.flops import train_flops_per_image
+from igpt_jax.parallel import topology
 
 
 @pytest.mark.parametrize("name, tokens, teraflops", [
@@ -19,14 +22,14 @@ from igpt_jax.config import MODELS
 def test_train_flops(name, tokens, teraflops):
     """Against figures worked out by hand for the paper's models. Seen to fail with full instead of causal attention."""
     layers, embed, _ = MODELS[name]
-    flops = telemetry.train_flops_per_image(layers, embed, 4 * embed, 512, tokens)
+    flops = train_flops_per_image(layers, embed, 4 * embed, 512, tokens)
     assert flops / 1e12 == pytest.approx(teraflops, rel=3e-3)
 
 
 def test_throughput_leaves_out_compilation_and_pauses():
     """Seen to fail when the first step is counted, and when `paused` does nothing."""
     now = [0.0]
-    throughput = telemetry.Throughput(batch_size=8, tokens=64, flops_per_image=1e12, devices=2, peak_flops=8e12,
+    throughput = Throughput(batch_size=8, tokens=64, flops_per_image=1e12, devices=2, peak_flops=8e12,
                                       clock=lambda: now[0])
     now[0] += 100  # compilation
     throughput.step()
@@ -46,7 +49,7 @@ def test_throughput_leaves_out_compilation_and_pauses():
 
 
 def run(workdir, start, stop):
-    metrics = telemetry.Metrics(workdir, total_steps=10, start_step=start)
+    metrics = Metrics(workdir, total_steps=10, start_step=start)
     for step in range(start + 1, stop + 1):
         metrics.log(step, {"train/nats_per_pixel": 1 / step})
     metrics.close()
@@ -61,15 +64,16 @@ def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
     assert all(line["time"] > 1.7e9 for line in lines)
-    assert telemetry.load_metrics(tmp_path) == lines
+    assert load_metrics(tmp_path) == lines
     run(tmp_path, 0, 2)
-    assert [line["step"] for line in telemetry.load_metrics(tmp_path)] == [1, 2]
+    assert [line["step"] for line in load_metrics(tmp_path)] == [1, 2]
     printed = capsys.readouterr().err
     assert "step 7/10  loss 0.1429" in printed and "\r" not in printed and "\x1b" not in printed
 
 
-@pytest.mark.parametrize("bad", [b"5", b'"step"', b"\xff\xfe\x00", b'{"step": 2, "train/nats\xff": 1.0}', b'{"step": "2"}',
-                                 b'{"step": 2, "resumed_from": null}', b'{"step": 2, "a": [1]}', b"[" * 9999])
+@pytest.mark.parametrize("bad", [b"5", b'"step"', b"\xff\xfe\x00", b'{"step": 2, "train/nats\xff": 1.0}',
+                                 b'{"step": "2"}', b'{"step": 2, "resumed_from": null}', b'{"step": 2, "a": [1]}',
+                                 b"[" * 9999])
 def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, bad, caplog):
     """In the middle of a log, as the same run goes on. Seen to fail with each line taken for what it should be."""
     run(tmp_path, 0, 2)
@@ -77,7 +81,7 @@ def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, bad, caplog):
     first, second = file.read_bytes().splitlines()
     damaged = b"\n".join([first, bad, second]) + b"\n"
     file.write_bytes(damaged)
-    assert [line["step"] for line in telemetry.load_metrics(tmp_path)] == [1, 2]
+    assert [line["step"] for line in load_metrics(tmp_path)] == [1, 2]
     run(tmp_path, 2, 3)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
@@ -85,10 +89,10 @@ def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, bad, caplog):
 
 
 def test_non_finite_values_are_null(tmp_path):
-    metrics = telemetry.Metrics(tmp_path, total_steps=1)
+    metrics = Metrics(tmp_path, total_steps=1)
     metrics.log(1, {"a": math.nan, "b": math.inf, "c": np.float32(1.5)})
     metrics.close()
-    (line,) = telemetry.load_metrics(tmp_path)
+    (line,) = load_metrics(tmp_path)
     assert (line["a"], line["b"], line["c"]) == (None, None, 1.5)
 
 
@@ -96,7 +100,7 @@ def test_lines_of_one_step_are_merged_and_later_ones_win(tmp_path):
     """As a bucket's parts are read, where nothing can be dropped."""
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b": 5.0}, {"step": 2, "a": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert telemetry.load_metrics(tmp_path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0, "b": 5.0}]
+    assert load_metrics(tmp_path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0, "b": 5.0}]
 
 
 def test_chips_are_found_by_jax_names():
@@ -122,11 +126,11 @@ def test_a_line_said_amid_another_is_no_error(monkeypatch):
         def write(self, data):
             if not said:
                 said.append(True)
-                telemetry.say("inner")
+                say("inner")
             written.append(bytes(data))
             return len(data)
 
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True))
-    telemetry.say("outer")
-    telemetry.say("next")
+    say("outer")
+    say("next")
     assert said and b"".join(written).split() == [b"outer", b"next"]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from igpt_jax import topology
 from igpt_jax.config import UserError
+from igpt_jax.parallel import topology
 
 
 @pytest.mark.parametrize("name, chip, devices, groups", [

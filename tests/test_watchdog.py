@@ -4,7 +4,7 @@ import pytest
 
 STUCK = """
 import time
-from igpt_jax.watchdog import Watchdog
+from igpt_jax.runtime.watchdog import Watchdog
 with Watchdog({allowance}) as watchdog:
     for step in range({steps}):
         watchdog.beat(f"doing step {{step}}")
@@ -35,7 +35,7 @@ def test_the_compiler_is_where_the_watchdog_looks_for_it(run_job):
     """Another version of JAX may compile elsewhere: seen to fail with another file's name."""
     done = run_job(script="""
 import threading, time, jax
-from igpt_jax.watchdog import compiling
+from igpt_jax.runtime.watchdog import compiling
 jax.config.update("jax_enable_compilation_cache", False)
 def slow(x):
     for _ in range(300):

@@ -15,7 +15,7 @@ import pytest
 from conftest import run_job_command
 from safetensors.numpy import load_file, save_file
 
-from igpt_jax import checkpoint, linear_probe, objectives, palette, probing, runtime, sharding, transfer
+from igpt_jax import checkpoint
 from igpt_jax.config import (
     ConvertConfig,
     EvaluateConfig,
@@ -26,23 +26,29 @@ from igpt_jax.config import (
     ModelConfig,
     UserError,
 )
+from igpt_jax.data import palette
 from igpt_jax.data.store import Store, tokens_of
-from igpt_jax.decode import Sampling, generate
-from igpt_jax.features import make_feature_step
+from igpt_jax.evaluation import linear_probe, probing
 from igpt_jax.jobs import convert, evaluate
-from igpt_jax.model import Model
+from igpt_jax.model import objectives
+from igpt_jax.model.features import make_feature_step
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.sampling import Sampling, generate
+from igpt_jax.parallel import sharding
+from igpt_jax.runtime.precision import set_precision
+from igpt_jax.training import transfer
 from igpt_jax.weights import certificate, huggingface, names, open_weights, openai, ours
 from igpt_jax.weights.names import Part
 
-SIZES = {"small": {"layers": 2, "embed": 24, "heads": 2, "colours": 13, "side": 5},
-         "wide": {"layers": 3, "embed": 32, "heads": 4, "colours": 20, "side": 4}}
+SIZES = {"small": {"layers": 2, "embed": 24, "heads": 2, "colors": 13, "side": 5},
+         "wide": {"layers": 3, "embed": 32, "heads": 4, "colors": 20, "side": 4}}
 
 
 @pytest.fixture(autouse=True)
 def float32():
-    runtime.set_precision("float32")  # as run_job does
+    set_precision("float32")  # as run_job does
     yield
-    runtime.set_precision("bfloat16")
+    set_precision("bfloat16")
 
 
 def make_huggingface(folder, size, seed, kind="ImageGPTForCausalImageModeling", classes=7):
@@ -51,7 +57,7 @@ def make_huggingface(folder, size, seed, kind="ImageGPTForCausalImageModeling", 
     transformers.utils.logging.disable_progress_bar()
     s = SIZES[size]
     config = transformers.ImageGPTConfig(
-        vocab_size=s["colours"] + 1, n_positions=s["side"] ** 2, n_embd=s["embed"], n_layer=s["layers"],
+        vocab_size=s["colors"] + 1, n_positions=s["side"] ** 2, n_embd=s["embed"], n_layer=s["layers"],
         n_head=s["heads"], num_labels=classes)
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(config).eval()
@@ -60,7 +66,7 @@ def make_huggingface(folder, size, seed, kind="ImageGPTForCausalImageModeling", 
             if not name.endswith("bias"):
                 parameter.copy_((1 if "ln_" in name else 0) + 0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    palette = np.random.default_rng(seed).uniform(-1, 1, (s["colours"], 3)).astype(np.float32)
+    palette = np.random.default_rng(seed).uniform(-1, 1, (s["colors"], 3)).astype(np.float32)
     (folder / "preprocessor_config.json").write_text(json.dumps({"clusters": palette.tolist()}))
     return model
 
@@ -87,7 +93,7 @@ def make_openai(prefix, size, seed, start=True):
     import tensorflow as tf
 
     s, rng = SIZES[size], np.random.default_rng(seed)
-    L, D, N, V, T = s["layers"], s["embed"], s["heads"], s["colours"], s["side"] ** 2
+    L, D, N, V, T = s["layers"], s["embed"], s["heads"], s["colors"], s["side"] ** 2
     shapes = {"wte": (V, D), "wtet": (V, D), "wpe": (T, D), "ln_f/g": (D,)} | ({"sos": (D,)} if start else {})
     for i in range(L):
         shapes |= {f"h{i}/ln_1/g": (D,), f"h{i}/ln_2/g": (D,), f"h{i}/mlp/c_fc/w": (D, 4 * D),
@@ -101,8 +107,8 @@ def make_openai(prefix, size, seed, start=True):
     return arrays
 
 
-def make_palette(path, colours):
-    np.save(path, np.random.default_rng(0).uniform(-1, 1, (colours, 3)).astype(np.float32))
+def make_palette(path, colors):
+    np.save(path, np.random.default_rng(0).uniform(-1, 1, (colors, 3)).astype(np.float32))
     return str(path)
 
 
@@ -128,7 +134,7 @@ def test_huggingface_to_ours_and_back_is_bit_identical(tmp_path, size, seed):
     for record in (there, back):
         assert record["verdict"] == "same" and record["logits"]["max_difference"] < 1e-4
         nats = record["logits"]["nats_per_pixel"]
-        assert abs(nats["source"] - nats["target"]) < 1e-5 < abs(nats["source"] - math.log(SIZES[size]["colours"]))
+        assert abs(nats["source"] - nats["target"]) < 1e-5 < abs(nats["source"] - math.log(SIZES[size]["colors"]))
     assert there["tensors"]["source"] == back["tensors"]["target"]
     assert metrics["parameters"] == sum(array.size for name, array in before.items() if not name.endswith("bias"))
     assert_loads_without_a_word(tmp_path / "back")
@@ -147,9 +153,9 @@ def test_openai_to_ours_and_back_is_bit_identical(tmp_path, size):
     import transformers  # noqa: F401, which the certificate calls
 
     arrays = make_openai(tmp_path / "oa" / "model.ckpt-131000", size, 0)
-    palette = make_palette(tmp_path / "palette.npy", SIZES[size]["colours"])
+    palette = make_palette(tmp_path / "palette.npy", SIZES[size]["colors"])
     _, there = run(tmp_path / "a", f"openai:{tmp_path}/oa", "", palette=palette)
-    sums = checkpoint.load_record(str(tmp_path / "a/checkpoints/131000")).checksums
+    sums = checkpoint.load_metadata(str(tmp_path / "a/checkpoints/131000")).checksums
     assert len(sums) == len(there["tensors"]["target"])
     _, back = run(tmp_path / "b", f"orbax:{tmp_path}/a", f"openai:{tmp_path}/back/model.ckpt-1")
     _, across = run(tmp_path / "c", f"openai:{tmp_path}/oa", f"huggingface:{tmp_path}/hf", palette=palette)
@@ -165,14 +171,14 @@ def test_openai_to_ours_and_back_is_bit_identical(tmp_path, size):
 def test_masked_models_come_back_bit_identical_and_serve_evaluate(tmp_path):
     """OpenAI's BERT variables there and back; `evaluate` gives the released code's nats per hidden pixel, 1e-5.
 
-    Seen to fail with the released code causal, or shown hidden colours, with nats of all pixels, and with the record
+    Seen to fail with the released code causal, or shown hidden colors, with nats of all pixels, and with the record
     left autoregressive.
     """
     import tensorflow as tf
 
     s = SIZES["wide"]
     arrays = make_openai(tmp_path / "bert" / "model.ckpt-131000", "wide", 0, start=False)
-    palette = make_palette(tmp_path / "palette.npy", s["colours"])
+    palette = make_palette(tmp_path / "palette.npy", s["colors"])
     _, there = run(tmp_path / "a", f"openai:{tmp_path}/bert", "", palette=palette)
     _, back = run(tmp_path / "b", f"orbax:{tmp_path}/a", f"openai:{tmp_path}/back/model.ckpt-1")
     reader = tf.train.load_checkpoint(str(tmp_path / "back/model.ckpt-1"))
@@ -183,13 +189,14 @@ def test_masked_models_come_back_bit_identical_and_serve_evaluate(tmp_path):
         assert record["verdict"] == "same" and record["logits"]["max_difference"] < 1e-4
         assert abs(nats["source"] - nats["target"]) < 1e-5
 
-    record = checkpoint.load_record(f"{tmp_path}/a")
-    assert record.config.objective == "masked" and record.config.masked_share == 0.15
-    tokens_BT = np.random.default_rng(0).integers(s["colours"], size=(6, s["side"] ** 2))
+    record = checkpoint.load_metadata(f"{tmp_path}/a")
+    assert record.config.objective == "masked" and record.config.mask_ratio == 0.15
+    tokens_BT = np.random.default_rng(0).integers(s["colors"], size=(6, s["side"] ** 2))
     np.save(tmp_path / "tokens.npy", tokens_BT)
     measured = evaluate.run(EvaluateConfig(checkpoints=f"{tmp_path}/a", tokens=f"{tmp_path}/tokens.npy", batch_size=4),
                             str(tmp_path / "e"))
-    hidden_BT = np.asarray(objectives.hidden_of_examples(np.arange(6), tokens_BT.shape[1], 0.15, seed=0, number=0))
+    view = objectives.Masked(0.15).view_of_examples(tokens_BT, np.arange(6), 16, seed=0, number=0)
+    hidden_BT = np.asarray(view.hidden_BT)
     logits_BTV = open_weights("openai", f"{tmp_path}/bert").outputs(tokens_BT, hidden_BT)["pixels"]
     nats, = measured["nats_per_pixel"].values()
     assert nats == pytest.approx(certificate.nats_per_pixel(logits_BTV, tokens_BT, hidden_BT), abs=1e-5)
@@ -216,7 +223,7 @@ def test_a_classifier_comes_back_whole_with_its_logits(tmp_path):
     with pytest.raises(UserError, match="holds no head for pixels"):
         run(tmp_path / "d", f"huggingface:{tmp_path}/hf", f"openai:{tmp_path}/none")
 
-    record = checkpoint.load_record(f"{tmp_path}/a")
+    record = checkpoint.load_metadata(f"{tmp_path}/a")
     model = FinetuneModelConfig(class_layer=1, **{name: getattr(record.config.model, name) for name in transfer.SIZES})
     params = ours.parameters(open_weights("orbax", f"{tmp_path}/a"), lambda shape, name: np.empty(shape, np.float32))
     ours.save(f"{tmp_path}/middle", params, dataclasses.replace(record, config=FinetuneConfig(model=model)))
@@ -347,7 +354,7 @@ REFUSED = {
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "truncated": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 9), "model.safetensors cannot be read"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
-    "clusters": (lambda f: (f / "preprocessor_config.json").write_text('{"clusters": [[1]]}'), "13 colours"),
+    "clusters": (lambda f: (f / "preprocessor_config.json").write_text('{"clusters": [[1]]}'), "13 colors"),
     "outside": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../a.safetensors"}}')), "not a file of this folder"),
 }
@@ -390,7 +397,7 @@ def test_mistakes_are_refused(tmp_path, original):
         (f"openai:{tmp_path}/bert", f"huggingface:{tmp_path}/hf", palette, "masked .BERT. model; transformers"),
         (f"openai:{tmp_path}/bert", f"export:{tmp_path}/programs", palette, "as an exported sampler does"),
         (f"openai:{tmp_path}/bert", "", "", "comes without its palette"),
-        (f"openai:{tmp_path}/bert", "", make_palette(tmp_path / "p14.npy", 14), "has 14 colours"),
+        (f"openai:{tmp_path}/bert", "", make_palette(tmp_path / "p14.npy", 14), "has 14 colors"),
         (f"openai:{tmp_path}/none", "", "", "cannot be read"),
         (f"openai:{tmp_path}", "", "", "holds 0 checkpoints"),
         (f"huggingface:{original}", f"huggingface:{tmp_path}", "", "is already there"),
@@ -398,9 +405,9 @@ def test_mistakes_are_refused(tmp_path, original):
         (f"huggingface:{tmp_path}/none", "", "", "does not exist"),
         ("", "", "", "must read openai:PATH or"),
     ]
-    for source, target, colours, message in cases:
+    for source, target, colors, message in cases:
         with pytest.raises(UserError, match=message) as caught:
-            run(tmp_path / "out", source, target, palette=colours)
+            run(tmp_path / "out", source, target, palette=colors)
         assert len(str(caught.value).splitlines()) == 1
 
 

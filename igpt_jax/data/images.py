@@ -7,7 +7,7 @@ The rules, in the order in which they apply:
 3. 16-bit channels keep their high byte. CMYK becomes RGB by Pillow's formula; color profiles are not applied.
    Palettes become colors, grey becomes three equal channels, transparent pixels lie over white.
 4. The EXIF rotation is applied; an EXIF block that cannot be read counts as none.
-5. A square of the turned picture: the largest centered one, or the crop that a training recipe chose. RESIZE_RULE
+5. A square of the turned picture: the largest centered one, or the crop that a training augment chose. RESIZE_RULE
    reduces it. Nothing is enlarged.
 
 Shapes in names: B batch; Y rows, X columns, C channels.
@@ -36,7 +36,7 @@ MAX_BYTES = 2**28
 TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB"
 MAX_PIXELS = 50_000_000  # 190 MiB each time that Pillow holds one, at most three times at once
 LARGE_PIXELS = 2**23  # larger ones are decoded one at a time
-RESIZE_RULE = "the largest centred square, then area: Pillow's BOX filter"
+RESIZE_RULE = "the largest centerd square, then area: Pillow's BOX filter"
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB = 0, 2  # PNG's color types without palette and alpha

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from igpt_jax.config import UserError
 from igpt_jax.data import images, order
-from igpt_jax.data.sources import Item, Source
+from igpt_jax.data.sources.base import Item, Source
 from igpt_jax.data.sources.contents import on_one_line
 from igpt_jax.data.store import Writer
 

@@ -5,7 +5,7 @@ smallest power of four that holds n, walked until it lands below n (Black and Ro
 Domains", 2002). A seek to any step costs the same as the next one. Hosts take slices of the same global batch, so any
 number of them trains on the same examples, and a run may go on with another number.
 
-Where small reads are slow, whole blocks of neighbours are permuted, and then the examples within a window of blocks:
+Where small reads are slow, whole blocks of neighbors are permuted, and then the examples within a window of blocks:
 each block is read about once an epoch, and an epoch is an exact permutation still. Several components are mixed by a
 weighted round-robin; each has epochs of its own.
 
@@ -32,7 +32,7 @@ class Component:
     Attributes:
       count: how many.
       weight: of each sum(weights) examples of the mixture, this many come from here.
-      block: neighbours that are best read together; 1: reads are random.
+      block: neighbors that are best read together; 1: reads are random.
     """
     count: int
     weight: int = 1

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from igpt_jax import palette
-from igpt_jax.data import augment, order
+from igpt_jax.data import augmentation, order, palette
 
 STEPS_AT_ONCE = 16  # whose order is worked out together: NumPy's calls cost more than the numbers
 
@@ -24,14 +23,14 @@ for kind in ("GPU", "TPU"):
 
 
 def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int, rows: slice, prefetch: int,
-            recipe: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            augment: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each step from start_step, the global batch's ids int64 [B] and tokens int32 [R, T] of its `rows`.
 
     Args:
       split: of a pixel store, or records.RecordSplit.
       rows: of the global batch, those that this process needs.
       prefetch: batches read ahead.
-      recipe: of augment.RECIPES.
+      augment: of augment.AUGMENTATIONS.
       window: `order.batch`'s.
 
     Raises:
@@ -59,10 +58,10 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
     def tokens_at(step: int) -> np.ndarray:
         """Tokens uint16 [R, T] of this process's rows; crops depend on their positions in the run's sequence."""
         ids_R, position_R = ids_at(step)[rows], step * batch_size + np.arange(rows.start, rows.stop)
-        crops = (augment.unit_draws(seed, position_R, 3),) if recipe == "imagenet" else ()
+        crops = (augmentation.unit_draws(seed, position_R, 3),) if augment == "imagenet" else ()
         tokens_RT = palette.encode(split.read(ids_R, *crops), table)
-        if recipe == "cifar":
-            tokens_RT = augment.moved(tokens_RT, *augment.crop_and_mirror(seed, position_R, split.image_size))
+        if augment == "cifar":
+            tokens_RT = augmentation.moved(tokens_RT, *augmentation.crop_and_mirror(seed, position_R, split.image_size))
         return tokens_RT
 
     with tf.device("cpu"):

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from igpt_jax.config import UserError, nearest
-from igpt_jax.data import augment, images, order
+from igpt_jax.data import augmentation, images, order
 from igpt_jax.data.order import Component
 from igpt_jax.data.sources.tfds import class_names_of, keys_of, open_builder, unreadable
 
@@ -124,7 +124,7 @@ class RecordSplit:
           UserError: a picture cannot be used.
         """
         def one(picture: tuple[str, bytes], draws_3: np.ndarray | None) -> np.ndarray:
-            window = None if draws_3 is None else functools.partial(augment.window, draws_3, self.image_size)
+            window = None if draws_3 is None else functools.partial(augmentation.window, draws_3, self.image_size)
             try:
                 return images.decode(picture[1], self.image_size, window)
             except images.Unusable as reason:

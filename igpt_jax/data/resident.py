@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from igpt_jax.data import augment, order
+from igpt_jax.data import augmentation, order
 from igpt_jax.data.store import Split, tokens_of
 
 READ_AT_ONCE = 8192  # images
@@ -46,7 +46,7 @@ def put(rows: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
 
 
 def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int, rows: slice,
-            recipe: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            augment: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each step from start_step, the global batch's ids int64 [B] and tokens int32 [R, T] of its `rows`.
 
     The tokens lie in the memory of each process. On the device the gather would save nothing, as ids have to get there
@@ -56,7 +56,7 @@ def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, star
     for step in itertools.count(start_step):
         ids_B = order.batch(seed, step, batch_size, split.components, window)
         tokens_RT = tokens_IT[ids_B[rows]]
-        if recipe == "cifar":
+        if augment == "cifar":
             position_R = step * batch_size + np.arange(rows.start, rows.stop)
-            tokens_RT = augment.moved(tokens_RT, *augment.crop_and_mirror(seed, position_R, split.image_size))
+            tokens_RT = augmentation.moved(tokens_RT, *augmentation.crop_and_mirror(seed, position_R, split.image_size))
         yield ids_B, tokens_RT.astype(np.int32)

@@ -16,11 +16,15 @@ import jax
 import jax.export
 import numpy as np
 
-from igpt_jax import export, palette, runtime, storage, telemetry
+from igpt_jax import storage
 from igpt_jax.config import ConvertConfig, ExportConfig, UserError
-from igpt_jax.decode import Sampling
-from igpt_jax.model import Model
-from igpt_jax.probing import load_probe
+from igpt_jax.data import palette
+from igpt_jax.evaluation.probing import load_probe
+from igpt_jax.metrics.logging import say
+from igpt_jax.model import export
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.sampling import Sampling
+from igpt_jax.storage import to_json
 from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
 from igpt_jax.weights.certificate import certify, fixed_images, nats_per_pixel
 from igpt_jax.weights.frameworks import fault_of_transformers
@@ -47,8 +51,8 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
 
     certificate = {"from": f"{source_kind}:{source_path}", "to": f"{target_kind}:{target_path}"}
     target = Target(target_kind, target_path, source.steps_done, workdir)
-    telemetry.say(f"{certificate['from']} -> {certificate['to']}: {source.sizes['L']} layers, width "
-                  f"{source.sizes['D']}, {source.sizes['V']} colours"
+    say(f"{certificate['from']} -> {certificate['to']}: {source.sizes['L']} layers, width "
+                  f"{source.sizes['D']}, {source.sizes['V']} colors"
                   f"{', masked (BERT): there is no start vector' if masked(source) else ''}")
     with target.appearing({**certificate, "verdict": "unfinished"}) as folder:
         if target_kind == "openai":
@@ -64,7 +68,7 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
         certificate |= _certify_export(source, Path(target.folder))
     else:
         certificate |= certify(source, open_weights(target_kind, target_path), config.certificate == "full")
-    target.record(json.loads(runtime.to_json(certificate)))
+    target.record(json.loads(to_json(certificate)))
     if certificate["verdict"] != "same":
         raise UserError(f"{_difference(certificate, source, 'huggingface' in (source_kind, target_kind))}. Do not use "
                         f"the converted weights; {storage.path(workdir) / CERTIFICATE} has the details.")
@@ -84,7 +88,7 @@ def _palette_for(config: ConvertConfig, source: Weights) -> Any:
         raise UserError(f"{config.convert_from} comes without its palette. Set --config.palette to its .npy file "
                         "(OpenAI's is kmeans_centers.npy).")
     if len(palette_VC) != source.sizes["V"]:
-        raise UserError(f"palette {config.palette} has {len(palette_VC)} colours, the weights in {config.convert_from} "
+        raise UserError(f"palette {config.palette} has {len(palette_VC)} colors, the weights in {config.convert_from} "
                         f"have {source.sizes['V']}. Give the palette that they were trained with.")
     return palette_VC
 
@@ -145,7 +149,7 @@ def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray
 
 
 def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:
-    """What the exported program gives for images of random colours, beside what the source's own framework does."""
+    """What the exported program gives for images of random colors, beside what the source's own framework does."""
     tokens_BT, _ = fixed_images(source)
     losses = jax.export.deserialize(bytearray((folder / "losses.jax").read_bytes()))
     with np.load(folder / "weights.npz") as file:

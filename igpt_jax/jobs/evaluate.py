@@ -22,31 +22,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax import (
-    arrivals,
-    checkpoint,
-    evaluation,
-    figures,
-    palette,
-    runtime,
-    sharding,
-    side_files,
-    storage,
-    surprise,
-    table,
-    telemetry,
-)
-from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, to_dict
-from igpt_jax.data import open_split
+from igpt_jax import checkpoint, storage
+from igpt_jax.checkpoint import watching
+from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, flat, stated, to_dict
+from igpt_jax.data import open_split, palette
 from igpt_jax.data.store import Split, Store, tokens_of
-from igpt_jax.data.tokens import TokenFile
-from igpt_jax.model import Model
-from igpt_jax.probing import Prober
-from igpt_jax.runtime import Ended
+from igpt_jax.data.token_file import TokenFile
+from igpt_jax.evaluation import exact_loss, loss_maps
+from igpt_jax.evaluation.probing import Prober
+from igpt_jax.metrics import figures
+from igpt_jax.metrics.logging import say
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding
+from igpt_jax.runtime.exits import Ended
+from igpt_jax.storage import side_files, tables
+from igpt_jax.storage.json import to_json
 
 NAME = "evaluation"
-# Keys that decide which checkpoints are evaluated, when and how fast, but no figure.
-FREE_KEYS = ("checkpoints", "watch", "idle_seconds", "poll_seconds", "shard", "mesh", "batch_size", "attention")
 
 Row = dict[str, Any]
 
@@ -65,32 +57,33 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         _publish(folder, rows)
         return _metrics(rows)
     if not config.probe and config.probing != ProbingConfig():
-        telemetry.say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
+        say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
-    asked = _digest({name: value for name, value in to_dict(config).items() if name not in FREE_KEYS})
-    rows = [row for row in table.load(folder, NAME) if row.get("asked") == asked]
+    resume = stated(config.job, "resume")
+    asked = _digest({name: value for name, value in flat(to_dict(config)).items() if resume[name] == "same"})
+    rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
-    for step in arrivals.on_all_processes(_without_row(config, rows)):
+    for step in watching.on_all_processes(_without_row(config, rows)):
         try:
             identity = checkpoint.identity(step)
             loaded = checkpoint.load_model(step, mesh, config.precision, config.attention)
         except (UserError, OSError) as error:
             if not checkpoint.is_checkpoint(step):
-                telemetry.say(f"{step}: its run has removed it meanwhile; it is passed over")
-            elif isinstance(error, checkpoint.NoneGood):
-                telemetry.say(str(error))
+                say(f"{step}: its run has removed it meanwhile; it is passed over")
+            elif isinstance(error, checkpoint.NoGoodCheckpoint):
+                say(str(error))
                 damaged.append(step)
             else:
                 raise
             continue
         row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder), "asked": asked,
                "identity": identity}
-        row = storage.parse_json(runtime.to_json(row))  # as from the table: null for what is not finite
+        row = storage.parse_json(to_json(row))  # as from the table: null for what is not finite
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
         _publish(folder, rows)
-        telemetry.say(f"{step}: {_told(row)}")
+        say(f"{step}: {_told(row)}")
     _publish(folder, rows)
     if damaged:
         raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows))
@@ -115,37 +108,37 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
     def is_known(step: str) -> bool:
         try:
             return step in known and known[step] == (checkpoint.identity(step),
-                                                     fingerprint(*_needed(checkpoint.load_record(step))))
+                                                     fingerprint(*_needed(checkpoint.load_metadata(step))))
         except UserError:  # it is gone or damaged, as will be said when it is loaded
             return False
 
-    steps = (arrivals.follow(config.checkpoints, config.idle_seconds, config.poll_seconds) if config.watch else
-             arrivals.listed(config.checkpoints))
+    steps = (watching.follow(config.checkpoints, config.idle_seconds, config.poll_seconds) if config.watch else
+             watching.listed(config.checkpoints))
     for step in steps:
-        if step is None or arrivals.in_slice(step, *config.slice) and not is_known(step):
+        if step is None or watching.in_slice(step, *config.slice) and not is_known(step):
             yield step
 
 
-def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh,
-             folder: storage.epath.Path) -> Row:
+def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, record: checkpoint.Metadata, mesh: Mesh,
+             folder: storage.Path) -> Row:
     """The columns of one checkpoint; its surprise goes to files of its own."""
     split = _examples(config, *_needed(record))
     lookup = palette.lookup_table(record.palette_VC)
     labelled = not isinstance(split, TokenFile) and split.labelled
-    found = evaluation.make_measure(model, mesh, config.batch_size, lookup)(params, split, labelled=labelled)
+    found = exact_loss.make_measure(model, mesh, config.batch_size, lookup)(params, split, labelled=labelled)
     row = {"steps": record.steps_done, "objective": record.config.objective,
            "split": config.tokens or config.data.split, "examples": split.count, **found,
            "bits_per_pixel": found["nats_per_pixel"] / math.log(2)}
     if config.probe:
         row |= _probed(config, model, params, record, mesh)
-    if config.surprise:
-        found = surprise.measure(model, params, split, mesh, config.batch_size, lookup, config.surprise)
+    if config.loss_maps:
+        found = loss_maps.measure(model, params, split, mesh, config.batch_size, lookup, config.loss_maps)
         if jax.process_index() == 0:
-            _publish_surprise(folder, step, found, split, lookup, record)
+            _publish_loss_maps(folder, step, found, split, lookup, record)
     return row | {"data": _fingerprint(config, split, *_needed(record))}
 
 
-def _needed(record: checkpoint.Record) -> tuple[str, int, int]:
+def _needed(record: checkpoint.Metadata) -> tuple[str, int, int]:
     """What of a checkpoint decides the examples: its own store, the image size and the colors."""
     return record.config.data.store, record.image_size, len(record.palette_VC)
 
@@ -168,7 +161,7 @@ def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *
     return _digest(found)
 
 
-def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoint.Record, mesh: Mesh) -> Row:
+def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoint.Metadata, mesh: Mesh) -> Row:
     data = config.probing.data
     data = dataclasses.replace(data, store=data.store or config.data.store)
     prober = Prober(dataclasses.replace(config.probing, data=data), record)
@@ -181,17 +174,17 @@ def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoin
 
 # What is written.
 
-def _publish(folder: storage.epath.Path, rows: list[Row]) -> None:
+def _publish(folder: storage.Path, rows: list[Row]) -> None:
     """The table, by run and step, and its figures."""
     if jax.process_index() != 0:
         return
-    rows = sorted(rows, key=lambda row: (str(arrivals.run_of(row["checkpoint"])), row["steps"]))
-    table.publish(folder, NAME, rows)
+    rows = sorted(rows, key=lambda row: (str(watching.run_of(row["checkpoint"])), row["steps"]))
+    tables.publish(folder, NAME, rows)
     if not rows:
         return
     runs: dict[str, list[Row]] = {}
     for row in rows:
-        runs.setdefault(str(arrivals.run_of(row["checkpoint"])), []).append(row)
+        runs.setdefault(str(watching.run_of(row["checkpoint"])), []).append(row)
     names = [storage.path(run).name for run in runs]
     runs = dict(zip(names if len(set(names)) == len(runs) else runs, runs.values(), strict=True))
     figures.loss_over_steps(folder / "figures" / "loss.png", {
@@ -204,14 +197,14 @@ def _publish(folder: storage.epath.Path, rows: list[Row]) -> None:
         figures.accuracy_over_loss(folder / "figures" / "accuracy_over_loss.png", runs, count)
 
 
-def _publish_surprise(folder: storage.epath.Path, step: str, found: surprise.Surprise, split: Split | TokenFile,
-                      lookup: np.ndarray, record: checkpoint.Record) -> None:
+def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMaps, split: Split | TokenFile,
+                      lookup: np.ndarray, record: checkpoint.Metadata) -> None:
     """surprise/NAME.json, and under figures/ the pictures with their maps, and the means by place and class."""
-    size, name = record.image_size, re.sub(r"\W+", "-", f"{arrivals.run_of(step)}-{record.steps_done}").strip("-")
+    size, name = record.image_size, re.sub(r"\W+", "-", f"{watching.run_of(step)}-{record.steps_done}").strip("-")
     ids = np.arange(len(found.shown_NT))
     tokens_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
     shown_NYX, by_place_YX = (each.reshape(-1, size, size) for each in (found.shown_NT, found.by_place_T))
-    storage.publish(folder / "surprise" / f"{name}.json", runtime.to_json({
+    storage.publish(folder / "surprise" / f"{name}.json", to_json({
         "checkpoint": step, "examples": split.count, "nats_by_place": by_place_YX[0].round(6).tolist(),
         "nats_by_class": {label: {"nats_per_pixel": nats, "examples": count}
                           for label, (nats, count) in found.by_class.items()},
@@ -219,12 +212,12 @@ def _publish_surprise(folder: storage.epath.Path, step: str, found: surprise.Sur
                       "nats": nats_YX.astype(np.float64).round(5).tolist()} for index, nats_YX in enumerate(shown_NYX)],
     }, indent=None))
     images_NYXC = palette.decode(tokens_BT, record.palette_VC).reshape(-1, size, size, 3)
-    figures.surprise_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX)
-    figures.surprise_means(folder / "figures" / f"surprise_means-{name}.png", by_place_YX[0],
+    figures.loss_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX)
+    figures.loss_by_position(folder / "figures" / f"loss_by_position-{name}.png", by_place_YX[0],
                            {str(label): nats for label, (nats, _) in found.by_class.items()})
 
 
-def _joined(folder: storage.epath.Path) -> list[Row]:
+def _joined(folder: storage.Path) -> list[Row]:
     """The rows of all slices in the workdir's folders. Raises UserError where one is missing or not done."""
     slices: dict[str, list[Row]] = {}
     told: dict[str, Any] = {}

@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import checkpoint, evaluation, loop, palette, sharding, storage, telemetry, transfer
+from igpt_jax import checkpoint, storage
 from igpt_jax.config import FinetuneConfig
-from igpt_jax.data import open_data
+from igpt_jax.data import open_data, palette
+from igpt_jax.evaluation import exact_loss
+from igpt_jax.metrics.logging import say
+from igpt_jax.parallel import sharding
+from igpt_jax.training import loop, transfer
 
 
 def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
@@ -29,7 +33,7 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     model, params, record = checkpoint.load_model(str(storage.path(workdir) / "checkpoints" / str(step)), mesh,
                                                   config.precision)
-    measure = evaluation.make_measure(model, mesh, config.batch_size, palette.lookup_table(record.palette_VC))
+    measure = exact_loss.make_measure(model, mesh, config.batch_size, palette.lookup_table(record.palette_VC))
     accuracy = measure(params, test)["accuracy"]
-    telemetry.say(f"step {step:,}: {accuracy:.2%} of {test.count:,} test images")
+    say(f"step {step:,}: {accuracy:.2%} of {test.count:,} test images")
     return {**metrics, "test_accuracy": accuracy}

@@ -12,12 +12,18 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from igpt_jax import checkpoint, figures, process, runtime, side_files, storage, telemetry, topology
+from igpt_jax import checkpoint, process, storage
 from igpt_jax.config import DataConfig, MeshConfig, PlanConfig, UserError
-from igpt_jax.planner import Evidence, search
+from igpt_jax.metrics import figures
+from igpt_jax.metrics.logging import say
+from igpt_jax.parallel import topology
+from igpt_jax.parallel.topology import GIB, Target
+from igpt_jax.planner import search
 from igpt_jax.planner.answer import Answer, answer, table
+from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.verdicts import verdict_for
-from igpt_jax.topology import GIB, Target
+from igpt_jax.runtime.exits import Ended
+from igpt_jax.storage import side_files, to_json
 
 REMEDY_COMPILES = 3  # settings compiled to find one that fits
 COUNTS = tuple(2**power for power in range(13))  # devices on the plot
@@ -32,7 +38,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     """
     target = _target(config)
     if config.data != DataConfig():
-        telemetry.say("igpt_jax plan: data.* has no effect here: a step does not read.")
+        say("igpt_jax plan: data.* has no effect here: a step does not read.")
     share, evidence = _calibrated(config, target) if config.calibration else (config.roofline_share,
                                                                               Evidence.UNCALIBRATED)
     lines = []
@@ -50,9 +56,9 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     process.tell(text)
     folder = storage.path(workdir)
     storage.publish(folder / "plan.txt", text + "\n")
-    storage.publish(folder / "plan.json", runtime.to_json(record))
+    storage.publish(folder / "plan.json", to_json(record))
     if result.fits is None:
-        raise runtime.Ended(f"no plan for {config.topology}: {result.verdict.message.rstrip('.')}. Try another "
+        raise Ended(f"no plan for {config.topology}: {result.verdict.message.rstrip('.')}. Try another "
                             "model.attention, mesh or version of jaxlib.", result.metrics)
     if result.forecast and config.step == "train":
         _draw(result, share, folder / "figures" / "plan.png")
@@ -96,7 +102,7 @@ def _calibrated(config: PlanConfig, target: Target) -> tuple[float, Evidence]:
 
 
 def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
-    record = checkpoint.load_record(workdir)
+    record = checkpoint.load_metadata(workdir)
     if record.config.job != "pretrain":
         raise UserError(f"calibration={workdir} is a workdir of {record.config.job}. Give finished ones of pretrain.")
     result = side_files.look(storage.path(workdir) / "result.json")
@@ -126,7 +132,7 @@ def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence
     """Compiles the most promising settings; those that fit first, the fastest of them first, failed ones last."""
     ranked = _candidates(config, target, share, vary=True)
     tried = search.distinct(ranked)[:config.search_compiles]
-    telemetry.say(f"igpt_jax plan: {len(ranked):,} settings by estimate; compiling {len(tried)}")
+    say(f"igpt_jax plan: {len(ranked):,} settings by estimate; compiling {len(tried)}")
     found, refusal = [], None
     for candidate in tqdm(tried, unit="compile", desc="search", disable=None):
         try:

@@ -21,17 +21,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from igpt_jax import palette, storage, telemetry
-from igpt_jax.config import PrepareConfig, UserError
-from igpt_jax.data import colours, images, ingest, sources, store
+from igpt_jax import storage
+from igpt_jax.config import PrepareConfig, UserError, stated
+from igpt_jax.data import color_sample, images, ingest, palette, sources, store
 from igpt_jax.data.sources import contents
 from igpt_jax.data.store import Split, Writer
-from igpt_jax.figures import image_grid, save_png
-from igpt_jax.runtime import Preempted, StopSignal
+from igpt_jax.metrics.figures import image_grid, save_png
+from igpt_jax.metrics.logging import say
+from igpt_jax.runtime.exits import Preempted
+from igpt_jax.runtime.signals import StopSignal
 
 SHOWN = 12  # images in before_after.png, and class names in a line
-# Keys that change how a store is made and not what it holds.
-FREE_KEYS = ("workers", "max_quarantined")
 
 
 def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
@@ -54,10 +54,11 @@ def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
 
 
 def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
-    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_KEYS}
+    resume = stated(config.job, "resume")
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if resume[name] == "same"}
     if manifest := store.load_manifest(path) or store.load_manifest(path, store.SLICE):
         _check_same(manifest["config"], asked, path)
-        telemetry.say(f"{path} is complete already: nothing to do.")
+        say(f"{path} is complete already: nothing to do.")
         return _metrics(manifest, seconds=None)
 
     imported, count = _palette_for(config.palette, config.source)
@@ -73,11 +74,11 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     if resumed and resumed["config"] == asked:
         _check_contents(resumed, notes, path)
     if resumed and any(resumed[name] != notes[name] for name in ("config", "inputs")):
-        telemetry.say(f"{path} holds an interrupted job of another config or source: starts over")
+        say(f"{path} holds an interrupted job of another config or source: starts over")
         writer, resumed = Writer(path, size, writer.chunk), None
     done, bad = (resumed["done"], resumed["quarantined"]) if resumed else ({}, [])
     if done:
-        telemetry.say("goes on after " + ", ".join(f"{number:,} {split} images" for split, number in done.items()))
+        say("goes on after " + ", ".join(f"{number:,} {split} images" for split, number in done.items()))
 
     inputs = sum(notes["inputs"].values())
     quarantine = ingest.Quarantine(inputs, config.max_quarantined, bad)
@@ -115,13 +116,13 @@ def _open_sources(config: PrepareConfig) -> tuple[dict[str, sources.Source], int
         given["test"] = sources.open_source(config.test_source, size, config.seed + 1, config.slice)
     for split, source in given.items():
         for notice in source.notices:
-            telemetry.say(notice)
+            say(notice)
         for kind, files in source.skipped.items():
-            telemetry.say(f"passes over {files:,} files that are not named as pictures: {kind}")
+            say(f"passes over {files:,} files that are not named as pictures: {kind}")
         if names := source.class_names:
             shown = names if len(names) <= SHOWN else (*names[:SHOWN - 2], "...", names[-1])
             plural = "es" if len(names) > 1 else ""
-            telemetry.say(f"{split}: {len(names):,} class{plural}: {contents.on_one_line(shown)}")
+            say(f"{split}: {len(names):,} class{plural}: {contents.on_one_line(shown)}")
     return given, size
 
 
@@ -138,7 +139,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     """Joins the slices in the workdir's folders: a manifest that names their parts. No pixel is copied."""
     if manifest := store.load_manifest(path):
         _check_same(manifest["config"], {"palette": config.palette, "shard": "merge"}, path)
-        telemetry.say(f"{path} is complete already: nothing to do.")
+        say(f"{path} is complete already: nothing to do.")
         return _metrics(manifest, seconds=None)
     slices = {folder.name: manifest for folder in storage.children(path) if folder.is_dir()
               and (manifest := store.load_manifest(folder, store.SLICE))}
@@ -163,7 +164,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     for number in range(n):
         name = by_number[number]
         manifest = slices[name]
-        telemetry.say(f"verifies {name}")
+        say(f"verifies {name}")
         store.verify(path / name, manifest)
         files |= {f"{name}/{file}": known for file, known in manifest["files"].items()}
         quarantined += [{**entry, "slice": name} for entry in manifest["quarantined"]]
@@ -212,7 +213,7 @@ def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     array = io.BytesIO()
     np.save(array, chosen)
     storage.publish(path / store.PALETTE, array.getvalue())
-    telemetry.say(f"{path / store.PALETTE} is ready: --config.palette={path / store.PALETTE}")
+    say(f"{path / store.PALETTE} is ready: --config.palette={path / store.PALETTE}")
     return _metrics(opened.manifest, seconds=None)
 
 
@@ -225,10 +226,10 @@ def _metrics(manifest: dict[str, Any], seconds: float | None, earlier: int = 0) 
 def _tell(manifest: dict[str, Any], path: epath.Path) -> None:
     counts = ", ".join(f"{split['count']:,} {name}" for name, split in manifest["splits"].items())
     bad = f", {len(manifest['quarantined'])} in quarantine (quarantined.json)" if manifest["quarantined"] else ""
-    telemetry.say(f"{path}: {counts} images of {manifest['image_size']}x{manifest['image_size']}{bad}")
+    say(f"{path}: {counts} images of {manifest['image_size']}x{manifest['image_size']}{bad}")
     images = sum(split["count"] for split in manifest["splits"].values())
     if manifest["classes"] > images and not manifest["class_names"]:
-        telemetry.say(f"the labels run to {manifest['classes'] - 1}, with {images:,} images: to probe or finetune, "
+        say(f"the labels run to {manifest['classes'] - 1}, with {images:,} images: to probe or finetune, "
                       "number the classes 0, 1, 2, ... without a gap")
 
 
@@ -241,13 +242,13 @@ def _check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: epath
 
 
 def _palette_for(typed: str, source: str) -> tuple[np.ndarray | None, int]:
-    """The imported palette, or None and the number of colours to fit."""
+    """The imported palette, or None and the number of colors to fit."""
     text = typed or ("fit:17" if source.startswith("digits") else "fit:512")
     if not text.startswith("fit:"):
         return palette.load(text), 0
     count = text.removeprefix("fit:")
     if not (re.fullmatch(r"\d{1,6}", count) and 2 <= int(count) <= palette.LARGEST):
-        raise UserError(f"palette={text!r}: fit:K takes a whole number of 2 to {palette.LARGEST} colours.")
+        raise UserError(f"palette={text!r}: fit:K takes a whole number of 2 to {palette.LARGEST} colors.")
     return None, int(count)
 
 
@@ -255,21 +256,21 @@ def _choose(split: Split, imported: np.ndarray | None, count: int, seed: int, pa
     """The palette [V, 3], imported or fit to a split; palette.json and pictures tell how well it holds the split."""
     palette_VC = imported
     if palette_VC is None:
-        telemetry.say(f"fits a palette of {count} colours")
-        palette_VC = palette.fit(colours.sample_pixels(split, seed), count, seed)
-    report = colours.report(split, palette_VC, seed)
+        say(f"fits a palette of {count} colors")
+        palette_VC = palette.fit(color_sample.sample_pixels(split, seed), count, seed)
+    report = color_sample.report(split, palette_VC, seed)
     storage.publish(path / "palette.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
     quality = "exact" if report.psnr_db is None else f"{report.psnr_db:.2f} dB PSNR"
-    telemetry.say(f"palette: {report.used} of {report.colours} colours used, {quality} on {report.images:,} images")
-    _draw(path / "figures", palette_VC, split.read(colours.sample_ids(split, seed, SHOWN)))
+    say(f"palette: {report.used} of {report.colours} colors used, {quality} on {report.images:,} images")
+    _draw(path / "figures", palette_VC, split.read(color_sample.sample_ids(split, seed, SHOWN)))
     return palette_VC
 
 
 def _draw(folder: epath.Path, palette_VC: np.ndarray, images_BYXC: np.ndarray) -> None:
-    """palette.png: a square for each colour. before_after.png: images above, the same in the palette below."""
-    colours_V1XC = palette.decode(np.arange(len(palette_VC)), palette_VC)[:, None, None, :]
+    """palette.png: a square for each color. before_after.png: images above, the same in the palette below."""
+    colors_V1XC = palette.decode(np.arange(len(palette_VC)), palette_VC)[:, None, None, :]
     columns = int(np.ceil(np.sqrt(2 * len(palette_VC))))
-    save_png(folder / "palette.png", image_grid(colours_V1XC, columns, scale=16, gap=0))
+    save_png(folder / "palette.png", image_grid(colors_V1XC, columns, scale=16, gap=0))
     table = palette.lookup_table(palette_VC)
     after_BYXC = palette.decode(palette.encode(images_BYXC, table), palette_VC).reshape(images_BYXC.shape)
     both, scale = np.concatenate([images_BYXC, after_BYXC]), max(1, 96 // images_BYXC.shape[1])

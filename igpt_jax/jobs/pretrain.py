@@ -3,8 +3,8 @@
 Writes checkpoints/, metrics.jsonl, tensorboard/ and figures/loss.png.
 """
 
-from igpt_jax import loop
 from igpt_jax.config import PretrainConfig
+from igpt_jax.training import loop
 
 
 def run(config: PretrainConfig, workdir: str) -> dict[str, float]:

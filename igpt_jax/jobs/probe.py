@@ -8,9 +8,13 @@ from typing import Any
 
 import jax
 
-from igpt_jax import checkpoint, figures, sharding, storage, table, telemetry
+from igpt_jax import checkpoint, storage
 from igpt_jax.config import ProbeConfig
-from igpt_jax.probing import PROBE, Labelled, Prober, save_probe
+from igpt_jax.evaluation.probing import PROBE, Labelled, Prober, save_probe
+from igpt_jax.metrics import figures
+from igpt_jax.metrics.logging import say
+from igpt_jax.parallel import sharding
+from igpt_jax.storage import tables
 
 
 def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
@@ -57,9 +61,9 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         for row in rows:
             low, high = row.get("interval", (None, None))
             spread = f"[{low:.2%}, {high:.2%}]" if low is not None else f"+- {row['deviation'] or 0:.2%}"
-            telemetry.say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
+            say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
-        table.publish(folder, "probe", rows)
+        tables.publish(folder, "probe", rows)
         save_probe(folder / PROBE, best_probe, layers[best], config.features)
         figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png", {"": by_layer}, baselines,
                                   prober.test_count)

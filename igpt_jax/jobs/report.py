@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from igpt_jax import report, storage, telemetry
+from igpt_jax import report, storage
 from igpt_jax.config import ReportConfig, UserError
+from igpt_jax.metrics.logging import say
 from igpt_jax.report.runs import load
 
 
@@ -28,5 +29,5 @@ def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
         for name, svg in charts.items():
             storage.publish(folder / "figures" / name, svg)
         storage.publish(folder / "report.html", page)
-        telemetry.say(f"{folder / 'report.html'}: {len(found)} workdirs")
+        say(f"{folder / 'report.html'}: {len(found)} workdirs")
     return {"workdirs": len(found), "bytes": len(storage.encoded(page))}

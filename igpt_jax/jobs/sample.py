@@ -17,13 +17,18 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from igpt_jax import checkpoint, palette, sharding, storage, telemetry
-from igpt_jax.checkpoint import Record
+from igpt_jax import checkpoint, storage
+from igpt_jax.checkpoint import Metadata
 from igpt_jax.config import SampleConfig, UserError
-from igpt_jax.data import open_split, process_rows, put, tokens_of
+from igpt_jax.data import open_split, palette
 from igpt_jax.data.images import SUFFIXES, Unusable, decode, read
-from igpt_jax.decode import NOT_FINITE, Sampling, generate
-from igpt_jax.figures import image_grid, save_png
+from igpt_jax.data.resident import process_rows, put
+from igpt_jax.data.store import tokens_of
+from igpt_jax.metrics.figures import image_grid, save_png
+from igpt_jax.metrics.logging import say
+from igpt_jax.model.objectives import objective_of
+from igpt_jax.model.sampling import NOT_FINITE, Sampling, generate
+from igpt_jax.parallel import sharding
 
 UNKNOWN = 127  # grey level of the pixels that the model was not given
 EXAMPLES, COUNT = 16, 64  # where the config leaves them open
@@ -36,9 +41,10 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
       UserError: the checkpoint is missing, the pictures or the data do not fit it, or nothing was asked for.
     """
     mesh = sharding.make_mesh(config.mesh)
-    if checkpoint.load_record(config.checkpoint).config.objective != "autoregressive":
-        raise UserError(f"checkpoint {config.checkpoint} was trained with objective=masked: it cannot draw one pixel "
-                        "after the other. Give one of autoregressive training.")
+    trained = checkpoint.load_metadata(config.checkpoint).config
+    if not objective_of(trained).causal:
+        raise UserError(f"checkpoint {config.checkpoint} was trained with objective={trained.objective}: it cannot "
+                        "draw one pixel after the other. Give one of autoregressive training.")
     model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision)
     size = record.image_size
     rows = size // 2 if config.rows < 0 else config.rows
@@ -79,7 +85,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     return {"images_per_second": (count + completions) / seconds, "samples": count, "completions": completions}
 
 
-def _originals(config: SampleConfig, record: Record) -> tuple[np.ndarray, list[str]]:
+def _originals(config: SampleConfig, record: Metadata) -> tuple[np.ndarray, list[str]]:
     """Tokens int32 [B, T] of the pictures to complete, and what each is called."""
     size, table = record.image_size, palette.lookup_table(record.palette_VC)
     if config.images:
@@ -89,7 +95,7 @@ def _originals(config: SampleConfig, record: Record) -> tuple[np.ndarray, list[s
     if config.examples == 0 or not store and config.examples < 0:
         return np.zeros((0, size ** 2), np.int32), []
     if config.examples < 0 and not config.data.store and not storage.path(store).exists():
-        telemetry.say(f"no completions: the checkpoint's store {store} is not here. Set data.store or images.")
+        say(f"no completions: the checkpoint's store {store} is not here. Set data.store or images.")
         return np.zeros((0, size ** 2), np.int32), []
     split = open_split(store, config.data.split, size)
     ids = np.arange(min(EXAMPLES if config.examples < 0 else config.examples, split.count))
@@ -118,11 +124,11 @@ def _users_pictures(typed: str, size: int) -> tuple[np.ndarray, list[str]]:
         raise UserError(f"images={typed!r} holds no picture that can be used{f' ({reasons})' if reasons else ''}. "
                         f"Give JPEG, PNG or WebP files of at least {size}x{size} pixels.")
     for name, reason in unusable.items():
-        telemetry.say(f"left out {name}: {reason}")
+        say(f"left out {name}: {reason}")
     return np.stack(list(images.values())), list(images)
 
 
-def _named(files: Iterable[storage.epath.Path]) -> dict[str, storage.epath.Path]:
+def _named(files: Iterable[storage.Path]) -> dict[str, storage.Path]:
     """Files by their names, with as many of their folders as tell all of them apart."""
     files = list(dict.fromkeys(files))
     for parts in itertools.count(1):
@@ -174,7 +180,7 @@ class _Drawing:
         return drawn_BT
 
 
-def _pictures(tokens_BT: np.ndarray, record: Record) -> np.ndarray:
+def _pictures(tokens_BT: np.ndarray, record: Metadata) -> np.ndarray:
     """RGB uint8 [B, Y, X, C] of tokens."""
     size = record.image_size
     return palette.decode(tokens_BT, record.palette_VC).reshape(-1, size, size, 3)

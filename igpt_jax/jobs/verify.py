@@ -9,9 +9,13 @@ from typing import Any
 
 import jax
 
-from igpt_jax import checkpoint, runtime, sharding, storage, telemetry
+from igpt_jax import checkpoint, storage
 from igpt_jax.config import MeshConfig, UserError, VerifyConfig
 from igpt_jax.data import store
+from igpt_jax.metrics.logging import say
+from igpt_jax.parallel import sharding
+from igpt_jax.runtime.exits import Ended
+from igpt_jax.storage import to_json
 
 
 def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
@@ -32,14 +36,14 @@ def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
                 for folder, step in _steps(config.path)]
     seconds = time.perf_counter() - start
     for row in rows:
-        telemetry.say(f"{row['path']}: {row['problem'] or 'as it was written'}")
+        say(f"{row['path']}: {row['problem'] or 'as it was written'}")
     if jax.process_index() == 0:
-        storage.publish(storage.path(workdir) / "verify.json", runtime.to_json(rows))
+        storage.publish(storage.path(workdir) / "verify.json", to_json(rows))
     damaged = [row["path"] for row in rows if row["problem"]]
     size = sum(row.get("bytes") or 0 for row in rows)
     metrics = {"checked": len(rows), "damaged": damaged, "mb_per_second": size / 1e6 / seconds}
     if damaged:
-        raise runtime.Ended(f"{len(damaged)} of {len(rows)} are damaged: {', '.join(damaged)}.", metrics)
+        raise Ended(f"{len(damaged)} of {len(rows)} are damaged: {', '.join(damaged)}.", metrics)
     return metrics
 
 

@@ -5,14 +5,16 @@ import math
 import os
 from typing import Any
 
-from igpt_jax import telemetry
 from igpt_jax.config import PlanConfig
-from igpt_jax.model import Dims
-from igpt_jax.planner import Evidence
+from igpt_jax.metrics import throughput as telemetry
+from igpt_jax.model.dims import Dims
+from igpt_jax.model.flops import train_flops_per_image
+from igpt_jax.model.objectives import objective_of
+from igpt_jax.parallel.topology import GIB, Target
 from igpt_jax.planner.compilation import Verdict
+from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.roofline import Forecast, forecast
 from igpt_jax.planner.schedule import Schedule, schedule
-from igpt_jax.topology import GIB, Target
 
 EXACT, COMPILER, ESTIMATE = Evidence.EXACT, Evidence.COMPILER, Evidence.ESTIMATE
 
@@ -43,11 +45,11 @@ class Answer:
     @property
     def attention(self) -> str:
         """What of it counts as model FLOPs."""
-        return "causal half" if self.config.objective == "autoregressive" else "all of attention"
+        return "causal half" if objective_of(self.config).causal else "all of attention"
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation (see `telemetry.mfu`)."""
+        """Model FLOPs utilization (see `telemetry.mfu`)."""
         if not self.forecast:
             return None
         speed = self.model_flops / self.target.devices / self.forecast.step_seconds
@@ -110,7 +112,7 @@ class Answer:
             return []
         f, evidence = self.forecast, self.forecast.evidence
         rows = [("at peak", f"compute {f.compute_seconds:.3g} s, memory {f.memory_seconds:.3g} s; network "
-                            f"{f.waited_seconds:.3g} s waited for, {f.beside_seconds:.3g} s beside", ESTIMATE),
+                            f"{f.exposed_seconds:.3g} s waited for, {f.overlapped_seconds:.3g} s beside", ESTIMATE),
                 ("step time", f"{f.step_seconds:.3g} s ({f.bound_seconds / f.step_seconds:.0%} of the bound's speed)",
                  evidence)]
         if self.config.step == "train":
@@ -131,8 +133,7 @@ class Answer:
 def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, evidence: Evidence) -> Answer:
     """Puts the figures together; `share` and `evidence` as `roofline.forecast` takes them."""
     d = Dims.of(config.model, config.palette_size, config.image_size)
-    causal = config.objective == "autoregressive"
-    flops = config.batch_size * telemetry.train_flops_per_image(d.L, d.D, d.F, d.V, d.T, causal)
+    flops = config.batch_size * train_flops_per_image(d.L, d.D, d.F, d.V, d.T, objective_of(config).causal)
     flops = flops if config.step == "train" else 0.0
     usable = target.chip.usable_bytes
     if target.platform == "cpu":  # they share the machine's memory

@@ -21,11 +21,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from igpt_jax import decode, evaluation, sharding, steps, topology
 from igpt_jax.config import PlanConfig, UserError, parse
-from igpt_jax.model import Model, count_parameters
+from igpt_jax.evaluation import exact_loss
+from igpt_jax.evaluation.steps import make_eval_step
+from igpt_jax.model import sampling
+from igpt_jax.model.dims import count_parameters
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding, topology
 from igpt_jax.planner import flops, program, targets
-from igpt_jax.runtime import set_precision
+from igpt_jax.runtime.precision import set_precision
+from igpt_jax.training.steps import abstract_state, jit_train_step
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -118,27 +123,27 @@ def compile_with_text(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.s
 def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], Model]:
     """The job's own jitted step, its arguments as shapes with shardings, and the model."""
     sharding.check_batch(config.batch_size, mesh, config.accumulate if config.step == "train" else 1)
-    model = Model(config.model, config.palette_size, config.image_size, config.precision, mesh, config.hidden_share)
+    model = Model.of(config, config.palette_size, config.image_size, mesh)
     if config.step == "sample" and not model.causal:
-        raise UserError("step=sample: a masked model cannot be sampled from. Set objective=autoregressive.")
+        raise UserError("step=sample: only an autoregressive model can be sampled from. Set objective=autoregressive.")
 
     def array(shape: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     by_image, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     tokens_BT = array((config.batch_size, model.dims.T), jnp.int32, by_image)
-    state = steps.abstract_state(model, config, mesh)
+    state = abstract_state(model, config, mesh)
     if config.step == "train":
         key = jax.eval_shape(lambda: jax.random.key(0))
-        step = steps.jit_train_step(model, config, mesh, max(0, config.optimizer.warmup_steps))
+        step = jit_train_step(model, config, mesh, max(0, config.optimizer.warmup_steps))
         return step, (state, tokens_BT, array(key.shape, key.dtype, everywhere)), model
     if config.step == "evaluate":
-        step = evaluation.jit_over_batches(steps.make_eval_step(model), mesh)
+        step = exact_loss.jit_over_batches(make_eval_step(model), mesh)
         return step, (state["params"], tokens_BT, array((config.batch_size,), jnp.int32, by_image)), model
 
     def sample(params: Any, given_BP: jax.Array, index_B: jax.Array) -> jax.Array:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index_B)
-        return decode.generate(model, params, given_BP, keys_B, decode.Sampling())
+        return sampling.generate(model, params, given_BP, keys_B, sampling.Sampling())
 
     nothing_BP = array((config.batch_size, 0), jnp.int32, by_image)
     index_B = array((config.batch_size,), jnp.int32, by_image)

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from igpt_jax.config import PlanConfig
-from igpt_jax.model import Dims
+from igpt_jax.model.dims import Dims
+from igpt_jax.model.objectives import objective_of
 
 HALF, WHOLE = 2, 4  # bytes of bfloat16 and float32
 SECOND_MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "factored": 0.0}
@@ -47,7 +48,7 @@ def estimate(config: PlanConfig) -> Estimate:
 
     # FLOPs: forward, twice that backward, and what remat computes again. Flash attention computes its scores again.
     products = 2 * blocks * config.batch_size * d.T
-    whole = plain or config.objective == "masked"  # not its causal half
+    whole = plain or not objective_of(config).causal  # not its causal half
     attention = 2 * d.L * config.batch_size * d.T**2 * D * (2 if whole else 1)
     head = 2 * d.V * D * config.batch_size * d.T
     again = {"full": products + attention, "offload": products, "attention": products + (attention if plain else 0),

@@ -13,9 +13,9 @@ on the same kind of device give it (`jobs/plan.py`).
 import dataclasses
 from collections.abc import Mapping
 
-from igpt_jax import topology
-from igpt_jax.planner import Evidence
-from igpt_jax.sharding import BATCH_AXES
+from igpt_jax.parallel import topology
+from igpt_jax.parallel.sharding import BATCH_AXES
+from igpt_jax.planner.evidence import Evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Forecast:
     """Seconds of one step; all but step_seconds are what a part alone would take at its peak."""
     compute_seconds: float
     memory_seconds: float
-    waited_seconds: float
-    beside_seconds: float
+    exposed_seconds: float
+    overlapped_seconds: float
     step_seconds: float
     evidence: Evidence
 
     @property
     def bound_seconds(self) -> float:
-        return max(max(self.compute_seconds, self.memory_seconds) + self.waited_seconds, self.beside_seconds)
+        return max(max(self.compute_seconds, self.memory_seconds) + self.exposed_seconds, self.overlapped_seconds)
 
 
 def forecast(target: topology.Target, mesh_shape: Mapping[str, int], flops: float, memory_bytes: float,

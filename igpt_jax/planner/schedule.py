@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from igpt_jax.config import PlanConfig
-from igpt_jax.topology import Target
+from igpt_jax.parallel.topology import Target
 
 DAY = 86_400.0
 # The paper's unit. iGPT-L at 32x32 took 2,500 V100-days (OpenAI's blog post) for 1.13e21 model FLOPs: 5.2 TFLOP/s each.

@@ -5,12 +5,12 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from igpt_jax import topology
 from igpt_jax.config import MeshConfig, PlanConfig
-from igpt_jax.model import Dims
-from igpt_jax.planner import Evidence
+from igpt_jax.model.dims import Dims
+from igpt_jax.parallel import topology
 from igpt_jax.planner.compilation import Verdict
 from igpt_jax.planner.estimate import Estimate, estimate
+from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.roofline import Forecast, forecast
 
 ATTENTIONS = ("auto", "reference")  # auto: the platform's kernel
@@ -83,7 +83,7 @@ def candidates(config: PlanConfig, target: topology.Target, share: float, vary: 
         fits = candidate.estimate.required_bytes < room
         time = candidate.forecast
         alike = round(50 * math.log(time.step_seconds)) if fits else 0  # the formula cannot tell 2 % apart
-        return not fits, alike, candidate.config.accumulate, time.beside_seconds, candidate.estimate.required_bytes
+        return not fits, alike, candidate.config.accumulate, time.overlapped_seconds, candidate.estimate.required_bytes
     return sorted(found, key=order)
 
 

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from igpt_jax.config import UserError
-from igpt_jax.topology import Target
+from igpt_jax.parallel.topology import Target
 
 # GpuTargetConfigProto of XLA (xla/stream_executor/device_description.proto): NVIDIA's data sheets and CUDA's limits by
 # compute capability.

@@ -12,21 +12,18 @@ import subprocess
 import sys
 import tempfile
 
-from igpt_jax import side_files, storage, topology
-from igpt_jax.config import PlanConfig, UserError, to_dict
+from igpt_jax import storage
+from igpt_jax.config import PlanConfig, UserError, flat, stated, to_dict
+from igpt_jax.parallel import topology
 from igpt_jax.planner.compilation import Verdict, compile_step
+from igpt_jax.storage import side_files
 
 PACKAGE = pathlib.Path(__file__).parent.parent
-# The files that a step and its reading are made of; another loop or job changes no verdict. What config.py decides is
+# The files that a step and its reading are made of; another loop or job changes no verdict. What the config decides is
 # in the config itself.
-CODE = ("sharding.py", "attention", "model.py", "objectives.py", "features.py", "decode.py", "optimizer.py", "steps.py",
-        "planner/flops.py", "planner/program.py", "planner/targets.py", "planner/compilation.py")
+CODE = ("parallel", "model", "training/optimizer.py", "training/steps.py", "evaluation/steps.py", "planner/flops.py",
+        "planner/hlo.py", "planner/program.py", "planner/targets.py", "planner/compilation.py")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda13-plugin")
-# What a plan can be told that changes nothing in the step.
-WITHOUT_EFFECT = (
-    "data", "seed", "palette", "steps", "max_skipped_updates", "log_every_steps", "eval_every_steps",
-    "checkpoint_every_steps", "keep_newest", "keep_steps", "python", "search", "search_compiles", "calibration",
-    "roofline_share", "dollars_per_device_hour", "save_gigabytes_per_second", "failures_per_1000_device_days")
 FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}  # variables that tell a compiler what to do, by platform
 TIMEOUT_SECONDS = 1800
 
@@ -92,9 +89,8 @@ def _environment(target: topology.Target) -> dict[str, str]:
 
 def _digest(config: PlanConfig) -> str:
     """Of the config that matters, the code of the step, and the compilers' versions and flags."""
-    values = {name: value for name, value in to_dict(config).items() if name not in WITHOUT_EFFECT}
-    values["optimizer"] = {name: value for name, value in values["optimizer"].items()
-                           if name not in ("learning_rate", "beta1", "beta2", "epsilon")}
+    compiled = stated(config.job, "compiled")
+    values = {name: value for name, value in flat(to_dict(config)).items() if compiled[name]}
     flags = os.environ.get(FLAGS.get(topology.parse(config.topology).platform, ""), "")
     text = json.dumps([values, _code_digest(), _versions(config.python), flags], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,13 +1,13 @@
-"""Charts as SVG that takes the colours of the page around it, light or dark."""
+"""Charts as SVG that takes the colors of the page around it, light or dark."""
 
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from igpt_jax import figures
+from igpt_jax.metrics import figures
 
 SIZE = (4.8, 2.8)  # inches; small, so that its letters can be read on a phone
-# Drawn in these, they become the page's own colours.
+# Drawn in these, they become the page's own colors.
 TEXT, GRID = "#010203", "#040506"
 COLOURS = ("#3b82f6", "#f59e0b", "#ef4444", "#10b981", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "igpt", "font.size": 9, "text.color": TEXT, "axes.edgecolor": TEXT,

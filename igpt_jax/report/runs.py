@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from igpt_jax import storage, telemetry
+from igpt_jax import storage
 from igpt_jax.config import JOBS, UserError, flat, keys
+from igpt_jax.metrics import phases as telemetry
+from igpt_jax.metrics.logging import load_metrics, metrics_lines
 
 Row = Mapping[str, Any]
 
@@ -39,7 +41,7 @@ class Run:
     goodput: Mapping[str, float]
     tables: Mapping[str, list[Row]]
     manifest: Mapping[str, Any]
-    pictures: list[storage.epath.Path]
+    pictures: list[storage.Path]
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -82,11 +84,11 @@ def load(typed: str) -> list[Run]:
     return sorted(found.values(), key=lambda run: (order.index(run.job) if run.job in order else len(order), run.path))
 
 
-def _load(folder: storage.epath.Path) -> Run:
+def _load(folder: storage.Path) -> Run:
     config = _json(folder / "config.json", {})
     job = str(config.get("job", ""))
     try:
-        lines, seconds = telemetry.load_metrics(str(folder)), telemetry.goodput(telemetry.metrics_lines(str(folder)))
+        lines, seconds = load_metrics(str(folder)), telemetry.goodput(metrics_lines(str(folder)))
     except UserError:
         lines, seconds = [], {}
     tables = {name: rows for name in TABLES if (rows := _json(folder / name, []))}
@@ -96,7 +98,7 @@ def _load(folder: storage.epath.Path) -> Run:
                          if file.name not in CHARTED.get(job, ())])
 
 
-def _json(file: storage.epath.Path, missing: Any) -> Any:
+def _json(file: storage.Path, missing: Any) -> Any:
     """The content of a JSON file; `missing` where it is not there, half-written, or of another kind."""
     try:
         value = json.loads(storage.read(file)) if file.exists() else missing

@@ -18,7 +18,7 @@ LOGIT_LIMIT = 1e-4  # largest difference in float32, relative to the largest log
 
 
 def fixed_images(weights: Weights) -> tuple[np.ndarray, np.ndarray | None]:
-    """The same images for every conversion of a size: all colours equally often, int64 [B, T], in random places.
+    """The same images for every conversion of a size: all colors equally often, int64 [B, T], in random places.
 
     And the pixels [B, T] to hide from a masked model, at least one of each image; None for others.
     """

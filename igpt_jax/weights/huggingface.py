@@ -13,7 +13,7 @@ import numpy as np
 
 from igpt_jax import storage
 from igpt_jax.config import UserError
-from igpt_jax.model import NORM_EPSILON
+from igpt_jax.model.layers import NORM_EPSILON
 from igpt_jax.weights import names
 from igpt_jax.weights.names import HUGGING_FACE, ForeignWeights, Tensor, Weights
 
@@ -78,7 +78,7 @@ class HuggingFaceWeights(ForeignWeights):
     @functools.cached_property
     def palette_VC(self) -> np.ndarray | None:
         """Read when it is asked for: where the user gives a palette, the processor's need not be usable."""
-        where, colours = self._where, self.sizes["V"]
+        where, colors = self._where, self.sizes["V"]
         processor = self._folder / "preprocessor_config.json"
         clusters = self._json(processor.name, where).get("clusters") if processor.exists() else None
         if clusters is None:
@@ -87,8 +87,8 @@ class HuggingFaceWeights(ForeignWeights):
             palette_VC = np.asarray(clusters, np.float32)
         except (ValueError, TypeError):
             palette_VC = np.empty(0)
-        if palette_VC.shape != (colours, 3) or not (np.abs(palette_VC) <= 1).all():
-            raise UserError(f"{where}: clusters in preprocessor_config.json must be {colours} colours in [-1, 1]. "
+        if palette_VC.shape != (colors, 3) or not (np.abs(palette_VC) <= 1).all():
+            raise UserError(f"{where}: clusters in preprocessor_config.json must be {colors} colors in [-1, 1]. "
                             "Repair it, or set --config.palette.")
         return palette_VC
 

@@ -12,11 +12,13 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from igpt_jax import checkpoint, checksum, integrity, sharding, storage
-from igpt_jax.checkpoint import Record
+from igpt_jax import checkpoint, storage
+from igpt_jax.checkpoint import Metadata
+from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.config import MODELS, MeshConfig, ModelConfig, PretrainConfig, UserError
-from igpt_jax.model import Dims
-from igpt_jax.step_folders import step_path
+from igpt_jax.model.dims import Dims
+from igpt_jax.parallel import checksums, sharding
+from igpt_jax.storage import hashes
 from igpt_jax.weights import names
 from igpt_jax.weights.names import OPENAI, Weights
 
@@ -30,7 +32,8 @@ class OurWeights:
 
     def __init__(self, typed: str):
         self._typed, self._path = typed, step_path(*checkpoint.locate(typed))
-        self.record = checkpoint.load_record(typed)
+        self.record = checkpoint.load_metadata(typed)
+        checkpoint.prepare_orbax()
         leaves = jax.tree_util.tree_leaves_with_path(ocp.checkpointables_metadata(self._path).metadata["params"])
         self._shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
         self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
@@ -68,12 +71,12 @@ class OurWeights:
             raise damaged from None
         expected = self.record.checksums.get("/".join(("params", *path)))
         exact = self.record.config.precision != "float64"
-        if expected is not None and exact and checksum.of_host_array(array) != expected:
+        if expected is not None and exact and checksums.of_host_array(array) != expected:
             raise damaged
         return names.finite(f"checkpoint {self._path}", f"params/{'/'.join(path)}", array)
 
 
-def _read(folder: storage.epath.Path, name: str) -> np.ndarray:
+def _read(folder: storage.Path, name: str) -> np.ndarray:
     """An array of Orbax's, float32, read in slices of whole chunks: Orbax has all chunks on their way at once, which
     may take as much memory as the array itself.
     """
@@ -100,10 +103,11 @@ def dropout_of(weights: Weights) -> float:
 
 def class_layer_of(weights: Weights) -> int:
     """The place in the stream that the class head reads; -1, the last, is that of all other files."""
-    return weights.record.config.model.class_layer if isinstance(weights, OurWeights) else -1
+    finetuning = weights.record.config.finetuning if isinstance(weights, OurWeights) else None
+    return finetuning.model.class_layer if finetuning else -1
 
 
-def record_for(weights: Weights, palette_VC: np.ndarray) -> Record:
+def record_for(weights: Weights, palette_VC: np.ndarray) -> Metadata:
     """What a checkpoint made of weights says of itself: what it said before, or what their sizes tell."""
     if isinstance(weights, OurWeights):
         return dataclasses.replace(weights.record, palette_VC=palette_VC)
@@ -112,7 +116,7 @@ def record_for(weights: Weights, palette_VC: np.ndarray) -> Record:
     name = next((name for name, sized in MODELS.items() if sized == row), ModelConfig().name)
     model = ModelConfig(name, layers=sizes["L"], embed=sizes["D"], heads=sizes["N"], mlp=sizes["F"])
     objective = "masked" if names.masked(weights) else "autoregressive"
-    return Record(PretrainConfig(model=model, objective=objective), palette_VC, image_size=round(sizes["T"] ** 0.5),
+    return Metadata(PretrainConfig(model=model, objective=objective), palette_VC, image_size=round(sizes["T"] ** 0.5),
                   data_fingerprint="", steps_done=weights.steps_done, classes=sizes.get("K", 0))
 
 
@@ -128,24 +132,25 @@ def write(weights: Weights, workdir: str, palette_VC: np.ndarray) -> None:
         save(workdir, parameters(weights, mapped), record_for(weights, palette_VC))
 
 
-def save(workdir: str, params: dict[str, Any], record: Record) -> None:
+def save(workdir: str, params: dict[str, Any], record: Metadata) -> None:
     """Writes WORKDIR/checkpoints/STEP with parameters alone; arrays of mapped files stay out of memory.
 
     Its arrays are files of their own, in chunks of 16 MiB: Orbax's usual single database holds all that it is to write
     in memory until the end.
     """
-    sums = {name: checksum.of_host_array(array) for name, array in checksum.flat({"params": params}).items()}
+    sums = {name: checksums.of_host_array(array) for name, array in checksums.flat({"params": params}).items()}
     path = step_path(storage.path(workdir) / "checkpoints", record.steps_done)
+    checkpoint.prepare_orbax()
     context = ocp.Context()
     context.array_options.saving.use_ocdbt = False
     context.array_options.saving.storage_options.chunk_byte_size = 16 * 2**20
     context.memory_options.write_concurrent_bytes = 64 * 2**20
     context.memory_options.deepcopy_host_arrays = False
     with context, _quiet():
-        ocp.save_checkpointables(path, {"params": params}, overwrite=True, custom_metadata=integrity.sealed(
+        ocp.save_checkpointables(path, {"params": params}, overwrite=True, custom_metadata=hashes.sealed(
             dataclasses.replace(record, checksums=sums).to_json()))
     if jax.process_index() == 0:
-        integrity.write_hashes(path)
+        hashes.write_hashes(path)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class Target:
         if not self._local and kind != "orbax":
             raise UserError(f"convert_to={kind}:{typed}: these files are written to a local folder. Name one, and copy "
                             "it from there.")
-        path = storage.epath.Path(os.path.realpath(path)) if self._local else path
+        path = storage.Path(os.path.realpath(path)) if self._local else path
         self.folder, self.entry = {"orbax": (path / "checkpoints", str(step)),
                                    "openai": (path.parent, path.name)}.get(kind, (path, ""))
         self._kind, self._name = kind, f"{kind}:{os.fspath(path)}"
@@ -131,7 +131,7 @@ class Target:
     def _files_in(self, folder: Any) -> Files:
         """All of this target's files below a folder."""
         below = f"{self.entry}/" if self._kind == "orbax" else ""
-        names = (below + name for name in storage.listing(storage.epath.Path(folder) / below))
+        names = (below + name for name in storage.listing(storage.Path(folder) / below))
         return {name: self._signature(folder, name) for name in sorted(names)}
 
     def _signature(self, folder: Any, name: str) -> list[int] | None:
@@ -157,7 +157,7 @@ def _listed(certificate: bytes | None, place: str) -> tuple[Files, bool]:
     return (files, True) if inside else ({}, False)
 
 
-def _occupied(path: storage.epath.Path) -> bool:
+def _occupied(path: storage.Path) -> bool:
     with _one_line(path):
         return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 

@@ -13,7 +13,7 @@ LARGEST = 256  # pixels: this many at once take 4 GiB
 
 
 class Synthetic(Source):
-    """`synthetic:COUNT`: a colour gradient and a disc, whose hue is the class of ten. 10,000 without a count.
+    """`synthetic:COUNT`: a color gradient and a disc, whose hue is the class of ten. 10,000 without a count.
 
     Of the config's image_size, or 32. B pictures, Y rows, X columns, C channels.
     """
@@ -52,6 +52,6 @@ class Synthetic(Source):
         distance_BYX = np.hypot(grid[None, :, None] - each(-0.5, 0.5), grid[None, None, :] - each(-0.5, 0.5))
         disc_BYX1 = np.clip((each(0.3, 0.7) - distance_BYX) * self._size / 2, 0, 1)[..., None]
         hue_BC = labels_B[:, None] / self.CLASSES + np.array([0, 1 / 3, 2 / 3])
-        colour_B11C = (127.5 + 120 * np.cos(2 * np.pi * hue_BC))[:, None, None, :]
-        images_BYXC += disc_BYX1 * (colour_B11C - images_BYXC)
+        color_B11C = (127.5 + 120 * np.cos(2 * np.pi * hue_BC))[:, None, None, :]
+        images_BYXC += disc_BYX1 * (color_B11C - images_BYXC)
         return np.rint(np.clip(images_BYXC, 0, 255)).astype(np.uint8), labels_B

@@ -1,0 +1,22 @@
+"""Every configuration key, with its default and its unit. No JAX is imported here.
+
+A job's configuration is one frozen dataclass. `base_config(job)` turns it into a locked `ConfigDict` for
+config files and the command line; `parse` turns that back into the dataclass. Both reject unknown keys and
+name the nearest known one. `python -m igpt_jax JOB --help` prints a job's keys.
+"""
+
+from igpt_jax.config.data import DataConfig, PrepareConfig
+from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, ProbingConfig, SampleConfig
+from igpt_jax.config.jobs import JOB_CONFIGS, JOBS, ConvertConfig, ExportConfig, PlanConfig, ReportConfig, VerifyConfig
+from igpt_jax.config.keys import UserError, nearest
+from igpt_jax.config.model import ATTENTION_BACKENDS, MODELS, FinetuneModelConfig, ModelConfig
+from igpt_jax.config.parsing import aliases, base_config, flat, keys, override, parse, plain, stated, to_dict
+from igpt_jax.config.training import FinetuneConfig, MeshConfig, OptimizerConfig, PretrainConfig, SampleMeshConfig
+
+__all__ = [
+    "ATTENTION_BACKENDS", "ConvertConfig", "DataConfig", "EvaluateConfig", "ExportConfig", "FinetuneConfig",
+    "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "MODELS", "MeshConfig", "ModelConfig", "OptimizerConfig",
+    "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig", "ProbingConfig", "ReportConfig", "SampleConfig",
+    "SampleMeshConfig", "UserError", "VerifyConfig", "aliases", "base_config", "flat", "keys", "nearest",
+    "override", "parse", "plain", "stated", "to_dict",
+]

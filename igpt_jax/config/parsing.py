@@ -1,0 +1,167 @@
+"""From a ConfigDict, a config.json or command-line text to a job's validated dataclass, and back."""
+
+import ast
+import contextlib
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from igpt_jax.config.jobs import JOB_CONFIGS
+from igpt_jax.config.keys import UserError, nearest, require
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A job's dataclass as nested plain dicts, for config.json and checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def fields_of(job: str) -> Iterator[tuple[str, dataclasses.Field]]:
+    """Each key of a job by its dotted name, as the dataclass field that states its rules (see `keys.key`)."""
+    def walk(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
+        for field in dataclasses.fields(cls):
+            if field.default is dataclasses.MISSING:  # a section
+                yield from walk(field.type, f"{prefix}{field.name}.")
+            else:
+                yield prefix + field.name, field
+    return walk(JOB_CONFIGS[job], "")
+
+
+def keys(job: str) -> Iterator[tuple[str, Any, str]]:
+    """Each key of a job as (dotted name, default, meaning with unit)."""
+    return ((name, field.default, field.metadata["doc"]) for name, field in fields_of(job))
+
+
+def stated(job: str, what: str) -> dict[str, Any]:
+    """What each key of a job states as its `resume`, `compiled` or `alias`, by dotted name."""
+    return {name: field.metadata[what] for name, field in fields_of(job)}
+
+
+def aliases(job: str) -> dict[str, str]:
+    """The dotted names of keys by the former dotted names that are still accepted."""
+    return {".".join([*name.split(".")[:-1], alias]): name for name, alias in stated(job, "alias").items() if alias}
+
+
+def _unresolved(cls: type) -> dict[str, Any]:
+    """Defaults as declared, before __post_init__ fills any in."""
+    return {field.name: _unresolved(field.type) if field.default is dataclasses.MISSING else field.default
+            for field in dataclasses.fields(cls)}
+
+
+def base_config(job: str = "pretrain", arguments: str = "") -> ml_collections.ConfigDict:
+    """The locked ConfigDict of `job`'s keys with the paper's defaults.
+
+    Args:
+      job: name of a job.
+      arguments: what follows the colon in `--config=FILE:key=value,key=value`; `model` stands for `model.name`.
+
+    Raises:
+      UserError: an unknown job or key, or a value of the wrong type.
+    """
+    if job not in JOB_CONFIGS:
+        raise UserError(f"job {job!r} is not known. {nearest(job, list(JOB_CONFIGS))}")
+    config = ml_collections.ConfigDict(_unresolved(JOB_CONFIGS[job]))
+    for former, name in aliases(job).items():  # config files may still set a key by its former name: both are one value
+        *path, last = name.split(".")
+        group = config
+        for part in path:
+            group = group[part]
+        group[former.rpartition(".")[2]] = group.get_ref(last)
+    return override(config.lock(), arguments)
+
+
+def override(config: ml_collections.ConfigDict, arguments: str) -> ml_collections.ConfigDict:
+    """Sets `key=value,key=value` in a base config, which it also returns; `base_config` says more."""
+    for argument in filter(None, re.split(r",(?![^()]*\))", arguments or "")):  # a tuple's commas stay with it
+        name, equals, text = argument.partition("=")
+        require(bool(equals), f"config argument {argument!r} must read key=value.")
+        _set(config, "model.name" if name == "model" else name, text)
+    return config
+
+
+def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    *path, last = name.split(".")
+    parent: Any = config
+    for part in (*path, last):
+        if not isinstance(parent, ml_collections.ConfigDict) or part not in parent:
+            raise UserError(f"config key {name!r} is not known. {nearest(name, [n for n, *_ in keys(config.job)])}")
+        parent = parent if part is last else parent[part]
+    default = parent[last]
+    if isinstance(default, ml_collections.ConfigDict):
+        raise UserError(f"config key {name!r} is a group. Set one of {', '.join(f'{name}.{key}' for key in default)}.")
+    value: Any = text
+    if not isinstance(default, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+    parent[last] = _cast(name, value, type(default))  # `parse` looks at the elements of tuples
+
+
+def _cast(name: str, value: Any, kind: type) -> Any:
+    """`value` as `kind`, the declared type of a key: float takes integers too, and must be finite. Raises UserError."""
+    outer, elements = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if outer is tuple and type(value) in (tuple, list):
+        return tuple(_cast(f"{name}[{i}]", element, elements[0]) if elements else element
+                     for i, element in enumerate(value))
+    if outer is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    require(type(value) is outer, f"config key {name}={value!r} must be of type {outer.__name__}.")
+    require(outer is not float or math.isfinite(value), f"config key {name}={value!r} must be finite.")
+    require(outer is not int or abs(value) < 2**63, f"config key {name}={value!r} must lie below 2^63.")
+    return value
+
+
+def parse(job: str, config: Mapping[str, Any]) -> Any:
+    """The validated dataclass of `job` from a ConfigDict or a config.json's dict.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a value outside its range, another job's config.
+    """
+    given = config.get("job", job)
+    if given != job:
+        raise UserError(f"this config is for the job {given!r}, not {job!r}: pass it to `igpt_jax {given}`.")
+    return _build(JOB_CONFIGS[job], plain(job, config), "")
+
+
+def plain(job: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ConfigDict or a config.json's dict as plain dicts, with keys under their present names."""
+    def walk(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        former = {field.metadata["alias"]: name for name, field in fields.items() if field.metadata.get("alias")}
+        found = {}
+        for name, value in values.items():
+            if former.get(name) in values:  # a base config has both names, with one value
+                continue
+            name = former.get(name, name)
+            section = name in fields and fields[name].default is dataclasses.MISSING and isinstance(value, Mapping)
+            found[name] = walk(fields[name].type, value) if section else value
+        return found
+
+    return walk(JOB_CONFIGS[job], config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """A group of keys from its values; `prefix` is what its keys' dotted names begin with."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"config key {prefix + name!r} is not known. {nearest(name, list(fields))}")
+        if fields[name].default is dataclasses.MISSING:
+            require(isinstance(value, Mapping), f"config key {prefix}{name}={value!r} must be a group of keys.")
+            built[name] = _build(fields[name].type, value, f"{prefix}{name}.")
+        else:
+            built[name] = _cast(prefix + name, value, fields[name].type)
+    return cls(**built)

@@ -1,0 +1,229 @@
+"""Batches for training, from pixel stores or TFDS, in an order that is a function of (seed, step).
+
+Dimensions: B batch, T tokens.
+"""
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from igpt_jax import storage
+from igpt_jax.config import DataConfig, UserError
+from igpt_jax.data import augmentation, resident, staging
+from igpt_jax.data.epoch_checker import EpochChecker
+from igpt_jax.data.resident import process_rows, put
+from igpt_jax.data.store import Split, Store, tokens_of
+
+__all__ = ["Batch", "Batches", "count_classes", "open_data", "open_split", "process_rows", "put", "tokens_of",
+           "train_batches"]
+
+RESIDENT_BYTES = 256 * 2**20
+WINDOW = 1024  # blocks; of 64 images of 32x32 they take 192 MiB in the store's cache
+
+
+def open_data(config: DataConfig, image_size: int = 0):
+    """What `data.store` names: a Store, a Mixture of several, or Records.
+
+    Args:
+      config: the job's.
+      image_size: of the config; 0: the store's.
+
+    Raises:
+      UserError: missing, damaged, of another size, or they do not go together.
+    """
+    if config.store.startswith("tfds:"):
+        if config.stage:
+            raise UserError("data.stage copies pixel stores; a TFDS data set is read where it is. Leave it empty.")
+        from igpt_jax.data.records import Records  # TensorFlow
+
+        return Records(config.store, image_size)
+    names = storage.patterns(config.store) or [""]
+    opened = [Store.open(staging.stage(name, config.stage) if config.stage else name) for name in names]
+    sizes = {store.image_size for store in opened} | ({image_size} if image_size else set())
+    if len(sizes) > 1:
+        raise UserError(f"image_size={image_size or 'the stores'}: the store {config.store} holds images of "
+                        f"{', '.join(str(store.image_size) for store in opened)} pixels. Prepare a store of that size, "
+                        "or leave image_size=0.")
+    if len(opened) == 1:
+        return opened[0]
+    weights = config.weights or (1,) * len(opened)
+    if len(weights) != len(opened):
+        raise UserError(f"data.weights={weights}: there are {len(opened)} stores. Give one weight for each.")
+    return Mixture(opened, weights)
+
+
+def open_split(names: str, split: str, image_size: int) -> Split:
+    """A split of what `names` names as `data.store` does, for a model of `image_size`. Raises UserError."""
+    return open_data(DataConfig(store=names, split=split, held_out=""), image_size).split(split)
+
+
+def count_classes(store, split) -> int:
+    """The number of classes in a store, all of which a split to learn them from must have.
+
+    Raises:
+      UserError: no labels, a single class, or a class without examples in the split.
+    """
+    if len(names := getattr(store, "class_names", ())) > 1:
+        number = next((i for i, pair in enumerate(zip(*names[:2], strict=False)) if pair[0] != pair[1]), None)
+        what = (f"{len(names[0]):,} and {len(names[1]):,} classes" if number is None else
+                f"class {number} is {names[0][number]!r} and {names[1][number]!r}")
+        raise UserError(f"the stores {store.path} number their classes differently: {what}. Prepare them from sources "
+                        "of the same classes.")
+    if hasattr(split, "pictures"):  # of TFDS: reading all labels would be reading all pictures
+        found = range(store.classes)
+    else:
+        found = np.unique(split.labels(np.arange(split.count)))  # a count of each label could take any memory
+    if len(found) < 2:
+        raise UserError(f"the labels of split {split.name!r} are all the same: there is nothing to classify.")
+    if len(found) < store.classes:
+        missing = next((i for i, label in enumerate(found) if i != label), len(found))
+        raise UserError(f"class {missing} has no example in split {split.name!r}, whose {len(found):,} labels run from "
+                        f"{found[0]} to {found[-1]}. Number the classes 0, 1, 2, ... without a gap, and prepare a "
+                        "store whose training split has every class.")
+    return store.classes
+
+
+class Mixture:
+    """Several stores as one, whose training batches take `weights` images of each in turn. Interface as of Store."""
+
+    def __init__(self, stores: list[Store], weights: tuple[int, ...]):
+        self._stores, self._weights = stores, weights
+        self.path = ",".join(str(store.path) for store in stores)
+        self.image_size, self.classes = stores[0].image_size, max(store.classes for store in stores)
+        self.class_names = sorted({tuple(store.manifest.get("class_names", ())) for store in stores} - {()})
+        same = all(np.array_equal(store.palette, stores[0].palette) for store in stores)
+        self.palette = stores[0].palette if same else None
+
+    def split(self, names: str) -> Split:
+        """The split of each store that has it, mixed. Raises UserError where none has."""
+        pairs, missing = [], None
+        for store, weight in zip(self._stores, self._weights, strict=True):
+            try:
+                pairs.append((store.split(names), weight))
+            except UserError as error:
+                missing = error
+        if not pairs:
+            raise missing
+        return Split.mixed(*zip(*pairs, strict=True))
+
+
+class Batch(NamedTuple):
+    """One step's examples.
+
+    Attributes:
+      step: from 0.
+      ids: of the global batch in the split, int64 [B]; the same on every process.
+      tokens: int32 [B, T], sharded.
+      labels: int32 [B], sharded; None where they were not asked for.
+    """
+    step: int
+    ids: np.ndarray
+    tokens: jax.Array
+    labels: jax.Array | None = None
+
+
+class Batches:
+    """Iterator of Batch, without end. It keeps a checker of epochs and knows how long it kept the caller waiting."""
+
+    def __init__(self, batches: Iterator[Batch], checker: EpochChecker):
+        self._batches, self._checker = batches, checker
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._checker.add(batch.ids)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    @property
+    def epochs(self) -> list[tuple[int, int, int]]:
+        """(component, epoch, digest) of each whole epoch given, all found exact."""
+        return self._checker.epochs
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: the share of time that the caller waited here. Over all: epochs proved exact."""
+        now = time.perf_counter()
+        fraction = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        return {"input/wait_fraction": fraction, "input/exact_epochs": len(self.epochs)}
+
+    def close(self) -> None:
+        """Ends reading."""
+        self._batches.close()
+
+
+def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, batch_size: int, start_step: int,
+                  sharding: NamedSharding, prefetch: int, augment: str = "none", window: int = 0,
+                  labelled: bool = False) -> Batches:
+    """Batches from `start_step` on. Both readers give the same ids and tokens.
+
+    Args:
+      split: to train on.
+      table: lookup table of the palette, uint16 [2^24].
+      reader: `tfdata`, `resident`, or `auto`: resident where the tokens take at most 256 MiB.
+      seed: of the order.
+      batch_size: B, images over all processes; must divide over the sharding.
+      start_step: a seek costs nothing.
+      sharding: of tokens [B, T]; each process reads only the rows that its devices hold.
+      prefetch: batches that tfdata reads ahead.
+      augment: of augment.AUGMENTATIONS.
+      window: blocks shuffled together where the store has blocks; 0: WINDOW.
+      labelled: give labels too.
+
+    Raises:
+      UserError: TensorFlow is needed and not installed, or the augment does not suit the split; while iterating, an
+        image is damaged on disk.
+    """
+    if augment == "imagenet" and not hasattr(split, "pictures"):
+        raise UserError("data.augment=imagenet crops whole pictures: set data.store=tfds:NAME, or data.augment=cifar.")
+    if augment == "cifar" and split.image_size <= augmentation.PAD:
+        raise UserError(f"data.augment=cifar pads by {augmentation.PAD} pixels: images of {split.image_size} are too "
+                        "small.")
+    options = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "augment": augment,
+               "window": window or WINDOW, "rows": process_rows(sharding, batch_size)}
+    if _reader_for(split, reader, augment) == "resident":
+        read = resident.batches(split, table, **options)
+    else:
+        from igpt_jax.data import pipeline  # TensorFlow: 5 seconds and 665 MiB
+
+        read = pipeline.batches(split, table, prefetch=prefetch, **options)
+    given = _on_devices(read, sharding, batch_size, start_step, _labels_of(split) if labelled else None)
+    return Batches(given, EpochChecker(seed, start_step * batch_size, split.components, options["window"]))
+
+
+def _reader_for(split: Split, reader: str, augment: str = "none") -> str:
+    size = 2 * split.count * split.image_size**2
+    if augment == "imagenet":
+        if reader == "resident":
+            raise UserError("data.augment=imagenet decodes anew each time: set data.reader=tfdata.")
+        return "tfdata"
+    if reader == "auto" and size <= RESIDENT_BYTES:
+        return "resident"
+    if reader != "resident" and importlib.util.find_spec("tensorflow") is None:
+        raise UserError(f"data.reader={reader}: {size / 2**20:,.0f} MiB of tokens are streamed by TensorFlow, which is "
+                        "not installed. Run `pip install tensorflow-cpu`, or set data.reader=resident.")
+    return "tfdata" if reader == "auto" else reader
+
+
+def _on_devices(read: Iterator[tuple[np.ndarray, np.ndarray]], sharding: NamedSharding, batch_size: int,
+                start_step: int, labels_of: Callable[[np.ndarray], np.ndarray] | None) -> Iterator[Batch]:
+    rows = process_rows(sharding, batch_size)
+    with contextlib.closing(read):
+        for step, (ids, tokens) in enumerate(read, start_step):
+            labels = put(labels_of(ids[rows]), sharding, batch_size) if labels_of else None
+            yield Batch(step, ids, put(tokens, sharding, batch_size), labels)
+
+
+def _labels_of(split: Split) -> Callable[[np.ndarray], np.ndarray]:
+    """From ids to labels: a pixel store's are kept in memory, those of TFDS read again beside the pictures."""
+    return split.labels if hasattr(split, "pictures") else split.labels(np.arange(split.count)).__getitem__

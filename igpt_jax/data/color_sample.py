@@ -1,0 +1,78 @@
+"""The colors of a split: an unbiased sample to fit a palette on, and how well a palette holds them.
+
+Dimensions: B images, P pixels, V palette, C channels.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from igpt_jax.data import order, palette
+from igpt_jax.data.store import Split
+
+SAMPLE_IMAGES = 2**14
+READ_AT_ONCE = 1024
+SAMPLE_EPOCH = 2**40  # of an order that no run reads, nor the choice of held-out images (epoch 0)
+
+
+def sample_ids(split: Split, seed: int, count: int = SAMPLE_IMAGES) -> np.ndarray:
+    """At most `count` images, each as likely as any other; whole blocks of the store, which are quick to read."""
+    (component,) = split.components
+    places = np.arange(min(count, split.count))
+    epoch = np.full(len(places), SAMPLE_EPOCH, np.uint64)
+    return order.ordered(places, epoch, component, seed, window=1)
+
+
+def sample_pixels(split: Split, seed: int) -> np.ndarray:
+    """Pixels uint8 [P, 3]: all of a small split, else at least 2 palette.FIT_PIXELS; each pixel is as likely."""
+    ids, rng = sample_ids(split, seed), np.random.default_rng(seed)
+    per_image = -(-2 * palette.FIT_PIXELS // len(ids))
+    chosen = []
+    for images in _read(split, ids):
+        pixels_BPC = images.reshape(len(images), -1, 3)
+        if per_image < pixels_BPC.shape[1]:
+            places = rng.integers(pixels_BPC.shape[1], size=(len(images), per_image))
+            pixels_BPC = np.take_along_axis(pixels_BPC, places[..., None], axis=1)
+        chosen.append(pixels_BPC.reshape(-1, 3))
+    return np.concatenate(chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How well a palette holds a split.
+
+    Attributes:
+      colours: V.
+      used: of them, by these images.
+      psnr_db: 10 log10(255^2 / mean squared error over all pixels and channels of these images); None: exact.
+      images: looked at.
+      most_used: share of the pixels that have the most frequent color.
+      entropy_nats: of the colors' frequencies; a model that knows nothing else gets this loss.
+    """
+    colours: int  # the name in palette.json
+    used: int
+    psnr_db: float | None
+    images: int
+    most_used: float
+    entropy_nats: float
+
+
+def report(split: Split, palette_VC: np.ndarray, seed: int) -> Report:
+    """Measures a palette on up to SAMPLE_IMAGES images of a split."""
+    table, ids = palette.lookup_table(palette_VC), sample_ids(split, seed)
+    counts_V, squares, values = np.zeros(len(palette_VC), np.int64), 0, 0
+    for images in _read(split, ids):
+        tokens = palette.encode(images, table)
+        counts_V += np.bincount(tokens.reshape(-1), minlength=len(palette_VC))
+        difference = palette.decode(tokens, palette_VC).reshape(images.shape).astype(np.int64) - images
+        squares, values = squares + int((difference**2).sum()), values + images.size
+    share_V = counts_V / counts_V.sum()
+    entropy = float(-(share_V[share_V > 0] * np.log(share_V[share_V > 0])).sum())
+    psnr = float(10 * np.log10(255**2 * values / squares)) if squares else None
+    return Report(len(palette_VC), int((counts_V > 0).sum()), psnr, len(ids), float(share_V.max()), entropy)
+
+
+def _read(split: Split, ids: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(ids), READ_AT_ONCE):
+        yield split.read(ids[start:start + READ_AT_ONCE])

@@ -1,0 +1,236 @@
+"""Reads a pixel store: splits, images and labels by id, each with its checksum."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore
+from etils import epath
+
+from igpt_jax import storage
+from igpt_jax.config import UserError, nearest
+from igpt_jax.data import palette
+from igpt_jax.data.order import Component
+from igpt_jax.data.store.arrays import array_spec
+from igpt_jax.data.store.manifest import MANIFEST, PALETTE, SLICE, SPLITS, check_files, load_manifest
+
+CACHE_BYTES = 256 * 2**20  # holds the shards' indices, 16 bytes an inner chunk, and for chunk > 1 the chunks
+
+
+class Store:
+    """A complete pixel store, opened for reading.
+
+    Attributes:
+      path: its folder.
+      manifest: its manifest.json.
+      palette: its palette, float32 [V, 3].
+      image_size: Y and X, pixels.
+      classes: number of label values; 0 where unlabelled.
+      fingerprint: SHA-256 that changes with any image, label, split or the palette.
+    """
+
+    def __init__(self, path: epath.Path, manifest: Mapping[str, Any]):
+        self.path, self.manifest = path, manifest
+        self.palette = palette.load(path / PALETTE)
+        self.image_size, self.classes = manifest["image_size"], manifest["classes"]
+        self.fingerprint = manifest["fingerprint"]
+        if palette.digest(self.palette) != manifest["palette"]:
+            raise UserError(f"{path / PALETTE} is not the palette that the manifest names. Restore it from a copy, "
+                            "or prepare the store again.")
+        check_files(path, manifest)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "Store":
+        """Opens the store in a workdir of prepare.
+
+        Raises:
+          UserError: missing, incomplete, damaged, or not a pixel store.
+        """
+        if not os.fspath(path):
+            raise UserError("no pixel store is given. Set data.store to a workdir of the prepare job.")
+        path = storage.path(path)
+        manifest = load_manifest(path)
+        if manifest is None:
+            if (path / SLICE).exists():
+                raise UserError(f"{path} is a slice of a pixel store. Merge the slices: prepare --config.shard=merge")
+            if not storage.children(path) or not any((path / split).exists() for split in SPLITS):
+                raise UserError(f"{path} is not a pixel store (it has no {MANIFEST}). "
+                                "Give a workdir of the prepare job.")
+            raise UserError(f"pixel store {path} is incomplete (it has no {MANIFEST}). Run its prepare job again.")
+        return cls(path, manifest)
+
+    def split(self, names: str) -> "Split":
+        """A split, or several joined with +: `train`, `train+held_out`.
+
+        Raises:
+          UserError: a split that the store does not have, or an empty one.
+        """
+        return split_of(self.path, names, self.manifest["splits"], self.image_size, self.manifest["chunk"])
+
+
+def split_of(path: epath.Path, names: str, known: Mapping[str, Any], image_size: int, chunk: int) -> "Split":
+    """The splits `names`, joined with +, of a store whose manifest has `known` as its splits."""
+    parts, contents = [], []
+    for name in names.split("+"):
+        if name not in known:
+            raise UserError(f"split {name!r} is not in {path}. {_without(name, list(known))}")
+        if not known[name]["count"]:
+            raise UserError(f"split {name!r} of {path} is empty. Name another, or prepare a store with a "
+                            "larger held_out. To train without a held-out split: --config.data.held_out=")
+        for part in known[name]["parts"]:
+            if part["count"]:
+                labelled = part["labels_sha256"] is not None
+                parts.append(_Part(path, part["folder"], part["count"], labelled, image_size))
+        contents.append(known[name])
+    fingerprint = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    return Split(names, image_size, fingerprint, parts, chunk)
+
+
+def _without(name: str, known: list[str]) -> str:
+    """How to go on without a split."""
+    if not known:
+        return "None of the images could be used: quarantined.json says why."
+    there = f"It has {', '.join(known)}."
+    if name == "test":
+        instead = ", or use --config.data.test=held_out" if "held_out" in known else ""
+        return f"{there} Make one with prepare --config.test_source=...{instead}"
+    if name == "held_out":
+        return (f"{there} Make one with prepare --config.held_out=0.1, or name another split. To train without: "
+                "--config.data.held_out=")
+    return nearest(name, known)
+
+
+class _Part:
+    """The arrays of one split on disk, opened when they are first read."""
+
+    def __init__(self, path: epath.Path, folder: str, count: int, labelled: bool, image_size: int):
+        self.path, self.folder, self.count, self.labelled, self._size = path, folder, count, labelled, image_size
+
+    @functools.cached_property
+    def images(self) -> tensorstore.TensorStore:
+        return self._open("images", (self.count, self._size, self._size, 3))
+
+    @functools.cached_property
+    def labels(self) -> tensorstore.TensorStore:
+        return self._open("labels", (self.count,))
+
+    def _open(self, kind: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
+        spec = {**array_spec(self.path / self.folder / kind), "fill_missing_data_reads": False,
+                "recheck_cached_data": "open", "recheck_cached_metadata": "open"}
+        try:
+            array = tensorstore.open(spec, context=_context(), read=True).result()
+        except ValueError as error:
+            raise self._damage(kind, "cannot be opened", error) from None
+        if array.shape != shape:
+            raise self._damage(kind, f"has shape {list(array.shape)}, not {list(shape)}")
+        return array
+
+    def start(self, kind: str, ids: np.ndarray) -> tensorstore.Future:
+        """Begins to read the images or labels of ids; `finish` waits for them."""
+        return getattr(self, kind)[ids].read()
+
+    def finish(self, kind: str, ids: np.ndarray, reading: tensorstore.Future) -> np.ndarray:
+        """What `start` reads. Names the damaged entry: TensorStore names the file and the fault."""
+        try:
+            return reading.result()
+        except ValueError as error:
+            entry = _first_bad(getattr(self, kind), ids)
+            raise self._damage(kind, f"entry {entry} cannot be read", error) from None
+
+    def _damage(self, kind: str, what: str, error: Exception | str = "") -> UserError:
+        reason = f" ({str(error).splitlines()[0].split(' [')[0]})" if str(error) else ""
+        return UserError(f"pixel store {self.path}: {self.folder}/{kind} {what}{reason}. "
+                         "Restore it from a copy, or prepare the store again.")
+
+
+@functools.cache
+def _context() -> tensorstore.Context:
+    """One cache for all arrays of the process."""
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
+def _first_bad(array: tensorstore.TensorStore, ids: np.ndarray) -> int:
+    for i in ids:
+        try:
+            array[int(i)].read().result()
+        except ValueError:
+            return int(i)
+    return int(ids[0])
+
+
+class Split:
+    """Images and labels of one split or several joined, by id in [0, count).
+
+    Attributes:
+      name: as asked for, such as `train+held_out`.
+      count: number of images.
+      image_size: Y and X, pixels.
+      fingerprint: SHA-256 of its images' and labels' checksums.
+      components: what `order` orders: one, with its count and the images per inner chunk; several in a mixture.
+    """
+
+    def __init__(self, name: str, image_size: int, fingerprint: str, parts: Sequence[_Part], chunk: int = 1):
+        self.name, self.image_size, self.fingerprint, self._parts = name, image_size, fingerprint, list(parts)
+        self._starts = np.cumsum([0, *(part.count for part in parts)])
+        self.count = int(self._starts[-1])
+        self.components: tuple[Component, ...] = (Component(self.count, block=chunk),)
+
+    @classmethod
+    def mixed(cls, splits: Sequence["Split"], weights: Sequence[int]) -> "Split":
+        """One split of several, trained on in the proportions `weights`; ids of the second follow on the first's."""
+        first = splits[0]
+        contents = json.dumps([[split.fingerprint for split in splits], list(weights)])
+        joined = cls(first.name, first.image_size, hashlib.sha256(contents.encode()).hexdigest(),
+                     [part for split in splits for part in split._parts])
+        joined.components = tuple(Component(split.count, weight, split.components[0].block)
+                                  for split, weight in zip(splits, weights, strict=True))
+        return joined
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all its images have labels."""
+        return all(part.labelled for part in self._parts)
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Images uint8 [B, Y, X, 3] of ids [B].
+
+        Raises:
+          UserError: an image is damaged or missing on disk; names its split, entry and file.
+        """
+        images_BYXC = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
+        return self._gather("images", ids, images_BYXC)
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """Labels int32 [B] of ids [B].
+
+        Raises:
+          UserError: the split has no labels, or one is damaged on disk.
+        """
+        for part in self._parts:
+            if not part.labelled:
+                raise UserError(f"split {part.folder!r} of {part.path} has no labels. Prepare it from a labelled "
+                                "source.")
+        return self._gather("labels", ids, np.empty(len(ids), np.int32))
+
+    def _gather(self, kind: str, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not (0 <= ids.min() and ids.max() < self.count):
+            raise IndexError(f"ids must lie in [0, {self.count})")
+        owner = np.searchsorted(self._starts, ids, side="right") - 1
+        reading = []
+        for i in np.unique(owner):  # all parts at once: in a bucket each read waits
+            place = np.flatnonzero(owner == i)
+            local = ids[place] - self._starts[i]
+            reading.append((self._parts[i], place, local, self._parts[i].start(kind, local)))
+        for part, place, local, future in reading:
+            rows[place] = part.finish(kind, local, future)
+        return rows
+
+
+def tokens_of(split: Split, table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Tokens uint16 [B, T] of ids [B], with a lookup table of `palette.lookup_table`."""
+    return palette.encode(split.read(ids), table)

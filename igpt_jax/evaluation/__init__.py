@@ -1,0 +1,1 @@
+"""Exact loss over a split, loss maps, features and linear probes."""

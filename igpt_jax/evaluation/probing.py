@@ -1,0 +1,187 @@
+"""Probing models on a labelled store: features of every layer, and how a row of the table is made (paper, Section 2.4).
+
+E examples, P places in the stream (L + 1), D features, M masks of an example (1 but of masked models), K classes.
+"""
+
+import dataclasses
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from igpt_jax import storage
+from igpt_jax.checkpoint import Metadata
+from igpt_jax.config import ProbingConfig, UserError
+from igpt_jax.data import count_classes, order, palette
+from igpt_jax.data.store import Split, Store
+from igpt_jax.evaluation import exact_loss, linear_probe
+from igpt_jax.model.features import make_feature_step
+from igpt_jax.model.image_gpt import Model
+
+PROBE = "probe.npz"
+SGD_BATCH = 1024
+CHOOSING = 1e-4  # tolerance of the solver where only held-out accuracies are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Features and labels of the three splits, in the order train, held-out, test; features of the test split are
+    [E, M, D], under each mask."""
+    features_ED: Sequence[np.ndarray]
+    labels_E: Sequence[np.ndarray]
+
+    def __getitem__(self, rows: np.ndarray) -> "Labelled":
+        """With these rows of the training examples only."""
+        return Labelled([self.features_ED[0][rows], *self.features_ED[1:]],
+                        [self.labels_E[0][rows], *self.labels_E[1:]])
+
+
+class Prober:
+    """Probes models on the train, held-out and test splits of one labelled store: fit on train, choose on held-out, fit
+    on both, count on test.
+
+    Args:
+      config: how.
+      record: of the checkpoint; its store is the default, its image size and palette are the model's.
+      labels_per_class: as many of each class there must be to train on.
+
+    Raises:
+      UserError: the store does not fit the checkpoint, has no labels, or too few of a class.
+    """
+
+    def __init__(self, config: ProbingConfig, record: Metadata, labels_per_class: int = 1):
+        self.config, data = config, config.data
+        store = Store.open(data.store or record.config.data.store)
+        if store.image_size != record.image_size:
+            raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
+                            f"{record.image_size}. Prepare a store with image_size={record.image_size}.")
+        self.splits = [store.split(name) for name in data.splits]
+        for split in self.splits:
+            split.count = min(split.count, config.limit or split.count)
+        self.labels = [split.labels(np.arange(split.count)) for split in self.splits]
+        self.classes = count_classes(store, self.splits[0])
+        self._check_labels_per_class(labels_per_class)
+        self._table = palette.lookup_table(record.palette_VC)
+
+    @property
+    def test_count(self) -> int:
+        """Examples that the accuracies count."""
+        return self.splits[2].count
+
+    def _check_labels_per_class(self, wanted: int) -> None:
+        """Raises UserError where a class has fewer training examples than `wanted`."""
+        counts = np.bincount(self.labels[0])
+        if wanted > counts.min():
+            raise UserError(f"labels_per_class={wanted}: class {int(counts.argmin())} has only {counts.min()} examples "
+                            f"in split {self.splits[0].name!r}. Ask for fewer.")
+
+    def layers_of(self, model: Model) -> tuple[int, ...]:
+        """The places in the stream to probe. Raises UserError where the model has no such place."""
+        layers = self.config.layers or tuple(range(model.dims.L + 1))
+        if not all(0 <= layer <= model.dims.L for layer in layers):
+            raise UserError(f"layers={self.config.layers}: the model has places 0 (the embedding) to {model.dims.L}.")
+        return layers
+
+    def features(self, model: Model, params: Any, mesh: Mesh, batch_size: int, what: str) -> list[np.ndarray]:
+        """Features float32 of the three splits, at the places `layers_of(model)`: [E, P, D], of test [E, M, P, D]."""
+        layers = self.layers_of(model)
+
+        def of_split(split: Split, masks: int) -> np.ndarray:
+            masks = masks if model.objective.random else 1
+            step = exact_loss.jit_over_batches(make_feature_step(model, self.config.features, masks, self.config.seed),
+                                               mesh)
+            out_EMPD = np.empty((split.count, masks, len(layers), model.dims.D), np.float32)
+            at = 0
+            with tqdm(total=split.count, unit="image", desc=f"{what}, {split.name}", disable=None) as bar:
+                for batch_BMPD in exact_loss.over_split(step, params, split, mesh, batch_size, self._table):
+                    out_EMPD[at:at + len(batch_BMPD)] = batch_BMPD[:, :, layers]
+                    at += len(batch_BMPD)
+                    bar.update(len(batch_BMPD))
+            return out_EMPD
+
+        train, held_out, test = self.splits
+        return [of_split(train, 1)[:, 0], of_split(held_out, 1)[:, 0], of_split(test, exact_loss.VOTES)]
+
+    def pixels(self) -> Labelled:
+        """The raw pixels of the three splits as features."""
+        train, held_out, test = (split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32)
+                                 for split in self.splits)
+        return Labelled([train, held_out, test[:, None]], self.labels)
+
+    def by_layer(self, features_EPD: Sequence[np.ndarray], layers: Sequence[int], what: str
+                 ) -> tuple[list[dict[str, Any]], int, linear_probe.Probe]:
+        """A row per layer, the index of the best by held-out accuracy, and that one's probe."""
+        probes, rows = [], []
+        for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None)):
+            probe, figures = self.fit(Labelled([each[..., index, :] for each in features_EPD], self.labels))
+            probes.append(probe)
+            rows.append({"features": f"{what} {layer}", "layer": layer, **figures})
+        best = max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
+        return rows, best, probes[best]
+
+    def row(self, data: Labelled) -> dict[str, Any]:
+        """The figures of one probe."""
+        return self.fit(data)[1]
+
+    def fit(self, data: Labelled) -> tuple[linear_probe.Probe, dict[str, Any]]:
+        """The probe that the test examples are counted with, and its figures."""
+        options = self.config.l2 if self.config.solver == "lbfgs" else self.config.rates
+        probes = self._fit(data.features_ED[0], data.labels_E[0], options, tolerance=CHOOSING)
+        held_out = [probe.accuracy(data.features_ED[1], data.labels_E[1]) for probe in probes]
+        chosen = max(range(len(options)), key=lambda index: held_out[index])
+        both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
+        probe, = self._fit(*both, options[chosen:chosen + 1])
+        accuracy = self._test_accuracy(probe, data)
+        return probe, {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
+                       "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
+
+    def few_labels(self, data: Labelled, count: int, draws: int) -> dict[str, Any]:
+        """`count` labels of each class, drawn several times: fit on those, choose on held-out, count on test."""
+        accuracies = []
+        for draw in range(draws):
+            random = np.random.default_rng([self.config.seed, count, draw])
+            few = data[np.concatenate([random.permutation(np.flatnonzero(data.labels_E[0] == label))[:count]
+                                       for label in range(self.classes)])]
+            probes = linear_probe.fit(few.features_ED[0], few.labels_E[0], self.classes, self.config.l2,
+                                      CHOOSING)
+            chosen = max(probes, key=lambda probe: probe.accuracy(few.features_ED[1], few.labels_E[1]))
+            accuracies.append(self._test_accuracy(chosen, few))
+        return {"solver": "lbfgs", "test_accuracy": float(np.mean(accuracies)),
+                "deviation": float(np.std(accuracies, ddof=1)) if draws > 1 else None, "draws": accuracies}
+
+    def _test_accuracy(self, probe: linear_probe.Probe, data: Labelled) -> float:
+        classes_E = exact_loss.majority(probe.predict(data.features_ED[2]), self.classes, self.config.seed)
+        return float((classes_E == data.labels_E[2]).mean())
+
+    def _fit(self, features_ED: np.ndarray, labels_E: np.ndarray, options: Sequence[float],
+             tolerance: float = 1e-6) -> list[linear_probe.Probe]:
+        if self.config.solver == "lbfgs":
+            return linear_probe.fit(features_ED, labels_E, self.classes, options, tolerance)
+        return linear_probe.fit_sgd(features_ED, labels_E, self.classes, options, self._batches(len(labels_E)),
+                                    self.config.steps)
+
+    def _batches(self, count: int) -> Iterator[np.ndarray]:
+        return (order.batch(self.config.seed, step, min(SGD_BATCH, count), count) for step in range(self.config.steps))
+
+
+def save_probe(file: storage.Path, probe: linear_probe.Probe, layer: int, kind: str) -> None:
+    """Writes a probe of the features `kind` at place `layer` as .npz."""
+    data = io.BytesIO()
+    arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(probe).items()}
+    np.savez(data, layer=layer, kind=kind, **arrays)
+    storage.publish(file, data.getvalue())
+
+
+def load_probe(workdir: str) -> tuple[linear_probe.Probe, int, str]:
+    """The probe, place and kind of features that a probe job has saved. Raises UserError where there is none."""
+    file = storage.path(workdir) / PROBE
+    try:
+        with np.load(io.BytesIO(storage.read(file))) as given:
+            names = [field.name for field in dataclasses.fields(linear_probe.Probe)]
+            return linear_probe.Probe(*(given[name] for name in names)), int(given["layer"]), str(given["kind"])
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is not a probe that the probe job has written: {error}") from None

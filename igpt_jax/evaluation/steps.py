@@ -1,0 +1,30 @@
+"""The evaluation step: a pure function of plain arrays, ready for jax.jit.
+
+B batch, T tokens, M views of an example.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from igpt_jax.model import objectives
+from igpt_jax.model.image_gpt import Model
+
+
+def make_eval_step(model: Model, views: int = 1, seed: int = 0) -> Callable:
+    """(params, tokens_BT, ids_B) -> of each image `nats_per_pixel` [B] and, with a class head, `classes` [B, M].
+
+    A model whose objective corrupts pictures sees `views` views of each, which follow from the image's id (paper,
+    Section 4.6): the loss is that of the first, the predicted class is returned for each. Others see it once, M = 1.
+    """
+    def eval_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> dict[str, jax.Array]:
+        def look(view: objectives.View) -> dict[str, jax.Array]:
+            pixels_BTV, classes_BK = model.outputs(params, view.tokens_BT, hidden_BT=view.hidden_BT)
+            nats_B = objectives.nats_per_image(pixels_BTV, tokens_BT, view.scored_BT)
+            return {"nats_per_pixel": nats_B} | ({} if classes_BK is None else {"classes": classes_BK.argmax(axis=1)})
+
+        found = objectives.over_views(look, model.objective, tokens_BT, ids_B, model.dims.V, views, seed)
+        return {name: each[0] if name == "nats_per_pixel" else each.T for name, each in found.items()}
+
+    return eval_step

@@ -1,0 +1,1 @@
+"""What a run records: progress, throughput, phase timing, writers, profiles, figures."""

@@ -1,0 +1,191 @@
+"""A run's log: lines on stderr, the progress bar and metrics.jsonl."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+from tqdm import tqdm
+
+from igpt_jax import storage
+from igpt_jax.config import UserError
+from igpt_jax.metrics.phases import PhaseTimer, goodput
+from igpt_jax.storage import side_files
+
+# What the progress bar and the log lines show, in this order: metric, label, format.
+SHOWN = (
+    ("train/nats_per_pixel", "loss", ".4f"),
+    ("eval/nats_per_pixel", "held-out", ".4f"),
+    ("train/accuracy", "accuracy", ".1%"),
+    ("eval/accuracy", "held-out accuracy", ".2%"),
+    ("images_per_second", "images/s", ",.0f"),
+    ("mfu", "MFU", ".1%"),
+)
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, above the progress bar where there is one; says nothing where that cannot be."""
+    # Ctrl-C also ends a `| tee`: nobody may be listening, and the run must save. So it must where a signal came amid
+    # another line: its handler's is then refused ("reentrant call"), which must not end the run.
+    with contextlib.suppress(OSError, RuntimeError):
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+# Metrics.
+
+class Writer(Protocol):
+    """Takes the values of each step that is logged."""
+
+    def write(self, step: int, unix_time: float, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Writes a run's metrics: metrics.jsonl, the given writers, and a progress bar or log lines. Process 0 only.
+
+    `step` counts finished optimizer steps: the line of step s tells about the model after s updates. A run that goes
+    on after step s drops the lines after s that an interrupted run has left, and so writes each of them once. In a
+    bucket, where lines cannot be taken back, they stay and `load_metrics` passes them over. The first line of such a
+    run says `resumed_from`, the seconds of the dropped lines as `seconds/lost`, and how long no process ran.
+
+    Args:
+      workdir: the job's folder.
+      total_steps: where the run will end.
+      start_step: finished steps that the run goes on from; 0 for a new run.
+      timer: its seconds go into each line.
+      writers: where `values` go besides (metric_writers.py); they must not raise.
+    """
+
+    def __init__(self, workdir: str, total_steps: int, start_step: int = 0, timer: PhaseTimer | None = None,
+                 writers: Sequence[Writer] = ()):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._total_steps, self._start_step, self._started = total_steps, start_step, time.time()
+        self._timer, self._told = timer, ""
+        path = storage.path(workdir) / "metrics.jsonl"
+        self._resumed = self._resume(path, start_step)
+        self._lines = storage.LineWriter(path)
+        self._writers = writers
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                         disable=not sys.stderr.isatty())
+        self._latest: dict[str, float] = {}
+
+    def _resume(self, path: storage.Path, start_step: int) -> dict[str, float]:
+        """Drops the lines of steps that will be done again; returns what the next line says of them."""
+        try:
+            lines = [_parse_line(line) for line in storage.read_lines(path)]
+        except UserError:  # a new run
+            return {}
+        valid = _valid(lines)
+        kept = [line for line in valid if line["step"] <= start_step]
+        if storage.is_local(path) and len(kept) < len(lines):
+            if None in lines[:-1]:  # the last is torn where a run was killed
+                side_files.set_aside(path, f"its other lines are kept ({lines[:-1].count(None)} are damaged)")
+            storage.publish(path, "".join(json.dumps(line) + "\n" for line in kept))
+        spent = goodput([line for line in valid if line["step"] > start_step])
+        spent.pop("goodput", None)
+        began = time.time() - (self._timer.unread if self._timer else 0.0)
+        down = spent.pop("seconds/down", 0.0) + began - max((line.get("time") or 0 for line in valid), default=began)
+        return {"resumed_from": start_step, "seconds/lost": sum(spent.values()), "seconds/down": max(0.0, down)}
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Records `values` of a step. In metrics.jsonl NaN and infinities are null, as JSON has no word for them."""
+        if not self._active:
+            return
+        now = time.time()
+        values = {name: float(value) for name, value in values.items()}
+        told = {**values, **self._resumed, **(self._timer.read() if self._timer else {})}
+        self._resumed = {}
+        finite = {name: value if math.isfinite(value) else None for name, value in told.items()}
+        self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}, allow_nan=False))
+        self._tell_problem()
+        for writer in self._writers:
+            writer.write(step, now, values)
+        self._latest.update(values)
+        if self._bar.disable:
+            if values:
+                say(self._line(step, now, values))
+        else:
+            self._bar.set_postfix_str(_describe(self._latest), refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def flush(self) -> None:
+        """Makes sure that the lines outlast a loss of power, as the checkpoint will that is saved next."""
+        if self._active:
+            self._lines.flush()
+
+    def close(self) -> None:
+        """Ends the bar and writes out what is buffered."""
+        if self._active:
+            self._bar.close()
+            self._lines.close()
+            self._tell_problem()
+            for writer in self._writers:
+                writer.close()
+
+    def _tell_problem(self) -> None:
+        problem = str(self._lines.error or "")
+        if problem and problem != self._told:
+            say(f"Metrics lines cannot be written and wait in memory: {problem}. Training goes on.")
+        self._told = problem
+
+    def _line(self, step: int, now: float, values: Mapping[str, float]) -> str:
+        line = f"step {step:,}/{self._total_steps:,}  {_describe(values)}"
+        done, left = step - self._start_step, self._total_steps - step
+        if done > 0 and left > 0:
+            line += f"  ETA {tqdm.format_interval((now - self._started) * left / done)}"
+        return line
+
+
+def _describe(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{label} {values[name]:{form}}" for name, label, form in SHOWN if name in values)
+
+
+def _parse_line(line: str) -> dict[str, float | None] | None:
+    """The values of a line; None where it is damaged, or torn since its run was killed."""
+    try:
+        values = storage.parse_json(line)
+    except ValueError:
+        return None
+    good = (isinstance(values, dict) and "\ufffd" not in line  # which stands for bytes that are not UTF-8
+            and all(value is None or isinstance(value, int | float) for value in values.values())
+            and all(isinstance(values[name], int) for name in ("step", "resumed_from") if name in values))
+    return values if good and "step" in values else None
+
+
+def _valid(lines: Sequence[dict[str, float | None] | None]) -> list[dict[str, float | None]]:
+    """The whole lines of which no later run says, by going on from an earlier step, that they were undone."""
+    valid: list[dict[str, float | None]] = []
+    for line in filter(None, lines):
+        if "resumed_from" in line:
+            valid = [earlier for earlier in valid if earlier["step"] <= line["resumed_from"]]
+        valid.append(line)
+    return valid
+
+
+def metrics_lines(workdir: str) -> list[dict[str, float | None]]:
+    """The lines of a run as they were written, but for those that a later run undid; for `goodput`.
+
+    Raises:
+      UserError: the workdir has no metrics.
+    """
+    return _valid([_parse_line(line) for line in storage.read_lines(storage.path(workdir) / "metrics.jsonl")])
+
+
+def load_metrics(workdir: str) -> list[dict[str, float | None]]:
+    """The metrics of a run: one dict per step, in order; what was logged twice for a step counts as logged last.
+
+    Raises:
+      UserError: the workdir has no metrics.
+    """
+    by_step: dict[int, dict[str, float | None]] = {}
+    for line in metrics_lines(workdir):
+        by_step.setdefault(line["step"], {}).update(line)
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,179 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard always, Weights & Biases where `wandb` names a project."""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from igpt_jax import storage
+from igpt_jax.config import PretrainConfig, UserError, to_dict
+from igpt_jax.metrics.logging import Writer, say
+from igpt_jax.storage import side_files
+
+TENSORBOARD_FLUSH_SECONDS = 30.0
+WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 60.0, 15.0  # that a run may wait for it; the rest is left to `wandb sync`
+WANDB_ID = "wandb_id"  # file of the workdir: the run that all its restarts write to
+
+
+def check_installed(config: PretrainConfig) -> None:
+    """Raises UserError where the config asks for a back-end that is not installed. All processes give one answer."""
+    if config.wandb:
+        found = importlib.util.find_spec("wandb")
+        if found is None or found.origin is None:  # a folder ./wandb, which W&B itself leaves, is not the package
+            raise UserError(f"wandb={config.wandb!r}: Weights & Biases is not installed. "
+                            "Install it with: pip install '.[wandb]'")
+
+
+def open_writers(config: PretrainConfig, workdir: str) -> list[Writer]:
+    """The back-ends of a run; none but on process 0."""
+    if jax.process_index():
+        return []
+    folder = storage.path(workdir)
+    writers = [Harmless("TensorBoard", lambda: TensorBoard(os.fspath(folder / "tensorboard")))]
+    if config.wandb:
+        writers.append(Harmless("Weights & Biases", lambda: WeightsAndBiases(config, folder)))
+    return writers
+
+
+class Harmless:
+    """A back-end from which training never suffers: its first failure is told in a line and is its end."""
+
+    def __init__(self, name: str, open_backend: Callable[[], Writer]):
+        self._name, self._backend = name, None
+        with self._harmless():
+            self._backend = open_backend()
+
+    def write(self, step: int, unix_time: float, values: Mapping[str, float]) -> None:
+        if self._backend:
+            with self._harmless():
+                self._backend.write(step, unix_time, values)
+
+    def close(self) -> None:
+        if self._backend:
+            with self._harmless():
+                self._backend.close()
+            self._backend = None
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._backend = None
+            say(f"{self._name} is off for this run: {' '.join(str(error).split())}. metrics.jsonl goes on.")
+
+
+# TensorBoard.
+
+class _BucketFile:
+    """tensorboardX's idea of a file, for gs:// and s3://: what was written is published whole on each flush."""
+
+    def __init__(self, path: str):
+        self._path, self._data = storage.path(path), io.BytesIO()
+
+    def write(self, data: bytes) -> None:
+        self._data.write(data)
+
+    def flush(self) -> None:
+        storage.publish(self._path, self._data.getvalue())
+
+    close = flush
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Within, a module that is not imported yet cannot be."""
+    hide = module not in sys.modules
+    if hide:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[module]
+
+
+class TensorBoard:
+    """TensorBoard scalars in `folder`.
+
+    Events are written by the caller's thread. tensorboardX's SummaryWriter hands them to a thread of its own; when
+    that dies, on a full disk for one, its queue fills and the training loop waits for ever.
+    """
+
+    def __init__(self, folder: str):
+        with _hidden("torch"):  # which tensorboardX imports where it finds it, without need, for seconds
+            from tensorboardX import event_file_writer, record_writer, summary
+            from tensorboardX.proto import event_pb2
+
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # a line for each NaN
+        bucket = types.SimpleNamespace(open=_BucketFile, directory_check=lambda folder: None)
+        for scheme in storage.SCHEMES:
+            record_writer.register_writer_factory(scheme.removesuffix("://"), bucket)
+        record_writer.directory_check(folder)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(f"{folder}/events")
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, unix_time: float, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.write_event(self._event(wall_time=unix_time, step=step, summary=self._scalar(name, value)))
+        if time.monotonic() - self._flushed > TENSORBOARD_FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+# Weights & Biases.
+
+class WeightsAndBiases:
+    """One W&B run per workdir, whatever the restarts; W&B's own process does the sending.
+
+    `step` is a metric of its own, by which all others are drawn: W&B's own step counts only up, and a run that goes on
+    from a checkpoint does some steps again. W&B's files lie in the workdir; where that is in a bucket, in ./wandb.
+    """
+
+    def __init__(self, config: PretrainConfig, folder: storage.Path):
+        import wandb
+
+        settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False,
+                                  init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS)
+        offline = wandb.setup(settings).settings.mode != "online"
+        if not offline and not wandb.login(prompt=False, verify=False):  # a prompt would keep the run waiting
+            raise UserError("nobody is logged in. Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
+        entity, _, project = config.wandb.rpartition("/")
+        self._run = wandb.init(project=project, entity=entity or None, id=_wandb_id(folder), name=folder.name,
+                               resume=None if offline else "allow",
+                               dir=os.fspath(folder) if storage.is_local(folder) else None, config=to_dict(config))
+        self._run.define_metric("*", step_metric="step")
+        say("Weights & Biases: " + (f"offline; send it later with: wandb sync {self._run.settings.sync_dir}" if offline
+                                    else self._run.url))
+
+    def write(self, step: int, unix_time: float, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_id(folder: storage.Path) -> str:
+    """The id in a workdir's file WANDB_ID, which is made where there is none."""
+    file = folder / WANDB_ID
+    if file.exists():
+        text = storage.read(file).decode(errors="replace").strip()
+        if re.fullmatch(r"[\w-]{1,128}", text, re.ASCII):
+            return text
+        side_files.set_aside(file)
+    text = secrets.token_hex(8)
+    storage.publish(file, text)
+    return text

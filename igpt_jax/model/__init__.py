@@ -1,0 +1,1 @@
+"""Image GPT: dims, layers, attention, objectives, features, sampling, export."""

@@ -1,0 +1,125 @@
+"""Softmax attention: one function, one plain reference, and a back-end per platform.
+
+B batch, T query tokens, S key tokens, N heads, H head dim.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from igpt_jax.config import ATTENTION_BACKENDS, UserError, nearest
+from igpt_jax.model.attention import context, splash
+from igpt_jax.model.attention.blocked import blocked
+from igpt_jax.model.attention.reference import SAVED, reference
+from igpt_jax.parallel import sharding
+
+__all__ = ["NAMES", "attention", "backend_for", "granule_for", "is_saved"]
+
+log = logging.getLogger(__name__)
+
+CUDNN = "cudnn attention"
+NAMES = (SAVED, CUDNN)  # of what attention gives, for remat policies that go by names
+PLATFORMS = {"reference": ("cpu", "gpu", "tpu"), "blocked": ("cpu", "gpu", "tpu"), "splash": ("tpu",),
+             "cudnn": ("gpu",)}
+
+
+def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal: bool, backend: str) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v, the softmax in float32 or wider; sequences may be split over the context axis.
+
+    Args:
+      q_BTNH, k_BTNH, v_BTNH: queries, keys and values of one dtype.
+      causal: query t sees keys 0..t only.
+      backend: a name from `ATTENTION_BACKENDS`, resolved by `backend_for`.
+
+    Returns:
+      [B, T, N, H] in the dtype of q.
+    """
+    if backend == "reference":
+        return checkpoint_name(reference(q_BTNH, k_BTNH, v_BTNH, causal=causal), SAVED)
+    if backend == "splash":
+        return splash.attention(q_BTNH, k_BTNH, v_BTNH, causal=causal)
+    if causal and sharding.context_shards() > 1:
+        kernel = context.causal
+    else:
+        kernel = functools.partial({"blocked": blocked, "cudnn": _cudnn}[backend], causal=causal)
+
+    def on_each_device(q, k, v):
+        return kernel(q, *context.gather(k, v))
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return on_each_device(q_BTNH, k_BTNH, v_BTNH)
+    # The partitioner cannot split a kernel's loop by itself: each device runs its own sequences and heads.
+    spec = sharding.spec_for("BTNH")
+    return jax.shard_map(on_each_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q_BTNH, k_BTNH, v_BTNH)
+
+
+def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, causal: bool) -> jax.Array:
+    out = jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, is_causal=causal, implementation="cudnn")
+    return checkpoint_name(out, CUDNN)
+
+
+def is_saved(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`: keep what attention gives, and what its backward pass needs besides.
+
+    JAX's cuDNN kernel names neither, and from the named output alone the backward pass would run the kernel again: so
+    the kernel itself is kept.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd") or _by_name(primitive, *avals, **params)
+
+
+_by_name = jax.checkpoint_policies.save_only_these_names(SAVED)
+
+
+def backend_for(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int = 1) -> str:
+    """The back-end that `auto` means, or `backend` itself where it can run.
+
+    Args:
+      backend: a name from `ATTENTION_BACKENDS`.
+      platform: 'cpu', 'gpu' or 'tpu'.
+      precision: of the computation; cuDNN takes half types only, and splash's products are not full float32.
+      tokens, head_dim: of the model.
+      context: devices that share a sequence.
+
+    Raises:
+      UserError: the back-end cannot run here, with those that can.
+    """
+    reasons = {name: _refusal(name, platform, precision, tokens, head_dim, context) for name in PLATFORMS}
+    refused = {name: why for name, why in reasons.items() if why}
+    if backend == "auto":
+        best = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}[platform]
+        if best not in refused:
+            return best
+        chosen = "reference" if context == 1 else "blocked"
+        log.warning("attention: %s %s; %s is used instead.", best, refused[best], chosen)
+        return chosen
+    if backend not in PLATFORMS:
+        raise UserError(f"attention back-end {backend!r} is not known. {nearest(backend, ATTENTION_BACKENDS)}")
+    if backend in refused:
+        choices = ["auto", *(name for name in PLATFORMS if name not in refused)]
+        raise UserError(f"attention={backend} {refused[backend]}. Choose one of: {', '.join(choices)}.")
+    return backend
+
+
+def _refusal(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int) -> str | None:
+    """Why a back-end cannot run; None where it can."""
+    if platform not in PLATFORMS[backend]:
+        return f"does not run on {platform}"
+    if backend in ("cudnn", "splash") and precision != "bfloat16":
+        return f"does not compute in precision={precision}"
+    if backend == "cudnn" and (head_dim % 8 or head_dim > 128):
+        return f"takes heads of 8, 16, ... 128, not of {head_dim}"
+    if backend == "cudnn" and context > 1:
+        return f"does not split sequences (mesh.context={context})"
+    if backend == "splash" and (tokens // context) % splash.LANES:
+        return f"takes multiples of {splash.LANES} tokens on each device, not {tokens // context}"
+    return None
+
+
+def granule_for(backend: str) -> int:
+    """Attention takes any multiple of this number of tokens under the current mesh."""
+    parts = sharding.context_shards()
+    whole = splash.LANES if backend == "splash" else 2
+    return whole * parts if backend == "splash" or parts > 1 else 1

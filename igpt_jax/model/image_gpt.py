@@ -1,0 +1,245 @@
+"""Image GPT as OpenAI released it: a transformer over palette indices in raster order, causal or, as BERT, not.
+
+Sources: "paper" is Chen et al. 2020, "Generative Pretraining from Pixels"; the released code is the authority on
+the norm (RMS-style, gain only), the activation (x sigmoid(1.702 x)), the start vector and the absence of biases.
+
+B batch, T tokens (pixels), S key tokens, D embed, N heads, H head dim, F mlp hidden, V palette, L layers, K classes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from igpt_jax.config import MeshConfig, ModelConfig, PretrainConfig
+from igpt_jax.model.attention import NAMES, attention, backend_for, is_saved
+from igpt_jax.model.dims import Dims
+from igpt_jax.model.layers import Block, dropout, norm, pool, read_out
+from igpt_jax.model.objectives import Autoregressive, Objective, objective_of
+from igpt_jax.parallel import sharding
+from igpt_jax.parallel.sharding import constrain, gather_weight
+
+_POLICIES = jax.checkpoint_policies
+REMAT_POLICIES: Mapping[str, Callable] = {  # what the forward pass keeps of each block, besides its input
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, is_saved),
+    "attention": is_saved,
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(NAMES), offload_src="device",
+        offload_dst="pinned_host"),
+    "full": _POLICIES.nothing_saveable,
+}
+
+
+def _standard_deviations(init: str, d: Dims) -> dict[str, float]:
+    """Standard deviations of the initial weights; norms start at 1 and the head at 0 in both schemes.
+
+    released: the initializers in OpenAI's code. paper: Section 3.3 refers to Sparse Transformers (Child et al. 2019,
+    Section 6): 0.125 / sqrt(fan in), and the last matrix of each residual branch divided by sqrt(2 L) besides.
+    """
+    if init == "released":
+        return {"token_embed_VD": 0.02, "start_D": 0.02, "position_embed_TD": 0.01,
+                "query_DNH": d.D ** -0.5, "key_DNH": d.D ** -0.5, "value_DNH": d.D ** -0.5,
+                "out_NHD": (d.D * d.L) ** -0.5, "up_DF": 0.02, "down_FD": 0.02}
+    narrow, wide, branch = 0.125 * d.D ** -0.5, 0.125 * d.F ** -0.5, (2 * d.L) ** -0.5
+    return {"token_embed_VD": narrow, "start_D": narrow, "position_embed_TD": narrow,
+            "query_DNH": narrow, "key_DNH": narrow, "value_DNH": narrow, "out_NHD": narrow * branch,
+            "up_DF": narrow, "down_FD": wide * branch}
+
+
+class ImageGPT(nnx.Module):
+    """The whole model. Parameters are known by name; their last letters are their dims (see `sharding`)."""
+
+    def __init__(self, config: ModelConfig, dims: Dims, causal: bool, key: jax.Array, dtype: Any, parameter_dtype: Any,
+                 rounded_late: bool, class_layer: int = -1):
+        deviations = _standard_deviations(config.init, dims)
+        keys = iter(jax.random.split(key, len(deviations)))
+
+        def make(name: str, stacked: str = "") -> jax.Array:
+            shape = tuple(getattr(dims, letter) for letter in stacked + name.rsplit("_", 1)[-1])
+            if name in deviations:
+                return deviations[name] * jax.random.normal(next(keys), shape, parameter_dtype)
+            return (jnp.zeros if "head" in name else jnp.ones)(shape, parameter_dtype)
+
+        self.token_embed_VD = nnx.Param(make("token_embed_VD"))
+        if causal:
+            self.start_D = nnx.Param(make("start_D"))
+        self.position_embed_TD = nnx.Param(make("position_embed_TD"))
+        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout, rounded_late)
+        self.final_norm_D = nnx.Param(make("final_norm_D"))
+        self.head_VD = nnx.Param(make("head_VD"))
+        if dims.K:
+            self.class_head_KD = nnx.Param(make("class_head_KD"))
+        self.config, self.dims, self.causal, self.dtype, self.class_layer = config, dims, causal, dtype, class_layer
+
+    def embed(self, tokens_BT: jax.Array, hidden_BT: jax.Array | None = None) -> jax.Array:
+        """[B, T, D]: position t holds its own place, and the color of pixel t - 1 (position 0: the start vector).
+
+        Where the model is not causal, the color of pixel t itself: of hidden pixels, zeros (released code).
+        """
+        T = tokens_BT.shape[1]
+        if self.causal:
+            tokens_BT = jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)))
+        colors_BTD = constrain(self._table("token_embed_VD")[constrain(tokens_BT, "BT")], "BTD")
+        if self.causal:
+            colors_BTD = jnp.where(jnp.arange(T)[:, None] == 0, self._table("start_D"), colors_BTD)
+        elif hidden_BT is not None:
+            colors_BTD = jnp.where(hidden_BT[..., None], 0, colors_BTD)
+        return constrain((colors_BTD + self._table("position_embed_TD", T)).astype(self.dtype), "BTD")
+
+    def embed_one(self, token_B: jax.Array, position: jax.Array) -> jax.Array:
+        """[B, 1, D]: the input at `position` >= 1, where the pixel before it has color `token_B`."""
+        x_BD = self._table("token_embed_VD")[token_B] + self._table("position_embed_TD")[position]
+        return constrain(x_BD[:, None].astype(self.dtype), "BTD")
+
+    def _table(self, name: str, rows: int | None = None) -> jax.Array:
+        """A table (its first `rows`) split like the activations it is added to: looking up split rows would move those.
+
+        It stays in the parameters' dtype: its gradient adds up every pixel of a color, where bfloat16 loses most.
+        """
+        return constrain(getattr(self, name)[...][:rows], name.rsplit("_", 1)[-1])
+
+    def scan_blocks(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, extra: Any = None) -> Any:
+        """Runs `body(block, carry, extra of that layer) -> (carry, out)` over the stacked blocks, first to last."""
+        graph, stacked = nnx.split(self.blocks)
+
+        def step(carry, layer):
+            return body(nnx.merge(graph, layer[0]), carry, layer[1])
+
+        if self.config.remat != "none":
+            # Across a loop's turns the compiler merges nothing; without a loop it would keep what is to be made again.
+            step = jax.checkpoint(step, prevent_cse=self.config.unroll > 1, policy=REMAT_POLICIES[self.config.remat])
+        return jax.lax.scan(step, carry, (stacked, extra), unroll=self.config.unroll)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, V] float32 or wider: the final norm and the untied head."""
+        head_VD = gather_weight(self.head_VD[...], "VD", self.dtype)
+        return constrain(read_out(norm(x_BTD, self.final_norm_D[...]), head_VD), "BTV")
+
+    def stream(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None,
+               read: Callable[[jax.Array, jax.Array], Any] = lambda x_BTD, gain_D: None) -> tuple[jax.Array, Any]:
+        """The residual stream [B, T, D] after the last block, and what `read` gives of it before each block, [L, ...].
+
+        Args:
+          tokens_BT: int palette indices in raster order.
+          key: for dropout; None: no dropout.
+          hidden_BT: pixels whose colors a model that is not causal does not see; None: it sees all.
+          read: takes the stream before a block and the gain of that block's first norm.
+        """
+        keys_L = None if key is None else jax.random.split(key, self.dims.L + 1)
+
+        def block(block: Block, x_BTD: jax.Array, key: jax.Array | None):
+            o_BTNH = attention(*block.qkv(x_BTD), causal=self.causal, backend=self.config.attention)
+            return block.after_attention(x_BTD, o_BTNH, key), read(x_BTD, block.attention_norm_D[...])
+
+        x_BTD = self.embed(tokens_BT, hidden_BT)
+        if keys_L is not None:
+            x_BTD, keys_L = dropout(x_BTD, self.config.dropout, keys_L[0]), keys_L[1:]
+        return self.scan_blocks(block, x_BTD, keys_L)
+
+    def __call__(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
+                 ) -> jax.Array:
+        """Logits [B, T, V] that predict pixel t at t: from the pixels before it; where the model is not causal, from
+        all that are not hidden. Arguments as of `stream`."""
+        return self.outputs(tokens_BT, key, hidden_BT)[0]
+
+    def outputs(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
+                ) -> tuple[jax.Array, jax.Array | None]:
+        """Logits [B, T, V] of the pixels, and [B, K] of the classes (None without a class head), as `stream` is told.
+
+        The class head reads the mean over positions of the normalized stream at `class_layer` (paper, Section
+        2.3: after the last block).
+        """
+        place = self.class_layer % (self.dims.L + 1)  # -1 is the last
+        if not self.dims.K or place == self.dims.L:
+            x_BTD, _ = self.stream(tokens_BT, key, hidden_BT)
+            feature_BD = pool(x_BTD, self.final_norm_D[...])
+        else:
+            x_BTD, features_LBD = self.stream(tokens_BT, key, hidden_BT, read=pool)
+            feature_BD = features_LBD[place]
+        classes_BK = feature_BD @ constrain(self.class_head_KD[...], "KD").T if self.dims.K else None
+        return self.logits(x_BTD), classes_BK
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Dtypes of stored parameters and of computation."""
+    parameters: Any
+    compute: Any
+
+    @classmethod
+    def of(cls, name: str) -> "Precision":
+        return cls(parameters=jnp.dtype("float64" if name == "float64" else "float32"), compute=jnp.dtype(name))
+
+
+class Model:
+    """ImageGPT as pure functions of a plain dict of arrays: what everything outside this file uses."""
+
+    def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str,
+                 mesh: Mesh | None = None, objective: Objective | None = None, classes: int = 0,
+                 class_layer: int = -1):
+        """
+        Args:
+          config: sizes and choices; attention `auto` becomes the back-end of the mesh's platform.
+          palette_size: colors, the vocabulary.
+          image_size: height and width, pixels.
+          precision: a name from `config.PRECISIONS`.
+          mesh: where it will run; None: one device of the default platform.
+          objective: what it is trained for (None: autoregressive); a causal one gives it a start vector and attention
+            to what came before.
+          classes: of its class head; 0: it has none.
+          class_layer: place in the stream that the class head reads, 0 (the embedding) to L; -1: the last.
+
+        Raises:
+          UserError: the heads or tokens do not divide over the mesh, or the attention back-end cannot run there.
+        """
+        self.dims = Dims.of(config, palette_size, image_size, classes)
+        self.objective, self._class_layer = objective or Autoregressive(), class_layer
+        self.causal = self.objective.causal
+        self.precision = Precision.of(precision)
+        mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        sharding.check_model(self.dims.N, self.dims.T, mesh)
+        platform = mesh.devices.flat[0].platform
+        backend = backend_for(config.attention, platform, precision, self.dims.T, self.dims.H,
+                              mesh.shape[sharding.CONTEXT])
+        self._rounded_late = platform == "cpu" and precision == "bfloat16"
+        self.config = dataclasses.replace(config, attention=backend)
+        self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
+
+    @classmethod
+    def of(cls, config: PretrainConfig, palette_size: int, image_size: int, mesh: Mesh, classes: int = 0,
+           precision: str = "", attention: str = "") -> "Model":
+        """The model that a training job's config describes; `precision` and `attention` in place of the config's."""
+        sizes = dataclasses.replace(config.model, attention=attention) if attention else config.model
+        class_layer = config.model.class_layer if config.finetuning else -1
+        return cls(sizes, palette_size, image_size, precision or config.precision, mesh, objective_of(config), classes,
+                   class_layer)
+
+    def _build(self, key: jax.Array) -> ImageGPT:
+        return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters,
+                        self._rounded_late, self._class_layer)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Initial parameters; jit it with shardings to make them in place."""
+        return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
+
+    def abstract_parameters(self) -> dict[str, Any]:
+        """Shapes and dtypes of the parameters, without computing any."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def bind(self, params: dict[str, Any]) -> ImageGPT:
+        """The module with these parameters, for use inside a jitted function."""
+        return nnx.merge(self._graph, params)
+
+    def logits(self, params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None = None,
+               hidden_BT: jax.Array | None = None) -> jax.Array:
+        """See `ImageGPT.__call__`."""
+        return self.bind(params)(tokens_BT, key, hidden_BT)
+
+    def outputs(self, params: dict[str, Any], tokens_BT: jax.Array, key: jax.Array | None = None,
+                hidden_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """See `ImageGPT.outputs`."""
+        return self.bind(params).outputs(tokens_BT, key, hidden_BT)

@@ -1,0 +1,165 @@
+"""Image GPT as OpenAI released it: a transformer over palette indices in raster order, causal or, as BERT, not.
+
+Sources: "paper" is Chen et al. 2020, "Generative Pretraining from Pixels"; the released code is the authority on
+the norm (RMS-style, gain only), the activation (x sigmoid(1.702 x)), the start vector and the absence of biases.
+
+B batch, T tokens (pixels), S key tokens, D embed, N heads, H head dim, F mlp hidden, V palette, L layers, K classes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from igpt_jax.model.dims import Dims
+from igpt_jax.parallel import sharding
+from igpt_jax.parallel.sharding import constrain, gather_weight
+
+NORM_EPSILON = 1e-5  # inside the root, as released
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """x in float32, or as it is where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def norm(x_BTD: jax.Array, gain_D: jax.Array) -> jax.Array:
+    """gain * x / sqrt(mean(x^2) + 1e-5), computed in float32 or wider; no mean is subtracted (released code)."""
+    x = _wide(x_BTD)
+    scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+    return (x * scale * gain_D).astype(x_BTD.dtype)
+
+
+@jax.custom_vjp
+def activation(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x), computed in float32 or wider and rounded once: bfloat16 would make the factor 1.703.
+
+    The backward pass keeps x alone, and computes the sigmoid again.
+    """
+    wide = _wide(x)
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
+
+
+def _activation_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
+    wide = _wide(x)
+    share = jax.nn.sigmoid(1.702 * wide)
+    return ((d * share * (1 + 1.702 * wide * (1 - share))).astype(x.dtype),)
+
+
+activation.defvjp(lambda x: (activation(x), x), _activation_backward)
+
+
+def pool(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
+    """The mean [B, D] over positions of the stream, after the norm of this gain if there is one; float32 or wider."""
+    wide_BTD = _wide(x_BTD)
+    return (wide_BTD if gain_D is None else norm(wide_BTD, gain_D)).mean(axis=1)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share of x and scales the rest up; no effect without a key or rate."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def project(x: jax.Array, weight: jax.Array, contracted: int = 1, rounded_late: bool = False) -> jax.Array:
+    """Contracts the last dims of x with the first of the weight, as one plain product of two matrices.
+
+    The same as an einsum over [B, T, ...], which XLA's CPU compiler runs 2.5 times slower in the training step. Where
+    sequences are split over devices, B and T stay apart: as one dim they could not be split both.
+
+    Args:
+      rounded_late: see `_product_rounded_late`.
+    """
+    if sharding.context_shards() > 1:
+        return jnp.tensordot(x, weight, contracted)
+    rows, columns = x.shape[:x.ndim - contracted], weight.shape[contracted:]
+    product = _product_rounded_late if rounded_late else jnp.matmul
+    return product(x.reshape(math.prod(rows), -1), weight.reshape(-1, math.prod(columns))).reshape(*rows, *columns)
+
+
+@jax.custom_vjp
+def _product_rounded_late(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    """a b, and so its gradients: added up in float32 and then rounded to bfloat16, which other compilers do anyhow.
+
+    XLA's CPU compiler has fast products of bfloat16 only with float32 results, and [M, K] x [K, N] as they lie: others
+    it makes in float32, at half the speed.
+    """
+    return _wide_product(a_MK, b_KN).astype(a_MK.dtype)
+
+
+def _wide_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    return jnp.matmul(a_MK, b_KN, preferred_element_type=jnp.float32)
+
+
+def _product_rounded_late_backward(saved: tuple[jax.Array, jax.Array], d_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a_MK, b_KN = saved
+    return (_wide_product(d_MN, _transposed(b_KN)).astype(a_MK.dtype),
+            _wide_product(_transposed(a_MK), d_MN).astype(b_KN.dtype))
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """The transpose, as an array of its own: XLA would fold it into the product. Its new dim undoes the column-major
+    layout that JAX asks for a transpose, with which the product would be made in float32."""
+    return jax.lax.optimization_barrier(x.T[None])[0]
+
+
+_product_rounded_late.defvjp(lambda a_MK, b_KN: (_product_rounded_late(a_MK, b_KN), (a_MK, b_KN)),
+                             _product_rounded_late_backward)
+
+
+@jax.custom_vjp
+def read_out(n_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Logits [B, T, V] in float32 or wider. Their gradient takes part in products as any other activation's does, in
+    the dtype of n: left in float32 it made two float32 products of each step, the slowest on matrix units."""
+    wide = jnp.promote_types(n_BTD.dtype, jnp.float32)
+    return jnp.einsum("BTD,VD->BTV", n_BTD, head_VD, preferred_element_type=wide)
+
+
+def _read_out_backward(saved: tuple[jax.Array, jax.Array], d_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    n_BTD, head_VD = saved
+    d_BTV = d_BTV.astype(n_BTD.dtype)
+    return jnp.einsum("BTV,VD->BTD", d_BTV, head_VD), jnp.einsum("BTV,BTD->VD", d_BTV, n_BTD)
+
+
+read_out.defvjp(lambda n_BTD, head_VD: (read_out(n_BTD, head_VD), (n_BTD, head_VD)), _read_out_backward)
+
+
+class Block(nnx.Module):
+    """x + Attention(norm(x)), then x + MLP(norm(x)). Holds the stacked weights [L, ...] of all blocks when built."""
+
+    def __init__(self, dims: Dims, make: Callable[[str], jax.Array], dtype: Any, rate: float, rounded_late: bool):
+        self.attention_norm_D = nnx.Param(make("attention_norm_D"))
+        self.query_DNH = nnx.Param(make("query_DNH"))
+        self.key_DNH = nnx.Param(make("key_DNH"))
+        self.value_DNH = nnx.Param(make("value_DNH"))
+        self.out_NHD = nnx.Param(make("out_NHD"))
+        self.mlp_norm_D = nnx.Param(make("mlp_norm_D"))
+        self.up_DF = nnx.Param(make("up_DF"))
+        self.down_FD = nnx.Param(make("down_FD"))
+        self.dtype, self.rate, self.rounded_late = dtype, rate, rounded_late
+
+    def _weight(self, name: str) -> jax.Array:
+        return gather_weight(getattr(self, name)[...], name.rsplit("_", 1)[-1], self.dtype)
+
+    def _project(self, x: jax.Array, name: str, contracted: int = 1) -> jax.Array:
+        return project(x, self._weight(name), contracted, self.rounded_late)
+
+    def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B, T, N, H] of the normalized residual stream."""
+        n_BTD = norm(x_BTD, self.attention_norm_D[...])
+        return tuple(constrain(self._project(n_BTD, name), "BTNH")
+                     for name in ("query_DNH", "key_DNH", "value_DNH"))
+
+    def after_attention(self, x_BTD: jax.Array, o_BTNH: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The rest of the block: projects the heads back, adds them, and adds the MLP."""
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        out_BTD = self._project(o_BTNH, "out_NHD", contracted=2)
+        x_BTD = constrain(x_BTD + dropout(out_BTD, self.rate, attention_key), "BTD")
+        hidden_BTF = self._project(norm(x_BTD, self.mlp_norm_D[...]), "up_DF")
+        hidden_BTF = constrain(activation(hidden_BTF), "BTF")
+        out_BTD = self._project(hidden_BTF, "down_FD")
+        return constrain(x_BTD + dropout(out_BTD, self.rate, mlp_key), "BTD")

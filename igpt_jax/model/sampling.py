@@ -1,0 +1,171 @@
+"""Sampling pixel by pixel with cached keys and values: from nothing, or going on from the first pixels of pictures.
+
+B batch, T tokens of an image, P given tokens, S cached tokens, N heads, H head dim, V palette, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from igpt_jax.model.attention import attention, granule_for
+from igpt_jax.model.image_gpt import ImageGPT, Model
+from igpt_jax.model.layers import Block
+from igpt_jax.parallel.sharding import constrain
+
+# The loop runs in segments, each with a cache just long enough for it: a step reads little that is not written yet.
+# Shorter ones read less, and take longer to compile: each is a program of its own.
+SEGMENT, SEGMENTS = 64, 4  # at least so many tokens in a segment; at most so many segments
+NOT_FINITE = -1  # drawn in place of a color where the logits are NaN or infinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a color is drawn from the logits: the k most likely, then temperature, then the share p of what is left."""
+    temperature: float = 1.0  # 0, and what float32 cannot divide by: always the most likely color
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+    def draw(self, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+        """Colors [B] int32, NOT_FINITE where the largest logit is not finite; each image draws with its own key."""
+        logits_BV = logits_BV.astype(jnp.float32)
+        largest_B1 = logits_BV.max(axis=-1, keepdims=True)  # NaN where any logit is
+        if self.temperature < jnp.finfo(jnp.float32).tiny:
+            drawn_B = jnp.argmax(logits_BV, axis=-1)
+        else:
+            scaled_BV = (logits_BV - largest_B1) / self.temperature  # at most 0: nothing overflows to infinity
+            if 0 < self.top_k < logits_BV.shape[-1] or self.top_p < 1:
+                scaled_BV = jnp.where(self._kept(logits_BV, scaled_BV), scaled_BV, -jnp.inf)
+            drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
+        return jnp.where(jnp.isfinite(largest_B1[:, 0]), drawn_B, NOT_FINITE).astype(jnp.int32)
+
+    def _kept(self, logits_BV: jax.Array, scaled_BV: jax.Array) -> jax.Array:
+        """Which colors can be drawn [B, V]. Ranks decide, so that equal logits, frequent in bfloat16, count one by one:
+        the most likely color, the first of equals, is always kept, and no more than k are."""
+        order_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True)
+        sorted_BV, rank_V = jnp.take_along_axis(scaled_BV, order_BV, axis=-1), jnp.arange(logits_BV.shape[-1])
+        kept_BV = rank_V < (self.top_k or logits_BV.shape[-1])
+        shares_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf), axis=-1)
+        kept_BV &= (jnp.cumsum(shares_BV, axis=-1) - shares_BV < self.top_p) | (rank_V == 0)
+        return jnp.take_along_axis(kept_BV, jnp.argsort(order_BV, axis=-1), axis=-1)
+
+
+def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: jax.Array,
+             sampling: Sampling, cache_dtype: Any = None) -> jax.Array:
+    """Completes images in raster order.
+
+    A step reads every weight and the written part of the cache once; little else takes time. So weights are cast and
+    laid out layer by layer before the loop (a slice of a stacked array is a copy at every step), and keys and values
+    of a head lie together, as the products read them.
+
+    Args:
+      model, params: the model.
+      given_BP: int32 palette indices of the first P pixels, 0 <= P <= T; P = 0 samples from nothing.
+      keys_B: one PRNG key per image: an image's pixels depend on its own key only, not on the batch around it.
+      sampling: how to draw.
+      cache_dtype: of the cached keys and values; None: that of the computation.
+
+    Returns:
+      int32 [B, T]: the given pixels and those drawn after them; NOT_FINITE where the model's logits are not finite.
+    """
+    B, P = given_BP.shape
+    T = model.dims.T
+    if P == T:
+        return given_BP
+    if B == 1:  # drawn twice: XLA's CPU compiler drops a batch dim of 1, and then copies the whole cache at every step
+        pair = generate(model, params, given_BP.repeat(2, axis=0), keys_B.repeat(2), sampling, cache_dtype)
+        return pair[:1]
+    gpt = model.bind(params)
+    ends = segments(P, T)
+    logits_BV, cache = prefill(gpt, given_BP, cache_dtype or model.precision.compute)
+    blocks = unstacked(gpt)
+    tokens_BT = jnp.pad(given_BP, ((0, 0), (0, T - P)))
+
+    def draw(position, tokens_BT, logits_BV):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)
+        return tokens_BT.at[:, position].set(sampling.draw(logits_BV, keys))
+
+    # Pixel `position` is drawn from the logits at hand; fed back in, it gives the logits of the next one.
+    def step(position, carry):
+        tokens_BT, logits_BV, cache = carry
+        tokens_BT = draw(position, tokens_BT, logits_BV)
+        logits_BV, cache = decode_pixel(gpt, blocks, tokens_BT[:, position], position + 1, cache)
+        return tokens_BT, logits_BV, cache
+
+    for start, end in zip([P, *ends], ends, strict=False):
+        cache = [tuple(_with_room(x, end + 1) for x in layer) for layer in cache]
+        tokens_BT, logits_BV, cache = jax.lax.fori_loop(start, end, step, (tokens_BT, logits_BV, cache))
+    return draw(T - 1, tokens_BT, logits_BV)
+
+
+# Of each layer: keys and values, [B, N, S, H].
+Cache = list[tuple[jax.Array, jax.Array]]
+
+
+def segments(given: int, tokens: int) -> list[int]:
+    """The positions at which the segments end, after `given` pixels; the last is that of the last pixel."""
+    length = max(SEGMENT, -(-tokens // SEGMENTS))
+    return [*range((given // length + 1) * length, tokens - 1, length), tokens - 1] if given < tokens - 1 else []
+
+
+def unstacked(gpt: ImageGPT) -> list[Block]:
+    """The blocks one by one, their matrices in the compute dtype."""
+    graph, stacked = nnx.split(gpt.blocks)
+
+    def layer(index: int) -> Any:
+        return jax.tree.map(lambda w: w[index].astype(gpt.dtype) if w.ndim > 2 else w[index], stacked)
+
+    return [nnx.merge(graph, layer(index)) for index in range(gpt.dims.L)]
+
+
+def _with_room(x_BNSH: jax.Array, positions: int) -> jax.Array:
+    """The cache for `positions` positions, those that are new zero."""
+    return constrain(jnp.pad(x_BNSH, ((0, 0), (0, 0), (0, positions - x_BNSH.shape[2]), (0, 0))), "BNSH")
+
+
+def prefill(gpt: ImageGPT, given_BP: jax.Array, cache_dtype: Any) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] of pixel P, and the keys and values of the first P + 1 positions."""
+    P = given_BP.shape[1]
+    granule = granule_for(gpt.config.attention)
+    tokens = min(-(-(P + 1) // granule) * granule, gpt.dims.T)  # what lies after pixel P is not seen by it
+
+    def block(block: Block, x_BTD: jax.Array, _):
+        q_BTNH, k_BTNH, v_BTNH = block.qkv(x_BTD)
+        o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, causal=True, backend=gpt.config.attention)
+        kept = tuple(x[:, :P + 1].transpose(0, 2, 1, 3).astype(cache_dtype) for x in (k_BTNH, v_BTNH))
+        return block.after_attention(x_BTD, o_BTNH), kept
+
+    x_BTD, (k_LBNSH, v_LBNSH) = gpt.scan_blocks(block, gpt.embed(jnp.pad(given_BP, ((0, 0), (0, tokens - P)))))
+    return gpt.logits(x_BTD[:, P:P + 1])[:, 0], list(zip(k_LBNSH, v_LBNSH, strict=True))
+
+
+def decode_pixel(gpt: ImageGPT, blocks: list[Block], token_B: jax.Array, position: jax.Array,
+            cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] at `position`, whose input is the color of the pixel before it, and the cache with that position.
+
+    Cached positions after `position` do not count.
+    """
+    x_B1D, written = gpt.embed_one(token_B, position), []
+    for block, kv_BNSH in zip(blocks, cache, strict=True):
+        q_B1NH, *new_B1NH = block.qkv(x_B1D)
+        written.append(tuple(_written(x, new, position) for x, new in zip(kv_BNSH, new_B1NH, strict=True)))
+        x_B1D = block.after_attention(x_B1D, _attend(q_B1NH, *written[-1], position))
+    return gpt.logits(x_B1D)[:, 0], written
+
+
+def _written(x_BNSH: jax.Array, new_B1NH: jax.Array, position: jax.Array) -> jax.Array:
+    """The cache with the new keys or values at `position`."""
+    return jax.lax.dynamic_update_slice_in_dim(x_BNSH, new_B1NH.transpose(0, 2, 1, 3).astype(x_BNSH.dtype), position, 2)
+
+
+def _attend(q_B1NH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, position: jax.Array) -> jax.Array:
+    """Attention [B, 1, N, H] of the query at `position` over the cache up to there, the softmax in float32 or wider."""
+    q_BNH, dtype = q_B1NH[:, 0], q_B1NH.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scores_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH.astype(dtype), preferred_element_type=wide)
+    seen_S = jnp.arange(k_BNSH.shape[2]) <= position
+    scores_BNS = jnp.where(seen_S, scores_BNS * q_BNH.shape[-1] ** -0.5, jnp.finfo(wide).min)
+    weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(dtype)
+    return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH.astype(dtype))[:, None]

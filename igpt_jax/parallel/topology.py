@@ -1,0 +1,194 @@
+"""What the accelerators can do, and the groups of them that a run can be planned for. No JAX is imported here.
+
+Sources, read in 2026. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} ("peak compute per chip (bf16)", "HBM capacity",
+"HBM bandwidth") and the table of jax-ml.github.io/scaling-book for links (one direction of one torus axis) and the
+network between slices. NVIDIA: the data sheets of A100, H100 and H200 (dense bf16 without sparsity; NVLink, one
+direction) and one network card per GPU (200 Gbit/s beside an A100, 400 beside an H100 or H200).
+Prices are list prices on demand, US regions, 2025; they change, so `plan` takes the user's own.
+"""
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Mapping
+
+from igpt_jax.config import UserError, nearest
+
+GIB = 2**30
+GPU_SHARE = 0.75  # what JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts devices (a TPU v4 or v5p chip, with both of its cores, is one device)."""
+    name: str
+    peak_bf16_flops: float  # FLOP/s, dense
+    hbm_bytes: int
+    hbm_bandwidth: float  # bytes/s
+    device_kinds: tuple[str, ...]  # as jax.Device.device_kind names it
+    usable_bytes: int  # of hbm_bytes, what a program can have
+    link_bandwidth: float  # bytes/s that a device sends to its neighbors: a TPU over one torus axis both ways, NVLink
+    network_bandwidth: float  # bytes/s that a device sends between slices or nodes
+    dollars_per_hour: float  # list price of one device
+    torus_axes: int = 1  # axes of a TPU's torus
+
+
+def _tpu(name: str, flops: float, gib: int, bandwidth: float, kinds: tuple[str, ...], link: float, network: float,
+         dollars: float, torus_axes: int) -> Chip:
+    # The compiler keeps a quarter GiB of a TPU's memory, more on v4: these are the limits that it states.
+    usable = {"TPU v4": 30.75, "TPU v5e": 15.75, "TPU v5p": 94.75, "TPU v6e": 31.25}[name]
+    return Chip(name, flops, gib * GIB, bandwidth, kinds, int(usable * GIB), 2 * link, network, dollars, torus_axes)
+
+
+def _gpu(name: str, flops: float, memory: int, bandwidth: float, kind: str, link: float, network: float,
+         dollars: float) -> Chip:
+    return Chip(name, flops, memory, bandwidth, (kind,), int(GPU_SHARE * memory), link, network, dollars)
+
+
+CHIPS = (
+    _tpu("TPU v4", 275e12, 32, 1228e9, ("TPU v4",), 45e9, 6.25e9, 3.22, 3),
+    _tpu("TPU v5e", 197e12, 16, 819e9, ("TPU v5 lite", "TPU v5e"), 45e9, 3.1e9, 1.20, 2),
+    _tpu("TPU v5p", 459e12, 95, 2765e9, ("TPU v5", "TPU v5p"), 90e9, 6.25e9, 4.20, 3),
+    _tpu("TPU v6e", 918e12, 32, 1640e9, ("TPU v6 lite", "TPU v6e"), 90e9, 12.5e9, 2.70, 2),
+    _gpu("A100 40GB", 312e12, 40 * GIB, 1555e9, "NVIDIA A100-SXM4-40GB", 300e9, 25e9, 2.9),
+    _gpu("A100 80GB", 312e12, 80 * GIB, 2039e9, "NVIDIA A100-SXM4-80GB", 300e9, 25e9, 3.7),
+    _gpu("H100 SXM", 989e12, 80 * GIB, 3350e9, "NVIDIA H100 80GB HBM3", 450e9, 50e9, 8.0),
+    _gpu("H200 SXM", 989e12, 141_000_000_000, 4800e9, "NVIDIA H200", 450e9, 50e9, 9.0),
+)
+# A stand-in, so that a CPU's step has a formula; only a measured run tells how far off its figures are.
+CPU = Chip("CPU", 1e11, 2**63 - 1, 2e10, ("cpu",), 2**63 - 1, 1e10, 1e9, 0.0)
+
+# How a target begins: the chip, and for TPUs the number of dims of a slice.
+TPUS: Mapping[str, tuple[str, int]] = types.MappingProxyType({
+    "v4": ("TPU v4", 3), "v5e": ("TPU v5e", 2), "v5p": ("TPU v5p", 3), "v6e": ("TPU v6e", 2)})
+GPUS: Mapping[str, str] = types.MappingProxyType({
+    "a100": "A100 80GB", "h100": "H100 SXM", "h200": "H200 SXM"})
+EXAMPLES = ("v4:4x4x4", "v5e:16x16", "v5e:16x16*4", "v5p:4x4x8", "v6e:16x16", "a100:8", "h100:8", "h100:8x4", "h200:8",
+            "cpu:8", "attached")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A group of devices that a step can be compiled for.
+
+    Attributes:
+      name: as typed.
+      platform: 'tpu', 'gpu', 'cpu', or 'attached' for the devices of this machine.
+      chip: None for 'attached' until the devices are looked at.
+      shape: of one slice, chips along each torus axis; of one node, (GPUs,).
+      groups: slices or nodes.
+    """
+    name: str
+    platform: str
+    chip: Chip | None
+    shape: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape) * self.groups
+
+
+def parse(text: str) -> Target:
+    """The target that the user typed: `v5e:16x16`, `v5e:16x16*4` (slices), `h100:8`, `h100:8x4` (nodes), `cpu:8`.
+
+    Raises:
+      UserError: no such kind, or not this kind's shape.
+    """
+    kind, _, size = text.partition(":")
+    if text == "attached":
+        return Target(text, "attached", None)
+    if kind not in (*TPUS, *GPUS, "cpu"):
+        raise UserError(f"topology={text!r} is not known. {nearest(text, EXAMPLES)} Kinds: "
+                        f"{', '.join([*TPUS, *GPUS, 'cpu', 'attached'])}.")
+    if kind in TPUS:
+        chip, dims = TPUS[kind]
+        match = re.fullmatch(r"(\d+(?:x\d+)*)(?:\*(\d+))?", size)
+        shape = tuple(map(int, match[1].split("x"))) if match else ()
+        if len(shape) != dims or 0 in shape or match[2] == "0":
+            raise UserError(f"topology={text!r}: a slice of {kind} has {dims} dims, such as {kind}:"
+                            f"{'16x16' if dims == 2 else '4x4x8'}, and *4 after them for 4 slices.")
+        return Target(text, "tpu", chip_named(chip), shape, int(match[2] or 1))
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?" if kind in GPUS else r"([1-9]\d*)", size)
+    if not match:
+        raise UserError(f"topology={text!r} must name a number of devices: {kind}:8"
+                        + (f", or {kind}:8x4 for 4 nodes." if kind in GPUS else "."))
+    if kind == "cpu":
+        return Target(text, "cpu", CPU, (int(size),))
+    return Target(text, "gpu", chip_named(GPUS[kind]), (int(match[1]),), int(match[2] or 1))
+
+
+def like(device_kind: str, count: int) -> Target:
+    """The target that `count` devices make, known by `jax.Device.device_kind`, in as square a shape as it goes.
+
+    Raises:
+      UserError: no figures are known for such devices.
+    """
+    if device_kind == "cpu":
+        return parse(f"cpu:{count}")
+    chip = chip_for(device_kind)
+    kind = next((kind for kind, (name, _) in TPUS.items() if chip and name == chip.name), None)
+    if kind:
+        target = resized(Target(kind, "tpu", chip, (1,) * TPUS[kind][1]), count)
+    elif chip:
+        target = resized(Target(chip.name.split()[0].lower(), "gpu", chip), count)
+    if not chip or not target:
+        raise UserError(f"{count} devices of kind {device_kind!r} are not in igpt_jax/topology.py. Add a row to CHIPS, "
+                        "or plan for a topology by name.")
+    return dataclasses.replace(target, chip=chip)
+
+
+def resized(target: Target, devices: int) -> Target | None:
+    """The same kind of target with another number of devices, as square as it goes; None where there is none."""
+    kind = target.name.partition(":")[0]
+    if target.platform == "tpu":
+        shape = max(_factors(devices, len(target.shape)), key=min, default=None)
+        return shape and parse(f"{kind}:{'x'.join(map(str, sorted(shape)))}")
+    if target.platform == "gpu" and devices > 8:
+        return parse(f"{kind}:8x{devices // 8}") if devices % 8 == 0 else None
+    return dataclasses.replace(target, name=f"{kind}:{devices}", shape=(devices,), groups=1)
+
+
+def _factors(number: int, count: int) -> list[tuple[int, ...]]:
+    """All ways to write `number` as a product of `count` powers of two, none above 16 times another."""
+    if count == 1:
+        return [(number,)] if number & (number - 1) == 0 else []
+    found = []
+    for power in range(number.bit_length()):
+        if number % (1 << power) == 0:
+            found += [(1 << power, *rest) for rest in _factors(number >> power, count - 1)]
+    return found
+
+
+def chip_named(name: str) -> Chip:
+    """The row of CHIPS with this name."""
+    return next(chip for chip in CHIPS if chip.name == name)
+
+
+def chip_for(device_kind: str) -> Chip | None:
+    """The chip that `jax.Device.device_kind` names; None for CPUs and chips that are not in the table.
+
+    Only exact names match: the PCIe cards of a generation are slower than its SXM modules, and a wrong peak would
+    give a wrong MFU, which is worse than none.
+    """
+    for chip in CHIPS:
+        if device_kind in chip.device_kinds:
+            return chip
+    return None
+
+
+def bandwidth(target: Target, mesh_shape: Mapping[str, int], axes: tuple[str, ...]) -> float:
+    """Bytes/s that a device sends in a collective over the mesh axes `axes`, the slowest link on its way deciding.
+
+    Mesh axes are laid out with the last one innermost. A TPU's axis that is larger than one side of the torus runs
+    over several sides at once and has all their links; what leaves a slice or node has the network's.
+    """
+    chip, inside = target.chip, target.devices // target.groups
+    order = list(mesh_shape)
+    span = math.prod(mesh_shape[axis] for axis in order[min(order.index(axis) for axis in axes):])
+    if target.groups > 1 and span > inside:
+        return chip.network_bandwidth
+    size, sides = math.prod(mesh_shape[axis] for axis in axes), sorted(target.shape, reverse=True)
+    used = next((n for n in range(1, len(sides) + 1) if math.prod(sides[:n]) >= size), len(sides))
+    return chip.link_bandwidth * min(used, chip.torus_axes)

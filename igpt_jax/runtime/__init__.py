@@ -1,0 +1,1 @@
+"""A process among others: launchers, start-up, missing peers, signals, the watchdog, exit codes."""

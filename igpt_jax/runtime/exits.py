@@ -1,0 +1,29 @@
+"""Exit codes, and the exceptions that lead to them."""
+
+from typing import Any
+
+DONE, BUG, INPUT, PREEMPTED, DIVERGED = 0, 1, 2, 75, 77  # and watchdog.EXIT_CODE, 76
+PEER = 134  # as JAX itself ends the survivors of a dead process, where no collective fails before
+
+
+class Ended(Exception):
+    """A job ended before its end, with a message of one line, a status for result.json and an exit code."""
+    status, code = "failed", INPUT
+
+    def __init__(self, message: str, metrics: dict[str, Any] | None = None):
+        super().__init__(message)
+        self.metrics = metrics or {}
+
+
+class Preempted(Ended):
+    """The run was asked to stop and has saved its state. The message says at which step."""
+    status, code = "preempted", PREEMPTED
+
+
+class Diverged(Ended):
+    """Losses or gradients stayed non-finite. The message says since when, and what to change."""
+    status, code = "diverged", DIVERGED
+
+
+class Unsaved(Ended):
+    """A state that had to be saved could not be. The message says why, and which step is the newest on disk."""

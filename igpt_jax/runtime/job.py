@@ -1,0 +1,179 @@
+"""One job from start to exit code: start-up, the workdir's lock and records, errors in one line."""
+
+import contextlib
+import errno
+import os
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from igpt_jax import process, storage
+from igpt_jax.config import UserError, to_dict
+from igpt_jax.metrics.logging import say
+from igpt_jax.runtime import launchers, startup
+from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, Ended, Preempted
+from igpt_jax.runtime.precision import set_precision
+from igpt_jax.runtime.signals import StopSignal, another_stops, connected, leave, tell_others
+from igpt_jax.runtime.versions import versions
+from igpt_jax.storage import side_files, to_json
+
+PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+
+
+def initialize(**facts: Any) -> None:
+    """Sets up the compilation cache and, where several processes run this job, connects them. Call it before the first
+    JAX computation.
+
+    Args:
+      facts: what all processes must agree on; `startup.agree` says how.
+
+    Raises:
+      UserError, startup.Elsewhere: the launcher's variables cannot be read, the processes differ, or the devices cannot
+        be used.
+      startup.PeerMissing: another process is gone.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "igpt_jax", "compiled"))
+    if launch := launchers.recognize(os.environ):
+        startup.connect(launch)
+        connected.set()
+        hosts = startup.agree(code=startup.code_digest(), versions=versions(), **facts)
+    startup.find_devices()
+    if launch:
+        startup.introduce(launch, hosts)
+
+
+# One job.
+
+def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str) -> int:
+    """Runs a job in its workdir and returns the exit code.
+
+    Holds the workdir's lock, writes config.json first and result.json last; a workdir without result.json holds an
+    unfinished job. Errors that the user can mend become one line.
+
+    Args:
+      run: the job: takes the config and the workdir, returns its metrics.
+      config: the job's dataclass.
+      workdir: local path, gs:// or s3://.
+    """
+    start, interrupted = time.time(), False
+    name = f"igpt_jax {config.job}"
+    try:
+        with StopSignal():
+            initialize(workdir=workdir, **to_dict(config))
+            set_precision(getattr(config, "precision", "float32"))
+            with _workdir_for(config, workdir) as folder:
+                status, code, message = "done", DONE, ""
+                try:
+                    metrics = run(config, workdir)
+                except Ended as end:
+                    status, code, message, metrics = end.status, end.code, str(end), end.metrics
+                    message += " The same command goes on from there." if isinstance(end, Preempted) else ""
+                    interrupted = isinstance(end.__context__, KeyboardInterrupt)
+                if jax.process_index() == 0:
+                    result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
+                              "versions": versions(), "wall_seconds": round(time.time() - start, 1)}
+                    say(f"{name}: {message or _summary(metrics)} [{folder / 'result.json'}]")
+                    storage.publish(folder / "result.json", to_json(result))
+        if not interrupted:
+            if connected.is_set():
+                jax.distributed.shutdown()  # waits for the others
+                connected.clear()
+            return code
+    except startup.Elsewhere:
+        code = INPUT
+    except UserError as error:
+        say(f"{name}: {error}")
+        code = INPUT
+    except startup.PeerMissing as error:
+        say(f"{name}: {error}")
+        code = PEER
+    except Preempted:
+        say(f"{name}: interrupted. The same command starts it again.")
+        code, interrupted = PREEMPTED, True
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            say(f"{name}: {error}. Make room, give the right to write there, or another --workdir.")
+            code = INPUT
+        elif isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
+            say(f"{name}: {missing}")
+            code = INPUT
+        elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
+            if another_stops():
+                leave(PREEMPTED)
+            say(f"{name}: another process is gone: {str(error).splitlines()[0]} The same command goes on from the "
+                "newest checkpoint.")
+            code = PEER
+        else:
+            say(traceback.format_exc())
+            code = BUG
+    if interrupted:
+        tell_others()
+    if interrupted or connected.is_set():
+        leave(code)
+    return code
+
+
+@contextlib.contextmanager
+def _workdir_for(config: Any, workdir: str) -> Iterator[storage.Path]:
+    """The workdir, locked and labelled by process 0; the others wait for its word."""
+    folder = storage.path(workdir)
+    with contextlib.ExitStack() as stack:
+        refusal = ""
+        if jax.process_index() == 0:
+            try:
+                storage.absolute(folder)  # refuses where neither checkpoints nor stores could be written
+                stack.enter_context(storage.lock(folder))
+                storage.sweep(folder)
+                stack.enter_context(_records(folder, config))
+            except UserError as error:
+                refusal = str(error)
+            except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
+                refusal = f"workdir {workdir} cannot be written: {error}. Give another --workdir."
+        startup.follow(refusal)
+        yield folder
+
+
+@contextlib.contextmanager
+def _records(folder: storage.Path, config: Any) -> Iterator[None]:
+    """Writes config.json and removes result.json; where the job refuses the config, what was there comes back.
+
+    Either of them tells whose workdir it is. One that is not JSON is damaged, and is set aside.
+    """
+    files = [folder / "config.json", folder / "result.json"]
+    told = {file.name: value for file in files if (value := side_files.load(file, object)) is not None}
+    for name, value in told.items():
+        job = value.get("job") if isinstance(value, dict) else None
+        if job != config.job:
+            owner = f"the job {job!r} (its {name})" if job else f"something else: its {name} is not a job's"
+            raise UserError(f"workdir {folder} belongs to {owner}. Give {config.job!r} a --workdir of its own.")
+    former = [storage.read(file) if file.exists() else None for file in files]
+    storage.publish(files[0], to_json(to_dict(config)))
+    files[1].unlink(missing_ok=True)
+    try:
+        yield
+    except UserError:
+        for file, data in zip(files, former, strict=True):
+            if data is None:
+                file.unlink(missing_ok=True)
+            else:
+                storage.publish(file, data)
+        raise
+
+
+def _device() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(),
+            "processes": jax.process_count()}
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    figures = [f"{name} {value:{',.0f' if isinstance(value, int) or abs(value) >= 1000 else '.5g'}}"
+               for name, value in metrics.items() if isinstance(value, int | float)]
+    return f"done. {', '.join(figures)}"

@@ -1,0 +1,126 @@
+"""One job per workdir: a lock that survives crashes, on a disk or in a bucket."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+from igpt_jax import process
+from igpt_jax.config import UserError
+from igpt_jax.storage.files import publish
+from igpt_jax.storage.paths import is_local
+
+LOCK = ".lock"
+HEARTBEAT_SECONDS = 20.0
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+    """Holds `workdir` (made where missing) for one job.
+
+    Local: an flock on `workdir/.lock`; the kernel lets go of it when its process ends, however it ends. Bucket: an
+    object that its holder writes anew every 20 seconds and deletes at the end; one that stays the same for a minute,
+    or whose process on this host is gone, belonged to a dead job and is taken over. No clocks are compared. A bucket
+    cannot refuse the slower of two starts: should two jobs both go on, or one be taken over while it was frozen, the
+    one that finds the other's lock in place of its own ends with exit code 2, within 20 seconds.
+
+    Raises:
+      UserError: another job holds it; names its host, process and start.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with _local_lock(workdir, mine) if is_local(workdir) else _bucket_lock(workdir, mine):
+        yield
+
+
+def _in_use(workdir: epath.Path, text: str) -> UserError:
+    try:
+        holder = "host {host}, process {pid}, since {start}".format(**json.loads(text))
+    except (ValueError, KeyError):
+        holder = "a job that is just starting"
+    return UserError(f"workdir {workdir} is in use by {holder}. Wait for it, stop it, or give another --workdir.")
+
+
+@contextlib.contextmanager
+def _local_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
+    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _in_use(workdir, file.read()) from None
+        # The file stays when the job ends: deleting it would let two jobs lock two files of one name.
+        file.truncate(0)
+        file.write(json.dumps(mine))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
+    file = workdir / LOCK
+
+    def content() -> str:
+        try:
+            return file.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def beat(count: int) -> str:
+        text = json.dumps({**mine, "beat": count})
+        publish(file, text)
+        return text
+
+    found = content()
+    if found and not _gone(found):
+        time.sleep(3 * HEARTBEAT_SECONDS)
+        if content() not in ("", found):
+            raise _in_use(workdir, content())
+    latest = beat(0)
+    time.sleep(HEARTBEAT_SECONDS / 10)  # of two that start at once, the later write wins
+    if content() != latest:
+        raise _in_use(workdir, content())
+    done = threading.Event()
+
+    def keep() -> None:
+        nonlocal latest
+        for count in itertools.count(1):
+            if done.wait(HEARTBEAT_SECONDS):
+                return
+            with contextlib.suppress(Exception):  # a beat may be missed: two more come before others take over
+                if (now := content()) not in ("", latest):
+                    process.tell(f"igpt_jax: {_in_use(workdir, now)} This job ends.", sys.stderr)
+                    os._exit(2)
+                latest = beat(count)
+
+    thread = threading.Thread(target=keep, name="lock heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if content() == latest:
+            file.unlink(missing_ok=True)
+
+
+def _gone(text: str) -> bool:
+    """Whether a lock's text names a process of this host that no longer runs."""
+    try:
+        holder = json.loads(text)
+        if holder["host"] != socket.gethostname():
+            return False
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, PermissionError):
+        return False
+    return False

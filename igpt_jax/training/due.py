@@ -1,0 +1,49 @@
+"""What is due at a training step: a pure function, so that a test needs no run."""
+
+import dataclasses
+
+from igpt_jax.config import PretrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What is due after a step."""
+    log: bool = False
+    evaluate: bool = False
+    save: bool = False
+    compare_replicas: bool = False
+    required: bool = False  # the save does not wait for an accepted update
+
+
+NOTHING = Due()
+
+
+def every(step: int, interval: int) -> bool:
+    """Whether a step is a multiple of an interval; 0 steps: never."""
+    return interval > 0 and step % interval == 0
+
+
+def due(step: int, config: PretrainConfig, owed: Due = NOTHING, stopping: bool = False, retry: bool = False) -> Due:
+    """What is due after `step`.
+
+    Args:
+      step: finished steps.
+      config: the intervals.
+      owed: what was due at an earlier step and waits, since updates were skipped then.
+      stopping: the run was asked to stop: it saves, and the evaluation is left to the resumed run.
+      retry: the last save failed, and it is time to try again.
+    """
+    last, named = step == config.steps, step in config.keep_steps
+    evaluate = last or owed.evaluate or every(step, config.eval_every_steps)
+    save = (evaluate or named or stopping or retry or owed.save or every(step, config.checkpoint_every_steps))
+    compare = config.compare_replicas_every_steps
+    return Due(log=step == 1 or last or every(step, config.log_every_steps), evaluate=evaluate and not stopping,
+               save=save, compare_replicas=compare > 0 and (save or every(step, compare)),
+               required=last or named or stopping)
+
+
+def enough(step: int, best_step: int | None, config: PretrainConfig) -> bool:
+    """Early stopping: whether `patience` evaluations up to this step have brought no better one than `best_step`."""
+    patience = config.finetuning.patience if config.finetuning else 0
+    waited = step - (best_step or step)
+    return 0 < patience * config.eval_every_steps <= waited

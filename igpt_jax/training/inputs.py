@@ -1,0 +1,54 @@
+"""What a run trains on: its splits, palette and classes, and the batches of any step."""
+
+import dataclasses
+
+import numpy as np
+from jax.sharding import Mesh
+
+from igpt_jax import checkpoint
+from igpt_jax.config import PretrainConfig, UserError
+from igpt_jax.data import Batches, count_classes, open_data, palette, train_batches
+from igpt_jax.data.store import Split
+from igpt_jax.parallel import sharding
+from igpt_jax.runtime.startup import agree
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Data, opened and checked."""
+    config: PretrainConfig
+    split: Split  # trained on
+    held_out: Split | None
+    image_size: int
+    classes: int  # of the labels; 0: the run learns no classes
+    palette_VC: np.ndarray  # float32 [V, 3] in [-1, 1]
+    table: np.ndarray  # lookup table of the palette
+
+    def batches(self, position: int, mesh: Mesh) -> Batches:
+        """The batches from a position in the data order on."""
+        data = self.config.data
+        return train_batches(self.split, self.table, reader=data.reader, seed=self.config.seed,
+                             batch_size=self.config.batch_size, start_step=position,
+                             sharding=sharding.batch_sharding(mesh), prefetch=data.prefetch, augment=data.augment,
+                             window=data.window, labelled=self.classes > 0)
+
+
+def open_inputs(config: PretrainConfig) -> Inputs:
+    """Opens what the config names. All processes agree on it.
+
+    Raises:
+      UserError: the store, a split or the palette is missing, or processes see different data.
+    """
+    store = open_data(config.data, config.image_size)
+    split = store.split(config.data.split)
+    held_out = store.split(config.data.held_out) if config.data.held_out else None
+    finetuning = config.finetuning
+    classes = count_classes(store, split) if finetuning else 0
+    if finetuning and finetuning.checkpoint:
+        palette_VC = checkpoint.load_metadata(finetuning.checkpoint).palette_VC
+    else:
+        palette_VC = palette.load(config.palette) if config.palette else store.palette
+    if palette_VC is None:
+        raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to a palette's .npy.")
+    agree(palette=palette.digest(palette_VC), data=split.fingerprint)
+    return Inputs(config, split, held_out, store.image_size, classes, palette_VC, palette.lookup_table(palette_VC))

@@ -1,0 +1,300 @@
+"""The training loop: prepare data, compile, restore or initialize, run steps, summarize.
+
+It computes nothing itself. `training/steps.py` has the step, `training/due.py` says what is due at a step.
+"""
+
+import contextlib
+import dataclasses
+import math
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from igpt_jax import checkpoint, storage
+from igpt_jax.config import PretrainConfig
+from igpt_jax.data import Batch, Batches
+from igpt_jax.evaluation import exact_loss
+from igpt_jax.metrics.figures import loss_curve
+from igpt_jax.metrics.logging import Metrics, load_metrics, metrics_lines, say
+from igpt_jax.metrics.phases import PhaseTimer, goodput
+from igpt_jax.metrics.profile import Profile
+from igpt_jax.metrics.throughput import Throughput
+from igpt_jax.metrics.writers import check_installed, open_writers
+from igpt_jax.model.dims import count_parameters
+from igpt_jax.model.flops import train_flops_per_image
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding, topology
+from igpt_jax.runtime.exits import Diverged, Preempted
+from igpt_jax.runtime.signals import StopSignal
+from igpt_jax.runtime.watchdog import Watchdog
+from igpt_jax.training import divergence, transfer
+from igpt_jax.training.due import NOTHING, Due, due, enough, every
+from igpt_jax.training.inputs import Inputs, open_inputs
+from igpt_jax.training.optimizer import warmup_steps_for
+from igpt_jax.training.steps import State, abstract_state, init_state, jit_train_step
+
+
+def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
+    """Trains to `config.steps`, from the newest checkpoint in `workdir` where there is one.
+
+    Pretrains; or, with a FinetuneConfig that `transfer.adopted` gave, fine-tunes: from another run's parameters where
+    `checkpoint` names one, on labels too, until early stopping ends it.
+
+    Returns:
+      The metrics for result.json: parameters, steps, the best evaluated step, train and eval nats per pixel (and
+      accuracy), images per second.
+
+    Raises:
+      UserError: the data, mesh or checkpoint do not fit the config; `wandb` is not installed; `replay_check` found
+        another loss.
+      Preempted: asked to stop; the state is saved.
+      Diverged: `max_skipped_updates` updates in a row were skipped, or copies of the state differ between devices;
+        nothing is saved since.
+      Unsaved: the last state could not be saved.
+    """
+    timer = PhaseTimer("start")
+    check_installed(config)
+    mesh = sharding.make_mesh(config.mesh)
+    config = _with_microbatches(config, mesh)
+    inputs = open_inputs(config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        run = Run(config, workdir, mesh, inputs, timer, stack)
+        run.compile()
+        run.restore_or_initialize()
+        run.open_logs()
+        run.evaluate_if_owed()
+        run.run_steps()
+    return run.summarize()
+
+
+def _with_microbatches(config: PretrainConfig, mesh: jax.sharding.Mesh) -> PretrainConfig:
+    """The config with the microbatches that `images_per_pass` asks for; the batch must divide over the mesh."""
+    if config.images_per_pass:
+        parts = sharding.microbatches_for(config.batch_size, mesh, config.images_per_pass)
+        config = dataclasses.replace(config, accumulate=parts)
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    return config
+
+
+class Run:
+    """The parts of one run, and its state. `train` calls its methods in their order."""
+
+    def __init__(self, config: PretrainConfig, workdir: str, mesh: jax.sharding.Mesh, inputs: Inputs, timer: PhaseTimer,
+                 stack: contextlib.ExitStack):
+        self.config, self.workdir, self.mesh, self.inputs = config, workdir, mesh, inputs
+        self.timer, self._stack = timer, stack
+        self.stop = stack.enter_context(StopSignal())
+        self.watchdog = stack.enter_context(Watchdog(config.stall_seconds))
+        self.checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
+        self.model = Model.of(config, len(inputs.palette_VC), inputs.image_size, mesh, inputs.classes)
+        self.abstract = abstract_state(self.model, config, mesh)
+        self.measure = exact_loss.make_measure(self.model, mesh, config.batch_size, inputs.table)
+        # Made on the devices: what a step is given may not travel from the host.
+        self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
+        self.metadata = checkpoint.Metadata(config, inputs.palette_VC, inputs.image_size, inputs.split.fingerprint, 0,
+                                          classes=inputs.classes)
+        self.evaluated: dict[str, float] = {}  # figures of the newest evaluation
+
+    # Compile.
+
+    def compile(self) -> None:
+        """Compiles the training step for the shapes of this run."""
+        warmup_steps = warmup_steps_for(self.config.optimizer, self.config.steps, self.inputs.split.count,
+                                        self.config.batch_size)
+        batch = sharding.batch_sharding(self.mesh)
+
+        def array(*dims: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.config.batch_size, *dims), jnp.int32, sharding=batch)
+
+        self.watchdog.beat("compiling")
+        with self.timer("compile"):
+            step = jit_train_step(self.model, self.config, self.mesh, warmup_steps)
+            labels = array() if self.inputs.classes else None
+            self._compiled = step.lower(self.abstract, array(self.model.dims.T), self.key, labels).compile()
+
+    def do_step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        return self._compiled(state, batch.tokens, self.key, batch.labels)
+
+    def batches_from(self, position: int) -> Batches:
+        batches = self.inputs.batches(position, self.mesh)
+        self._stack.callback(batches.close)
+        return batches
+
+    # Restore or initialize.
+
+    def restore_or_initialize(self) -> None:
+        """The state: of the newest good checkpoint, or new, with another run's parameters where one is named."""
+        if self.config.replay_check and self.checkpoints.latest_step:
+            divergence.replay(self.workdir, self.checkpoints, self.abstract, self.metadata, self.do_step,
+                              self.batches_from)
+        self.watchdog.beat("restoring")
+        restored = self.checkpoints.restore(self.abstract, self.metadata)
+        self.state, stored = restored or (self._initial_state(), self.metadata)
+        self.start, self.evaluated = stored.steps_done, dict(stored.metrics)
+        self.offset = divergence.offset_after(self.config, self.workdir, self.start, stored.data_offset)
+        self.metadata = dataclasses.replace(self.metadata, data_offset=self.offset, changes=stored.changes)
+
+    def _initial_state(self) -> State:
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        state = jax.jit(lambda key: init_state(self.model, self.config, key), out_shardings=places)(self.key)
+        finetuning = self.config.finetuning
+        if finetuning and finetuning.checkpoint:
+            state["params"] = transfer.parameters(finetuning.checkpoint, self.model, self.config.precision, self.mesh,
+                                                  state["params"])
+        return state
+
+    # Logs and evaluations.
+
+    def open_logs(self) -> None:
+        """Opens metrics and profile, and says what is about to be trained."""
+        self.watchdog.beat("reading the first examples")
+        config, model = self.config, self.model
+        self.throughput = _throughput(config, model, self.mesh)
+        self.metrics = Metrics(self.workdir, config.steps, self.start, self.timer, open_writers(config, self.workdir))
+        self._stack.callback(self.metrics.close)
+        self.profile = Profile(self.workdir, config.profile)
+        self._stack.callback(self.profile.close)
+        if jax.process_index() == 0:
+            params = self.abstract["params"]
+            storage.publish(storage.path(self.workdir) / "parameters.txt", sharding.table(params, self.mesh) + "\n")
+            say(f"{config.model.name}: {count_parameters(params):,} parameters, {model.dims.T:,} tokens of "
+                f"{model.dims.V} colors, {self.inputs.split.count:,} images, mesh {dict(self.mesh.shape)}, "
+                f"{model.config.attention} attention, {config.precision}")
+            if self.start >= config.steps:
+                say(f"already finished: the newest checkpoint is of step {self.start:,}; steps={config.steps:,}")
+            elif self.start:
+                skipping = f", {self.offset:,} steps of examples further on" if self.offset else ""
+                say(f"resuming from step {self.start:,} of {config.steps:,}{skipping}")
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out figures, logged; none where there is no such split, or where a stop is asked for meanwhile."""
+        def give_up() -> bool:
+            self.watchdog.beat("evaluating")
+            return self.stop.should_stop()
+
+        with self.timer("evaluate"):
+            held_out = self.inputs.held_out
+            found = self.measure(self.state["params"], held_out, give_up) if held_out else None
+            if found is None:
+                return {}
+            found = {f"eval/{name}": figure for name, figure in found.items()}
+            self.metrics.log(step, found)
+            self.checkpoints.note(step, found)
+            return found
+
+    def evaluate_if_owed(self) -> None:
+        """Evaluates the restored step where the run was stopped before it could. Raises Preempted."""
+        step, config = self.start, self.config
+        owed = step == config.steps or every(step, config.eval_every_steps)
+        if step and owed and self.inputs.held_out and not self.evaluated:
+            self.evaluated = self.evaluate(step)
+            if not self.evaluated:
+                raise self._stopped(step)
+            self.checkpoints.add_metrics(step, self.evaluated)
+
+    def _stopped(self, step: int) -> Preempted:
+        self.metrics.log(step, {})
+        return Preempted(f"stopped after step {step:,} of {self.config.steps:,}, saved.")
+
+    # Steps.
+
+    def run_steps(self) -> None:
+        """Runs the steps that are left. Raises Preempted, Diverged or Unsaved."""
+        config, self.end = self.config, self.start
+        if self.start >= config.steps or enough(self.start, self.checkpoints.best_step, config):
+            self.metrics.log(self.end, {})
+            return
+        self.batches = self.batches_from(self.start + self.offset)
+        late, owed = None, NOTHING  # a step's metrics are read once the next step runs, so that devices never wait
+        self.timer.enter("step")
+        self.stop.saves = True
+        for step in range(self.start + 1, config.steps + 1):
+            measured = self._one_step(step)
+            try:
+                if late:
+                    self._report(*late)
+                late, stopping = (step, measured), self.stop.should_stop()
+                now = due(step, config, owed, stopping, self.checkpoints.retry_due)
+                if now.compare_replicas:
+                    divergence.compare_replicas(step, self.state, self.mesh)
+                if not now.save:
+                    continue
+                skipped, late = self._report(*late), None
+            except Diverged:
+                divergence.note(self.workdir, self.checkpoints.latest_step or 0, (late or (step,))[0] + self.offset)
+                raise
+            owed = now if skipped and not now.required else NOTHING
+            if not owed.save and self._evaluate_and_save(step, now, stopping, skipped):
+                break
+        self.end = step
+        self.metrics.log(self.end, {})
+
+    def _one_step(self, step: int) -> dict[str, jax.Array]:
+        self.watchdog.beat(f"doing step {step:,}")
+        self.profile.before(step)
+        with jax.transfer_guard("disallow"):
+            with self.timer("input"):
+                batch = next(self.batches)
+            self.state, measured = self.do_step(self.state, batch)
+        self.throughput.step()
+        return measured
+
+    def _report(self, step: int, measured: dict[str, jax.Array]) -> int:
+        """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay bad.
+
+        Returns:
+          Consecutive skipped updates.
+        """
+        values = {name: float(np.asarray(value)) for name, value in jax.device_get(measured).items()}
+        skipped = int(values.pop("train/skipped_in_a_row"))
+        if self.checkpoints.failed_saves:
+            values["failed_saves"] = self.checkpoints.failed_saves
+        if skipped or due(step, self.config).log:
+            self.metrics.log(step, {**values, **self.throughput.read(), **self.batches.metrics()})
+        if skipped >= self.config.max_skipped_updates:
+            self.checkpoints.wait()
+            raise Diverged(f"{skipped} updates in a row up to step {step:,} were not finite or spiked, and were "
+                           f"skipped. {divergence.advice(self.checkpoints, step - skipped)}")
+        return skipped
+
+    def _evaluate_and_save(self, step: int, now: Due, stopping: bool, skipped: int) -> bool:
+        """Evaluates and saves what is due. Returns whether the run is at its end. Raises Preempted, Unsaved."""
+        with self.throughput.paused():
+            self.evaluated = self.evaluate(step) if now.evaluate else {}
+            stopping = stopping or self.stop.should_stop()
+            last = step == self.config.steps or enough(step, self.checkpoints.best_step, self.config)
+            self.metrics.flush()
+            self.watchdog.beat(f"saving step {step:,}")
+            with self.timer("save"):
+                good = not skipped and all(map(math.isfinite, self.evaluated.values()))
+                metadata = dataclasses.replace(self.metadata, steps_done=step, metrics=self.evaluated)
+                self.checkpoints.save(self.state, metadata, blocking=last or stopping, supersedes=good)
+        if stopping and (not last or self.inputs.held_out and not self.evaluated):
+            raise self._stopped(step)
+        return last
+
+    # Summarize.
+
+    def summarize(self) -> dict[str, float]:
+        """The metrics for result.json; draws the loss curve."""
+        figures = {"parameters": count_parameters(self.abstract["params"]), "steps": self.end,
+                   "best_step": self.checkpoints.best_step, **self.evaluated, **self.throughput.overall()}
+        if jax.process_index() == 0:
+            lines = load_metrics(self.workdir)
+            losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]
+            figures["train/nats_per_pixel"] = losses[-1] if losses else None
+            speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+            figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
+            figures["goodput"] = goodput(metrics_lines(self.workdir)).get("goodput")
+            loss_curve(storage.path(self.workdir) / "figures" / "loss.png", lines, self.model.dims.V)
+        return figures
+
+
+def _throughput(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -> Throughput:
+    d = model.dims
+    flops = train_flops_per_image(d.L, d.D, d.F, d.V, d.T, model.objective.causal)
+    chip = topology.chip_for(mesh.devices.flat[0].device_kind)
+    return Throughput(config.batch_size, model.dims.T, flops, mesh.size, chip and chip.peak_bf16_flops)

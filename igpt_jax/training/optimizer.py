@@ -1,0 +1,120 @@
+"""Learning rate schedule and Adam, as the paper trains (Section 3.4)."""
+
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from igpt_jax.config import OptimizerConfig, UserError
+from igpt_jax.parallel.sharding import letters_for
+
+log = logging.getLogger(__name__)
+
+
+def learning_rate(config: OptimizerConfig, step: jax.Array, steps: int, warmup_steps: int) -> jax.Array:
+    """The learning rate of `step` (0, 1, ...): linear warm-up that reaches its peak, then cosine to 0 or constant."""
+    warm = jnp.minimum(1.0, (step + 1) / max(1, warmup_steps))
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    done = jnp.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)
+    return config.learning_rate * warm * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+
+
+def warmup_steps_for(config: OptimizerConfig, steps: int, examples: int, batch_size: int) -> int:
+    """Steps of warm-up; -1 in the config means one epoch. Raises UserError where warm-up would not end."""
+    if config.warmup_steps < 0:
+        epoch = -(-examples // batch_size)
+        if epoch > steps:
+            log.warning("warm-up of one epoch, %d steps, exceeds steps=%d: warming up over a tenth.", epoch, steps)
+        return epoch if epoch <= steps else max(1, steps // 10)
+    if config.warmup_steps > steps:
+        raise UserError(f"optimizer.warmup_steps={config.warmup_steps} exceeds steps={steps}. Choose fewer.")
+    return config.warmup_steps
+
+
+def _is_matrix(params: Any) -> Any:
+    """True for weights with two dims or more besides the stack of layers; norms and the start vector have one."""
+    def matrix(path, leaf):
+        return len(letters_for(path[-1].key, leaf.ndim).lstrip("L")) > 1
+    return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+
+
+def _bfloat16_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam whose second moment rests in bfloat16; each step computes it in the dtype of the first."""
+    adam = _adam(config)
+
+    def rest(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        return state._replace(nu=optax.tree.cast(state.nu, jnp.bfloat16))
+
+    def update(gradients, state, params=None):
+        wide = state._replace(nu=jax.tree.map(lambda v, m: v.astype(m.dtype), state.nu, state.mu))
+        directions, state = adam.update(gradients, wide, params)
+        return directions, rest(state)
+
+    return optax.GradientTransformation(lambda params: rest(adam.init(params)), update)
+
+
+class FactoredState(NamedTuple):
+    """Adam's state with the second moment as rows (means over all but a matrix's first dim) and columns (over it)."""
+    count: jax.Array
+    mu: Any
+    row: Any
+    column: Any
+
+
+def _factored_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam with row x column / mean(row) for the second moment (Shazeer and Stern 2018, Algorithm 2).
+
+    Dims that are summed over stay with size 1. A vector is its own row, so that it follows Adam exactly.
+    """
+    def first_dim(path, x):
+        return int(letters_for(path[-1].key, x.ndim).startswith("L"))
+
+    def factors(squares):
+        def row(path, x):
+            return x.mean(axis=tuple(range(first_dim(path, x) + 1, x.ndim)), keepdims=True)
+
+        def column(path, x):
+            return x.mean(axis=first_dim(path, x), keepdims=True)
+
+        return tuple(jax.tree_util.tree_map_with_path(each, squares) for each in (row, column))
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return FactoredState(jnp.int32(0), zeros, *factors(zeros))
+
+    def update(gradients, state, params=None):
+        count = state.count + 1
+        mu = optax.tree.update_moment(gradients, state.mu, config.beta1, 1)
+        rows, columns = factors(jax.tree.map(jnp.square, gradients))
+        row = optax.tree.update_moment(rows, state.row, config.beta2, 1)
+        column = optax.tree.update_moment(columns, state.column, config.beta2, 1)
+
+        def direction(path, m, row, column):
+            mean = jnp.maximum(row.mean(axis=first_dim(path, m), keepdims=True), jnp.finfo(row.dtype).tiny)
+            second = row * (column / mean) / (1 - config.beta2 ** count)
+            return m / (1 - config.beta1 ** count) / (jnp.sqrt(second) + config.epsilon)
+
+        return (jax.tree_util.tree_map_with_path(direction, mu, row, column),
+                FactoredState(count, mu, row, column))
+
+    return optax.GradientTransformation(init, update)
+
+
+_ADAMS = {"float32": _adam, "bfloat16": _bfloat16_adam, "factored": _factored_adam}
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam's update directions before the learning rate: [clipping], moments, [decoupled weight decay]."""
+    chain = [_ADAMS[config.second_moment](config)]
+    if config.clip_norm:
+        chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay:
+        chain.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
+    return optax.chain(*chain)
