@@ -1,4 +1,4 @@
-"""Which checkpoints stay, what they say of themselves, and on which devices they open."""
+"""Checkpoints: retention, metadata, verification on read, quarantine, failed saves."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from igpt_jax.training.steps import abstract_state, init_state
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(workdir, config, mesh, state, abstract state, record): five saves, evaluated at all but the last."""
+    """(workdir, config, mesh, state, abstract state, metadata): five saves, evaluated at all but the last."""
     config = base_config("pretrain", "model=igpt_tiny,precision=float32,keep_newest=2")
     config.keep_steps = (30,)
     config.model.update(layers=2, embed=16, heads=2)
@@ -37,28 +37,28 @@ def run(tmp_path_factory):
     abstract = abstract_state(model, config, mesh)
     state = init_state(model, config, jax.random.key(0))
     palette_VC = np.random.default_rng(0).uniform(-1, 1, (17, 3)).astype(np.float32)
-    workdir = pathlib.Path(os.path.relpath(tmp_path_factory.mktemp("run")))  # as users type it: Orbax wants it absolute
+    workdir = pathlib.Path(os.path.relpath(tmp_path_factory.mktemp("run")))  # relative, as users type it
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
         assert checkpoints.latest_step is None
         for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.6), (50, None)):
             metrics = {} if loss is None else {"eval/nats_per_pixel": loss}
-            record = checkpoint.Metadata(config, palette_VC, 4, "abc", step, metrics)
-            checkpoints.save(state, record)
-    return workdir, config, mesh, state, abstract, record
+            metadata = checkpoint.Metadata(config, palette_VC, 4, "abc", step, metrics)
+            checkpoints.save(state, metadata)
+    return workdir, config, mesh, state, abstract, metadata
 
 
-def test_kept_are_the_newest_the_best_and_the_named(run):
-    """Seen to fail with one fewer of the newest kept, and with the best taken for the worst."""
+def test_the_newest_the_best_and_the_named_steps_stay(run):
+    """Seen to fail with one fewer of the newest kept, and with the worst step kept in place of the best."""
     assert checkpoint.steps_in(run[0] / "checkpoints") == [20, 30, 40, 50]
 
 
 def test_a_step_describes_itself_and_gives_its_parameters(run):
     """Config, palette to the last bit, parameters alone. Seen to fail with the palette rounded to six digits."""
-    workdir, config, mesh, state, _, record = run
-    for typed, step in ((workdir, 50), (workdir / "checkpoints", 50), (workdir / "checkpoints" / "20", 20)):
-        model, params, stored = checkpoint.load_model(str(typed), mesh, "float32", attention="reference")
+    workdir, config, mesh, state, _, metadata = run
+    for path, step in ((workdir, 50), (workdir / "checkpoints", 50), (workdir / "checkpoints" / "20", 20)):
+        model, params, stored = checkpoint.load_model(str(path), mesh, "float32", attention="reference")
         assert (stored.config, stored.image_size, stored.steps_done) == (config, 4, step)
-        assert stored.palette_VC.tobytes() == record.palette_VC.tobytes()
+        assert stored.palette_VC.tobytes() == metadata.palette_VC.tobytes()
         assert model.config.attention == "reference" and model.dims.V == 17
         for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state["params"]), strict=True):
             assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
@@ -66,50 +66,50 @@ def test_a_step_describes_itself_and_gives_its_parameters(run):
 
 def test_a_run_with_other_settings_is_refused_with_each_difference(run):
     """Seen to fail with `model.attention` compared as well."""
-    workdir, config, _, state, abstract, record = run
+    workdir, config, _, state, abstract, metadata = run
     reference = dataclasses.replace(config.model, attention="reference")
     free = dataclasses.replace(config, log_every_steps=7, model=reference)
     other = dataclasses.replace(config, seed=4, optimizer=dataclasses.replace(config.optimizer, beta2=0.999))
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
-        restored, stored = checkpoints.restore(abstract, dataclasses.replace(record, config=free))
+        restored, stored = checkpoints.restore(abstract, dataclasses.replace(metadata, config=free))
         assert stored.steps_done == 50
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         expected = r"beta2=0.999 \(checkpoint: 0.95\); seed=4 \(checkpoint: 0\); data='other'"
         with pytest.raises(UserError, match=expected):
-            checkpoints.restore(abstract, dataclasses.replace(record, config=other, data_fingerprint="other"))
+            checkpoints.restore(abstract, dataclasses.replace(metadata, config=other, data_fingerprint="other"))
         with pytest.raises(UserError, match="palette="):
-            checkpoints.restore(abstract, dataclasses.replace(record, palette_VC=record.palette_VC[::-1]))
+            checkpoints.restore(abstract, dataclasses.replace(metadata, palette_VC=metadata.palette_VC[::-1]))
 
 
 def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
     """Neither a cosine nor a warm-up of one epoch, which may not fit. Seen to fail with `steps` always free."""
-    _, config, *_, record = run
-    longer = dataclasses.replace(record, config=dataclasses.replace(config, steps=config.steps * 2))
+    _, config, *_, metadata = run
+    longer = dataclasses.replace(metadata, config=dataclasses.replace(config, steps=config.steps * 2))
     with pytest.raises(UserError, match="steps=2000000"):
-        record.check_resumable(longer, "here")
+        metadata.check_resumable(longer, "here")
 
     def constant(of, warmup_steps):
         optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=warmup_steps)
         return dataclasses.replace(of, config=dataclasses.replace(of.config, optimizer=optimizer))
 
-    constant(record, 10).check_resumable(constant(longer, 10), "here")
+    constant(metadata, 10).check_resumable(constant(longer, 10), "here")
     with pytest.raises(UserError, match="steps=2000000"):
-        constant(record, -1).check_resumable(constant(longer, -1), "here")
+        constant(metadata, -1).check_resumable(constant(longer, -1), "here")
 
 
-@pytest.mark.parametrize("typed", ["", "{}", "{}/checkpoints/99", "{}/../nowhere"])
-def test_no_checkpoint_there(typed, tmp_path):
+@pytest.mark.parametrize("path", ["", "{}", "{}/checkpoints/99", "{}/../nowhere"])
+def test_no_checkpoint_there(path, tmp_path):
     """Seen to fail with a FileNotFoundError let through."""
     with pytest.raises(UserError, match="checkpoint"):
-        checkpoint.load_metadata(typed.format(tmp_path))
+        checkpoint.load_metadata(path.format(tmp_path))
 
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """(workdir, step 50 of it, config, abstract state, state, record): damage it as you like."""
-    workdir, config, _, state, abstract, record = run
+    """(workdir, step 50 of it, config, abstract state, state, metadata): a copy to damage."""
+    workdir, config, _, state, abstract, metadata = run
     shutil.copytree(workdir, tmp_path / "copy")
-    return tmp_path / "copy", tmp_path / "copy" / "checkpoints" / "50", config, abstract, state, record
+    return tmp_path / "copy", tmp_path / "copy" / "checkpoints" / "50", config, abstract, state, metadata
 
 
 def same(one, other):
@@ -137,13 +137,14 @@ def damage(file, kind, rng):
 
 @pytest.mark.parametrize("kind", ["flipped", "halved", "zeroed", "deleted"])
 def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
-    """Each file of the newest step in turn: the step goes to quarantine with its reason, the one before is used. Only
-    SHA256SUMS itself may be missing, since a run can be killed before it writes it; the arrays are compared still.
+    """Each file of the newest step in turn is damaged: the step goes to quarantine with the reason, and the step before
+    is used. Only SHA256SUMS itself may be missing, since a run can be killed before writing it; the arrays are still
+    compared.
 
     `benchmarks/faults.py files` does it 20 times per file. Seen to fail without the file hashes (flips in places
     that nothing reads).
     """
-    workdir, step, config, abstract, state, record = copy
+    workdir, step, config, abstract, state, metadata = copy
     rng = random.Random(kind)
     kept = workdir.parent / "kept"
     step.rename(kept)
@@ -156,41 +157,41 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
         if not damage(step / name, kind, rng):
             continue
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
-            restored, stored = checkpoints.restore(abstract, record)
+            restored, stored = checkpoints.restore(abstract, metadata)
         assert same(restored, state), name
         if name == hashes.HASHES and kind == "deleted":
             continue
-        assert stored.steps_done == 40, f"{name} {kind} went unseen"
+        assert stored.steps_done == 40, f"{name} {kind} was not detected"
         (quarantined,) = (workdir / "quarantine").iterdir()
         assert quarantined.name == "50" and (quarantined / "problem.txt").read_text().strip() in caplog.text
 
 
 @pytest.mark.parametrize("tree", ["params", "training"])
-def test_a_bit_that_flips_in_memory_after_the_checksum_is_seen(run, tmp_path, monkeypatch, tree):
-    """What is handed to Orbax differs by one bit from what was summed. Seen to fail without the comparison."""
-    _, config, _, state, abstract, record = run
+def test_a_bit_that_flips_in_memory_after_the_checksum_is_detected(run, tmp_path, monkeypatch, tree):
+    """Orbax gets an array that differs by one bit from the one that was summed. Seen to fail without the comparison."""
+    _, config, _, state, abstract, metadata = run
     save = ocp.save_checkpointables_async
 
     def flip_and_save(path, trees, **options):
         leaves, structure = jax.tree.flatten(trees[tree])
-        place = next(i for i, leaf in enumerate(leaves) if leaf.size > 100)
-        bits = np.asarray(leaves[place]).copy()
+        index = next(i for i, leaf in enumerate(leaves) if leaf.size > 100)
+        bits = np.asarray(leaves[index]).copy()
         bits.view(np.uint32).reshape(-1)[77] ^= 1 << 3
-        leaves[place] = jax.device_put(bits, leaves[place].sharding)
+        leaves[index] = jax.device_put(bits, leaves[index].sharding)
         return save(path, {**trees, tree: jax.tree.unflatten(structure, leaves)}, **options)
 
     with checkpoint.Checkpoints(tmp_path, config) as checkpoints:
-        checkpoints.save(state, dataclasses.replace(record, steps_done=10), blocking=True)
+        checkpoints.save(state, dataclasses.replace(metadata, steps_done=10), blocking=True)
         monkeypatch.setattr(ocp, "save_checkpointables_async", flip_and_save)
-        checkpoints.save(state, dataclasses.replace(record, steps_done=20), blocking=True)
-        restored, stored = checkpoints.restore(abstract, record)
+        checkpoints.save(state, dataclasses.replace(metadata, steps_done=20), blocking=True)
+        restored, stored = checkpoints.restore(abstract, metadata)
     assert stored.steps_done == 10 and same(restored, state)
     assert "is not what was saved" in (tmp_path / "quarantine" / "20" / "problem.txt").read_text()
 
 
 def test_where_all_steps_are_damaged_nothing_starts_from_scratch(copy):
-    """Seen to fail with None returned where all are in quarantine. Other jobs fall back without moving anything."""
-    workdir, step, config, abstract, _, record = copy
+    """Other jobs use an older step and move nothing. Seen to fail with None returned if all are in quarantine."""
+    workdir, step, config, abstract, _, metadata = copy
     mesh = sharding.make_mesh(config.mesh)
     for other in step.parent.iterdir():
         (data,) = [file for file in other.glob("params/d/*")][:1]
@@ -205,12 +206,12 @@ def test_where_all_steps_are_damaged_nothing_starts_from_scratch(copy):
     for _ in range(2):
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
             with pytest.raises(UserError, match="all checkpoints of .* are damaged"):
-                checkpoints.restore(abstract, record)
+                checkpoints.restore(abstract, metadata)
     assert len(list((workdir / "quarantine").iterdir())) == 4
 
 
 def test_killed_saves_and_removals_leave_nothing(copy):
-    """What the user put there stays. Seen to fail without the sweep, and with all that ends so swept."""
+    """Files of the user stay. Seen to fail without the sweep, and with every name of that ending swept."""
     workdir, step, config, *_ = copy
     for name in ("60.orbax-checkpoint-tmp", "30.deleting"):
         (step.parent / name / "params").mkdir(parents=True)
@@ -226,51 +227,51 @@ def test_killed_saves_and_removals_leave_nothing(copy):
 
 
 @pytest.mark.parametrize("name", ["6", "checkpoints", "run[1]", "a,*?", "imgs:"])
-def test_names_of_workdirs_say_nothing(run, tmp_path, name):
+def test_workdirs_may_have_any_name(run, tmp_path, name):
     """Steps 4 and 6 in a workdir of any name: both are found, watched and verified, and 4 is used where 6 is damaged.
 
-    Seen to fail with a step told by its name, and with Orbax's own glob of what it merges: nothing could be read.
+    Seen to fail with a step recognized by its name, and with Orbax's own glob over the files that it merges.
     """
-    _, config, mesh, state, abstract, record = run
-    workdir, typed = tmp_path / name, str(tmp_path / name)
-    with checkpoint.Checkpoints(typed, config) as checkpoints:
+    _, config, mesh, state, abstract, metadata = run
+    workdir, path = tmp_path / name, str(tmp_path / name)
+    with checkpoint.Checkpoints(path, config) as checkpoints:
         for steps_done in (4, 6):
-            checkpoints.save(state, dataclasses.replace(record, steps_done=steps_done), blocking=True)
+            checkpoints.save(state, dataclasses.replace(metadata, steps_done=steps_done), blocking=True)
     (workdir / "config.json").write_text('{"job": "pretrain"}')
     (workdir / "result.json").write_text('{"status": "done"}')
-    steps = [f"{typed}/checkpoints/{step}" for step in (4, 6)]
-    assert list(watching.follow(typed, 1e-9, 0)) == steps and watching.listed(typed) == steps[1:]
-    assert list(watching.follow(f"{typed}/checkpoints", 1e-9, 0)) == steps
-    assert watching.listed(f"{typed}/checkpoints/*") == steps
+    steps = [f"{path}/checkpoints/{step}" for step in (4, 6)]
+    assert list(watching.follow(path, 1e-9, 0)) == steps and watching.listed(path) == steps[1:]
+    assert list(watching.follow(f"{path}/checkpoints", 1e-9, 0)) == steps
+    assert watching.listed(f"{path}/checkpoints/*") == steps
     assert list(watching.follow(f"{steps[0]},{steps[1]}", 1e-9, 0)) == steps
     damage(next((workdir / "checkpoints" / "6").glob("params/d/*")), "flipped", random.Random(1))
-    assert checkpoint.load_model(typed, mesh, "float32")[2].steps_done == 4
-    verified = [checkpoint.verify(folder, step, mesh)["problem"] for folder, step in verify._steps(typed)]
+    assert checkpoint.load_model(path, mesh, "float32")[2].steps_done == 4
+    verified = [checkpoint.verify(folder, step, mesh)["problem"] for folder, step in verify._steps(path)]
     assert verified[0] is None and "is not what was written" in verified[1]
-    with checkpoint.Checkpoints(typed, config) as checkpoints:
-        restored, stored = checkpoints.restore(abstract, record)
+    with checkpoint.Checkpoints(path, config) as checkpoints:
+        restored, stored = checkpoints.restore(abstract, metadata)
     assert stored.steps_done == 4 and same(restored, state)
 
 
 def test_a_renamed_step_is_damaged(copy):
-    """Seen to fail with the record's own step not compared with the folder's."""
-    workdir, step, config, abstract, _, record = copy
+    """Seen to fail without comparing the step in the metadata with the folder's name."""
+    workdir, step, config, abstract, _, metadata = copy
     shutil.copytree(step.parent / "20", step.parent / "60")
     shutil.copytree(step, step.parent / "best")
     assert checkpoint.load_metadata(str(workdir)).steps_done == 50
-    with pytest.raises(UserError, match="60 is damaged: its record is that of step 20"):
+    with pytest.raises(UserError, match="60 is damaged: its metadata is that of step 20"):
         checkpoint.load_metadata(str(step.parent / "60"))
     with pytest.raises(UserError, match="in a folder of another name"):
         checkpoint.load_metadata(str(step.parent / "best"))
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
-        assert checkpoints.restore(abstract, record)[1].steps_done == 50
+        assert checkpoints.restore(abstract, metadata)[1].steps_done == 50
     assert [child.name for child in (workdir / "quarantine").iterdir()] == ["60"]
 
 
 def test_links_to_steps(copy, monkeypatch):
-    """`latest` beside the steps is what it leads to; `60` is a renamed step, and what it leads to stays; a step that is
-    a link, to a larger disk, can be superseded. Seen to fail with links moved, and with rmtree of one."""
-    workdir, step, config, abstract, state, record = copy
+    """Links: `latest` names its target; `60` is a renamed step, whose target stays; a step that is a link
+    to a larger disk can be superseded. Seen to fail with links moved, and with rmtree of one."""
+    workdir, step, config, abstract, state, metadata = copy
     (step.parent / "latest").symlink_to("50")
     (step.parent / "60").symlink_to(step.absolute())
     (step.parent / "40").rename(workdir / "moved")
@@ -279,32 +280,32 @@ def test_links_to_steps(copy, monkeypatch):
     monkeypatch.chdir(step.parent / "20")
     assert checkpoint.locate(".")[1] == checkpoint.load_metadata(".").steps_done == 20
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
-        assert checkpoints.restore(abstract, record)[1].steps_done == 50
+        assert checkpoints.restore(abstract, metadata)[1].steps_done == 50
         assert not checkpoint.verify(str(step.parent), 50, sharding.make_mesh(config.mesh))["problem"]
         assert "that of step 50 (the link to" in (workdir / "quarantine" / "60" / "problem.txt").read_text()
-        checkpoints.save(state, dataclasses.replace(record, steps_done=70, metrics={}), blocking=True)
+        checkpoints.save(state, dataclasses.replace(metadata, steps_done=70, metrics={}), blocking=True)
         assert checkpoints.steps == [20, 30, 50, 70] and (workdir / "moved" / "commit_success.txt").exists()
 
 
-def test_an_evaluation_that_came_later_decides_the_best(copy):
-    """Step 50 is evaluated after a restart, as the best: it outlives newer ones. Seen to fail with the figures kept in
-    memory only."""
-    workdir, step, config, _, state, record = copy
+def test_a_later_evaluation_decides_the_best(copy):
+    """Step 50 is evaluated after a restart, as the best: newer steps do not supersede it. Seen to fail with the metrics
+    kept in memory only."""
+    workdir, step, config, _, state, metadata = copy
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
         checkpoints.add_metrics(50, {"eval/nats_per_pixel": 0.5})
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
         for step_done in (60, 70, 80):
-            checkpoints.save(state, dataclasses.replace(record, steps_done=step_done, metrics={}))
+            checkpoints.save(state, dataclasses.replace(metadata, steps_done=step_done, metrics={}))
     assert checkpoint.steps_in(workdir / "checkpoints") == [30, 50, 70, 80]
     assert checkpoint.load_metadata(str(step)).metrics == {"eval/nats_per_pixel": 0.5}
 
 
-def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatch, caplog):
-    """Two saves fail; the retry is due after a pause and succeeds. A last one that fails thrice raises.
+def test_a_failed_save_is_logged_counted_and_retried(run, tmp_path, monkeypatch, caplog):
+    """Two saves fail; the retry is due after a pause and succeeds. A blocking save raises after three failures.
 
     Seen to fail with the error of the thread dropped, and with the retry never due.
     """
-    _, config, _, state, _, record = run
+    _, config, _, state, _, metadata = run
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     save = ocp.save_checkpointables_async
     left = 2
@@ -320,32 +321,32 @@ def test_a_failed_save_is_told_counted_and_tried_again(run, tmp_path, monkeypatc
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with caplog.at_level(logging.ERROR), checkpoint.Checkpoints(tmp_path, config) as checkpoints:
-        checkpoints.save(state, dataclasses.replace(record, steps_done=1))
+        checkpoints.save(state, dataclasses.replace(metadata, steps_done=1))
         assert not checkpoints.retry_due and "Step 1 could not be saved: [Errno 28] No space left" in caplog.text
         clock[0] += 1.5
         assert checkpoints.retry_due
-        checkpoints.save(state, dataclasses.replace(record, steps_done=2))
+        checkpoints.save(state, dataclasses.replace(metadata, steps_done=2))
         clock[0] += 1.5
         assert not checkpoints.retry_due and checkpoints.failed_saves == 2
         clock[0] += 1
         assert checkpoints.retry_due
-        checkpoints.save(state, dataclasses.replace(record, steps_done=3), blocking=True)
+        checkpoints.save(state, dataclasses.replace(metadata, steps_done=3), blocking=True)
         assert checkpoints.steps == [3] and not checkpoints.retry_due
         left = 3
-        with pytest.raises(Unsaved, match="step 4 .* No space .* goes on from step 3"):
-            checkpoints.save(state, dataclasses.replace(record, steps_done=4), blocking=True)
+        with pytest.raises(Unsaved, match="step 4 .* No space .* resumes from step 3"):
+            checkpoints.save(state, dataclasses.replace(metadata, steps_done=4), blocking=True)
 
 
 def test_accepted_changes_are_recorded(run):
     """Seen to fail with all changes accepted once one is named."""
-    _, config, _, _, _, record = run
+    _, config, _, _, _, metadata = run
     changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.001),
                                   accept_changes=("optimizer.learning_rate",))
-    (change,) = record.check_resumable(dataclasses.replace(record, config=changed), "here")
+    (change,) = metadata.check_resumable(dataclasses.replace(metadata, config=changed), "here")
     assert change == {"step": 50, "key": "optimizer.learning_rate", "from": 0.003, "to": 0.001}
     changed = dataclasses.replace(changed, seed=4)
     with pytest.raises(UserError, match="settings: seed=4"):
-        record.check_resumable(dataclasses.replace(record, config=changed), "here")
+        metadata.check_resumable(dataclasses.replace(metadata, config=changed), "here")
     stored = checkpoint.Metadata.from_json(json.loads(json.dumps(dataclasses.replace(
-        record, changes=(change,), data_offset=7).to_json())))
+        metadata, changes=(change,), data_offset=7).to_json())))
     assert (stored.changes, stored.data_offset) == ([change], 7)

@@ -55,10 +55,10 @@ def test_an_array_of_converted_weights_is_compared(tmp_path):
     step = tmp_path / "run" / "checkpoints" / "30"
     shutil.copytree(DATA / "converted_format2", tmp_path / "run")
     (step / hashes.HASHES).unlink()
-    value = json.loads((step / checkpoint.RECORD).read_text())
+    value = json.loads((step / checkpoint.METADATA_FILE).read_text())
     record = hashes.unsealed(value["custom_metadata"], "record")
     record["checksums"]["params/blocks/query_DNH"] ^= 1
-    (step / checkpoint.RECORD).write_text(json.dumps({**value, "custom_metadata": hashes.sealed(record)}))
+    (step / checkpoint.METADATA_FILE).write_text(json.dumps({**value, "custom_metadata": hashes.sealed(record)}))
     with pytest.raises(UserError, match="params/blocks/query_DNH is not what was saved"):
         checkpoint.load_model(str(step), sharding.make_mesh(MeshConfig()), "float32")
     weights = OurWeights(str(step))

@@ -1,17 +1,19 @@
-"""Checkpoints: Orbax's files, each step self-describing and checked, so that other jobs need nothing but its path.
+"""Checkpoints: Orbax steps that describe themselves and are verified on read.
 
-A step holds two trees, `params` and `training` (the rest of the state), so that jobs other than training read the
-parameters alone, straight into their own mesh; and a record (JSON) of the config, the palette and the data.
+A step holds two trees of arrays and a JSON file of metadata:
 
-What is read is believed only where it is what was written. The record has a CRC and holds a checksum of each array,
-taken on the devices before anything was written and compared after restoring, on whatever mesh. SHA256SUMS, written
-last, names the file that is damaged (`sha256sum -c SHA256SUMS` reads it too). A damaged step is moved to quarantine/
-and the newest good one is used.
+- `params`: the parameters. Jobs other than training read these alone, straight into their own mesh.
+- `training`: the rest of the training state.
+- Metadata: config, palette, data fingerprint, and a checksum of every array. A CRC protects it.
+
+The checksums are computed on the devices before a save and compared after a restore, on any mesh. SHA256SUMS is
+written last and names a damaged file; `sha256sum -c SHA256SUMS` reads it too. A damaged step is moved to quarantine/,
+and the newest good step is used instead.
 """
 
 from igpt_jax.checkpoint.arrays import prepare_orbax
 from igpt_jax.checkpoint.manager import Checkpoints
-from igpt_jax.checkpoint.metadata import RECORD, Metadata, require_objective
+from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, require_objective
 from igpt_jax.checkpoint.reading import (
     NoGoodCheckpoint,
     identity,
@@ -25,6 +27,6 @@ from igpt_jax.checkpoint.step_folders import steps_in
 from igpt_jax.checkpoint.verification import verify
 
 __all__ = [
-    "Checkpoints", "Metadata", "NoGoodCheckpoint", "RECORD", "identity", "is_checkpoint", "load_metadata",
+    "Checkpoints", "METADATA_FILE", "Metadata", "NoGoodCheckpoint", "identity", "is_checkpoint", "load_metadata",
     "load_model", "locate", "prepare_orbax", "require_objective", "steps_in", "steps_of", "verify",
 ]

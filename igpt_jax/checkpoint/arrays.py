@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint step: partial restores, each array checked against its checksum."""
+"""Loads the arrays of a checkpoint step and compares each with its checksum."""
 
 import contextlib
 import functools
@@ -23,32 +23,44 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def prepare_orbax() -> None:
-    """Teaches Orbax s3:// paths, and keeps its stack traces of failed saves out of the log: we log them in one line."""
+    """Adds s3:// support to Orbax and hides its stack traces. Call it before any other Orbax call."""
     orbax_s3.teach()
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    # Orbax logs a failed save with a stack trace of many lines; `Checkpoints` logs it in one line.
+    logging.getLogger("absl").addFilter(lambda entry: "orbax" not in entry.pathname)
 
 
-def quiet_saves() -> ocp.Context:
-    """For saving. Where the folders of a step cannot be made, Orbax's threads wait five minutes for them and hold their
-    copies of the arrays as long. So one process makes them first; several would wait for the one that failed."""
+def save_context() -> ocp.Context:
+    """Orbax options for saving: a single process creates a step's folders before it copies the arrays."""
     prepare_orbax()
     context = ocp.Context()
+    # By default Orbax's threads create the folders. Where that fails they wait five minutes, and hold their copies of
+    # the arrays as long. Several processes keep the default: the others would wait for the one that failed.
     context.async_options.create_directories_asynchronously = jax.process_count() > 1
     return context
 
 
+def partial_load_context() -> ocp.Context:
+    """Orbax options for loading some parameters of a step: those that are not requested stay on disk."""
+    prepare_orbax()
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    return context
+
+
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(`params`, `training`): the two trees in which a training state is stored."""
     return state["params"], {name: value for name, value in state.items() if name != "params"}
 
 
-def barrier(what: str) -> None:
+def barrier(name: str) -> None:
+    """Waits until every process has reached the barrier `name`."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def float64_enabled(needed: bool) -> Iterator[None]:
-    """Lets 64-bit types be read, in Orbax's threads too: `jax.enable_x64` holds for one thread only."""
+    """Enables 64-bit types if `needed`, in Orbax's threads too; `jax.enable_x64` covers the calling thread only."""
     former = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", former or needed)
     try:
@@ -57,8 +69,21 @@ def float64_enabled(needed: bool) -> Iterator[None]:
         jax.config.update("jax_enable_x64", former)
 
 
-def load_arrays(folder: Any, step: int, trees: dict[str, Any], record: Metadata) -> dict[str, Any]:
-    """The arrays of a step, in the shardings of the abstract `trees`, checked. Raises Damaged, on all processes."""
+def load_arrays(folder: Any, step: int, trees: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """Loads and verifies the arrays of a step. All processes must call it together.
+
+    Args:
+      folder: the directory of steps.
+      step: the step to load.
+      trees: `params`, `training` or both, as abstract arrays with the shardings to load into.
+      metadata: the step's metadata, with the checksums to compare.
+
+    Returns:
+      `trees` with arrays.
+
+    Raises:
+      Damaged: a file or an array differs from what was saved. Every process raises it if any process found damage.
+    """
     prepare_orbax()
     path, problem, loaded, hashed = step_path(folder, step), None, {}, False
     try:
@@ -66,30 +91,23 @@ def load_arrays(folder: Any, step: int, trees: dict[str, Any], record: Metadata)
         try:
             loaded = ocp.load_checkpointables(path, trees)
         except Exception as error:
-            # All files are what they were: then it is no damage, but no memory left, or no network.
+            # Where the files have their hashes, nothing is damaged: memory or the network failed.
             if hashed or isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise Damaged(f"it cannot be read: {next(iter(str(error).splitlines()), repr(error))}") from error
     except Damaged as damage:
         problem = str(damage)
+    # Comparing checksums is a collective. A process that found damage skips it, so all must agree to skip it first.
     if jax.process_count() > 1:
         bad_P = multihost_utils.process_allgather(np.int32(problem is not None))
-        problem = problem or (f"process {bad_P.argmax()} says so" if bad_P.any() else None)
-    if not problem and record.checksums:
+        problem = problem or (f"process {bad_P.argmax()} found damage" if bad_P.any() else None)
+    if not problem and metadata.checksums:
         state = {name: tree for name, tree in loaded.items() if name != "training"} | loaded.get("training", {})
-        if array := checksums.difference(record.checksums, checksums.of_tree(state)):
+        if array := checksums.difference(metadata.checksums, checksums.of_tree(state)):
             problem = f"the array {array} is not what was saved"
     if problem:
         raise Damaged(problem)
-    if not record.checksums:
-        log.warning("Checkpoint %s has no checksums of its arrays: %s.", path,
-                    "its files alone are as they were written" if hashed else "it is used as it is")
+    if not metadata.checksums:
+        log.warning("Checkpoint %s has no array checksums: %s.", path,
+                    "only the hashes of its files were verified" if hashed else "it is used without verification")
     return loaded
-
-
-def partial_load() -> ocp.Context:
-    """For reading: parameters that are not asked for are left out."""
-    prepare_orbax()
-    context = ocp.Context()
-    context.pytree_options.loading.partial_load = True
-    return context

@@ -18,47 +18,51 @@ log = logging.getLogger(__name__)
 
 
 FORMAT = 2
-WITHOUT_CHECKSUMS = 1  # the format that had none: still read, with a warning
-RECORD = "_CHECKPOINT_METADATA"  # Orbax's file of a step that holds ours
-EVALUATION = "evaluation.json"  # figures that came after the step was saved
+WITHOUT_CHECKSUMS = 1  # the first format, which is still read, with a warning
+METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's file in a step; ours is its `custom_metadata`
+EVALUATION = "evaluation.json"  # metrics of an evaluation after the step was saved
 
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What a checkpoint says of itself."""
+    """The metadata of a checkpoint step: all that another job needs to use its arrays."""
     config: PretrainConfig  # or FinetuneConfig
     palette_VC: np.ndarray  # float32 [V, 3] in [-1, 1]
-    image_size: int
+    image_size: int  # pixels per side
     data_fingerprint: str
     steps_done: int
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # those of an evaluation at this step
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of an evaluation at this step
     data_offset: int = 0  # step s reads the examples of step s + data_offset of the order
-    changes: tuple[Mapping[str, Any], ...] = ()  # accepted: {"step", "key", "from", "to"}
+    changes: tuple[Mapping[str, Any], ...] = ()  # accepted on resuming: {"step", "key", "from", "to"}
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by array; `Checkpoints.save` fills it in
-    classes: int = 0  # of its class head; 0: it has none
+    classes: int = 0  # of the class head; 0: no class head
 
     def to_json(self) -> dict[str, Any]:
+        """The metadata as JSON values."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**fields, "format": FORMAT, "config": to_dict(self.config), "palette_VC": self.palette_VC.tolist()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Metadata":
+        """The inverse of `to_json`; also reads format 1. Raises UserError for an unknown format."""
         fields = {name: part for name, part in value.items() if name != "format"}
         if value.get("format") == WITHOUT_CHECKSUMS:
             fields = {**fields, "palette_VC": fields.pop("palette"), "versions": {}}
         elif value.get("format") != FORMAT:
-            raise UserError(f"a checkpoint of format {value.get('format')!r} cannot be read here: format {FORMAT} is "
-                            "the one that this version knows. Use the version that wrote it.")
+            raise UserError(f"checkpoint format {value.get('format')!r} is unknown; this version reads formats "
+                            f"{WITHOUT_CHECKSUMS} and {FORMAT}. Use the version of igpt_jax that wrote it.")
         return cls(**{**fields, "config": parse(value["config"]["job"], value["config"]),
                       "palette_VC": np.asarray(fields["palette_VC"], np.float32)})
 
-    def check_resumable(self, new: "Metadata", where: str) -> tuple[Mapping[str, Any], ...]:
-        """The accepted changes from the run that wrote this checkpoint to the run `new`.
+    def check_resumable(self, new: "Metadata", workdir: str) -> tuple[Mapping[str, Any], ...]:
+        """Checks that the run `new` may resume from this checkpoint of `workdir`. Returns the accepted changes.
 
         Raises:
-          UserError: they differ in what `new.config.accept_changes` does not name; tells each difference.
+          UserError: settings differ that `new.config.accept_changes` does not name; lists each of them.
         """
+        # With a constant learning rate after a fixed warm-up, no update depends on the total number of steps. A warm-up
+        # of one epoch (-1) does, since it is shortened to fit.
         optimizer = self.config.optimizer
         independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
         free = {"free", "schedule"} if independent else {"free"}
@@ -74,8 +78,8 @@ class Metadata:
         refused = [f"{key}={after!r} (checkpoint: {before!r})" for key, (before, after) in changes.items()
                    if key not in new.config.accept_changes]
         if refused:
-            raise UserError(f"the run in {where} was started with other settings: {'; '.join(refused)}. Give the "
-                            "same, name the keys in --config.accept_changes, or give a new --workdir.")
+            raise UserError(f"the run in {workdir} was started with other settings: {'; '.join(refused)}. Use the same "
+                            "settings, name the keys in --config.accept_changes, or give a new --workdir.")
         return tuple({"step": self.steps_done, "key": key, "from": before, "to": after}
                      for key, (before, after) in changes.items())
 
@@ -84,40 +88,42 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
-# What is on disk against what was written.
-
 def read_metadata(folder: Any, step: int) -> Metadata:
-    """What a step says of itself. Raises Damaged, which a step of another number is too, or UserError for a format that
-    is not known."""
+    """The metadata of a step in the directory `folder`, with the metrics of a later evaluation.
+
+    Raises:
+      Damaged: it is not what was written, or it belongs to another step.
+      UserError: its format is unknown.
+    """
     path = step_path(folder, step)
-    value = hashes.read_json(path / RECORD)
+    value = hashes.read_json(path / METADATA_FILE)
     try:
         value = value["custom_metadata"]
-        old = value.get("format") == WITHOUT_CHECKSUMS
-        record = Metadata.from_json(value if old else hashes.unsealed(value, RECORD))
+        old = value.get("format") == WITHOUT_CHECKSUMS  # that format had no CRC either
+        metadata = Metadata.from_json(value if old else hashes.unsealed(value, METADATA_FILE))
     except (TypeError, KeyError, AttributeError) as error:
-        raise Damaged(f"{RECORD} is not a record: {error!r}") from None
-    if record.steps_done != step:
-        raise Damaged(f"its record is that of step {record.steps_done}")
+        raise Damaged(f"{METADATA_FILE} holds no metadata of ours: {error!r}") from None
+    if metadata.steps_done != step:
+        raise Damaged(f"its metadata is that of step {metadata.steps_done}")
     try:
-        return dataclasses.replace(record, metrics={**record.metrics, **later_metrics(path)})
-    except Damaged as damage:  # the step itself is good
-        log.error("%s: %s. Its figures are not used.", path, damage)
-        return record
+        return dataclasses.replace(metadata, metrics={**metadata.metrics, **later_metrics(path)})
+    except Damaged as damage:  # the arrays do not depend on these metrics
+        log.error("%s: %s. Its metrics are not used.", path, damage)
+        return metadata
 
 
-def require_objective(record: Metadata, objective: str, typed: str) -> None:
-    """Raises UserError where the checkpoint `typed` was not trained with `objective`."""
-    if record.config.objective != objective:
-        raise UserError(f"checkpoint {typed} was trained with objective={record.config.objective}, not {objective}. "
-                        f"Say so: --config.objective={record.config.objective}, or give another checkpoint.")
+def require_objective(metadata: Metadata, objective: str, checkpoint: str) -> None:
+    """Raises UserError if `checkpoint` was not trained with `objective`."""
+    if metadata.config.objective != objective:
+        raise UserError(f"checkpoint {checkpoint} was trained with objective={metadata.config.objective}, not "
+                        f"{objective}. Set --config.objective={metadata.config.objective}, or give another checkpoint.")
 
 
 def later_metrics(path: Any) -> Mapping[str, float]:
-    """The figures of a step that came after it was saved; none where none came. Raises Damaged."""
+    """Metrics of an evaluation after the step `path` was saved; empty if there was none. Raises Damaged."""
     if not (path / EVALUATION).exists():
         return {}
     try:
         return dict(hashes.unsealed(hashes.read_json(path / EVALUATION), EVALUATION)["metrics"])
     except (TypeError, KeyError, AttributeError, ValueError):
-        raise Damaged(f"{EVALUATION} holds no figures") from None
+        raise Damaged(f"{EVALUATION} holds no metrics") from None

@@ -1,6 +1,7 @@
-"""Teaches Orbax to keep checkpoints in s3:// paths: Orbax 0.12 knows gs:// only.
+"""Adds s3:// paths to Orbax, whose version 0.12 supports only gs:// buckets.
 
-Both are buckets: nothing can be renamed, so a step is written in place and `commit_success.txt` says that it is whole.
+In both kinds of bucket nothing can be renamed. Orbax therefore writes a step in place, and `commit_success.txt` marks
+it as complete.
 """
 
 import os
@@ -16,7 +17,7 @@ BUCKETS = ("gs://", "s3://")
 
 
 def teach() -> None:
-    """Makes Orbax treat s3:// as it treats gs://, with TensorStore's driver for it. Again: nothing more."""
+    """Patches Orbax to treat s3:// like gs://, with TensorStore's S3 driver. Calling it again changes nothing."""
     if gcs_utils._GCS_PATH_PREFIX == BUCKETS:
         return
     gcs_spec = gcs_utils.get_kvstore_for_gcs
@@ -29,6 +30,6 @@ def teach() -> None:
 
     gcs_utils._GCS_PATH_PREFIX = BUCKETS
     gcs_utils.get_kvstore_for_gcs = spec
-    # Orbax's own makes `gs://` of each `gs:/`, in a local path with a folder named `imgs:` too.
+    # Orbax replaces every `gs:/` with `gs://`, which breaks a local path with a folder such as `imgs:`.
     tensorstore_utils._normalize_path = lambda path: re.sub("^(gs|s3):/+", r"\1://", os.path.normpath(path))
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith(BUCKETS)

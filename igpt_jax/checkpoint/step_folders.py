@@ -1,4 +1,7 @@
-"""The folders of checkpoints, one per step: which are finished, and how one goes without ever looking whole."""
+"""Checkpoint folders, one per step: which are finished, quarantine, removal.
+
+No kill at any moment leaves a partial step that looks finished.
+"""
 
 import logging
 import os
@@ -9,20 +12,20 @@ from igpt_jax import storage
 
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step last, on every kind of storage
 DELETING = ".deleting"
-NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # not 007, nor what else int() takes for a number
-LEFT = re.compile(rf"({NUMBER.pattern})({DELETING}|\.orbax-checkpoint-tmp.*)")  # the latter: steps that Orbax began
+NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # stricter than int(), which also accepts 007 and digits of other scripts
+LEFTOVER = re.compile(rf"({NUMBER.pattern})({DELETING}|\.orbax-checkpoint-tmp.*)")  # our removals, Orbax's saves
 QUARANTINE = "quarantine"
 
 log = logging.getLogger(__name__)
 
 
 def steps_in(folder: Any) -> list[int]:
-    """The finished steps in a directory of checkpoints, ascending; what is still being written does not count."""
+    """The finished steps in a directory of checkpoints, ascending. A step that is still being written is left out."""
     return sorted(int(step.name) for step in _numbered(storage.path(folder)) if is_step(step))
 
 
 def _numbered(folder: storage.Path) -> list[storage.Path]:
-    """The folders of steps, finished or not. An empty folder of a bucket is none."""
+    """The folders of steps, finished or not; empty if there is no such directory, as in a bucket without objects."""
     return [child for child in folder.iterdir() if NUMBER.fullmatch(child.name)] if folder.is_dir() else []
 
 
@@ -32,14 +35,15 @@ def is_step(path: storage.Path) -> bool:
 
 
 def resolved(step: storage.Path) -> storage.Path:
-    """A step by its own name, where it is a link to it, or `.`, that was typed."""
+    """The step's path under its own number, if `step` is `.` or a link to it such as `latest`."""
     if storage.is_local(step) and not NUMBER.fullmatch(step.name):
         return storage.path(os.path.realpath(step))
     return step
 
 
 def directory_of_steps(path: storage.Path) -> storage.Path:
-    """Where the steps of `path` lie, a workdir or already that directory; what is in it tells, not its name."""
+    """The directory of steps of `path`, which is a workdir or that directory itself."""
+    # A workdir may itself be named `checkpoints`, so its content decides, not its name.
     inside = path / "checkpoints"
     return inside if inside.exists() else path
 
@@ -50,27 +54,30 @@ def step_path(folder: Any, step: int) -> storage.Path:
 
 
 def sweep(folder: storage.Path) -> None:
-    """Removes what killed runs left: parts of saves and of removals. On a local disk a step appears whole or not
-    at all, so one without its mark has lost it."""
+    """Removes the leftovers of killed runs: unfinished saves and unfinished removals."""
     for child in list(folder.iterdir()):
-        if LEFT.fullmatch(child.name) and child.is_dir():
+        if LEFTOVER.fullmatch(child.name) and child.is_dir():
             child.rmtree()
     for child in _numbered(folder):
         if not is_step(child) and child.is_dir():
+            # On a local disk a step appears by a rename, complete with its mark: without the mark it is damaged.
+            # In a bucket it is written in place: without the mark it is unfinished.
             if storage.is_local(child):
-                log.error("Checkpoint %s is damaged: %s is missing. It goes to %s/.", child.name, COMMITTED, QUARANTINE)
+                log.error("Checkpoint %s is damaged: %s is missing. It is moved to %s/.", child.name, COMMITTED,
+                          QUARANTINE)
                 quarantine(folder, int(child.name), f"{COMMITTED} is missing")
             else:
                 child.rmtree()
 
 
 def quarantine(folder: storage.Path, step: int, problem: str) -> None:
-    """Moves a step out of the way, with what is wrong with it."""
+    """Moves a step to quarantine/ and writes `problem` into its problem.txt. If the step is a link, only the link is
+    removed."""
     to = folder.parent / QUARANTINE / str(step)
     while to.exists():
         to = to.parent / f"{to.name}-again"
     to.parent.mkdir(exist_ok=True)
-    if os.path.islink(folder / str(step)):  # what it leads to stays as it is
+    if os.path.islink(folder / str(step)):
         problem += f" (the link to {os.readlink(folder / str(step))})"
         os.unlink(folder / str(step))
     else:
@@ -79,7 +86,7 @@ def quarantine(folder: storage.Path, step: int, problem: str) -> None:
 
 
 def remove(step: storage.Path) -> None:
-    """Removes a step so that no kill leaves a part of it that looks whole; of a link, the link."""
+    """Removes a step. A kill in between leaves no partial step that looks finished. Of a link, only the link goes."""
     if os.path.islink(step):
         return os.unlink(step)
     if storage.is_local(step):

@@ -1,4 +1,4 @@
-"""Verification of a whole checkpoint step: file hashes, metadata, checksums of all arrays."""
+"""Verifies a whole checkpoint step: file hashes, metadata, checksums of all arrays."""
 
 import time
 from typing import Any
@@ -15,29 +15,29 @@ from igpt_jax.storage import hashes
 from igpt_jax.storage.hashes import Damaged
 
 
-def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
-    """Reads a whole step, compares all that it can be compared with, and leaves it where it is.
+def verify(folder: str, step: int, mesh: Mesh) -> dict[str, Any]:
+    """Reads a whole step and compares it with all its checksums. Changes nothing.
 
     Args:
-      typed: the directory of steps.
-      step: to read.
-      mesh: its devices hold the arrays, split wherever they divide.
+      folder: the directory of steps.
+      step: the step to verify.
+      mesh: the devices that hold the arrays, sharded over all of them where a dim divides.
 
     Returns:
-      `problem`: None, or what is damaged; `bytes` of its files; `arrays` compared; and the seconds that both took,
-      `hash_seconds` and `array_seconds`.
+      `problem`: None, or what is damaged; `bytes` of its files (None in a bucket); `arrays` compared; and the time
+      taken, `hash_seconds` and `array_seconds`.
     """
-    path, found = step_path(typed, step), {"problem": None, "arrays": 0, "hash_seconds": 0.0, "array_seconds": 0.0}
-    everywhere = tuple(mesh.axis_names)
+    path, found = step_path(folder, step), {"problem": None, "arrays": 0, "hash_seconds": 0.0, "array_seconds": 0.0}
+    all_axes = tuple(mesh.axis_names)
 
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         dim = next((dim for dim, size in enumerate(leaf.shape) if size % mesh.size == 0 and size), None)
-        spec = PartitionSpec(*(everywhere if d == dim else None for d in range(len(leaf.shape))))
+        spec = PartitionSpec(*(all_axes if d == dim else None for d in range(len(leaf.shape))))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     prepare_orbax()
     try:
-        record = read_metadata(typed, step)
+        metadata = read_metadata(folder, step)
         later_metrics(path)
         start = time.perf_counter()
         hashes.check_hashes(path)
@@ -47,13 +47,13 @@ def verify(typed: str, step: int, mesh: Mesh) -> dict[str, Any]:
         try:
             with float64_enabled(True):
                 trees = ocp.checkpointables_metadata(path).metadata
-                trees = jax.tree.map(place, {name: trees[name] for name in ("params", "training") if name in trees})
+                trees = jax.tree.map(abstract, {name: trees[name] for name in ("params", "training") if name in trees})
                 start = time.perf_counter()
-                load_arrays(typed, step, trees, record)
+                load_arrays(folder, step, trees, metadata)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"its metadata cannot be read: {error}") from None
         found["array_seconds"] = time.perf_counter() - start
-        found["arrays"] = len(record.checksums)
+        found["arrays"] = len(metadata.checksums)
     except Damaged as damage:
         found["problem"] = str(damage)
     return found

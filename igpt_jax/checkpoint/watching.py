@@ -1,4 +1,4 @@
-"""Finished checkpoints as they appear: those that a comma list or glob names now, and those of its runs to come."""
+"""Finds checkpoints, and waits for new ones of runs in progress."""
 
 import contextlib
 import json
@@ -16,42 +16,51 @@ from igpt_jax.checkpoint.reading import is_checkpoint, locate, steps_of
 from igpt_jax.config import UserError
 from igpt_jax.storage import side_files
 
-TRAINING = ("pretrain", "finetune")  # the jobs whose workdirs get checkpoints as they go
+TRAINING = ("pretrain", "finetune")  # jobs that write checkpoints while they run
 
 
-def listed(typed: str) -> list[str]:
-    """DIR/checkpoints/STEP of all that a comma list of workdirs (the newest step), steps and globs names, each once, by
-    step.
+def listed(checkpoints: str) -> list[str]:
+    """Finds the checkpoints that a comma list names now.
 
-    A glob may match what is no finished checkpoint, such as one that a run is just writing; it is passed over.
+    Args:
+      checkpoints: workdirs (each stands for its newest step), steps, or globs of either, separated by commas. Matches
+        of a glob that are not finished checkpoints are skipped.
+
+    Returns:
+      Paths DIR/checkpoints/STEP without duplicates, ordered by step.
 
     Raises:
-      UserError: it names none; or what is named without a glob is none.
+      UserError: no checkpoint was found, or a path that is no glob is not a checkpoint.
     """
     found = set()
-    for pattern in storage.patterns(typed):
+    for pattern in storage.patterns(checkpoints):
         matches = storage.matching(pattern)
         named = storage.path(pattern) in matches
         found |= {locate(str(match)) for match in matches if named or is_checkpoint(str(match))}
     if not found:
-        raise _none(typed)
+        raise _none(checkpoints)
     return _by_step(found)
 
 
-def follow(typed: str, idle_seconds: float, poll_seconds: float) -> Iterator[str | None]:
-    """Yields every step of the runs that `typed` names, each once, oldest first, as they appear; None where it waits.
+def follow(checkpoints: str, idle_seconds: float, poll_seconds: float) -> Iterator[str | None]:
+    """Yields every step of the named runs once, oldest first, as they are saved; None before each wait.
 
-    Ends when all these runs are done, says their result.json; or after `idle_seconds` (0: never) in which none came.
-    What is typed need not be there yet.
+    Ends when the result.json of all these runs says that they are done.
+
+    Args:
+      checkpoints: a comma list as in `listed`. Its paths need not exist yet.
+      idle_seconds: also end after this long without a new step; 0: never.
+      poll_seconds: time between two looks for new steps.
 
     Raises:
-      UserError: there was none until the end.
+      UserError: no checkpoint was found until the end.
     """
     seen: set[str] = set()
     since = time.monotonic()
     while True:
-        done = _done(typed)  # asked before the steps are listed: then what a run saved last is among them
-        new = [step for step in _steps(typed) if step not in seen]
+        # Checked before the steps are listed: a run that is done by now has saved its last step before.
+        done = _done(checkpoints)
+        new = [step for step in _steps(checkpoints) if step not in seen]
         if new:
             seen.add(new[0])
             yield new[0]
@@ -62,24 +71,23 @@ def follow(typed: str, idle_seconds: float, poll_seconds: float) -> Iterator[str
             yield None
             time.sleep(poll_seconds)
     if not seen:
-        raise _none(typed)
+        raise _none(checkpoints)
 
 
 def in_slice(step: str, i: int, n: int) -> bool:
-    """Whether a checkpoint belongs to slice i of n: by its path, so that slices that start at different times, while
-    the runs go on, still share all checkpoints without a gap or an overlap."""
+    """Whether the checkpoint `step` belongs to slice i of n. Every path belongs to exactly one slice."""
+    # By a hash of the path, not by its index in a list: slices that start at different times, while runs save new
+    # steps, would see different lists.
     return zlib.crc32(step.encode()) % n == i
 
 
 def on_all_processes(steps: Iterator[str | None]) -> Iterator[str]:
-    """The steps that process 0 finds; the others, to which a disk may show other files, take the same ones.
-
-    They hear of each None too, since a collective that waits for long fails.
-    """
+    """Yields the steps of process 0's `steps` on all processes; a shared disk may show the others older files."""
     if jax.process_count() == 1:
         yield from filter(None, steps)
         return
     while True:
+        # Each None is sent too, since a collective fails if it waits for long.
         found: dict[str, str | None] = {}
         if jax.process_index() == 0:
             try:
@@ -98,6 +106,7 @@ def on_all_processes(steps: Iterator[str | None]) -> Iterator[str]:
 
 
 def _from_process_0(data: bytes) -> bytes:
+    """The `data` of process 0, on all processes."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     row = np.frombuffer(data, np.uint8) if jax.process_index() == 0 else np.zeros(size, np.uint8)
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row), np.uint8))
@@ -108,45 +117,46 @@ def run_of(step: str) -> storage.Path:
     return storage.path(step).parent.parent
 
 
-def _none(typed: str) -> UserError:
-    return UserError(f"checkpoints={typed!r} names no finished checkpoint. "
+def _none(checkpoints: str) -> UserError:
+    return UserError(f"checkpoints={checkpoints!r} names no finished checkpoint. "
                      "Set --config.checkpoints to workdirs of pretrain or steps of one.")
 
 
 def _by_step(found: set[tuple[str, int]]) -> list[str]:
+    """Paths of (directory of steps, step), ordered by step."""
     return [str(storage.path(folder) / str(step)) for folder, step in sorted(found, key=lambda pair: pair[::-1])]
 
 
-def _matches(typed: str) -> list[storage.Path]:
-    """What there is now of what was typed."""
+def _matches(checkpoints: str) -> list[storage.Path]:
+    """The paths of a comma list that exist now."""
     found = []
-    for pattern in storage.patterns(typed):
+    for pattern in storage.patterns(checkpoints):
         try:
             found += storage.matching(pattern)
-        except UserError:  # not there yet
+        except UserError:  # nothing matches yet
             continue
     return found
 
 
-def _steps(typed: str) -> list[str]:
-    """Every finished step of the workdirs, and the steps, that there are now."""
+def _steps(checkpoints: str) -> list[str]:
+    """All finished steps of the named workdirs, and the named steps."""
     found = set()
-    for path in _matches(typed):
-        with contextlib.suppress(UserError):  # nothing finished yet
+    for path in _matches(checkpoints):
+        with contextlib.suppress(UserError):  # nothing is finished yet
             folder, steps = steps_of(str(path))
             found |= {(folder, step) for step in steps}
     return _by_step(found)
 
 
-def _done(typed: str) -> bool:
-    """Whether there are runs, and all of them have come to their end."""
-    runs = {str(run_of(step)) for step in _steps(typed)}
-    runs |= {str(path) for path in _matches(typed) if _told(path / "config.json", "job") in TRAINING}
-    return bool(runs) and all(_told(storage.path(run) / "result.json", "status") == "done" for run in runs)
+def _done(checkpoints: str) -> bool:
+    """Whether there are runs and all of them are done."""
+    runs = {str(run_of(step)) for step in _steps(checkpoints)}
+    runs |= {str(path) for path in _matches(checkpoints) if _entry(path / "config.json", "job") in TRAINING}
+    return bool(runs) and all(_entry(storage.path(run) / "result.json", "status") == "done" for run in runs)
 
 
-def _told(file: storage.Path, name: str) -> Any:
-    """An entry of a JSON file of another job; None where it is not there yet."""
+def _entry(file: storage.Path, name: str) -> Any:
+    """An entry of another job's JSON file; None if the file is missing or damaged."""
     try:
         return (side_files.look(file) or {}).get(name)
     except UserError:
