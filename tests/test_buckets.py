@@ -109,7 +109,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(bucket, tmp_path, run
     run.kill()
     run.communicate()
     done = run_job("pretrain", *command[4:], env=env)
-    assert done.returncode == 0 and "goes on from step" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming from step" in done.stderr, done.stderr
     done = run_job("pretrain", f"--workdir={tmp_path}/run", f"--config.data.store={tmp_path}/store", *KEYS)
     assert done.returncode == 0, done.stderr
     nats = []

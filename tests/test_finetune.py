@@ -70,7 +70,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, tuned):
     code, rest = stopped_at_step_4(command)
     assert code == 75 and re.search(r"stopped after step \d+ of", rest), rest
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and "goes on from step" in again.stderr, again.stderr
+    assert again.returncode == 0 and "resuming from step" in again.stderr, again.stderr
     one, other = arrays(tuned), arrays(folder / "stopped")
     assert one.keys() == other.keys() and np.abs(one["[0]['class_head_KD']"]).max() > 0
     for name in one:
@@ -125,12 +125,12 @@ BAD = {
     "another objective": (["--config.checkpoint={}/bert"], "trained with objective=masked, not autoregressive"),
     "nothing": (["--config.checkpoint="], "nothing to train"),
     "both": (["--config.model.name=igpt_s"], "the checkpoint brings its own"),
-    "sizes": (["--config.model.layers=3"], "model.layers is set and model.name is not"),
-    "layer": (["--config.model.class_layer=3"], "places 0 (the embedding) to 2"),
+    "sizes": (["--config.model.layers=3"], "model.layers is set without model.name"),
+    "layer": (["--config.model.class_layer=3"], "must be from 0 (the embedding) to 2"),
     "unlabelled": (["--config.data.store={}/unlabelled"], "has no labels"),
     "class": (["--config.data.store={}/nines", "--config.data.test="], "class 4 has no example in split 'train'"),
     "share": (["--config.masked_share=0.2"], "has no effect on objective=autoregressive"),
-    "patience": (["--config.data.held_out=", "--config.patience=3"], "waits for evaluations of held-out images"),
+    "patience": (["--config.data.held_out=", "--config.patience=3"], "needs evaluations on held-out images"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The jobs as users run them: from the command line, on real digits, killed, resumed and moved to other devices."""
+"""Jobs as users run them: from the command line, on real digits, stopped, resumed, and on other devices."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TINY = ["--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.mo
         f"--config.steps={STEPS}", "--config.batch_size=16", "--config.precision=float32",
         "--config.optimizer.warmup_steps=2", "--config.log_every_steps=1", "--config.eval_every_steps=6",
         "--config.checkpoint_every_steps=5", "--config.keep_steps=(5,)"]
-KEPT = (5, 10, 12)  # the named one, and the newest two, of which the last is the best
+KEPT = (5, 10, 12)  # the named step and the newest two, of which the last is the best
 
 
 def pretrain_arguments(store, workdir, *more):
@@ -37,7 +37,7 @@ def pretrain_arguments(store, workdir, *more):
 
 
 def stopped_at_step_4(command):
-    """Exit code, and what followed on stderr, of a run that gets SIGTERM once it has told of step 4."""
+    """Sends SIGTERM to a run once it has logged step 4. Returns its exit code and the rest of its stderr."""
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 4/"):
@@ -72,14 +72,14 @@ def result(workdir):
 
 
 def arrays(workdir, step=STEPS):
-    with warnings.catch_warnings(action="ignore"):  # Orbax: no shardings are asked for
+    with warnings.catch_warnings(action="ignore"):  # Orbax warns that no shardings are given
         trees = ocp.load_checkpointables(pathlib.Path(workdir) / "checkpoints" / str(step))
     return {jax.tree_util.keystr(path): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path([trees["params"], trees["training"]])}
 
 
 def losses(workdir):
-    """{(step, metric): value} of metrics.jsonl but for times and speeds; fails where a step is logged twice."""
+    """{(step, metric): value} of metrics.jsonl without times and speeds; fails if a step is logged twice."""
     out = {}
     for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
@@ -90,23 +90,22 @@ def losses(workdir):
     return out
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, store, trained):
-    """SIGTERM in the middle: exit code 75. The same command again ends with the parameters, the moments and every
-    logged loss of the undisturbed run, through tf.data.
+def test_a_stopped_run_resumes_bit_for_bit(folder, store, trained):
+    """After SIGTERM the same command gives the parameters, moments and losses of an undisturbed run.
 
-    Seen to fail with the data order starting at 0 after the restart.
+    Through tf.data. Seen to fail with the data order starting at 0 after the restart.
     """
     workdir = folder / "stopped"
     command = [sys.executable, "-m", "igpt_jax", *pretrain_arguments(store, workdir, "--config.data.reader=tfdata")]
     code, rest = stopped_at_step_4(command)
     assert code == 75, rest
-    assert "The same command goes on from there" in rest.splitlines()[-1]
+    assert "The same command resumes from there" in rest.splitlines()[-1]
     stopped_at = int(re.search(r"stopped after step (\d+) of", rest)[1])
     assert 4 <= stopped_at < STEPS
     assert result(workdir)["status"] == "preempted"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert f"goes on from step {stopped_at}" in again.stderr
+    assert f"resuming from step {stopped_at}" in again.stderr
 
     one, other = arrays(trained), arrays(workdir)
     assert one.keys() == other.keys() and len(one) > 30
@@ -118,7 +117,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, store, trained):
 
 
 def test_a_finished_run_started_again_changes_nothing(store, trained):
-    """Seen to fail with the evaluation of a finished run left out: result.json lost its held-out loss."""
+    """Seen to fail without the evaluation of a finished run: result.json lost its held-out loss."""
     before, figures = arrays(trained), result(trained)["metrics"]
     done = run_job_command(*pretrain_arguments(store, trained, "--config.data.reader=tfdata"))
     assert done.returncode == 0, done.stderr
@@ -129,7 +128,7 @@ def test_a_finished_run_started_again_changes_nothing(store, trained):
 
 
 def test_resident_data_on_eight_devices_without_tensorflow(folder, store, trained):
-    """A run of one device, stopped after step 5, goes on with data x fsdp x tensor = 2 x 2 x 2, TensorFlow absent.
+    """A run of one device, stopped after step 5, resumes on data x fsdp x tensor = 2 x 2 x 2 without TensorFlow.
 
     fp32 losses stay within 1e-4 of the undisturbed run's. Seen to fail with the resident order shifted by one step.
     """
@@ -139,11 +138,9 @@ def test_resident_data_on_eight_devices_without_tensorflow(folder, store, traine
         subprocess.run(["rm", "-r", workdir / "checkpoints" / str(step)], check=True)
     arguments = pretrain_arguments(store, workdir, "--config.data.reader=resident", "--config.mesh.data=2",
                                    "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    script = ("import sys; sys.modules['tensorflow'] = None\nfrom igpt_jax.__main__ import main\n"
-              f"sys.exit(main({arguments!r}))")
-    done = run_job_command(script=script, devices=8)
+    done = run_job_command(*arguments, script="without_tensorflow.py", devices=8)
     assert done.returncode == 0, done.stderr
-    assert "goes on from step 5" in done.stderr and "'tensor': 2" in done.stderr
+    assert "resuming from step 5" in done.stderr and "'tensor': 2" in done.stderr
     one, other = losses(trained), losses(workdir)
     assert one.keys() == other.keys()
     np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=1e-4, atol=1e-7)
@@ -152,10 +149,10 @@ def test_resident_data_on_eight_devices_without_tensorflow(folder, store, traine
 def test_evaluate_is_exact_at_any_batch_and_mesh(folder, store, trained):
     """180 held-out digits in batches of 7, 64 and 256, on 1 and 8 devices, many checkpoints at once.
 
-    Seen to fail with the filled-up rows of the last batch counted in.
+    Seen to fail with the padding of the last batch counted.
     """
     expected = result(trained)["metrics"]["eval/nats_per_pixel"]
-    (trained / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()  # as a run leaves while it saves
+    (trained / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()  # as in a run that is saving
     for devices, batch_size in ((1, 7), (1, 256), (8, 64)):
         workdir = folder / f"evaluate{devices}-{batch_size}"
         done = run_job_command("evaluate", f"--workdir={workdir}", f"--config.checkpoints={trained}/checkpoints/*",
@@ -169,7 +166,7 @@ def test_evaluate_is_exact_at_any_batch_and_mesh(folder, store, trained):
 
 
 def test_sample_is_the_same_at_any_batch_and_mesh(folder, store, trained):
-    """Tokens equal for batches of 3 and 64 and on 8 devices (2 x 2 x 2); given rows stay; pictures have their sizes.
+    """Tokens are equal for batches of 3 and 64 and on 8 devices (2 x 2 x 2). Given rows stay as they are.
 
     Seen to fail with the keys folded by the index within the batch.
     """
@@ -192,7 +189,7 @@ def test_sample_is_the_same_at_any_batch_and_mesh(folder, store, trained):
                                   np.broadcast_to(first["originals"][:, None, :24], (2, 3, 24)))
     assert (first["completions"][:, :, 24:] != first["originals"][:, None, 24:]).any()
     with Image.open(workdir / "figures" / "completions.png") as image:
-        assert image.size == (5 * 96 + 4 * 6, 2 * 96 + 6)  # original, given and 3 completions
+        assert image.size == (5 * 96 + 4 * 6, 2 * 96 + 6)  # original, given rows and 3 completions
 
 
 BAD = {
@@ -224,25 +221,25 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder, store, trained):
     foreign = folder / "foreign"
     foreign.mkdir(exist_ok=True)
     (foreign / "config.json").write_text('{"model": "mine"}')
-    places = {"folder": folder, "store": store, "trained": trained, "foreign": foreign}
-    arguments = [argument.format(**places) for argument in arguments]
+    paths = {"folder": folder, "store": store, "trained": trained, "foreign": foreign}
+    arguments = [argument.format(**paths) for argument in arguments]
     done = run_job_command(*arguments)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
-    assert result(trained)["status"] == "done"  # a refused command leaves a finished workdir as it was
+    assert result(trained)["status"] == "done"  # a refused command changes nothing in a finished workdir
 
 
 def run_here(folder, job="report"):
-    """The exit code of a job that does nothing, in this process."""
+    """Runs a job that does nothing, in this process. Returns its exit code."""
     return run_job(lambda config, workdir: {}, config.parse(job, config.base_config(job)), str(folder))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"job": "rep'])
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
-def test_damaged_records_of_a_workdir_are_set_aside(tmp_path, name, content, caplog):
-    """Each time under a name of its own; and the other record still tells whose workdir it is.
+def test_a_damaged_config_or_result_is_set_aside(tmp_path, name, content, caplog):
+    """Each time under another name. The other file still says which job the workdir belongs to.
 
-    Seen to fail with a UnicodeDecodeError, and with config.json alone asked for the job.
+    Seen to fail with a UnicodeDecodeError, and with the job read from config.json alone.
     """
     for left in ([], [f"{name}.damaged"], [f"{name}.damaged", f"{name}.damaged-2"]):
         assert run_here(tmp_path) == 0
@@ -253,15 +250,15 @@ def test_damaged_records_of_a_workdir_are_set_aside(tmp_path, name, content, cap
     assert len([message for message in caplog.messages if f"{name} is damaged" in message]) == 3
 
 
-def test_results_of_something_else_are_not_replaced(tmp_path, capsys):
-    """Seen to fail with config.json alone asked: a foreign result.json was removed."""
+def test_a_foreign_result_is_not_replaced(tmp_path, capsys):
+    """Seen to fail with the job read from config.json alone: a foreign result.json was removed."""
     (tmp_path / "result.json").write_text('{"score": 1}')
     assert run_here(tmp_path) == 2
     assert (tmp_path / "result.json").read_text() == '{"score": 1}' and "not a job's" in capsys.readouterr().err
 
 
 def train_with_bad_rates(monkeypatch, store, workdir, bad_steps, **more):
-    """Trains 24 steps in this process; the learning rate of the updates that make `bad_steps` is infinite."""
+    """Trains 24 steps in this process. The updates that lead to `bad_steps` have an infinite learning rate."""
     rate = learning_rate
     monkeypatch.setattr(steps, "learning_rate", lambda config, step, *rest: jax.numpy.where(
         jax.numpy.isin(step + 1, np.asarray(bad_steps)), np.inf, rate(config, step, *rest)))
@@ -276,9 +273,9 @@ def saved(workdir):
     return sorted(int(step.name) for step in (workdir / "checkpoints").iterdir())
 
 
-def test_what_is_due_amid_skipped_updates_waits_for_an_accepted_one(monkeypatch, store, tmp_path):
-    """Steps 7 to 10 are skipped: the checkpoint and the evaluation of step 8 come after step 11. Of a named step, 15,
-    they do not wait.
+def test_saves_and_evaluations_wait_until_an_update_is_accepted(monkeypatch, store, tmp_path):
+    """Updates 7 to 10 are skipped: the save and the evaluation due at step 8 happen after step 11. Those of a named
+    step, 15, do not wait.
 
     Seen to fail with step 8 saved, and evaluated without being saved.
     """
@@ -297,14 +294,14 @@ def test_what_is_due_amid_skipped_updates_waits_for_an_accepted_one(monkeypatch,
     (5, 0, [4], "Since the newest checkpoint, step 4, no loss .* start in a new --workdir"),
 ])
 def test_a_run_that_diverges_keeps_its_good_steps(monkeypatch, store, tmp_path, bad_from, every, kept, said):
-    """Seen to fail with steps of skipped updates saved, for which the good ones were removed."""
+    """Seen to fail with steps of skipped updates saved, which superseded the good ones."""
     with pytest.raises(Diverged, match=said):
         train_with_bad_rates(monkeypatch, store, tmp_path, range(bad_from, 99), eval_every_steps=every, keep_newest=2)
     assert saved(tmp_path) == kept
 
 
-def test_an_evaluation_that_is_not_finite_removes_nothing(monkeypatch, store, tmp_path):
-    """And is never the best. Seen to fail with NaN noted, which no other figure exceeds."""
+def test_a_non_finite_evaluation_is_never_the_best(monkeypatch, store, tmp_path):
+    """It removes no other step. Seen to fail with NaN as a score, which no other score exceeds."""
     make_measure = exact_loss.make_measure
     monkeypatch.setattr(exact_loss, "make_measure", lambda *given: lambda params, *rest: {
         name: value * np.nan for name, value in make_measure(*given)(params, *rest).items()})
@@ -312,8 +309,8 @@ def test_an_evaluation_that_is_not_finite_removes_nothing(monkeypatch, store, tm
     assert saved(tmp_path) == [20, 24]
 
 
-def test_a_run_past_its_end_says_that_it_is_finished(monkeypatch, store, tmp_path, capsys):
-    """Seen to fail with "goes on from step 24 of 8"."""
+def test_a_run_past_its_end_reports_that_it_is_finished(monkeypatch, store, tmp_path, capsys):
+    """Seen to fail with "resuming from step 4 of 2"."""
     more = {"optimizer": {"schedule": "constant"}, "eval_every_steps": 0}
     given = config.base_config("pretrain", "model=igpt_tiny,steps=4,batch_size=8,precision=float32")
     given.model.update(layers=1, embed=8, heads=1)
@@ -322,8 +319,8 @@ def test_a_run_past_its_end_says_that_it_is_finished(monkeypatch, store, tmp_pat
     for steps_wanted in (4, 2):
         given.steps = steps_wanted
         loop.train(config.parse("pretrain", given), str(tmp_path))
-    told = capsys.readouterr().err
-    assert "already finished: the newest checkpoint is of step 4; steps=2" in told and "goes on" not in told
+    log = capsys.readouterr().err
+    assert "already finished: the newest checkpoint is of step 4; steps=2" in log and "resuming" not in log
 
 
 @pytest.mark.parametrize("name, value", [
@@ -331,8 +328,8 @@ def test_a_run_past_its_end_says_that_it_is_finished(monkeypatch, store, tmp_pat
     ("jax_high_dynamic_range_gumbel", True), ("jax_numpy_dtype_promotion", "strict"),
     ("jax_numpy_rank_promotion", "raise"),
 ])
-def test_no_setting_of_jax_makes_other_numbers(name, value, capsys):
-    """As environment variables set them. Seen to fail with the name missing in `runtime.PINNED`."""
+def test_no_setting_of_jax_changes_results(name, value, capsys):
+    """Environment variables can set each of these. Seen to fail with the name missing in `precision.PINNED`."""
     jax.config.update(name, value)
     set_precision("float32")
     assert getattr(jax.config, name) == PINNED[name] != value
@@ -340,7 +337,7 @@ def test_no_setting_of_jax_makes_other_numbers(name, value, capsys):
 
 
 def test_the_run_must_divide_over_the_mesh(folder, store):
-    """On 8 devices, images of 8x8. Each line names the value and the nearest valid choice."""
+    """On 8 devices, with images of 8x8. Each error names the value and the nearest valid choice."""
     for more, message in ((["--config.batch_size=12"], "such as 16"),
                           (["--config.accumulate=4"], "8 devices x accumulate=4. Choose a multiple of 32"),
                           (["--config.mesh.fsdp=2", "--config.mesh.tensor=4"], "Choose mesh.tensor=2"),
@@ -363,4 +360,4 @@ def test_a_workdir_in_use_is_refused(folder, store):
         os.kill(process.pid, signal.SIGINT)
         rest = process.stderr.read()
     assert second.returncode == 2 and str(process.pid) in second.stderr, second.stderr
-    assert process.returncode == 75 and "The same command goes on" in rest, rest
+    assert process.returncode == 75 and "The same command resumes" in rest, rest

@@ -1,4 +1,4 @@
-"""The launch files: scripts pass shellcheck, manifests their schemas, and every command in them is one of ours."""
+"""The launch files: scripts pass shellcheck, manifests fit their schemas, and every command in them parses."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def job_of(manifest):
 
 
 def parses(arguments):
-    """What our own parser makes of `python -m igpt_jax` and these arguments: the config and the workdir."""
+    """(config, workdir) that the command line parses from the arguments of `python -m igpt_jax`."""
     job, *rest = arguments
     return command_line._parse(job, rest)
 
@@ -85,7 +85,7 @@ def test_manifests_fit_their_schemas(name):
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_commands_of_manifests_parse(name, monkeypatch):
-    """The containers' commands are shown first, and our own parser takes them; $(SLICE) is a number by then.
+    """render.sh prints the containers' commands, and the command line accepts them; $(SLICE) stands for a number.
 
     Seen to fail with `--config.data.stores` in tpu.yaml.
     """
@@ -98,8 +98,8 @@ def test_commands_of_manifests_parse(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
-def test_exit_codes_decide_what_starts_again(name):
-    """What can go on starts again without end; a bug, the input and divergence end the JobSet."""
+def test_exit_codes_decide_what_is_restarted(name):
+    """A run that can resume is restarted without limit. A bug, bad input and divergence end the JobSet."""
     manifest, _ = rendered(*MANIFESTS[name])
     job, policy = job_of(manifest), manifest["spec"]["failurePolicy"]
     disrupted, ended = job["spec"]["podFailurePolicy"]["rules"]
@@ -120,7 +120,7 @@ def test_variables_that_would_change_a_manifest_are_refused(name, value):
 
 @pytest.fixture
 def submitted(tmp_path):
-    """The words of each sbatch command that a script of launch/slurm gives."""
+    """Runs a script of launch/slurm and returns the words of each sbatch command that it submits."""
     stub, log = tmp_path / "sbatch", tmp_path / "log"
     stub.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" >> {log}\nprintf '\\n' >> {log}\necho 17\n")
     stub.chmod(0o755)
@@ -135,15 +135,15 @@ def submitted(tmp_path):
 
 
 def jobs_in(commands):
-    """What follows job.sbatch in each command."""
+    """The arguments after job.sbatch in each command."""
     for words in commands:
-        at = next((at for at, word in enumerate(words) if word.endswith("job.sbatch")), None)
-        if at:
-            yield [word.replace("{i}", "1").replace("{value}", "0.001") for word in words[at + 1:]]
+        index = next((index for index, word in enumerate(words) if word.endswith("job.sbatch")), None)
+        if index:
+            yield [word.replace("{i}", "1").replace("{value}", "0.001") for word in words[index + 1:]]
 
 
 def test_commands_of_slurm_scripts_parse(submitted, monkeypatch):
-    """Chain, slices and sweep: what they submit, our own parser takes.
+    """The command line accepts what chain, slices and sweep submit.
 
     Seen to fail with `--config.checkpoints` for probe in chain.sh.
     """
@@ -159,8 +159,8 @@ def test_commands_of_slurm_scripts_parse(submitted, monkeypatch):
     assert parsed[-1][0].optimizer.learning_rate == 0.001 and parsed[-1][1] == "runs/sweep/lr-0.001"
 
 
-def test_tpu_vm_shows_what_it_would_run(monkeypatch):
-    """A dry run names all workers of all slices, and runs a command that our own parser takes."""
+def test_tpu_vm_dry_run_shows_its_commands(monkeypatch):
+    """They address all workers of all slices, and the command line accepts the job's command."""
     monkeypatch.chdir(ROOT)
     environment = {**os.environ, "NAME": "igpt-l", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "SLICES": "2",
                    "DRY_RUN": "1"}
@@ -175,7 +175,7 @@ def test_tpu_vm_shows_what_it_would_run(monkeypatch):
 
 
 def test_the_best_rate_of_a_sweep(tmp_path):
-    """The table has all rates from the highest down; a diverged or unfinished one is never the best.
+    """The table lists all rates, the highest first. A diverged or unfinished run is never the best.
 
     Seen to fail with `max` in place of `min`.
     """
@@ -199,7 +199,7 @@ def test_the_best_rate_of_a_sweep(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["reproduce", "reproduce_10m", "transfer"])
 def test_reproductions(tmp_path, script):
-    """With few steps on made-up pictures; all stages finish, twice, and the second time what is done stays."""
+    """With few steps on synthetic pictures: all stages finish, twice, and the second time finished stages stay."""
     random = np.random.default_rng(0)
     for split, count in (("train", 200), ("test", 40)):
         np.savez(tmp_path / f"{split}.npz", images=random.integers(0, 256, (count, 32, 32, 3), np.uint8),
@@ -227,7 +227,7 @@ def test_reproductions(tmp_path, script):
 
 
 def test_the_container_installs_by_the_constraints():
-    """The image copies all that its installation reads."""
+    """The image copies every file that its installation reads."""
     dockerfile = (ROOT / "launch/Dockerfile").read_text()
     copied = " ".join(re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE)).split()
     needed = {"constraints.txt", "constraints-buckets.txt", "setup.cfg", "pyproject.toml", "igpt_jax", "launch"}
@@ -236,8 +236,9 @@ def test_the_container_installs_by_the_constraints():
 
 
 def test_an_editable_install_is_found_above_its_clone(tmp_path):
-    """From the folder above a clone named igpt_jax, which Python takes for a namespace package, the package is found,
-    by module and by import. Seen to fail without `package_dir` in setup.cfg.
+    """The package is found from the folder above a clone named igpt_jax, which Python takes for a namespace package.
+
+    Seen to fail without `package_dir` in setup.cfg.
     """
     clone, site = tmp_path / "igpt_jax", tmp_path / "site"
     (clone / "igpt_jax").mkdir(parents=True)
@@ -258,6 +259,6 @@ def test_an_editable_install_is_found_above_its_clone(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == __version__, done.stderr
 
 
-def test_every_job_tells_of_processes():
+def test_the_help_of_a_job_lists_the_flags_of_processes():
     done = run_job_command("verify", "--help")
     assert "--coordinator" in done.stdout and "--process_id" in done.stdout

@@ -1,4 +1,4 @@
-"""Several processes of one job, as launch/local.sh starts them, compute what one process does."""
+"""Several processes of one job, started by launch/local.sh, compute the same as one process."""
 
 import os
 import signal
@@ -18,9 +18,10 @@ def local(processes, arguments, devices, **options):
 
 
 def test_two_processes_equal_one_and_stop_together(tmp_path):
-    """float64, 2 processes x 4 devices over gloo, fsdp x tensor x context, against 1 device: losses to 1e-8,
-    each process reading its own rows by tf.data. Stopped by one SIGTERM both save the same step; one process
-    and two evaluate what they wrote, as followers of a run that is done.
+    """In float64, 2 processes x 4 devices over gloo (fsdp x tensor x context) have the losses of 1 device to 1e-8.
+
+    Each process reads its own rows by tf.data. One SIGTERM stops both at the same step. One process and two processes
+    then evaluate the finished run with watch=True.
 
     Seen to fail with every process reading the first rows.
     """
@@ -46,7 +47,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     with local(2, arguments, devices=4) as job:
         log = job.stderr.read()
     assert job.returncode == 0, log
-    assert "goes on from step" in log and result(tmp_path / "two")["device"]["processes"] == 2
+    assert "resuming from step" in log and result(tmp_path / "two")["device"]["processes"] == 2
 
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert expected.keys() == found.keys()
@@ -67,7 +68,7 @@ def trained(folder, store, name, *more):
 
 
 def on_one(folder):
-    """{job: its arguments, but for the workdir}, judging the checkpoint of the run on one process."""
+    """{job: its arguments without --workdir}, for the checkpoint of the run on one process."""
     return {"evaluate": [f"--config.checkpoints={folder / 'one'}", "--config.precision=float64"],
             "probe": [f"--config.checkpoint={folder / 'one'}", "--config.precision=float64",
                       "--config.baselines=False"],
@@ -75,7 +76,7 @@ def on_one(folder):
 
 
 def figures(workdir):
-    """All that the jobs measured or drew, but for times."""
+    """All figures of evaluate and probe, and the images of sample."""
     found = {}
     for job in ("evaluate", "probe"):
         metrics = result(workdir / job)["metrics"]
@@ -87,7 +88,7 @@ def figures(workdir):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """A run, and evaluate, probe and sample on its checkpoint, on one process with one device."""
+    """A run on one process with one device, and evaluate, probe and sample of its checkpoint."""
     folder = tmp_path_factory.mktemp("processes")
     store = folder / "store"
     commands = [["prepare", f"--workdir={store}", "--config.source=digits:train", "--config.test_source=digits:test"],
@@ -101,8 +102,8 @@ def one(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_jobs_on_several_processes_equal_one(one, processes):
-    """evaluate and probe in float64 to 1e-8, sample in float32 token for token; pretrain's losses to 1e-8 too (on two
-    processes the test above says so).
+    """evaluate and probe agree in float64 to 1e-8, sample in float32 token for token. With four processes the losses of
+    pretrain agree to 1e-8 too; the test above covers two.
 
     Seen to fail with every process evaluating the first rows.
     """

@@ -1,4 +1,4 @@
-"""Completing pictures of a user's own, from a checkpoint alone."""
+"""The sample job: completions of a user's pictures, and samples from a checkpoint alone."""
 
 import os
 
@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_convert import make_folder
-from test_weights import run
+from weights_files import run
 
-from igpt_jax.config import SampleConfig, SampleMeshConfig, UserError
+from igpt_jax.config import PrepareConfig, SampleConfig, SampleMeshConfig, UserError
+from igpt_jax.config.data import SplitConfig
 from igpt_jax.data import palette
-from igpt_jax.jobs import sample
+from igpt_jax.jobs import prepare, sample
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A converted model of 5x5 pixels, and pictures: wide, tall, grey, too small and broken."""
+    """A converted model of 5x5 pixels, and pictures: wide, tall, gray, too small and broken."""
     folder = tmp_path_factory.mktemp("sample")
     make_folder(folder / "hf")
     run(folder / "model", f"huggingface:{folder}/hf", "")
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
     pictures.mkdir()
     Image.fromarray(rng.integers(0, 256, (10, 30, 3), np.uint8)).save(pictures / "a wide.png")
     Image.fromarray(rng.integers(0, 256, (40, 20, 3), np.uint8)).save(pictures / "b tall.jpg")
-    Image.fromarray(rng.integers(0, 256, (5, 5), np.uint8)).save(pictures / "c grey.webp", lossless=True)
+    Image.fromarray(rng.integers(0, 256, (5, 5), np.uint8)).save(pictures / "c gray.webp", lossless=True)
     Image.fromarray(rng.integers(0, 256, (4, 9, 3), np.uint8)).save(pictures / "small.png")
     (pictures / "broken.png").write_bytes(b"not a picture")
     (pictures / "notes.txt").write_text("not looked at")
@@ -38,16 +39,16 @@ def complete(folder, name, **more):
 
 
 def test_pictures_are_completed_below_the_rows_given(folder, capsys):
-    """Cropped, reduced and quantized; named; what cannot be used is said; a completion is the same however many others
-    there are and in whatever batch.
+    """Pictures are cropped, reduced and quantized; unusable ones are reported. A completion depends neither on the
+    number of others nor on the batch size.
 
-    Seen to fail with a completion's stream folded with its index among all completions.
+    Seen to fail with a completion's key folded with its index among all completions.
     """
     metrics, made = complete(folder, "one", completions=2, batch_size=2)
     said = capsys.readouterr().err
     assert "left out small.png: 9x4: smaller than 5 pixels" in said and "left out broken.png" in said
     assert metrics["completions"] == 6 and metrics["samples"] == 0
-    assert made["names"].tolist() == ["a wide.png", "b tall.jpg", "c grey.webp"]
+    assert made["names"].tolist() == ["a wide.png", "b tall.jpg", "c gray.webp"]
     assert made["completions"].shape == (3, 2, 25) and "samples" not in made
     with Image.open(folder / "pictures" / "a wide.png") as image:
         square = np.asarray(image)[:, 10:20].reshape(5, 2, 5, 2, 3).mean((1, 3))
@@ -58,7 +59,7 @@ def test_pictures_are_completed_below_the_rows_given(folder, capsys):
                                   np.repeat(made["originals"][:, None, :10], 2, axis=1))
     assert (made["completions"][:, 0] != made["completions"][:, 1]).any(axis=1).all()
     with Image.open(folder / "one/figures/completions.png") as image:
-        pixel, gap = 96 // 5, 96 // 5 // 2  # each pixel a square: original, what was given, two completions
+        pixel, gap = 96 // 5, 96 // 5 // 2  # each pixel is a square: original, given rows, two completions
         assert image.size == (4 * 5 * pixel + 3 * gap, 3 * 5 * pixel + 2 * gap)
         first = np.asarray(image)[:5 * pixel, :5 * pixel]
     sharp = palette.decode(made["originals"][0], made["palette"]).reshape(5, 5, 3).repeat(pixel, 0).repeat(pixel, 1)
@@ -72,9 +73,11 @@ def test_pictures_are_completed_below_the_rows_given(folder, capsys):
 @pytest.mark.parametrize("pattern, names", [
     ("*/1.png", ["a/1.png", "b/1.png", "c/1.png"]), ("a/*", ["1.png", "2.png"]), ("b", ["1.png"]),
     ("*", ["a/1.png", "a/2.png", "b/1.png", "c/1.png"]), ("*/[13].png", ["a/1.png", "b/1.png", "c/1.png"])])
-def test_each_picture_is_completed_whatever_its_name(folder, tmp_path, pattern, names):
-    """Pictures of one name in several folders; the folder of a FIFO and of a folder named like a picture. Seen to fail
-    with pictures known by their names alone."""
+def test_pictures_of_the_same_name_are_all_completed(folder, tmp_path, pattern, names):
+    """Names repeat in several folders. A FIFO and a folder with names of pictures are skipped.
+
+    Seen to fail with pictures identified by their names alone.
+    """
     for seed, name in enumerate(("a/1.png", "a/2.png", "b/1.png", "c/1.png")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
@@ -90,7 +93,7 @@ def test_each_picture_is_completed_whatever_its_name(folder, tmp_path, pattern, 
 @pytest.mark.parametrize("images, message", [
     ("broken.png", "no picture that can be used .broken.png: "),
     ("notes.txt", "no picture that can be used"), ("none", "matches nothing"), ("*.gif", "matches nothing")])
-def test_nothing_to_complete_is_said_in_one_line(folder, images, message):
+def test_nothing_to_complete_is_one_line(folder, images, message):
     """Seen to fail with a ValueError in place of one UserError."""
     config = SampleConfig(checkpoint=str(folder / "model"), images=f"{folder}/pictures/{images}")
     with pytest.raises(UserError, match=message) as caught:
@@ -99,7 +102,18 @@ def test_nothing_to_complete_is_said_in_one_line(folder, images, message):
 
 
 def test_a_checkpoint_without_data_gives_samples_alone(folder):
-    """Weights from elsewhere name no store: nothing is completed, and nothing is missing."""
+    """Converted weights name no store: nothing is completed, and no error is raised."""
     metrics = sample.run(SampleConfig(checkpoint=str(folder / "model"), count=3), str(folder / "alone"))
     assert metrics["samples"] == 3 and metrics["completions"] == 0
     assert not (folder / "alone/figures/completions.png").exists()
+
+
+def test_a_missing_split_is_reported_with_the_splits_that_exist(folder, tmp_path):
+    """A store without held-out images. Seen to fail without the key that chooses another split."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 5, 5, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    prepare.run(PrepareConfig(source=f"npz:{tmp_path}/images.npz", held_out=0, image_size=5, palette="fit:4"),
+                str(tmp_path / "store"))
+    config = SampleConfig(checkpoint=str(folder / "model"), data=SplitConfig(store=str(tmp_path / "store")))
+    with pytest.raises(UserError, match="It has train.*--config.data.split=train$"):
+        sample.run(config, str(tmp_path / "s"))

@@ -1,7 +1,8 @@
-"""What comes from elsewhere runs no code, writes only into the workdir, and takes little memory: a row per attack.
+"""Attacks by untrusted files: they run no code, write only into the workdir, and take little memory.
 
-Each row makes its files in a folder of its own and names the job that reads them. All run in one process, so that its
-peak memory is the peak of all.
+Each attack is a function (folder, canary) that makes its files in `folder` and returns the job that reads them and the
+job's settings; `canary` is a path that only attacking code would create. All jobs run in one process, so that its peak
+memory is the peak of all.
 """
 
 import io
@@ -27,7 +28,7 @@ NESTED = "[" * 2_000_000
 
 
 class Canary:
-    """Unpickled, it runs code."""
+    """Runs code when it is unpickled: creates a folder."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -72,7 +73,7 @@ def pickled_weights(folder, canary):
 
 
 def archive_bomb(folder, canary):
-    """100 GB of images, says the header; 50 KB that unpack to 50 MB are there."""
+    """The header announces 100 GB of images; the file holds 50 KB that unpack to 50 MB."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**25, 32, 32, 3)})
     with zipfile.ZipFile(folder / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -84,7 +85,7 @@ def archive_bomb(folder, canary):
 
 
 def header_bomb(folder, canary):
-    """A NumPy header of nested brackets, which Python would parse."""
+    """A NumPy header of nested brackets, which exhaust Python's parser."""
     text = ("(" * 30_000).encode()
     (folder / "palette.npy").write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text)
     return ["prepare", "source=synthetic:8", "image_size=4", f"palette={folder}/palette.npy"]
@@ -97,7 +98,7 @@ def picture(seed):
 
 
 def picture_bomb(folder, canary):
-    """60,000 x 60,000 pixels in 10 MB, beside good pictures: goes to quarantine."""
+    """60,000 x 60,000 pixels in 10 MB, among good pictures: goes to quarantine."""
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -113,7 +114,7 @@ def picture_bomb(folder, canary):
 
 
 def tar_that_leads_out(folder, canary):
-    """Paths out of the archive, and links and devices by which others would be written: all go to quarantine."""
+    """Paths out of the archive, links and devices: all go to quarantine."""
     with tarfile.open(folder / "a.tar", "w") as archive:
         for name in (str(canary) + ".png", "../../canary.png", *(f"{seed}.png" for seed in range(8))):
             info, data = tarfile.TarInfo(name), picture(len(name))
@@ -132,7 +133,7 @@ def safetensors_header_bomb(folder, canary):
 
 
 def safetensors_shape_bomb(folder, canary):
-    """A tensor of 2^50 elements, of which no byte is there."""
+    """A tensor of 2^50 elements without any data."""
     header = json.dumps({"transformer.wte.weight": {"dtype": "F32", "shape": [2**25, 2**25],
                                                     "data_offsets": [0, 2**52]}}).encode()
     return safetensors(folder, struct.pack("<Q", len(header)) + header)
@@ -172,27 +173,27 @@ def python_in_a_checkpoint(folder, canary):
     return sample(step)
 
 
-def nested_record(folder, canary):
+def nested_metadata(folder, canary):
     step = checkpoint(folder)
     (step / "_CHECKPOINT_METADATA").write_text(NESTED)
     return sample(step)
 
 
-def large_record(folder, canary):
+def large_metadata(folder, canary):
     step = checkpoint(folder)
     with open(step / "_CHECKPOINT_METADATA", "wb") as file:
         file.truncate(2**33)
     return sample(step)
 
 
-def record_of_a_huge_model(folder, canary):
-    """Its CRC is right: who can write a checkpoint can write that too."""
+def metadata_of_a_huge_model(folder, canary):
+    """With a valid CRC, which an attacker can compute too."""
     step = checkpoint(folder)
     (step / hashes.HASHES).unlink()
     value = json.loads((step / "_CHECKPOINT_METADATA").read_text())
-    record = hashes.unsealed(value["custom_metadata"], "record")
-    record["config"]["model"] |= {"embed": 2**20, "heads": 2**10, "layers": 2**10}
-    value["custom_metadata"] = hashes.sealed(record)
+    metadata = hashes.unsealed(value["custom_metadata"], "metadata")
+    metadata["config"]["model"] |= {"embed": 2**20, "heads": 2**10, "layers": 2**10}
+    value["custom_metadata"] = hashes.sealed(metadata)
     (step / "_CHECKPOINT_METADATA").write_text(json.dumps(value))
     return sample(step)
 
@@ -210,7 +211,7 @@ def link_in_a_checkpoint(folder, canary):
 
 
 def pipe_in_a_checkpoint(folder, canary):
-    """Who opens it waits for ever."""
+    """Opening a pipe would block for ever."""
     step = checkpoint(folder)
     os.mkfifo(step / "params" / "more")
     (step / hashes.HASHES).write_text(f"{'0' * 64}  params/more\n")
@@ -234,43 +235,24 @@ def manifest_that_leads_out(folder, canary):
 
 BAD_INPUT = (pickled_palette, pickled_palette_without_a_header, pickled_images, pickled_labels, pickled_tokens,
              pickled_weights, archive_bomb, header_bomb, safetensors_header_bomb, safetensors_shape_bomb,
-             nested_weights_config, nested_record, large_record, record_of_a_huge_model, hashes_that_lead_out,
+             nested_weights_config, nested_metadata, large_metadata, metadata_of_a_huge_model, hashes_that_lead_out,
              link_in_a_checkpoint, pipe_in_a_checkpoint, nested_manifest, manifest_that_leads_out)
 HARMLESS = (picture_bomb, tar_that_leads_out, python_in_a_checkpoint)
-JOBS = """
-import importlib, json, sys
-from igpt_jax.runtime.job import run_job
-from igpt_jax.config import base_config, parse
-
-codes = {{}}
-for name, job, workdir, settings in json.load(open({rows!r})):
-    print("==", name, file=sys.stderr, flush=True)
-    config = base_config(job)
-    with config.unlocked():
-        for setting in settings:
-            key, _, value = setting.partition("=")
-            kind = type(config[key])
-            config[key] = kind(value)
-    codes[name] = run_job(importlib.import_module("igpt_jax.jobs." + job).run, parse(job, config), workdir)
-# Not getrusage: its ru_maxrss starts from what the process held that started this one.
-peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps([codes, peak]))
-"""
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(exit codes by row, peak memory in bytes, what was printed, files that appeared outside of workdirs)."""
+    """(exit codes by attack, peak memory in bytes, stderr, files that appeared outside of workdirs)."""
     folder = tmp_path_factory.mktemp("attacks")
     rows = []
     for attack in (*BAD_INPUT, *HARMLESS):
-        place = folder / attack.__name__
-        place.mkdir()
-        job, *settings = attack(place, folder / "canary")
-        rows.append((attack.__name__, job, str(place / "workdir"), settings))
+        own = folder / attack.__name__
+        own.mkdir()
+        job, *settings = attack(own, folder / "canary")
+        rows.append((attack.__name__, job, str(own / "workdir"), settings))
     (folder / "rows.json").write_text(json.dumps(rows))
     before = files(folder)
-    job = run_job_command(script=JOBS.format(rows=str(folder / "rows.json")))
+    job = run_job_command(folder / "rows.json", script="attacked_jobs.py")
     assert job.returncode == 0, job.stderr
     codes, peak = json.loads(job.stdout.splitlines()[-1])
     return codes, peak, job.stderr, files(folder) - before
@@ -281,13 +263,13 @@ def files(folder):
 
 
 @pytest.mark.parametrize("attack", [*BAD_INPUT, *HARMLESS], ids=lambda attack: attack.__name__)
-def test_each_is_refused_in_a_line_or_passed_over(done, attack):
+def test_each_attack_is_refused_or_skipped(done, attack):
     codes, _, printed, _ = done
     assert codes[attack.__name__] == (2 if attack in BAD_INPUT else 0), printed
 
 
-def test_nothing_ran_nothing_was_written_and_memory_stayed_small(done):
-    """Peak memory with JAX and all jobs: 1 GiB at most."""
+def test_no_code_ran_no_file_was_written_and_memory_stayed_small(done):
+    """Peak memory with JAX and all jobs is at most 1 GiB."""
     _, peak, _, appeared = done
     assert not appeared and not (ROOT.parent / "canary.png").exists()
     assert peak < 2**30, f"{peak / 2**20:.0f} MiB"

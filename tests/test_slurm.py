@@ -1,4 +1,4 @@
-"""The shipped SLURM files on a real cluster: two nodes on this machine. Run by `make slurm`."""
+"""The SLURM files of launch/ on a real cluster of two nodes on this machine. Run by `make slurm`."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TWO = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=0"
 
 
 class Cluster:
-    """Two nodes, n1 and n2; jobs run in `folder` and leave their logs there."""
+    """A cluster of two nodes, n1 and n2. Jobs run in `folder` and write their logs there."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -39,14 +39,14 @@ class Cluster:
         subprocess.run([ROOT / "tests/slurm/cluster.sh", verb, *names, self.folder / "slurm"], check=True)
 
     def submit(self, *arguments, **environment) -> str:
-        """Returns the id of a job of launch/slurm/job.sbatch on both nodes."""
+        """Submits launch/slurm/job.sbatch on both nodes. Returns the job's id."""
         return self("sbatch", "--parsable", *TWO.split(), ROOT / "launch/slurm/job.sbatch", *arguments, **environment)
 
     def job(self, number: str) -> dict[str, str]:
         return dict(pair.split("=", 1) for pair in self("scontrol", "show", "job", number).split() if "=" in pair)
 
     def wait(self, number: str, state: str = "COMPLETED", seconds: float = patience()) -> dict[str, str]:
-        """The job (or the array's last task) once it has ended in `state`."""
+        """Waits until the job (or the array's last task) has ended in `state`. Returns its description."""
         end = time.monotonic() + seconds
         while self("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T").split() != [state]:
             assert time.monotonic() < end, self("squeue", "--states=all") + self.logs(number)
@@ -87,7 +87,7 @@ def arguments(cluster, store):
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, arguments):
-    """Trained on two processes by the shipped file."""
+    """An undisturbed run on two processes."""
     number = cluster.submit(*arguments("undisturbed"))
     cluster.wait(number)
     assert result(cluster.folder / "undisturbed")["device"]["processes"] == 2
@@ -96,21 +96,21 @@ def undisturbed(cluster, arguments):
     return cluster.folder / "undisturbed"
 
 
-def test_a_run_that_is_stopped_queues_itself_again(cluster, arguments, undisturbed):
-    """SIGTERM to the processes, as at the end of the job's time: 75, requeued, finished, with all losses of the
-    undisturbed run."""
+def test_a_stopped_run_is_requeued(cluster, arguments, undisturbed):
+    """SIGTERM, as at the end of the job's time: exit code 75, requeued, finished, with all losses of the undisturbed
+    run."""
     number = cluster.submit(*arguments("stopped"))
     cluster.wait_for(number, f"step 12/{STEPS}")
     cluster("scancel", "--signal=TERM", number)
     cluster.wait_for(number, "exit code 75")
     ended = cluster.wait(number)
-    assert ended["Restarts"] == "1" and "goes on from step" in cluster.logs(number)
+    assert ended["Restarts"] == "1" and "resuming from step" in cluster.logs(number)
     assert losses(cluster.folder / "stopped") == losses(undisturbed)
 
 
-def test_a_run_whose_node_dies_goes_on(cluster, arguments, undisturbed):
-    """The daemon of n2 and the process on it, killed: SLURM or the job itself queues it again; once the node is back it
-    finishes, with all losses of the undisturbed run."""
+def test_a_run_whose_node_dies_resumes(cluster, arguments, undisturbed):
+    """The daemon and the process on n2 are killed: SLURM or the job requeues it. Once the node is back, it
+    finishes with all losses of the undisturbed run."""
     number = cluster.submit(*arguments("killed"))
     cluster.wait_for(number, f"step 12/{STEPS}")
     cluster.nodes("down-node", "n2")
@@ -123,27 +123,27 @@ def test_a_run_whose_node_dies_goes_on(cluster, arguments, undisturbed):
     assert losses(cluster.folder / "killed") == losses(undisturbed)
 
 
-def test_a_run_makes_room_and_goes_on(cluster, arguments, undisturbed):
-    """Preempted by a job of a partition with more priority: saves, waits, finishes with the same losses."""
+def test_a_preempted_run_resumes(cluster, arguments, undisturbed):
+    """A job in a partition of higher priority preempts the run: it saves, waits, and finishes with the same losses."""
     number = cluster.submit(*arguments("preempted"))
     cluster.wait_for(number, f"step 12/{STEPS}")
     urgent = cluster("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=srun sleep 1")
     cluster.wait(urgent)
     ended = cluster.wait(number)
-    assert int(ended["Restarts"]) >= 1 and "goes on from step" in cluster.logs(number)
+    assert int(ended["Restarts"]) >= 1 and "resuming from step" in cluster.logs(number)
     assert losses(cluster.folder / "preempted") == losses(undisturbed)
 
 
-def test_the_input_is_not_tried_again(cluster, arguments):
-    """Exit code 2 ends the job: the same command could only fail again."""
+def test_bad_input_is_not_requeued(cluster, arguments):
+    """Exit code 2 ends the job, since the same command would fail again."""
     number = cluster.submit(*arguments("refused"), "--config.batch_size=7")
     ended = cluster.wait(number, "FAILED")
     assert ended["Restarts"] == "0" and ended["ExitCode"] == "2:0", cluster.logs(number)
 
 
-def test_a_bug_in_one_process_is_not_tried_again(cluster, arguments, tmp_path):
-    """Process 1 ends with 1, process 0 then with 134, for it waits for a dead peer: the job's code is 134, and yet it
-    is not queued again."""
+def test_a_bug_in_one_process_is_not_requeued(cluster, arguments, tmp_path):
+    """Process 1 ends with exit code 1, and process 0 then with 134, since it waits for a dead peer. The job's exit code
+    is 134, but it is not requeued."""
     broken = tmp_path / "python"
     broken.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && exit 1\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
@@ -154,7 +154,7 @@ def test_a_bug_in_one_process_is_not_tried_again(cluster, arguments, tmp_path):
 
 
 def test_the_chain_runs_to_its_last_job(cluster, store):
-    """All stages that there are, each after the one before."""
+    """Every stage runs, each after the stage before."""
     run = cluster.folder / "chain"
     options = f"sbatch {TWO}"
     pretrain = [f"--config.data.store={store}", *TINY[:4], "--config.steps=4", *TINY[5:8]]
@@ -169,7 +169,7 @@ def test_the_chain_runs_to_its_last_job(cluster, store):
 
 
 def test_slices_are_joined(cluster, store):
-    """prepare as an array of three and a merge gives a store of as many images as in one go."""
+    """prepare as an array of three and a merge gives a store of as many images as one job."""
     workdir = cluster.folder / "sliced"
     shown = cluster(ROOT / "launch/slurm/slices.sh", 3, "prepare", f"--workdir={workdir}",
                     "--config.source=digits:train", "--config.test_source=digits:test",
@@ -181,7 +181,7 @@ def test_slices_are_joined(cluster, store):
 
 
 def test_each_checkpoint_is_evaluated_once(cluster, undisturbed):
-    """evaluate as an array of two and a merge: a row for each checkpoint, in one slice only."""
+    """evaluate as an array of two and a merge: each checkpoint has a row, in one slice only."""
     workdir, steps = cluster.folder / "curve", {file.name for file in (undisturbed / "checkpoints").iterdir()}
     shown = cluster(ROOT / "launch/slurm/slices.sh", 2, "evaluate", f"--workdir={workdir}",
                     f"--config.checkpoints={undisturbed / 'checkpoints'}/*",

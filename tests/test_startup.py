@@ -1,4 +1,4 @@
-"""Processes find each other by the variables of each launcher, name who is missing and refuse who differs."""
+"""Processes connect by the variables of each launcher, name missing ones, and refuse to start if they differ."""
 
 import contextlib
 import http.server
@@ -9,12 +9,12 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, patience, run_job_command
+from conftest import ROOT, SCRIPTS, patience, run_job_command
 
 from igpt_jax.config import UserError
 from igpt_jax.runtime import launchers, missing_peers, startup
 
-# What each launcher sets, and no more, on both of two processes of this machine; {i}: 0 or 1, {port}: a free one.
+# Exactly the variables that each launcher sets for two processes on this machine; {i}: 0 or 1, {port}: a free port.
 SLURM = {"SLURM_JOB_ID": "{slurm}", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
          "SLURM_NPROCS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1",
          "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2",
@@ -28,19 +28,7 @@ GPU_NODES = {"IGPT_COORDINATOR": "localhost:{port}", "IGPT_PROCESSES": "2", "IGP
              "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "{i}"}  # as launch/gke/gpu.yaml sets them
 TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "{port}", "WORLD_SIZE": "2", "RANK": "{i}", "LOCAL_RANK": "{i}",
             "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-TPU_VM = {"GCE_METADATA_IP": "{metadata}"}  # nothing else: the metadata server tells
-
-MEET = """
-import os, sys
-import numpy as np
-from igpt_jax.runtime import launchers, startup
-launch = launchers.recognize(os.environ)
-startup.connect(launch)
-startup.introduce(launch, startup.agree())
-import jax
-from jax.experimental import multihost_utils
-assert multihost_utils.process_allgather(np.int32(jax.process_index())).tolist() == [0, 1]
-"""
+TPU_VM = {"GCE_METADATA_IP": "{metadata}"}  # all else comes from the metadata server
 
 
 def free_port():
@@ -51,7 +39,7 @@ def free_port():
 
 @contextlib.contextmanager
 def metadata_server(process):
-    """Google's metadata server, as TPU VM number `process` of two sees it."""
+    """Google's metadata server, as TPU VM `process` of two sees it."""
     attributes = {"agent-worker-number": str(process), "worker-network-endpoints": "a:0:localhost,b:1:localhost",
                   "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\nWORKER_ID: '0'"}
 
@@ -73,7 +61,7 @@ def metadata_server(process):
 
 
 def start(command, variables, cwd=ROOT, **values):
-    """A process with the variables of a launcher and none of another's."""
+    """Starts a process with the variables of one launcher."""
     given = {name: text.format(**values) for name, text in variables.items()}
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, text=True, stderr=subprocess.PIPE,
                             env={**os.environ, "XLA_FLAGS": "", "IGPT_START_SECONDS": "60", **given})
@@ -83,7 +71,7 @@ def start(command, variables, cwd=ROOT, **values):
                                            ("flags", GPU_NODES), ("torchrun", TORCHRUN)],
                          ids=["slurm", "gke", "gke-slices", "tpu-vm", "gke-gpu", "torchrun"])
 def test_two_processes_meet(by, variables):
-    """With exactly the variables that the launcher sets both connect, and one line tells of both.
+    """With exactly the variables that the launcher sets, both processes connect, and one line names both.
 
     Seen to fail, for each of them, with a `recognize` that knows no launcher.
     """
@@ -93,12 +81,12 @@ def test_two_processes_meet(by, variables):
         for i in range(2):
             metadata = stack.enter_context(metadata_server(i))
             more = {} if by in ("flags", "torchrun", "SLURM") else {"JAX_COORDINATOR_PORT": str(port)}
-            processes.append(start(["-c", MEET], {**variables, **more}, i=i, port=port, metadata=metadata,
+            processes.append(start([SCRIPTS / "meet.py"], {**variables, **more}, i=i, port=port, metadata=metadata,
                                    slurm=os.getpid()))
-        told = [process.communicate(timeout=patience())[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
-    assert f"2 processes on {'localhost' if by == 'SLURM' else socket.gethostname()} " in told[0]
-    assert f"(started by {by}): 2 x cpu" in told[0] and "started by" not in told[1]
+        logs = [process.communicate(timeout=patience())[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
+    assert f"2 processes on {'localhost' if by == 'SLURM' else socket.gethostname()} " in logs[0]
+    assert f"(started by {by}): 2 x cpu" in logs[0] and "started by" not in logs[1]
 
 
 @pytest.mark.parametrize("variables, expected", [
@@ -120,8 +108,8 @@ def test_two_processes_meet(by, variables):
      launchers.Launch("TPU", "j-slice-0-0.j:8476", 6, 5, ("slice 0, host 0", "slice 0, host 1", "slice 1, host 0",
                                                          "slice 1, host 1", "slice 2, a", "slice 2, b"))),
 ])
-def test_places_are_recognised(variables, expected):
-    """Node lists, several slices, and what is one process though a launcher's variables are there."""
+def test_launchers_are_recognized(variables, expected):
+    """Node lists, several slices, and single processes with some variables of a launcher."""
     assert launchers.recognize(variables) == expected
 
 
@@ -137,7 +125,7 @@ def test_incomplete_variables_are_refused(variables):
 
 
 def jobs(workdir, numbers, of, *more_of_last, seconds=""):
-    """A command as processes `numbers` of `of`; returns exit codes and what each said."""
+    """Runs a command as the processes `numbers` of `of`. Returns their exit codes and logs."""
     port = free_port()
     running = []
     for number in numbers:
@@ -145,25 +133,25 @@ def jobs(workdir, numbers, of, *more_of_last, seconds=""):
         command = ["-m", "igpt_jax", "evaluate", f"--workdir={workdir}", "--config.checkpoints=/nowhere",
                    f"--coordinator=localhost:{port}", f"--processes={of}", f"--process_id={number}", *more]
         running.append(start(command, {"IGPT_START_SECONDS": seconds or str(patience())}))
-    told = [process.communicate(timeout=patience())[1] for process in running]
-    return [process.returncode for process in running], told
+    logs = [process.communicate(timeout=patience())[1] for process in running]
+    return [process.returncode for process in running], logs
 
 
-def test_who_is_missing_is_named(tmp_path):
-    """Two of four come: both end at the deadline with exit code 134, and name the other two in one line.
+def test_missing_processes_are_named(tmp_path):
+    """Two of four processes start: both end at the deadline with exit code 134, and name the other two in one line.
 
     Seen to fail with JAX's own deadline for the service, an hour.
     """
-    codes, told = jobs(tmp_path, [0, 2], of=4, seconds="20")
-    assert codes == [-6, -6], told  # as a shell sees it: 134
-    for lines in told:
-        assert "2 of 4 processes came within 20 s; missing: process 1, process 3." in lines.splitlines()[-1], lines
+    codes, logs = jobs(tmp_path, [0, 2], of=4, seconds="20")
+    assert codes == [-6, -6], logs  # a shell shows it as 134
+    for lines in logs:
+        assert "2 of 4 processes connected within 20 s; missing: process 1, process 3." in lines.splitlines()[-1], lines
         assert "stack trace" not in lines
 
 
 def test_a_missing_coordinator_is_named(tmp_path):
     codes, (lines,) = jobs(tmp_path, [1], of=2, seconds="1")
-    assert codes == [-6] and "within 1 s process 0, at localhost:" in lines
+    assert codes == [-6] and "process 0, at localhost:" in lines and "did not connect all processes within 1 s" in lines
 
 
 @pytest.mark.parametrize("error, says", [
@@ -171,38 +159,39 @@ def test_a_missing_coordinator_is_named(tmp_path):
     (RuntimeError("Unable to initialize backend 'tpu': INTERNAL: no\nlibtpu.so (set JAX_PLATFORMS='' to choose)"),
      "devices: Unable to initialize backend 'tpu': INTERNAL: no libtpu.so. Unset JAX_PLATFORMS, which is 'cpu'"),
 ])
-def test_a_platform_that_is_not_there_is_told_with_its_cure(monkeypatch, error, says):
-    """JAX_PLATFORMS=cuda without JAX's plugin is an AssertionError of JAX. Seen to fail with RuntimeError alone."""
+def test_an_unavailable_platform_is_reported_with_its_fix(monkeypatch, error, says):
+    """JAX raises AssertionError for JAX_PLATFORMS=cuda without its plugin. Seen to fail without it caught."""
     def devices():
         raise error
 
     monkeypatch.setattr(startup.jax, "devices", devices)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         startup.find_devices()
-    assert says in str(told.value) and "pip install -e '.[cuda]'" in str(told.value)
+    assert says in str(raised.value) and "pip install -e '.[cuda]'" in str(raised.value)
 
 
-def test_hosts_of_the_missing_are_named():
+def test_hosts_of_missing_processes_are_named():
     words = "# of tasks that reached the barrier: 1/3.\nSome timed out task names:\n2\n1\n\nRPC: RegisterTask"
     line = missing_peers.missing_line(words, 300, "n1:1", ["n1", "n2", "n3"])
-    assert "1 of 3 processes came within 300 s; missing: process 1 (n2), process 2 (n3)." in line
+    assert "1 of 3 processes connected within 300 s; missing: process 1 (n2), process 2 (n3)." in line
     assert missing_peers.missing_line("F1121 out of memory\n", 300, "n1:1", []) == "F1121 out of memory\n"
 
 
 def test_a_process_that_differs_is_refused(tmp_path):
-    """One differing config key: both processes end with exit code 2 before anything is computed or written; process 0
-    names process, key and both values.
+    """One config key differs: both processes end with exit code 2 before they compute or write anything.
 
-    Seen to fail with the verdict left empty.
+    Process 0 names the process, the key and both values.
+
+    Seen to fail with the differences left empty.
     """
-    codes, told = jobs(tmp_path / "made", [0, 1], 2, "--config.batch_size=64")
-    assert codes == [2, 2], told
-    assert f"process 1 on {socket.gethostname()} has batch_size=64 (process 0: 128)" in told[0]
-    assert "batch_size" not in told[1] and not (tmp_path / "made").exists()
+    codes, logs = jobs(tmp_path / "made", [0, 1], 2, "--config.batch_size=64")
+    assert codes == [2, 2], logs
+    assert f"process 1 on {socket.gethostname()} has batch_size=64 (process 0: 128)" in logs[0]
+    assert "batch_size" not in logs[1] and not (tmp_path / "made").exists()
 
 
 def test_other_data_on_one_host_is_refused(tmp_path):
-    """The same command, and under the same path another store: refused before anything is computed.
+    """The same command, but the same path holds another store: refused before anything is computed.
 
     Seen to fail without `agree` in loop.py.
     """
@@ -216,6 +205,6 @@ def test_other_data_on_one_host_is_refused(tmp_path):
                    "--config.batch_size=8", f"--coordinator=localhost:{port}", "--processes=2",
                    f"--process_id={i}"]
         running.append(start(command, {}, cwd=tmp_path / str(i)))
-    told = [process.communicate(timeout=patience())[1] for process in running]
-    assert [process.returncode for process in running] == [2, 2], told
-    assert f"process 1 on {socket.gethostname()} has data='" in told[0] and not (tmp_path / "run/checkpoints").exists()
+    logs = [process.communicate(timeout=patience())[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], logs
+    assert f"process 1 on {socket.gethostname()} has data='" in logs[0] and not (tmp_path / "run/checkpoints").exists()

@@ -1,1 +1,1 @@
-"""One file per job: `run(config, workdir)` reads the config, calls the parts and returns the job's metrics."""
+"""One file per job. `run(config, workdir)` runs the job and returns its metrics. The module's docstring is its help."""

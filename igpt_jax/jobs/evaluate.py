@@ -1,9 +1,11 @@
-"""Exact nats per pixel of one or many checkpoints over a whole split, each over any mesh and at any batch size; of
-fine-tuned models the accuracy, and on request probes and maps of surprise. With watch=True it follows runs and
-evaluates each step that they save, once.
+"""Computes the exact loss (nats per pixel) of one or many checkpoints over a whole split.
 
-Writes evaluation.json and evaluation.csv, a row per checkpoint, as they come, and figures. Started again it goes on
-with what is missing. Many checkpoints can be shared by an array job of n slices, whose tables are then joined:
+The result does not depend on the mesh or the batch size. Fine-tuned models also get their accuracy. Linear probes
+(probe=True) and per-pixel loss maps (loss_maps=N) are optional. With watch=True the job follows runs and evaluates
+every step that they save.
+
+Writes evaluation.json and evaluation.csv, a row per checkpoint as soon as it is measured, and figures. The same command
+again evaluates only what is missing. An array job of n slices can share many checkpoints; merge joins their tables:
 
     python -m igpt_jax evaluate --config.shard=I/N --workdir=DIR/slice-I ...   (each I from 0 to N-1)
     python -m igpt_jax evaluate --config.shard=merge --workdir=DIR
@@ -11,8 +13,6 @@ with what is missing. Many checkpoints can be shared by an array job of n slices
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -36,6 +36,7 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 from igpt_jax.runtime.exits import Ended
 from igpt_jax.storage import side_files, tables
+from igpt_jax.storage.hashes import json_digest
 from igpt_jax.storage.json import to_json
 
 NAME = "evaluation"
@@ -44,12 +45,15 @@ Row = dict[str, Any]
 
 
 def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
-    """Evaluates each checkpoint that has no row yet. Returns how many `checkpoints` the table has, and
-    `nats_per_pixel` and `examples` by checkpoint.
+    """Evaluates each checkpoint that has no row yet.
+
+    Returns:
+      The number of `checkpoints` in the table; `nats_per_pixel`, `examples` and, where measured, `accuracy` by
+      checkpoint.
 
     Raises:
       UserError: a checkpoint or the data is missing, or they do not fit each other or the mesh.
-      Ended: some checkpoints are damaged; the table holds all others.
+      Ended: some checkpoints are damaged or not finite; the table holds all others.
     """
     folder = storage.path(workdir)
     if config.shard == "merge":
@@ -62,7 +66,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
     resume = stated(config.job, "resume")
-    asked = _digest({name: value for name, value in flat(to_dict(config)).items() if resume[name] == "same"})
+    asked = json_digest({name: value for name, value in flat(to_dict(config)).items() if resume[name] == "same"})
     rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
@@ -71,7 +75,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
             loaded = checkpoint.load_model(step, mesh, config.precision, config.attention)
         except (UserError, OSError) as error:
             if not checkpoint.is_checkpoint(step):
-                say(f"{step}: its run has removed it meanwhile; it is passed over")
+                say(f"{step}: its run has removed it in the meantime; skipped")
             elif isinstance(error, checkpoint.NoGoodCheckpoint):
                 say(str(error))
                 damaged.append(step)
@@ -80,10 +84,10 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
             continue
         row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder), "asked": asked,
                "identity": identity}
-        row = storage.parse_json(to_json(row))  # as from the table: null for what is not finite
+        row = storage.parse_json(to_json(row))  # as read from the table: None for a number that is not finite
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
         _publish(folder, rows)
-        say(f"{step}: {_told(row)}")
+        say(f"{step}: {_summary(row)}")
     _publish(folder, rows)
     if damaged:
         raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows))
@@ -91,7 +95,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
 
 
 def _check_stores(config: EvaluateConfig) -> None:
-    """Raises UserError for a store or split that is missing: now, not once the first checkpoint is measured."""
+    """Raises UserError if a store or split is missing, before the first checkpoint is waited for or measured."""
     if config.data.store and not config.tokens:
         open_split(config.data.store, config.data.split, 0)
     if config.probe and (probed := config.probing.data.store or config.data.store):
@@ -101,7 +105,7 @@ def _check_stores(config: EvaluateConfig) -> None:
 
 
 def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
-    """The checkpoints of this slice that have no row among those that were there at the start; None where it waits."""
+    """Yields the checkpoints of this slice that have no row in `rows`; None before each wait (`watching.follow`)."""
     known = {row["checkpoint"]: (row.get("identity"), row.get("data")) for row in rows if "checkpoint" in row}
     fingerprint = functools.cache(lambda *given: _fingerprint(config, _examples(config, *given), *given))
 
@@ -109,7 +113,7 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
         try:
             return step in known and known[step] == (checkpoint.identity(step),
                                                      fingerprint(*_needed(checkpoint.load_metadata(step))))
-        except UserError:  # it is gone or damaged, as will be said when it is loaded
+        except UserError:  # removed or damaged; reported when it is loaded
             return False
 
     steps = (watching.follow(config.checkpoints, config.idle_seconds, config.poll_seconds) if config.watch else
@@ -119,31 +123,32 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
             yield step
 
 
-def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, record: checkpoint.Metadata, mesh: Mesh,
+def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh,
              folder: storage.Path) -> Row:
-    """The columns of one checkpoint; its surprise goes to files of its own."""
-    split = _examples(config, *_needed(record))
-    lookup = palette.lookup_table(record.palette_VC)
+    """Measures one checkpoint and writes its loss maps. Returns its columns of the table."""
+    split = _examples(config, *_needed(metadata))
+    lookup = palette.lookup_table(metadata.palette_VC)
     labelled = not isinstance(split, TokenFile) and split.labelled
-    found = exact_loss.make_measure(model, mesh, config.batch_size, lookup)(params, split, labelled=labelled)
-    row = {"steps": record.steps_done, "objective": record.config.objective,
+    found = exact_loss.make_measure(model, mesh, config.batch_size, lookup)(params, split, labeled=labelled)
+    row = {"steps": metadata.steps_done, "objective": metadata.config.objective,
            "split": config.tokens or config.data.split, "examples": split.count, **found,
            "bits_per_pixel": found["nats_per_pixel"] / math.log(2)}
     if config.probe:
-        row |= _probed(config, model, params, record, mesh)
+        row |= _probed(config, model, params, metadata, mesh)
     if config.loss_maps:
         found = loss_maps.measure(model, params, split, mesh, config.batch_size, lookup, config.loss_maps)
         if jax.process_index() == 0:
-            _publish_loss_maps(folder, step, found, split, lookup, record)
-    return row | {"data": _fingerprint(config, split, *_needed(record))}
+            _publish_loss_maps(folder, step, found, split, lookup, metadata)
+    return row | {"data": _fingerprint(config, split, *_needed(metadata))}
 
 
-def _needed(record: checkpoint.Metadata) -> tuple[str, int, int]:
-    """What of a checkpoint decides the examples: its own store, the image size and the colors."""
-    return record.config.data.store, record.image_size, len(record.palette_VC)
+def _needed(metadata: checkpoint.Metadata) -> tuple[str, int, int]:
+    """The metadata that decides which examples a checkpoint is measured on: its own store, image size and colors."""
+    return metadata.config.data.store, metadata.image_size, len(metadata.palette_VC)
 
 
 def _examples(config: EvaluateConfig, store: str, image_size: int, colors: int) -> Split | TokenFile:
+    """The examples to evaluate: a file of tokens, or a split of the given or the checkpoint's own store."""
     if config.tokens:
         split = TokenFile(config.tokens, image_size, colors)
     else:
@@ -153,18 +158,19 @@ def _examples(config: EvaluateConfig, store: str, image_size: int, colors: int) 
 
 
 def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *_: int) -> str:
-    """Changes with the content of the evaluated split, and of those that are probed."""
+    """A digest of the content of the evaluated split and of the probed splits."""
     found = [split.fingerprint]
     if config.probe:
         probed = Store.open(config.probing.data.store or config.data.store or store)
         found += [probed.split(name).fingerprint for name in config.probing.data.splits]
-    return _digest(found)
+    return json_digest(found)
 
 
-def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoint.Metadata, mesh: Mesh) -> Row:
+def _probed(config: EvaluateConfig, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh) -> Row:
+    """Probes every layer of one checkpoint. Returns the columns of the best layer and the accuracy by layer."""
     data = config.probing.data
     data = dataclasses.replace(data, store=data.store or config.data.store)
-    prober = Prober(dataclasses.replace(config.probing, data=data), record)
+    prober = Prober(dataclasses.replace(config.probing, data=data), metadata)
     features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
     by_layer, best, _ = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
     chosen = by_layer[best]
@@ -172,10 +178,8 @@ def _probed(config: EvaluateConfig, model: Model, params: Any, record: checkpoin
             "probe_interval": chosen["interval"], "probe_examples": prober.test_count, "accuracy_by_layer": by_layer}
 
 
-# What is written.
-
 def _publish(folder: storage.Path, rows: list[Row]) -> None:
-    """The table, by run and step, and its figures."""
+    """Writes the table, sorted by run and step, and its figures. Other processes than process 0 write nothing."""
     if jax.process_index() != 0:
         return
     rows = sorted(rows, key=lambda row: (str(watching.run_of(row["checkpoint"])), row["steps"]))
@@ -185,6 +189,7 @@ def _publish(folder: storage.Path, rows: list[Row]) -> None:
     runs: dict[str, list[Row]] = {}
     for row in rows:
         runs.setdefault(str(watching.run_of(row["checkpoint"])), []).append(row)
+    # Curves are labeled by the names of the workdirs, or by their paths if names repeat.
     names = [storage.path(run).name for run in runs]
     runs = dict(zip(names if len(set(names)) == len(runs) else runs, runs.values(), strict=True))
     figures.loss_over_steps(folder / "figures" / "loss.png", {
@@ -198,63 +203,61 @@ def _publish(folder: storage.Path, rows: list[Row]) -> None:
 
 
 def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMaps, split: Split | TokenFile,
-                      lookup: np.ndarray, record: checkpoint.Metadata) -> None:
-    """surprise/NAME.json, and under figures/ the pictures with their maps, and the means by place and class."""
-    size, name = record.image_size, re.sub(r"\W+", "-", f"{watching.run_of(step)}-{record.steps_done}").strip("-")
+                      lookup: np.ndarray, metadata: checkpoint.Metadata) -> None:
+    """Writes surprise/NAME.json with all losses, and two figures: pictures with loss maps, and mean losses by position
+    and class."""
+    size, name = metadata.image_size, re.sub(r"\W+", "-", f"{watching.run_of(step)}-{metadata.steps_done}").strip("-")
     ids = np.arange(len(found.shown_NT))
     tokens_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
-    shown_NYX, by_place_YX = (each.reshape(-1, size, size) for each in (found.shown_NT, found.by_place_T))
+    shown_NYX, by_position_YX = (each.reshape(-1, size, size) for each in (found.shown_NT, found.by_position_T))
     storage.publish(folder / "surprise" / f"{name}.json", to_json({
-        "checkpoint": step, "examples": split.count, "nats_by_place": by_place_YX[0].round(6).tolist(),
+        "checkpoint": step, "examples": split.count, "nats_by_place": by_position_YX[0].round(6).tolist(),
         "nats_by_class": {label: {"nats_per_pixel": nats, "examples": count}
                           for label, (nats, count) in found.by_class.items()},
         "pictures": [{"example": index, "nats_per_pixel": float(nats_YX.mean(dtype=np.float64)),
                       "nats": nats_YX.astype(np.float64).round(5).tolist()} for index, nats_YX in enumerate(shown_NYX)],
     }, indent=None))
-    images_NYXC = palette.decode(tokens_BT, record.palette_VC).reshape(-1, size, size, 3)
+    images_NYXC = palette.decode(tokens_BT, metadata.palette_VC).reshape(-1, size, size, 3)
     figures.loss_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX)
-    figures.loss_by_position(folder / "figures" / f"loss_by_position-{name}.png", by_place_YX[0],
+    figures.loss_by_position(folder / "figures" / f"surprise_means-{name}.png", by_position_YX[0],
                            {str(label): nats for label, (nats, _) in found.by_class.items()})
 
 
 def _joined(folder: storage.Path) -> list[Row]:
-    """The rows of all slices in the workdir's folders. Raises UserError where one is missing or not done."""
+    """The rows of all slices, each in a folder of the workdir. Raises UserError if a slice is missing or not done."""
     slices: dict[str, list[Row]] = {}
-    told: dict[str, Any] = {}
+    config: dict[str, Any] = {}  # of any slice
     for child in storage.children(folder):
         given = child.is_dir() and side_files.look(child / "config.json")
         if given and given.get("job") == "evaluate" and (
                 side_files.look(child / "result.json") or {}).get("status") == "done":
-            told, slices[given["shard"]] = given, side_files.look(child / f"{NAME}.json", list) or []
+            config, slices[given["shard"]] = given, side_files.look(child / f"{NAME}.json", list) or []
     counts = {shard.partition("/")[2] for shard in slices} - {""}
     if len(counts) != 1:
-        raise UserError(f"shard=merge: the folders in {folder} hold finished slices of {len(counts)} array jobs, where "
-                        "there must be one. Evaluate shard=i/n there first.")
+        raise UserError(f"shard=merge: the folders in {folder} hold finished slices of {len(counts)} array jobs, "
+                        "not of one. Evaluate shard=i/n there first.")
     n = int(counts.pop())
     missing = [f"{i}/{n}" for i in range(n) if f"{i}/{n}" not in slices]
     rows = [row for rows in slices.values() for row in rows]
-    named = bool(told["tokens"] or told["data"]["store"])  # else each run has been measured on its own store
-    if missing or len({(row["asked"], named and row.get("data")) for row in rows}) > 1:
+    same_data = bool(config["tokens"] or config["data"]["store"])  # else each run is measured on its own store
+    if missing or len({(row["asked"], same_data and row.get("data")) for row in rows}) > 1:
         raise UserError(f"shard=merge: {folder}: " + (f"slices {', '.join(missing[:5])} are not done" if missing else
                                                      "the slices measured different things") + ". Evaluate them again.")
     return rows
 
 
 def _metrics(rows: list[Row]) -> dict[str, Any]:
+    """The job's metrics: the number of checkpoints, and figures by checkpoint."""
     by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows if name in row}
                      for name in ("nats_per_pixel", "accuracy", "examples")}
     by_checkpoint = {name: found for name, found in by_checkpoint.items() if found}
     return {"checkpoints": len(rows), **by_checkpoint}
 
 
-def _told(row: Row) -> str:
+def _summary(row: Row) -> str:
+    """One line about a checkpoint."""
     nats = row["nats_per_pixel"]
     nats = "a loss that is not finite" if nats is None else f"{nats:.6f} nats per pixel"
     accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     probe = f", probe of layer {row['probe_layer']} {row['probe_accuracy']:.2%}" if "probe_accuracy" in row else ""
     return f"step {row['steps']:,}, {nats} over {row['examples']:,} images{accuracy}{probe}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-

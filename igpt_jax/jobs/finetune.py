@@ -1,6 +1,7 @@
-"""Trains a checkpoint to classify, and to generate still; or a new model, from scratch. The same loop as pretraining.
+"""Fine-tunes a checkpoint to classify images, or trains a classifier from scratch.
 
-Writes what pretrain writes. The accuracy on data.test is that of the best checkpoint by held-out accuracy.
+Writes the same files as pretrain. The accuracy on data.test is that of the checkpoint with the best held-out accuracy.
+The loss has a generative term too, so that the model still generates images. The same command resumes a stopped run.
 """
 
 from typing import Any
@@ -20,20 +21,20 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
     """Trains to the end. Returns the loop's metrics and `test_accuracy`; see `loop.train` for the errors.
 
     Raises:
-      UserError: the checkpoint is missing or of another objective; labels are missing, or all those of a class.
+      UserError: the checkpoint is missing or has another objective; labels are missing, or a class has no images.
     """
     config = transfer.adopted(config)
     test = open_data(config.data, config.image_size).split(config.data.test) if config.data.test else None
     if test:
-        test.labels(np.arange(1))  # before training: has it any?
+        test.labels(np.arange(1))  # raises UserError now, not after training, if the split has no labels
     metrics = loop.train(config, workdir)
     if not test:
         return metrics
     step = metrics["best_step"] or metrics["steps"]
     mesh = sharding.make_mesh(config.mesh)
-    model, params, record = checkpoint.load_model(str(storage.path(workdir) / "checkpoints" / str(step)), mesh,
+    model, params, metadata = checkpoint.load_model(str(storage.path(workdir) / "checkpoints" / str(step)), mesh,
                                                   config.precision)
-    measure = exact_loss.make_measure(model, mesh, config.batch_size, palette.lookup_table(record.palette_VC))
+    measure = exact_loss.make_measure(model, mesh, config.batch_size, palette.lookup_table(metadata.palette_VC))
     accuracy = measure(params, test)["accuracy"]
     say(f"step {step:,}: {accuracy:.2%} of {test.count:,} test images")
     return {**metrics, "test_accuracy": accuracy}

@@ -1,8 +1,10 @@
-"""Compiles the very training step for a topology that need not be there: does it fit, how fast, which mesh, what cost?
+"""Predicts memory, speed and cost of a run by compiling its training step, without the accelerators it would run on.
 
-Writes plan.json, plan.txt and figures/plan.png. Where no mesh is set, the one estimated to be the fastest is taken.
-TPU topologies need libtpu (`pip install '.[plan]'`); GPU ones need jax[cuda13] in an environment of its own,
-named by --config.python. What was compiled is kept under $IGPT_CACHE.
+Writes plan.json, plan.txt and figures/plan.png. Without a mesh, the plan uses the one with the lowest estimated time.
+
+- TPU topologies need libtpu: pip install '.[plan]'.
+- GPU topologies need jax[cuda13] in an environment of its own, named by --config.python.
+- Compiled programs are cached in $IGPT_CACHE.
 """
 
 import dataclasses
@@ -30,15 +32,16 @@ COUNTS = tuple(2**power for power in range(13))  # devices on the plot
 
 
 def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
-    """Plans one run. Returns `parameters, fits, bytes_per_device, hbm_bytes, step_seconds, mfu`.
+    """Plans one run. Returns `parameters`, `fits`, `bytes_per_device`, `hbm_bytes`, `step_seconds` and `mfu`.
 
     Raises:
-      UserError: the topology is unknown, cannot hold the mesh, or its compiler is missing; the batch is impossible.
-      runtime.Ended: the compiler crashed or failed, so there is no answer.
+      UserError: the topology is unknown, does not fit the mesh, or its compiler is missing; or the batch cannot be
+        split.
+      Ended: the compiler crashed or failed, so there is no answer.
     """
     target = _target(config)
     if config.data != DataConfig():
-        say("igpt_jax plan: data.* has no effect here: a step does not read.")
+        say("igpt_jax plan: data.* has no effect: a plan reads no data.")
     share, evidence = _calibrated(config, target) if config.calibration else (config.roofline_share,
                                                                               Evidence.UNCALIBRATED)
     lines = []
@@ -48,15 +51,15 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     else:
         config = _with_mesh(config, target, share)
         result = answer(config, target, verdict_for(config), share, evidence)
-    rows, record = result.rows(), result.to_dict()
+    rows, plan = result.rows(), result.to_dict()
     if result.fits is False and config.step == "train":
-        record["what_would_fit"] = _remedy(result, share, evidence)
-        rows.append(("what would fit", record["what_would_fit"], Evidence.COMPILER))
+        plan["what_would_fit"] = _remedy(result, share, evidence)
+        rows.append(("what would fit", plan["what_would_fit"], Evidence.COMPILER))
     text = "\n".join([*lines, table(rows)])
-    process.tell(text)
+    process.say(text)
     folder = storage.path(workdir)
     storage.publish(folder / "plan.txt", text + "\n")
-    storage.publish(folder / "plan.json", to_json(record))
+    storage.publish(folder / "plan.json", to_json(plan))
     if result.fits is None:
         raise Ended(f"no plan for {config.topology}: {result.verdict.message.rstrip('.')}. Try another "
                             "model.attention, mesh or version of jaxlib.", result.metrics)
@@ -66,6 +69,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
 
 
 def _target(config: PlanConfig) -> Target:
+    """The devices to plan for; topology=attached stands for those of this machine."""
     target = topology.parse(config.topology)
     if target.platform != "attached":
         return target
@@ -73,17 +77,18 @@ def _target(config: PlanConfig) -> Target:
 
 
 def _with_mesh(config: PlanConfig, target: Target, share: float) -> PlanConfig:
-    """The config with its mesh resolved; where none is set, with the fastest by estimate."""
+    """The config with its mesh resolved; without a mesh, with the one estimated to be the fastest."""
     if config.mesh != MeshConfig():
         return dataclasses.replace(config, mesh=config.mesh.resolve(target.devices))
     return _candidates(config, target, share, vary=False)[0].config
 
 
 def _candidates(config: PlanConfig, target: Target, share: float, vary: bool) -> list[search.Candidate]:
+    """The meshes (and with `vary` other settings) to choose from, the fastest first. Raises UserError if none works."""
     found = search.candidates(config, target, share, vary)
     if not found:
         raise UserError(f"batch_size={config.batch_size} with {config.model.heads} heads and {config.image_size ** 2:,}"
-                        f" tokens does not split over the {target.devices} devices of {config.topology} in any way. "
+                        f" tokens cannot be split over the {target.devices} devices of {config.topology}. "
                         "Choose a batch_size with more powers of two, or fewer devices.")
     return found
 
@@ -91,7 +96,7 @@ def _candidates(config: PlanConfig, target: Target, share: float, vary: bool) ->
 # Calibration.
 
 def _calibrated(config: PlanConfig, target: Target) -> tuple[float, Evidence]:
-    """The share of the roofline that real runs on this kind of device reached: their steps are planned too."""
+    """The median share of the roofline that real runs on this kind of device reached."""
     shares = []
     for path in storage.patterns(config.calibration):
         for workdir in storage.matching(path):
@@ -102,24 +107,24 @@ def _calibrated(config: PlanConfig, target: Target) -> tuple[float, Evidence]:
 
 
 def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
-    record = checkpoint.load_metadata(workdir)
-    if record.config.job != "pretrain":
-        raise UserError(f"calibration={workdir} is a workdir of {record.config.job}. Give finished ones of pretrain.")
+    """The share of the roofline that one run reached: its planned step time over its measured one."""
+    metadata = checkpoint.load_metadata(workdir)
+    if metadata.config.job != "pretrain":
+        raise UserError(f"calibration={workdir} is a workdir of {metadata.config.job}. Give finished ones of pretrain.")
     result = side_files.look(storage.path(workdir) / "result.json")
     if not result:
-        raise UserError(f"calibration={workdir}: its result.json is missing or damaged. The command of that run writes "
-                        "it anew.")
+        raise UserError(f"calibration={workdir}: its result.json is missing or damaged. Run its command again.")
     device, speed = result["device"], result["metrics"].get("images_per_second")
     ran_on = topology.like(device["kind"], device["count"])
     if ran_on.chip != target.chip:
         raise UserError(f"calibration={workdir} ran on {ran_on.chip.name}, not on {target.chip.name}. Give runs on the "
                         "same kind of device.")
     if not speed:
-        raise UserError(f"calibration={workdir}: result.json has no images_per_second. Give a run of more steps.")
-    same = {field.name: getattr(record.config, field.name) for field in dataclasses.fields(record.config)
+        raise UserError(f"calibration={workdir}: result.json has no images_per_second. Give a run with more steps.")
+    same = {field.name: getattr(metadata.config, field.name) for field in dataclasses.fields(metadata.config)
             if field.name not in ("job", "mesh", "image_size")}
-    ran = dataclasses.replace(config, **same, mesh=record.config.mesh.resolve(device["count"]), topology=ran_on.name,
-                              step="train", image_size=record.image_size, palette_size=len(record.palette_VC))
+    ran = dataclasses.replace(config, **same, mesh=metadata.config.mesh.resolve(device["count"]), topology=ran_on.name,
+                              step="train", image_size=metadata.image_size, palette_size=len(metadata.palette_VC))
     planned = answer(ran, ran_on, verdict_for(ran), 1.0, Evidence.UNCALIBRATED)
     if not planned.forecast:
         raise UserError(f"calibration={workdir}: its step does not compile here: {planned.verdict.message}")
@@ -129,7 +134,8 @@ def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
 # Search.
 
 def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence) -> list[Answer]:
-    """Compiles the most promising settings; those that fit first, the fastest of them first, failed ones last."""
+    """Compiles the most promising settings. Returns those that fit, the fastest first; then those that do not; then
+    those that failed to compile."""
     ranked = _candidates(config, target, share, vary=True)
     tried = search.distinct(ranked)[:config.search_compiles]
     say(f"igpt_jax plan: {len(ranked):,} settings by estimate; compiling {len(tried)}")
@@ -137,7 +143,7 @@ def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence
     for candidate in tqdm(tried, unit="compile", desc="search", disable=None):
         try:
             found.append(answer(candidate.config, target, verdict_for(candidate.config), share, evidence))
-        except UserError as error:  # a back-end may not take what the formula does not know of
+        except UserError as error:  # an attention back-end may refuse a setting that the estimate accepts
             refusal = error
     if refusal and not found:
         raise refusal
@@ -146,6 +152,7 @@ def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence
 
 
 def _ranking(found: list[Answer]) -> list[str]:
+    """The lines of the table of compiled settings."""
     lines = [("GiB per device", "s per step", "setting")]
     for each in found:
         seconds = f"{each.forecast.step_seconds:.3g}" if each.forecast else "-"
@@ -156,12 +163,12 @@ def _ranking(found: list[Answer]) -> list[str]:
 
 
 def _remedy(result: Answer, share: float, evidence: Evidence) -> str:
-    """The least change that makes it fit, found by compiling."""
+    """The smallest change of settings with which the step fits, found by compiling."""
     tried = search.remedies(result.config, result.verdict, result.target, share)[:REMEDY_COMPILES]
-    for candidate in tqdm(tried, unit="compile", desc="looking for what fits", disable=None):
+    for candidate in tqdm(tried, unit="compile", desc="looking for settings that fit", disable=None):
         try:
             other = answer(candidate.config, result.target, verdict_for(candidate.config), share, evidence)
-        except UserError:  # a back-end may not take it
+        except UserError:  # an attention back-end refuses the setting
             continue
         if other.fits:
             return f"{search.settings(candidate.config)} takes {other.verdict.required_bytes / GIB:.2f} GiB"
@@ -170,6 +177,7 @@ def _remedy(result: Answer, share: float, evidence: Evidence) -> str:
 
 
 def _draw(result: Answer, share: float, path: Any) -> None:
+    """Draws step time and memory over the number of devices."""
     curve = []
     for count in COUNTS:
         target = topology.resized(result.target, count)

@@ -1,4 +1,4 @@
-"""Autoregressive pretraining on a pixel store, over any mesh; started again on its workdir, it goes on.
+"""Trains a model on a pixel store, on one device or many. The same command resumes a stopped run.
 
 Writes checkpoints/, metrics.jsonl, tensorboard/ and figures/loss.png.
 """

@@ -1,7 +1,7 @@
-"""Linear probes of every layer: what a checkpoint knows of the classes, and where (paper, Sections 2.4 and 4).
+"""Fits a linear probe to every layer of a checkpoint: how well do its features classify? (Paper, Sections 2.4, 4.)
 
-Writes probe.json and probe.csv, a row per probe, the accuracy by layer as a figure, and the best layer's classifier,
-probe.npz.
+Writes probe.json and probe.csv with a row per probe, figures/accuracy_by_layer.png, and probe.npz, the classifier of
+the best layer.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import ProbeConfig
-from igpt_jax.evaluation.probing import PROBE, Labelled, Prober, save_probe
+from igpt_jax.evaluation.probing import PROBE, Labeled, Prober, save_probe
 from igpt_jax.metrics import figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import sharding
@@ -18,18 +18,18 @@ from igpt_jax.storage import tables
 
 
 def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
-    """Probes. Returns `accuracy_by_layer` (test), `best_layer` (by held-out accuracy), its `test_accuracy`,
+    """Fits all probes. Returns `accuracy_by_layer` (test), `best_layer` (by held-out accuracy), its `test_accuracy`,
     `raw_pixel_accuracy` and `untrained_accuracy`.
 
     Raises:
-      UserError: the checkpoint is missing or of another objective, the data does not fit it, has no labels, or too
-        few of a class.
+      UserError: the checkpoint is missing or has another objective; or the data does not fit it, or has no labels or
+        too few per class.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
-    model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention)
-    checkpoint.require_objective(record, config.objective, config.checkpoint)
-    prober = Prober(config, record, max(config.labels_per_class, default=1))
+    model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention)
+    checkpoint.require_objective(metadata, config.objective, config.checkpoint)
+    prober = Prober(config, metadata, max(config.labels_per_class, default=1))
     layers = prober.layers_of(model)
 
     features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
@@ -40,9 +40,9 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
 
     if config.concatenate > 1:
         around = [index for index in range(len(layers)) if abs(index - best) <= config.concatenate // 2]
-        data = Labelled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], prober.labels)
+        data = Labeled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], prober.labels)
         rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **prober.row(data)})
-    data = Labelled([each[..., best, :] for each in features_EPD], prober.labels)
+    data = Labeled([each[..., best, :] for each in features_EPD], prober.labels)
     for count in config.labels_per_class:
         rows.append({"features": f"layer {layers[best]}, {count} labels per class",
                      **prober.few_labels(data, count, config.draws)})

@@ -1,7 +1,6 @@
-"""One self-contained HTML page from any set of workdirs: what was run, its curves, tables and pictures, and where it
-stands beside the paper.
+"""Writes one HTML page about any set of workdirs: configs, curves, tables, pictures, and a comparison with the paper.
 
-Writes report.html, which needs neither network nor scripts, and its charts as SVG into figures/.
+Writes report.html, which is self-contained and has no scripts, and its charts as SVG files in figures/.
 """
 
 from typing import Any
@@ -15,13 +14,13 @@ from igpt_jax.report.runs import load
 
 
 def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
-    """Returns how many `workdirs` are on the page, and its size in `bytes`.
+    """Writes the report. Returns the number of `workdirs` on the page, and its size in `bytes`.
 
     Raises:
       UserError: `workdirs` names no workdir of a job.
     """
     if not config.workdirs:
-        raise UserError("workdirs is empty. Set --config.workdirs to folders that jobs have written, as in 'runs/*'.")
+        raise UserError("workdirs is empty. Set --config.workdirs to workdirs of jobs, such as 'runs/*'.")
     found = [one for one in load(config.workdirs) if storage.path(one.path) != storage.path(workdir)]
     page, charts = report.render(found)
     folder = storage.path(workdir)

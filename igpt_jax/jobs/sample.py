@@ -1,7 +1,7 @@
-"""Unconditional samples, and completions of given pictures: the first rows stay, the model goes on from there.
+"""Draws images from a checkpoint: samples from nothing, and completions of pictures whose first rows are given.
 
-Writes figures/samples.png, figures/completions.png (original, what was given, completions) and samples.npz with all
-tokens. Needs nothing but a checkpoint; --config.images=FOLDER completes pictures of your own.
+Writes figures/samples.png, figures/completions.png (original, given rows, completions) and samples.npz with all tokens.
+Needs only a checkpoint. --config.images=FOLDER completes pictures of your own.
 """
 
 import io
@@ -30,28 +30,30 @@ from igpt_jax.model.objectives import objective_of
 from igpt_jax.model.sampling import NOT_FINITE, Sampling, generate
 from igpt_jax.parallel import sharding
 
-UNKNOWN = 127  # grey level of the pixels that the model was not given
-EXAMPLES, COUNT = 16, 64  # where the config leaves them open
+UNKNOWN = 127  # gray level of the pixels that the model is not given
+EXAMPLES, COUNT = 16, 64  # defaults: pictures to complete, samples
 
 
 def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
-    """Samples. Returns `images_per_second` (compilation included, once per kind) and how many of each kind.
+    """Draws all images. Returns `images_per_second` (including compilation) and the numbers of `samples` and
+    `completions`.
 
     Raises:
-      UserError: the checkpoint is missing, the pictures or the data do not fit it, or nothing was asked for.
+      UserError: the checkpoint is missing or cannot sample; the pictures or the data do not fit it; or there is nothing
+        to draw.
     """
     mesh = sharding.make_mesh(config.mesh)
     trained = checkpoint.load_metadata(config.checkpoint).config
     if not objective_of(trained).causal:
-        raise UserError(f"checkpoint {config.checkpoint} was trained with objective={trained.objective}: it cannot "
-                        "draw one pixel after the other. Give one of autoregressive training.")
-    model, params, record = checkpoint.load_model(config.checkpoint, mesh, config.precision)
-    size = record.image_size
+        raise UserError(f"checkpoint {config.checkpoint} was trained with objective={trained.objective}, which cannot "
+                        "sample pixel by pixel. Give a checkpoint with objective=autoregressive.")
+    model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision)
+    size = metadata.image_size
     rows = size // 2 if config.rows < 0 else config.rows
     if rows > size:
         raise UserError(f"rows={rows} exceeds the model's {size} rows. Choose 0 to {size}.")
     count = (0 if config.images else COUNT) if config.count < 0 else config.count
-    originals_BT, names = _originals(config, record)
+    originals_BT, names = _originals(config, metadata)
     if not (count or len(names)):
         raise UserError("nothing to sample: no images, examples=0 and count=0. Set one of them.")
     draw = _Drawing(model, params, config, mesh)
@@ -61,7 +63,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     if count:
         index_B2 = np.stack([np.arange(count), np.zeros(count, int)], axis=1)
         arrays["samples"] = draw("samples", np.zeros((count, 0), np.int32), index_B2)
-        _save_grid(figures / "samples.png", _pictures(arrays["samples"], record), math.isqrt(count - 1) + 1)
+        _save_grid(figures / "samples.png", _pictures(arrays["samples"], metadata), math.isqrt(count - 1) + 1)
 
     if len(names):
         index_B2 = np.stack(np.divmod(np.arange(len(names) * config.completions), config.completions), axis=1)
@@ -69,47 +71,50 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
         completed_BT = draw("completions", given_BP, index_B2)
         arrays |= {"originals": originals_BT, "names": np.array(names),
                    "completions": completed_BT.reshape(len(names), config.completions, -1)}
-        original_BYXC = _pictures(originals_BT, record)
+        original_BYXC = _pictures(originals_BT, metadata)
         known_BYXC = original_BYXC.copy()
         known_BYXC[:, rows:] = UNKNOWN
-        completions = _pictures(completed_BT, record).reshape(len(names), config.completions, size, size, 3)
+        completions = _pictures(completed_BT, metadata).reshape(len(names), config.completions, size, size, 3)
         grid = np.concatenate([original_BYXC[:, None], known_BYXC[:, None], completions], axis=1)
         _save_grid(figures / "completions.png", grid.reshape(-1, size, size, 3), grid.shape[1])
 
     seconds = time.perf_counter() - start
     if jax.process_index() == 0:
         file = io.BytesIO()
-        np.savez_compressed(file, palette=record.palette_VC, **arrays)
+        np.savez_compressed(file, palette=metadata.palette_VC, **arrays)
         storage.publish(storage.path(workdir) / "samples.npz", file.getvalue())
     completions = len(names) * config.completions
     return {"images_per_second": (count + completions) / seconds, "samples": count, "completions": completions}
 
 
-def _originals(config: SampleConfig, record: Metadata) -> tuple[np.ndarray, list[str]]:
-    """Tokens int32 [B, T] of the pictures to complete, and what each is called."""
-    size, table = record.image_size, palette.lookup_table(record.palette_VC)
+def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, list[str]]:
+    """Tokens int32 [B, T] of the pictures to complete, and their names."""
+    size, table = metadata.image_size, palette.lookup_table(metadata.palette_VC)
     if config.images:
         images_BYXC, names = _users_pictures(config.images, size)
         return palette.encode(images_BYXC, table).astype(np.int32), names
-    store = config.data.store or record.config.data.store
+    store = config.data.store or metadata.config.data.store
     if config.examples == 0 or not store and config.examples < 0:
         return np.zeros((0, size ** 2), np.int32), []
     if config.examples < 0 and not config.data.store and not storage.path(store).exists():
-        say(f"no completions: the checkpoint's store {store} is not here. Set data.store or images.")
+        say(f"no completions: the checkpoint's store {store} does not exist here. Set data.store or images.")
         return np.zeros((0, size ** 2), np.int32), []
     split = open_split(store, config.data.split, size)
     ids = np.arange(min(EXAMPLES if config.examples < 0 else config.examples, split.count))
     return tokens_of(split, table, ids).astype(np.int32), [f"{config.data.split} {i}" for i in ids]
 
 
-def _users_pictures(typed: str, size: int) -> tuple[np.ndarray, list[str]]:
-    """uint8 [B, Y, X, 3] and names of the pictures that a folder, a file or a glob stands for; says what it leaves out.
+def _users_pictures(paths: str, size: int) -> tuple[np.ndarray, list[str]]:
+    """Reads the pictures of a folder, a file or a glob, and reports those that cannot be used.
+
+    Returns:
+      (pixels uint8 [B, Y, X, 3], names)
 
     Raises:
-      UserError: no picture there, or none that can be used.
+      UserError: there is no picture, or none that can be used.
     """
     files = []
-    for path in storage.matching(typed):
+    for path in storage.matching(paths):
         children = storage.children(path) if path.is_dir() else []
         here = [child for child in children if child.suffix.lower() in SUFFIXES and child.is_file()]
         files += here if path.is_dir() else [path]
@@ -121,7 +126,7 @@ def _users_pictures(typed: str, size: int) -> tuple[np.ndarray, list[str]]:
             unusable[name] = str(reason)
     if not images:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
-        raise UserError(f"images={typed!r} holds no picture that can be used{f' ({reasons})' if reasons else ''}. "
+        raise UserError(f"images={paths!r} holds no picture that can be used{f' ({reasons})' if reasons else ''}. "
                         f"Give JPEG, PNG or WebP files of at least {size}x{size} pixels.")
     for name, reason in unusable.items():
         say(f"left out {name}: {reason}")
@@ -129,19 +134,19 @@ def _users_pictures(typed: str, size: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _named(files: Iterable[storage.Path]) -> dict[str, storage.Path]:
-    """Files by their names, with as many of their folders as tell all of them apart."""
+    """{name: file}. Names include as many folders as it takes to make them unique."""
     files = list(dict.fromkeys(files))
-    for parts in itertools.count(1):
-        named = {"/".join(file.parts[-parts:]): file for file in files}
+    for depth in itertools.count(1):
+        named = {"/".join(file.parts[-depth:]): file for file in files}
         if len(named) == len(files):
             return named
 
 
 class _Drawing:
-    """Draws batch by batch: (what, given tokens [B, P], indices [B, 2]) -> tokens [B, T].
+    """Draws batch by batch: (kind, given tokens [B, P], indices [B, 2]) -> tokens [B, T].
 
-    A sample draws from the seed folded with what it is and with its two indices: the image's and its own among the
-    image's samples. So it changes neither with the batch size nor with how many others are drawn.
+    The random key of a sample is the seed folded with its kind and its two indices: the image's, and its own among the
+    samples of that image. It depends neither on the batch size nor on the number of samples.
     """
 
     def __init__(self, model: Any, params: Any, config: SampleConfig, mesh: Mesh):
@@ -149,44 +154,46 @@ class _Drawing:
         self._seed = jax.random.key(config.seed)
         sampling = Sampling(config.temperature, config.top_k, config.top_p)
 
-        def run(params, given_BP, index_B2, kind):
+        def run(params, given_BP, index_B2, key):
             def fold(index_2):
-                return jax.random.fold_in(jax.random.fold_in(kind, index_2[0]), index_2[1])
+                return jax.random.fold_in(jax.random.fold_in(key, index_2[0]), index_2[1])
             cache_dtype = jnp.dtype(config.cache_dtype or config.precision)
             return generate(model, params, given_BP, jax.vmap(fold)(index_B2), sampling, cache_dtype)
 
         self._run = jax.jit(run, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, what: str, given_BP: np.ndarray, index_B2: np.ndarray) -> np.ndarray:
+    def __call__(self, kind: str, given_BP: np.ndarray, index_B2: np.ndarray) -> np.ndarray:
         count, mesh = len(given_BP), self._mesh
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
         wanted = self._config.batch_size or (16 if mesh.devices.flat[0].platform == "cpu" else 64)
-        batch_size = -(-min(wanted, count) // parts) * parts
-        place = sharding.batch_sharding(mesh)
-        mine = process_rows(place, batch_size)
-        kind = jax.random.fold_in(self._seed, ["samples", "completions"].index(what))
+        batch_size = -(-min(wanted, count) // shards) * shards  # rounded up
+        batch_sharding = sharding.batch_sharding(mesh)
+        mine = process_rows(batch_sharding, batch_size)
+        key = jax.random.fold_in(self._seed, ["samples", "completions"].index(kind))
         out = []
-        with jax.set_mesh(mesh), tqdm(total=count, unit="image", desc=what, disable=None) as bar:
+        with jax.set_mesh(mesh), tqdm(total=count, unit="image", desc=kind, disable=None) as bar:
             for start in range(0, count, batch_size):
-                rows = np.arange(start, start + batch_size) % count  # those past the end are drawn again and dropped
-                arguments = (put(whole[rows][mine].astype(np.int32), place, batch_size)
+                # The last batch is filled up with rows of the first one, whose copies are dropped below.
+                rows = np.arange(start, start + batch_size) % count
+                arguments = (put(whole[rows][mine].astype(np.int32), batch_sharding, batch_size)
                              for whole in (given_BP, index_B2))
-                out.append(np.asarray(self._run(self._params, *arguments, kind)))
+                out.append(np.asarray(self._run(self._params, *arguments, key)))
                 bar.update(min(batch_size, count - start))
         drawn_BT = np.concatenate(out)[:count]
         if (drawn_BT == NOT_FINITE).any():
-            raise UserError(f"checkpoint {self._config.checkpoint}: its logits are not finite, though its weights are: "
-                            f"they overflow in {self._config.precision}. Give another checkpoint.")
+            raise UserError(f"checkpoint {self._config.checkpoint}: its logits are not finite although its weights "
+                            f"are: they overflow in {self._config.precision}. Give another checkpoint.")
         return drawn_BT
 
 
-def _pictures(tokens_BT: np.ndarray, record: Metadata) -> np.ndarray:
+def _pictures(tokens_BT: np.ndarray, metadata: Metadata) -> np.ndarray:
     """RGB uint8 [B, Y, X, C] of tokens."""
-    size = record.image_size
-    return palette.decode(tokens_BT, record.palette_VC).reshape(-1, size, size, 3)
+    size = metadata.image_size
+    return palette.decode(tokens_BT, metadata.palette_VC).reshape(-1, size, size, 3)
 
 
 def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int) -> None:
+    """Saves images as a grid, enlarged to about 96 pixels per image. Processes other than 0 save nothing."""
     if jax.process_index() == 0:
         scale = max(1, 96 // images_BYXC.shape[1])
         save_png(path, image_grid(images_BYXC, columns, scale, gap=max(2, scale // 2)))

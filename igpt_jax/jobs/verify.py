@@ -1,7 +1,9 @@
-"""Holds checkpoints or a pixel store against their checksums; changes nothing in them.
+"""Verifies checkpoints or a pixel store against their checksums, and changes nothing in them.
 
-Of each checkpoint: the CRC of its record, the SHA-256 of its files, the checksums of its arrays. Of a store: the
-SHA-256 of its files. Writes verify.json, a row for each; exit code 2 where anything is damaged.
+- Checkpoints: the CRC of the metadata, the SHA-256 of every file, the checksum of every array.
+- Store: the SHA-256 of every file.
+
+Writes verify.json with a row for each. The exit code is 2 if anything is damaged.
 """
 
 import time
@@ -19,7 +21,7 @@ from igpt_jax.storage import to_json
 
 
 def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
-    """Returns how many were `checked`, which are `damaged`, and the speed in MB/s, `mb_per_second`.
+    """Returns the number `checked`, the paths `damaged`, and the speed `mb_per_second`.
 
     Raises:
       UserError: there is nothing to verify at `path`.
@@ -36,7 +38,7 @@ def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
                 for folder, step in _steps(config.path)]
     seconds = time.perf_counter() - start
     for row in rows:
-        say(f"{row['path']}: {row['problem'] or 'as it was written'}")
+        say(f"{row['path']}: {row['problem'] or 'undamaged'}")
     if jax.process_index() == 0:
         storage.publish(storage.path(workdir) / "verify.json", to_json(rows))
     damaged = [row["path"] for row in rows if row["problem"]]
@@ -51,16 +53,16 @@ def _mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshConfig())
 
 
-def _steps(typed: str) -> list[tuple[str, int]]:
-    """The step that was typed, or all of a workdir."""
-    folder, steps = checkpoint.steps_of(typed)
+def _steps(path: str) -> list[tuple[str, int]]:
+    """(directory of steps, step) of one step, or of all steps of a workdir."""
+    folder, steps = checkpoint.steps_of(path)
     return [(folder, step) for step in steps]
 
 
-def _verify_store(typed: str) -> dict[str, Any]:
-    """All files of a store against its manifest."""
+def _verify_store(path: str) -> dict[str, Any]:
+    """Compares all files of a store with its manifest. Returns `problem` (None if there is none) and `bytes`."""
     try:
-        opened = store.Store.open(typed)
+        opened = store.Store.open(path)
         store.verify(opened.path, opened.manifest)
         return {"problem": None, "bytes": sum(size for size, _ in opened.manifest["files"].values())}
     except UserError as error:

@@ -1,1 +1,1 @@
-"""A process among others: launchers, start-up, missing peers, signals, the watchdog, exit codes."""
+"""Runs a job as one process among others: launchers, start-up, missing peers, signals, the watchdog, exit codes."""

@@ -3,11 +3,11 @@
 from typing import Any
 
 DONE, BUG, INPUT, PREEMPTED, DIVERGED = 0, 1, 2, 75, 77  # and watchdog.EXIT_CODE, 76
-PEER = 134  # as JAX itself ends the survivors of a dead process, where no collective fails before
+PEER = 134  # another process died; JAX itself aborts with this code if no collective fails first
 
 
 class Ended(Exception):
-    """A job ended before its end, with a message of one line, a status for result.json and an exit code."""
+    """A job stopped early. Holds a message of one line, a status for result.json and an exit code."""
     status, code = "failed", INPUT
 
     def __init__(self, message: str, metrics: dict[str, Any] | None = None):
@@ -16,14 +16,14 @@ class Ended(Exception):
 
 
 class Preempted(Ended):
-    """The run was asked to stop and has saved its state. The message says at which step."""
+    """The run was asked to stop and has saved its state. The message names the step."""
     status, code = "preempted", PREEMPTED
 
 
 class Diverged(Ended):
-    """Losses or gradients stayed non-finite. The message says since when, and what to change."""
+    """Losses or gradients stayed non-finite. The message says since which step, and what to change."""
     status, code = "diverged", DIVERGED
 
 
 class Unsaved(Ended):
-    """A state that had to be saved could not be. The message says why, and which step is the newest on disk."""
+    """A state that had to be saved could not be saved. The message gives the reason and the newest step on disk."""

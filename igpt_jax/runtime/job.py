@@ -1,4 +1,7 @@
-"""One job from start to exit code: start-up, the workdir's lock and records, errors in one line."""
+"""Runs one job, from start-up to exit code.
+
+Locks the workdir, writes its config.json and result.json, and prints errors in one line.
+"""
 
 import contextlib
 import errno
@@ -26,16 +29,15 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES
 
 
 def initialize(**facts: Any) -> None:
-    """Sets up the compilation cache and, where several processes run this job, connects them. Call it before the first
-    JAX computation.
+    """Sets up the compilation cache and connects the processes of the job. Call it before the first JAX computation.
 
     Args:
-      facts: what all processes must agree on; `startup.agree` says how.
+      facts: values on which all processes must agree; see `startup.agree`.
 
     Raises:
-      UserError, startup.Elsewhere: the launcher's variables cannot be read, the processes differ, or the devices cannot
-        be used.
-      startup.PeerMissing: another process is gone.
+      UserError: the launcher's variables cannot be read, the processes differ, or the devices cannot be used.
+      startup.Refused: the same, on processes other than process 0.
+      startup.PeerMissing: another process does not answer.
     """
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -49,16 +51,14 @@ def initialize(**facts: Any) -> None:
         startup.introduce(launch, hosts)
 
 
-# One job.
-
 def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str) -> int:
     """Runs a job in its workdir and returns the exit code.
 
-    Holds the workdir's lock, writes config.json first and result.json last; a workdir without result.json holds an
-    unfinished job. Errors that the user can mend become one line.
+    Holds the workdir's lock, writes config.json first and result.json last. A workdir without result.json holds an
+    unfinished job. Errors that the user can fix become one line on stderr; other errors print a stack trace.
 
     Args:
-      run: the job: takes the config and the workdir, returns its metrics.
+      run: the job: a function of config and workdir that returns metrics.
       config: the job's dataclass.
       workdir: local path, gs:// or s3://.
     """
@@ -74,7 +74,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                     metrics = run(config, workdir)
                 except Ended as end:
                     status, code, message, metrics = end.status, end.code, str(end), end.metrics
-                    message += " The same command goes on from there." if isinstance(end, Preempted) else ""
+                    message += " The same command resumes from there." if isinstance(end, Preempted) else ""
                     interrupted = isinstance(end.__context__, KeyboardInterrupt)
                 if jax.process_index() == 0:
                     result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
@@ -86,7 +86,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                 jax.distributed.shutdown()  # waits for the others
                 connected.clear()
             return code
-    except startup.Elsewhere:
+    except startup.Refused:
         code = INPUT
     except UserError as error:
         say(f"{name}: {error}")
@@ -99,7 +99,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
         code, interrupted = PREEMPTED, True
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            say(f"{name}: {error}. Make room, give the right to write there, or another --workdir.")
+            say(f"{name}: {error}. Free disk space, allow writing there, or give another --workdir.")
             code = INPUT
         elif isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
             say(f"{name}: {missing}")
@@ -107,7 +107,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
         elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
             if another_stops():
                 leave(PREEMPTED)
-            say(f"{name}: another process is gone: {str(error).splitlines()[0]} The same command goes on from the "
+            say(f"{name}: another process died: {str(error).splitlines()[0]} The same command resumes from the "
                 "newest checkpoint.")
             code = PEER
         else:
@@ -122,16 +122,16 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
 
 @contextlib.contextmanager
 def _workdir_for(config: Any, workdir: str) -> Iterator[storage.Path]:
-    """The workdir, locked and labelled by process 0; the others wait for its word."""
+    """Locks the workdir and writes its config.json, on process 0; the other processes wait for it."""
     folder = storage.path(workdir)
     with contextlib.ExitStack() as stack:
         refusal = ""
         if jax.process_index() == 0:
             try:
-                storage.absolute(folder)  # refuses where neither checkpoints nor stores could be written
+                storage.absolute(folder)  # raises UserError for a path that cannot hold checkpoints or stores
                 stack.enter_context(storage.lock(folder))
                 storage.sweep(folder)
-                stack.enter_context(_records(folder, config))
+                stack.enter_context(_config_and_result(folder, config))
             except UserError as error:
                 refusal = str(error)
             except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
@@ -141,14 +141,17 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.Path]:
 
 
 @contextlib.contextmanager
-def _records(folder: storage.Path, config: Any) -> Iterator[None]:
-    """Writes config.json and removes result.json; where the job refuses the config, what was there comes back.
+def _config_and_result(folder: storage.Path, config: Any) -> Iterator[None]:
+    """Writes config.json and removes result.json. If the job raises UserError, both are restored.
 
-    Either of them tells whose workdir it is. One that is not JSON is damaged, and is set aside.
+    Each of the two files names the job that the workdir belongs to. A damaged file is set aside.
+
+    Raises:
+      UserError: the workdir belongs to another job, or its files are not of a job.
     """
     files = [folder / "config.json", folder / "result.json"]
-    told = {file.name: value for file in files if (value := side_files.load(file, object)) is not None}
-    for name, value in told.items():
+    found = {file.name: value for file in files if (value := side_files.load(file, object)) is not None}
+    for name, value in found.items():
         job = value.get("job") if isinstance(value, dict) else None
         if job != config.job:
             owner = f"the job {job!r} (its {name})" if job else f"something else: its {name} is not a job's"

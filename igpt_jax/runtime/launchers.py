@@ -1,6 +1,6 @@
-"""Who started this process: its place among those of a job, from the variables that launchers set.
+"""Reads the environment variables of launchers: how many processes a job has, and which one this is.
 
-One command then runs anywhere: on a laptop, under srun, in a JobSet, on TPU VMs.
+The same command then runs on a laptop, under srun, in a JobSet, and on TPU VMs.
 """
 
 import dataclasses
@@ -12,37 +12,41 @@ from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
 from igpt_jax.config import UserError
 
-PORT = "8476"  # of the coordinator where the launcher names none; JAX_COORDINATOR_PORT chooses another, as in JAX
-METADATA = "metadata.google.internal"  # tells TPU VMs of each other
+PORT = "8476"  # of the coordinator, if the launcher sets none; JAX_COORDINATOR_PORT overrides it, as in JAX
+METADATA = "metadata.google.internal"  # Google Cloud's metadata server; TPU VMs find each other through it
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One process's place among those of a job."""
+    """The processes of a job, and which one this is."""
     by: str  # the launcher
-    coordinator: str | None = None  # host:port of process 0; None: as JAX itself detects
+    coordinator: str | None = None  # host:port of process 0; None: detected by JAX
     processes: int | None = None
     process_id: int | None = None
-    hosts: tuple[str, ...] = ()  # of each process, where the launcher says so
-    devices: tuple[int, ...] | None = None  # of this host's, by number; None: all
+    hosts: tuple[str, ...] = ()  # the host of each process; empty if the launcher does not say
+    devices: tuple[int, ...] | None = None  # indices of this host's devices that the process uses; None: all
 
 
 def recognize(env: Mapping[str, str]) -> Launch | None:
-    """The place of this process by the variables of its launcher; None where it is the only one.
+    """The launch that the environment describes; None if this is the only process.
 
-    In this order: IGPT_COORDINATOR (host[:port]), IGPT_PROCESSES and IGPT_PROCESS_ID, which the flags --coordinator,
-    --processes and --process_id set too; srun; GKE's TPU slices, one or several; TPU VMs; torchrun and what sets its
-    variables. IGPT_COORDINATOR=auto leaves it to what JAX detects (Open MPI).
+    Launchers are tried in this order:
+
+    1. IGPT_COORDINATOR (host[:port]), IGPT_PROCESSES and IGPT_PROCESS_ID, which --coordinator, --processes and
+       --process_id set. IGPT_COORDINATOR=auto leaves detection to JAX (Open MPI).
+    2. srun.
+    3. TPU slices on GKE, and TPU VMs.
+    4. torchrun, and other launchers that set its variables.
 
     Raises:
-      UserError: a launcher's variables are incomplete or are no numbers.
+      UserError: a launcher's variables are incomplete or not numbers.
     """
     for known in (_explicit, _slurm, _tpu, _torchrun):
         try:
             launch = known(env)
         except (KeyError, ValueError, IndexError) as error:
             launcher = known.__doc__.split(".")[0]
-            raise UserError(f"started by {launcher}, whose variables are incomplete or no numbers: {error!r}. Give "
+            raise UserError(f"the variables of {launcher} are incomplete or not numbers: {error!r}. Give "
                             "--coordinator=HOST:PORT --processes=N --process_id=I instead.") from None
         if launch and launch.by == "auto":
             return launch
@@ -67,6 +71,7 @@ def _explicit(env: Mapping[str, str]) -> Launch | None:
 
 def _slurm(env: Mapping[str, str]) -> Launch | None:
     """srun."""
+    # A step of one task is a single process. sbatch alone, without srun, sets no SLURM_STEP_ variables.
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None
     nodes = _expand(env["SLURM_STEP_NODELIST"])
@@ -80,7 +85,7 @@ def _slurm(env: Mapping[str, str]) -> Launch | None:
 
 
 def _expand(nodes: str) -> list[str]:
-    """SLURM's short form of node names: gpu[01-03,7],login -> gpu01 gpu02 gpu03 gpu7 login."""
+    """Expands SLURM's short form of node names: gpu[01-03,7],login -> gpu01 gpu02 gpu03 gpu7 login."""
     found = []
     for prefix, ranges, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodes):
         for item in ranges.split(",") if ranges else [""]:
@@ -91,7 +96,7 @@ def _expand(nodes: str) -> list[str]:
 
 
 def _tpu(env: Mapping[str, str]) -> Launch | None:
-    """a TPU slice. On GKE variables name the hosts of the slice, on TPU VMs the metadata server does."""
+    """the TPU slice. GKE names its hosts in variables; TPU VMs ask the metadata server."""
     if addresses := env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES"):
         hosts = [address.split(":")[0] for address in addresses.split(",")]
         worker, known = int(env["TPU_WORKER_ID"]), env
@@ -107,25 +112,25 @@ def _tpu(env: Mapping[str, str]) -> Launch | None:
         return None
     slices, number = int(known.get("MEGASCALE_NUM_SLICES") or 1), int(known.get("MEGASCALE_SLICE_ID") or 0)
     first = known["MEGASCALE_COORDINATOR_ADDRESS"].split(":")[0] if slices > 1 else hosts[0]
-    # The other slices' hosts have no names here.
+    # Only this slice's hosts are known by name; those of other slices are numbered.
     names = [f"slice {of}" + (f", {host}" if of == number else f", host {at}")
              for of in range(slices) for at, host in enumerate(hosts)] if slices > 1 else hosts
     return Launch("TPU", f"{first}:{_port(env)}", len(hosts) * slices, worker + number * len(hosts), tuple(names))
 
 
 def _metadata(env: Mapping[str, str], name: str) -> str:
-    """An attribute of this machine on Google Cloud; empty where it has none."""
+    """An attribute of this machine from Google Cloud's metadata server; empty if it has none."""
     address = f"http://{env.get('GCE_METADATA_IP', METADATA)}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
-    except OSError:  # HTTPError too: not a TPU VM
+    except OSError:  # includes HTTPError; this is not a TPU VM
         return ""
 
 
 def _torchrun(env: Mapping[str, str]) -> Launch | None:
-    """torchrun. Its own store may already listen on MASTER_PORT."""
+    """torchrun. Its own store already listens on MASTER_PORT, so the coordinator takes the next port."""
     if not {"MASTER_ADDR", "WORLD_SIZE", "RANK"} <= env.keys():
         return None
     port = int(env.get("MASTER_PORT", _port(env))) + ("TORCHELASTIC_RUN_ID" in env)
@@ -134,10 +139,11 @@ def _torchrun(env: Mapping[str, str]) -> Launch | None:
 
 
 def _devices(env: Mapping[str, str], number: int, processes: int) -> tuple[int, ...] | None:
-    """The one device for process `number` of a host's; all, where it is alone there or sees but one."""
+    """The device of local process `number`, one each; None (all) if it is alone on its host or sees one device only."""
     visible = env.get("CUDA_VISIBLE_DEVICES", "")
     return None if processes == 1 or visible and "," not in visible else (number,)
 
 
 def _port(env: Mapping[str, str], default: str = PORT) -> str:
+    """The coordinator's port."""
     return env.get("JAX_COORDINATOR_PORT", default)

@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM, Ctrl-C and the like become a save and exit code 75."""
+"""Turns stop signals (SIGTERM, Ctrl-C and others) into a save and exit code 75."""
 
 import contextlib
 import os
@@ -18,28 +18,26 @@ from igpt_jax.runtime import startup
 from igpt_jax.runtime.exits import PREEMPTED, Preempted
 
 GRACE_SECONDS = 1.0  # for the main thread to hear a signal
-STOPPING = "igpt_stopping"  # in the coordination service: a process ends before there is anything to save
+STOPPING = "igpt_stopping"  # key in the coordination service: a process ends before there is anything to save
 
+# Set once the processes are connected. Using JAX's client of the coordination service before then aborts the process.
+connected = threading.Event()
 
-# Start-up.
-
-connected = threading.Event()  # to the other processes; a question to JAX's client before that aborts the process
-
-
-# Signals.
 
 class StopSignal:
-    """Turns SIGINT (Ctrl-C), SIGTERM and others that schedulers send (`process.stop_signals`) into an orderly end; a
-    second one, a second or more later, ends at once.
+    """Turns SIGINT (Ctrl-C), SIGTERM and other signals of schedulers (`process.stop_signals`) into an orderly end.
 
-    While `saves` is false there is nothing to lose: the signal interrupts the job where it happens to be, and leaving
-    the context raises Preempted. What cannot be interrupted, a compiler or the wait for other processes, is ended
-    after GRACE_SECONDS, by a thread. Once `saves` is true a signal only makes `should_stop` true. (Launchers pass a
-    SIGTERM on after a Ctrl-C: what follows within a second is the same request.)
+    - While `saves` is False there is nothing to save. A signal interrupts the job, and leaving the context raises
+      Preempted. A thread ends a process that cannot be interrupted, such as one inside a compiler or one that waits
+      for other processes, after GRACE_SECONDS.
+    - Once `saves` is True, a signal only makes `should_stop` return True.
+    - A second signal ends the process at once. Signals within a second count as one, since launchers send a SIGTERM
+      after a Ctrl-C.
 
-    Of several processes one that is told tells the others, and from the first call of `should_stop` JAX's preemption
-    service hears SIGTERM on any of them and lets all stop at the same call; SIGINT is passed on to it. Use it from the
-    main thread; one may hold another.
+    With several processes, one that gets a signal tells the others. From the first call of `should_stop` on, JAX's
+    preemption service takes SIGTERM on any process, and all processes stop at the same call; SIGINT is forwarded to it.
+
+    Use it from the main thread. Contexts may be nested.
     """
 
     def __init__(self, saves: bool = False):
@@ -48,6 +46,7 @@ class StopSignal:
         self._asked, self._agreed, self._requested_at = 0, False, 0.0
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        """The signal handler."""
         if self.requested:
             if time.monotonic() - self._requested_at >= 1:
                 signal.signal(number, signal.SIG_DFL)
@@ -58,28 +57,29 @@ class StopSignal:
             raise KeyboardInterrupt
         if self._asked:
             say("saving, then stopping; press Ctrl-C again to stop at once")
-            os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service has taken
+            os.kill(os.getpid(), signal.SIGTERM)  # handled by the preemption service, which informs all processes
         else:
             say("saving, then stopping; a second signal stops at once")
 
-    def _end_what_is_deaf(self, pipe: int) -> None:
-        """A thread that is told of signals while the main one, in C++, cannot be."""
+    def _end_if_uninterruptible(self, pipe: int) -> None:
+        """Handles signals while the main thread is inside C++, where Python's handlers do not run. Runs in a thread."""
+        # Python writes a byte to this pipe for every signal (signal.set_wakeup_fd), whatever the main thread does.
         while os.read(pipe, 1):
             if not self.saves:
                 tell_others()
             if not self._left.wait(GRACE_SECONDS) and not self.saves:
-                say("stopped before there was anything to save. The same command starts again.")
+                say("stopped before there was anything to save. The same command starts over.")
                 leave(PREEMPTED)
         os.close(pipe)
 
     def _listen_to_others(self) -> None:
-        """A thread, for as long as a process that is told would leave the others behind."""
+        """Stops this process when another one stops before there is anything to save. Runs in a thread."""
         while not self._left.wait(GRACE_SECONDS / 2) and not self.saves:
             if signal.getsignal(signal.SIGINT) == self._on_signal and another_stops():
                 return os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self) -> bool:
-        """Whether to save and stop now. All processes must ask equally often; the answer stays true."""
+        """Whether to save and stop now. Once True it stays True. All processes must call it equally often."""
         if not connected.is_set():
             return self.requested
         if not self._asked:
@@ -97,7 +97,7 @@ class StopSignal:
         read, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         self._former_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-        threading.Thread(target=self._end_what_is_deaf, args=(read,), name="signals", daemon=True).start()
+        threading.Thread(target=self._end_if_uninterruptible, args=(read,), name="signals", daemon=True).start()
         threading.Thread(target=self._listen_to_others, name="others' signals", daemon=True).start()
         return self
 
@@ -112,35 +112,40 @@ class StopSignal:
 
 
 def tell_others() -> None:
-    """Lets the others know that this process ends before there is anything to save."""
+    """Tells the other processes that this one ends before there is anything to save."""
     def tell() -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax_distributed.global_state.client.key_value_set(STOPPING, "", allow_overwrite=True)
 
-    if connected.is_set():  # the process that would pass it on may be frozen
+    if connected.is_set():
+        # In a thread, with a deadline: process 0, which hosts the service, may be frozen.
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
         thread.join(GRACE_SECONDS)
 
 
 def another_stops() -> bool:
+    """Whether another process has called `tell_others`."""
     if connected.is_set():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said so
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the key is not set
             jax_distributed.global_state.client.key_value_try_get(STOPPING)
             return True
     return False
 
 
 def leave(code: int) -> None:
-    """Ends the process at once: tidying up takes Python a second of CPU time, and a preempted run has few; what an
-    exception has interrupted, JAX's tracing for one, may crash meanwhile; and a failed process of several must not wait
-    for the others, which may wait for it."""
+    """Ends the process at once with an exit code, without Python's clean-up.
+
+    Clean-up takes a second of CPU time, and a preempted run has few. It may crash if an exception interrupted JAX's
+    tracing. And a failed process must not wait for others that may be waiting for it.
+    """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # the reader of the stream is gone
             stream.flush()
     if threading.current_thread() is threading.main_thread():
-        for number in process.stop_signals():  # of launchers, when one process has ended: the code is decided
+        # A launcher signals the remaining processes when one has ended. That must not change this exit code.
+        for number in process.stop_signals():
             signal.signal(number, signal.SIG_IGN)
     if connected.is_set() and startup.coordinates():
-        time.sleep(3 * GRACE_SECONDS)  # let the others end first
+        time.sleep(3 * GRACE_SECONDS)  # the others abort if the service goes away before they have ended
     os._exit(code)

@@ -1,6 +1,6 @@
-"""Start-up of several processes: whether all have come, and whether they agree on what to do.
+"""Starts up several processes: connects them, and compares their config, code and data.
 
-JAX's own runtime connects them and carries what they say.
+JAX's coordination service connects the processes and carries their messages.
 """
 
 import collections
@@ -28,34 +28,35 @@ from igpt_jax.metrics.logging import say
 from igpt_jax.runtime.launchers import Launch
 
 
-class Elsewhere(Exception):
-    """Process 0 says why the job cannot start."""
+class Refused(Exception):
+    """Process 0 refused to start the job. It reports the reason, so the other processes end silently."""
 
 
 class PeerMissing(Exception):
-    """A process that was there does not answer any more. The message names it."""
+    """A connected process no longer answers. The message names it."""
 
-
-# Whether all have come.
 
 def connect(launch: Launch) -> None:
-    """Joins the processes of a job. Call it from the main thread before the first JAX computation.
+    """Connects the processes of a job. Call it from the main thread before the first JAX computation.
 
-    Waits IGPT_START_SECONDS (300) for all of them; who has not come by then is named, and JAX ends this process with
-    exit code 134. A process that gives no sign of life for IGPT_HEARTBEAT_SECONDS (100) is later taken for dead, and
-    ends the others likewise.
+    Environment variables:
+      IGPT_START_SECONDS: how long to wait for all processes; 300 by default. After that, missing processes are named
+        on stderr, and JAX aborts this process with exit code 134.
+      IGPT_HEARTBEAT_SECONDS: a process without a heartbeat for this long counts as dead; 100 by default. JAX then
+        aborts the others, also with exit code 134.
 
     Raises:
-      UserError: one of the two is no number of seconds.
+      UserError: a variable is not a number of seconds, or the processes cannot be connected.
     """
     deadline, heartbeat = seconds("IGPT_START_SECONDS", 300), seconds("IGPT_HEARTBEAT_SECONDS", 100)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself: `StopSignal` begins it
+    jax.config.update("jax_enable_preemption_service", False)  # it takes over SIGTERM; `StopSignal` starts it later
     problem: list[Exception] = []
 
     def initialize() -> None:
         make = _jax.get_distributed_runtime_service
-        # Without a deadline of its own the service never tells who is missing.
+        # `jax.distributed.initialize` does not pass this time-out on, and without it the service does not name the
+        # missing processes.
         _jax.get_distributed_runtime_service = functools.partial(make, cluster_register_timeout=deadline)
         try:
             jax.distributed.initialize(launch.coordinator, launch.processes, launch.process_id, launch.devices,
@@ -66,32 +67,32 @@ def connect(launch: Launch) -> None:
         finally:
             _jax.get_distributed_runtime_service = make
 
-    # In a thread: JAX waits in C++, and the main thread must hear signals.
+    # In a thread, since JAX waits in C++, where the main thread could not handle signals.
     thread = threading.Thread(target=initialize, daemon=True)
-    with _roll_call(launch, deadline):
+    with _missing_peers_named(launch, deadline):
         thread.start()
         for tries in itertools.count():
             thread.join(0.05)
             if not thread.is_alive():
                 break
             if tries == 200:
-                say(f"waits for the other processes, {deadline} s at most")
+                say(f"waiting for the other processes, at most {deadline} s")
     if problem:
         raise UserError(f"the processes cannot be connected (started by {launch.by}, coordinator "
                         f"{launch.coordinator}): {' '.join(str(problem[0]).split())}") from problem[0]
 
 
 def seconds(name: str, default: int) -> int:
-    """An environment variable that is a number of seconds. Raises UserError."""
+    """Reads an environment variable in seconds. Raises UserError unless it is an integer of at least 1."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"[1-9]\d{0,6}", text):
-        raise UserError(f"{name}={text!r} must be a whole number of seconds, at least 1.")
+        raise UserError(f"{name}={text!r} must be an integer number of seconds, at least 1.")
     return int(text)
 
 
 @contextlib.contextmanager
-def _roll_call(launch: Launch, deadline: int) -> Iterator[None]:
-    """Within, stderr goes through a process that outlives this one: JAX aborts where others are missing."""
+def _missing_peers_named(launch: Launch, deadline: int) -> Iterator[None]:
+    """Sends stderr through missing_peers.py, in a process of its own: it outlives this one, which JAX may abort."""
     expected = {"deadline": deadline, "coordinator": launch.coordinator, "hosts": launch.hosts}
     stderr = os.dup(2)
     command = [sys.executable, "-S", os.path.join(os.path.dirname(__file__), "missing_peers.py"), json.dumps(expected)]
@@ -106,23 +107,21 @@ def _roll_call(launch: Launch, deadline: int) -> Iterator[None]:
             os.close(stderr)
 
 
-# Whether they agree.
-
-_rounds = itertools.count()
+_rounds = itertools.count()  # numbers the exchanges: all processes make the same ones in the same order
 
 
 def agree(**facts: Any) -> list[str]:
-    """Compares facts between the processes; all must call it equally often. Needs no devices.
+    """Checks that all processes have the same facts. All must call it equally often. Needs no devices.
 
     Args:
-      facts: what JSON holds, or nested dicts of that.
+      facts: JSON values, or nested dicts of them.
 
     Returns:
-      The host of each process, on process 0.
+      The host of each process, on process 0; empty on the others.
 
     Raises:
-      UserError: on process 0, where another process has other facts; names process, fact and values.
-      Elsewhere: on the others.
+      UserError: on process 0, if facts differ; names the process, the fact and both values.
+      Refused: on the others, if facts differ.
       PeerMissing: a process does not answer within IGPT_START_SECONDS.
     """
     state, prefix = jax_distributed.global_state, f"igpt_agree/{next(_rounds)}"
@@ -131,23 +130,27 @@ def agree(**facts: Any) -> list[str]:
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     mine = json.dumps({"host": host, "facts": flat(facts)}, default=str)
     state.client.key_value_set(f"{prefix}/{state.process_id}", mine)
-    told = [json.loads(_wait_for(number, f"{prefix}/{number}"))
-            for number in range(state.num_processes) if state.process_id == 0]
-    follow(_differences(told) if told else "")
-    return [each["host"] for each in told]
+    answers = [json.loads(_wait_for(number, f"{prefix}/{number}"))
+               for number in range(state.num_processes) if state.process_id == 0]
+    follow(_differences(answers) if answers else "")
+    return [answer["host"] for answer in answers]
 
 
 def follow(refusal: str) -> None:
-    """Ends all processes where process 0 gives a reason to. What the others give does not count.
+    """Ends the job on all processes if process 0 passes a reason. All processes must call it.
+
+    Args:
+      refusal: the reason, in one line; empty to continue. Ignored on processes other than 0.
 
     Raises:
       UserError: on process 0, with the reason.
-      Elsewhere, PeerMissing: on the others.
+      Refused: on the others.
+      PeerMissing: process 0 does not answer.
     """
     state, name = jax_distributed.global_state, f"igpt_refusal/{next(_rounds)}"
     if state.client is not None and state.process_id != 0:
         if _wait_for(0, name):
-            raise Elsewhere
+            raise Refused
         return
     if state.client is not None:
         state.client.key_value_set(name, refusal)
@@ -156,11 +159,12 @@ def follow(refusal: str) -> None:
 
 
 def coordinates() -> bool:
-    """Whether the others depend on this process: it hosts the service that connects them."""
+    """Whether this process hosts the service that connects the others."""
     return jax_distributed.global_state.service is not None
 
 
 def _wait_for(number: int, name: str) -> str:
+    """The value that process `number` sets for the key `name`. Raises PeerMissing."""
     wait = seconds("IGPT_START_SECONDS", 300)
     try:
         return jax_distributed.global_state.client.blocking_key_value_get(name, 1000 * wait)
@@ -170,22 +174,24 @@ def _wait_for(number: int, name: str) -> str:
         raise PeerMissing(f"process {number} has not answered for {wait} s. Look at its log.") from None
 
 
-def _differences(told: list[dict[str, Any]]) -> str:
-    """What the first processes that differ from process 0 say, in one line; empty where none does."""
-    first, differences = told[0], []
-    for number, other in enumerate(told):
+def _differences(answers: list[dict[str, Any]]) -> str:
+    """Says in one line how processes differ from process 0, at most three of them; empty if none does."""
+    first, differences = answers[0], []
+    for number, other in enumerate(answers):
         names = sorted(name for name in first["facts"].keys() | other["facts"].keys()
                        if first["facts"].get(name) != other["facts"].get(name))
         if names:
             values = ", ".join(f"{name}={other['facts'].get(name)!r} (process 0: {first['facts'].get(name)!r})"
                                for name in names[:3])
             differences.append(f"process {number} on {other['host']} has {values}")
-    more = f"; and {len(differences) - 3} processes more" if len(differences) > 3 else ""
-    return f"{'; '.join(differences[:3])}{more}. Start all with the same command, code and data." if differences else ""
+    more = f"; and {len(differences) - 3} more processes" if len(differences) > 3 else ""
+    if not differences:
+        return ""
+    return f"{'; '.join(differences[:3])}{more}. Start all processes with the same command, code and data."
 
 
 def code_digest() -> str:
-    """SHA-256 of this package's source files, shortened."""
+    """A digest of this package's source files."""
     digest = hashlib.sha256()
     package = pathlib.Path(__file__).parent.parent
     for file in sorted(package.rglob("*.py")):
@@ -194,10 +200,10 @@ def code_digest() -> str:
 
 
 def find_devices() -> None:
-    """Starts JAX's devices: those of JAX_PLATFORMS, or the best that there are.
+    """Initializes JAX's devices: those of JAX_PLATFORMS, or the fastest available.
 
     Raises:
-      UserError: they cannot be used.
+      UserError: the devices cannot be used.
       PeerMissing: another process does not answer.
     """
     try:
@@ -207,13 +213,13 @@ def find_devices() -> None:
         if jax_distributed.global_state.client is not None and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", reason):
             raise PeerMissing(f"the devices of all processes cannot be connected: {reason}") from None
         asked = jax.config.jax_platforms
-        fix = (f"Unset JAX_PLATFORMS, which is {asked!r}, to use the devices that are there, or install JAX for it: "
-               "pip install -e '.[cuda]' or '.[tpu]'") if asked else "Set JAX_PLATFORMS=cpu to run without them"
+        fix = (f"Unset JAX_PLATFORMS, which is {asked!r}, to use the devices of this machine, or install JAX for it: "
+               "pip install -e '.[cuda]' or '.[tpu]'") if asked else "Set JAX_PLATFORMS=cpu to run on the CPU"
         raise UserError(f"JAX cannot use this machine's devices: {reason or 'no such platform'}. {fix}.") from None
 
 
 def introduce(launch: Launch, hosts: list[str]) -> None:
-    """One line of process 0: how many processes, on which hosts, started by whom, with which devices."""
+    """Prints one line on process 0: the number of processes, their hosts, the launcher and the devices."""
     if jax.process_index() != 0:
         return
     names = list(dict.fromkeys(hosts))

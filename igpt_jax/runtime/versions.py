@@ -8,5 +8,5 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that decide what it computes."""
+    """{package: version} of igpt_jax and of PACKAGES."""
     return {"igpt_jax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}

@@ -1,4 +1,4 @@
-"""Ends a process that does not move any more, and says where it stands."""
+"""Ends a process that makes no progress, and prints the stacks of all its threads."""
 
 import contextlib
 import faulthandler
@@ -18,15 +18,17 @@ COMPILER = os.path.join("jax", "_src", "compiler.py")  # a thread with a frame i
 
 
 class Watchdog:
-    """Ends the process with exit code 76 where `beat` has not been called for `allowance` seconds.
+    """Ends the process with exit code 76 if `beat` is not called for `allowance` seconds.
 
-    Time in which a thread compiles does not count, nor time in which this process did not run: a laptop that slept, a
-    process that was stopped. Before it ends it prints the stacks of all threads, and with several processes which of
-    them is behind or gives no sign of life: they tell each other through JAX's coordination service. Where the peer
-    is dead or its machine is, JAX ends this process, with exit code 134 and its reasons.
+    Two kinds of time do not count: time in which a thread compiles, and time in which the process did not run, as on
+    a laptop that slept.
+
+    Before it ends, it prints the stacks of all threads. With several processes it also names those that are behind or
+    do not respond; they report their progress through JAX's coordination service. If another process or its machine
+    is dead, JAX itself ends this process, with exit code 134.
 
     Args:
-      allowance: seconds; 0: never.
+      allowance: seconds without progress; 0: no limit.
     """
 
     def __init__(self, allowance: float):
@@ -36,14 +38,19 @@ class Watchdog:
         self._client = jax_distributed.global_state.client if jax.process_count() > 1 else None
 
     def beat(self, doing: str) -> None:
-        """Something has moved; `doing` is what comes next."""
+        """Reports progress.
+
+        Args:
+          doing: the activity that starts now, such as "step 40".
+        """
         self._doing, self._beats = doing, self._beats + 1
 
     def _watch(self) -> None:
+        """Adds up the time without a beat. Runs in a thread."""
         stalled, last = 0.0, time.monotonic()
         while not self._done.wait(self._tick):
             now = time.monotonic()
-            stalled += min(now - last, 2 * self._tick)
+            stalled += min(now - last, 2 * self._tick)  # a longer gap means that the process itself did not run
             last = now
             self._ticks += 1
             if self._beats != self._seen or compiling():
@@ -51,28 +58,29 @@ class Watchdog:
             if stalled > self._allowance:
                 self._end()
 
-    def _tell(self) -> None:
-        """A thread of its own: where the coordinator is frozen, telling it anything takes for ever."""
+    def _publish(self) -> None:
+        """Reports this process's progress to the others. Runs in a thread, since a frozen coordinator blocks it."""
         while not self._done.wait(5 * self._tick):
             with contextlib.suppress(Exception):
                 self._client.key_value_set(f"igpt_progress/{jax.process_index()}",
                                            f"{self._beats} {self._ticks} {self._doing}", allow_overwrite=True)
 
     def _end(self) -> None:
-        say(f"igpt_jax: process {jax.process_index()} has not moved for {self._allowance:g} s while {self._doing}. "
-            "Stacks of all threads:")
+        """Prints what is stuck and ends the process."""
+        say(f"igpt_jax: process {jax.process_index()} has made no progress for {self._allowance:g} s while "
+            f"{self._doing}. Stacks of all threads:")
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         if self._client:
             answer: list[str] = []
             asking = threading.Thread(target=lambda: answer.append(self._stragglers()), daemon=True)
             asking.start()
             asking.join(12 * self._tick + 2)
-            say(answer[0] if answer else "stuck: process 0, which coordinates the others, gives no answer")
-        say("igpt_jax: ended as stuck (exit code 76). The same command goes on from the newest checkpoint.")
+            say(answer[0] if answer else "stuck: process 0, which coordinates the others, does not respond")
+        say("igpt_jax: ended as stuck (exit code 76). The same command resumes from the newest checkpoint.")
         os._exit(EXIT_CODE)
 
     def _stragglers(self) -> str:
-        """Which processes give no sign of life over 11 ticks; where all do, which have moved the least."""
+        """Names the processes that do not respond within 11 ticks; if all respond, those with the least progress."""
         def read() -> dict[str, list[str]]:
             return {name.rpartition("/")[2]: text.split(" ", 2)
                     for name, text in self._client.key_value_dir_get("igpt_progress/")}
@@ -84,14 +92,14 @@ class Watchdog:
                   if name in before and before[name][1] == ticks and name != str(jax.process_index())]
         fewest = min(int(beats) for beats, *_ in after.values())
         stuck = silent or [name for name, (beats, *_) in after.items() if int(beats) == fewest]
-        how = " (gives no sign of life)" if silent else ""
+        how = " (does not respond)" if silent else ""
         return "stuck: " + "; ".join(f"process {name}, while {after[name][2]}{how}" for name in sorted(stuck, key=int))
 
     def __enter__(self) -> "Watchdog":
         if self._allowance:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
             if self._client:
-                threading.Thread(target=self._tell, name="watchdog's word", daemon=True).start()
+                threading.Thread(target=self._publish, name="watchdog reports", daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
