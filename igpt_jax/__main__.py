@@ -1,4 +1,4 @@
-"""`python -m igpt_jax`, and the console script `igpt`: the command line, where its packages are installed."""
+"""Entry point of `python -m igpt_jax` and of the console script `igpt`; reports missing packages in one line."""
 
 import sys
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         process.open_streams()
     try:
-        from igpt_jax import command_line
+        from igpt_jax import command_line  # here, so that its missing packages are reported below
 
         return command_line.main(arguments)
     except ModuleNotFoundError as error:
         if missing := process.missing_package(error):
-            process.tell(f"igpt_jax: {missing}", sys.stderr)
+            process.say(f"igpt_jax: {missing}", sys.stderr)
             return 2
         raise
 

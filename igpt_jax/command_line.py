@@ -1,4 +1,7 @@
-"""The command line: lists the jobs, or checks one job's flags and config, and only then imports JAX and starts it."""
+"""The command line: lists jobs, prints their help, or checks a job's flags and config and starts it.
+
+JAX takes seconds to import. It is imported only once the flags and the config are known to be valid.
+"""
 
 import ast
 import importlib
@@ -19,48 +22,53 @@ from igpt_jax import process, storage
 from igpt_jax.config import JOBS, UserError, aliases, base_config, keys, nearest, parse, plain
 
 PROCESS_FLAGS = {
-    "coordinator": "of several processes: HOST:PORT where process 0 listens; launchers that are known need no flags",
-    "processes": "how many there are",
-    "process_id": "the number of this one, from 0",
+    "coordinator": "HOST:PORT on which process 0 listens; not needed under a known launcher such as srun",
+    "processes": "number of processes",
+    "process_id": "number of this process, from 0",
 }
 USAGE = "python -m igpt_jax {job} [--config=FILE[:key=value,...]] --workdir=DIR [--config.key=value ...]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `python -m igpt_jax ARGUMENTS` and returns the exit code. Ends the process where they are the process's."""
+    """Runs `python -m igpt_jax ARGUMENTS` and returns the exit code.
+
+    Args:
+      arguments: None takes those of the process, which then ends here, without Python's slow cleanup.
+    """
     job, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if job in ("-h", "--help", "help"):
-        process.tell(_job_list())
+        process.say(_job_list())
         return 0
     try:
         if job not in JOBS:
             raise UserError(f"this job is not known. {nearest(job, list(JOBS))}")
         if {"-h", "--help"} & set(rest):
-            process.tell(_job_help(job))
+            process.say(_job_help(job))
             return 0
         config, workdir = _parse(job, rest)
-        # TensorFlow reads files here and computes nothing. Where it may use oneDNN, it prints four lines when imported.
+        # TensorFlow only reads files here. With oneDNN enabled it prints four lines of warnings when it is imported.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-        if job == "plan" and config.topology != "attached":  # leave this machine's accelerators to those who use them
+        # A plan for other devices needs none of this machine's accelerators, which another job may be using.
+        if job == "plan" and config.topology != "attached":
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        # Nothing has begun while JAX is imported: no traceback, and the job can begin another time.
+        # A signal during the import of JAX ends the process at once, without a traceback: nothing has started yet.
         for number in process.stop_signals():
             signal.signal(number, lambda number, frame: os._exit(75))
         _import_jax()
     except UserError as error:
-        process.tell(f"igpt_jax {job}: {error}", sys.stderr)
+        process.say(f"igpt_jax {job}: {error}", sys.stderr)
         return 2
     from igpt_jax.runtime.job import run_job
     from igpt_jax.runtime.signals import leave
 
     code = run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
-    if arguments is None:  # as a program, not called by one
+    if arguments is None:
         leave(code)
     return code
 
 
 def _import_jax() -> None:
-    """Raises UserError where JAX refuses one of its environment variables; it reads them when it is imported."""
+    """Imports JAX, which reads its environment variables then. Raises UserError where it refuses one."""
     try:
         importlib.import_module("jax")
     except ValueError as error:
@@ -72,34 +80,35 @@ def _job_list() -> str:
     width = max(map(len, JOBS))
     lines = [f"  {job:{width}}  {does}" for job, does in JOBS.items()]
     return "\n".join(["Image GPT in JAX. Jobs:", *lines, "", USAGE.format(job="JOB"),
-                      "python -m igpt_jax JOB --help lists what a job can be told."])
+                      "python -m igpt_jax JOB --help lists a job's config keys."])
 
 
 def _job_help(job: str) -> str:
-    source = importlib.util.find_spec(f"igpt_jax.jobs.{job}").origin  # read, not imported: that would import JAX
+    # The docstring is read from the source file, because importing the job would import JAX.
+    source = importlib.util.find_spec(f"igpt_jax.jobs.{job}").origin
     with open(source, encoding="utf-8") as file:
         doc = ast.get_docstring(ast.parse(file.read()))
     table = [(f"{name}={default!r}", meaning) for name, default, meaning in keys(job) if name != "job"]
     width = max(len(setting) for setting, _ in table if len(setting) <= 40)
     lines = [f"  --config.{setting:{width}}  {meaning}" for setting, meaning in table]
-    several = [f"  --{name:{width + 7}}  {meaning}" for name, meaning in PROCESS_FLAGS.items()]
+    process_flags = [f"  --{name:{width + 7}}  {meaning}" for name, meaning in PROCESS_FLAGS.items()]
     return "\n".join([doc, "", USAGE.format(job=job), "", "Config keys and their defaults:", *lines, "",
-                      "Processes (docs/launching.md):", *several])
+                      "Processes (docs/launching.md):", *process_flags])
 
 
 def _parse(job: str, arguments: Sequence[str]) -> tuple[Any, str]:
-    """The validated config and the workdir that the arguments ask for. Raises UserError."""
+    """The validated config and the workdir. Raises UserError."""
     own = flags.FlagValues()
     own.set_gnu_getopt(True)
     flags.DEFINE_string("config", None, "config file", flag_values=own)
-    flags.DEFINE_string("workdir", None, "folder for all that the job writes", flag_values=own)
+    flags.DEFINE_string("workdir", None, "folder for everything that the job writes", flag_values=own)
     for name, meaning in PROCESS_FLAGS.items():
         flags.DEFINE_string(name, None, meaning, flag_values=own)
     try:
         rest = own([job, *arguments], known_only=True)
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
-    # Where launchers leave them.
+    # `runtime/launchers.py` reads these variables, whoever sets them.
     os.environ.update({f"IGPT_{name.upper()}": own[name].value for name in PROCESS_FLAGS if own[name].value})
     config = _load(job, own["config"].value) if own["config"].present else base_config(job)
     _override(job, config, rest)
@@ -116,11 +125,12 @@ def _override(job: str, config: ConfigDict, rest: list[str]) -> None:
             raise UserError(f"flag {flag[0]!r} is not known. Flags: --config, --workdir, --config.key=value, "
                             f"{', '.join(f'--{name}' for name in PROCESS_FLAGS)}.")
         if (name := flag[1].removeprefix("config.")) in (former := aliases(job)):
-            process.tell(f"igpt_jax {job}: config key {name!r} is now called {former[name]!r}.", sys.stderr)
+            process.say(f"igpt_jax {job}: config key {name!r} is now called {former[name]!r}.", sys.stderr)
         elif name not in known:
             group = [key for key in known if key.startswith(f"{name}.")]
-            hint = f"is a group. Set {' or '.join(group)}." if group else f"is not known. {nearest(name, known)}"
-            raise UserError(f"config key {name!r} {hint}")
+            if group:
+                raise UserError(f"config key {name!r} is a group. Set {' or '.join(group)}.")
+            raise UserError(f"config key {name!r} is not known. {nearest(name, known)}")
     overrides = flags.FlagValues()
     overrides.set_gnu_getopt(True)
     try:
@@ -136,25 +146,26 @@ def _override(job: str, config: ConfigDict, rest: list[str]) -> None:
         raise UserError(f"{left_over[0]!r} is not a flag. Settings are written --config.key=value.")
 
 
-def _load(job: str, typed: str) -> ConfigDict:
-    """The config of `--config=FILE[:arguments]`: the job's base config with what FILE's get_config changes.
+def _load(job: str, argument: str) -> ConfigDict:
+    """The config of `--config=FILE[:key=value,...]`: the job's base config with the changes of FILE's get_config.
 
-    A config file is a program of the user's: whatever goes wrong in it is told with its line.
+    A config file is the user's own program, so any error in it is reported with its line number.
     """
-    match = re.fullmatch(r"(.+?\.py)(?::(.*))?", typed)
+    match = re.fullmatch(r"(.+?\.py)(?::(.*))?", argument)
     if not match:
-        raise UserError(f"--config={typed!r} must name a Python file: --config=configs/{job}.py[:key=value,...]")
+        raise UserError(f"--config={argument!r} must name a Python file: --config=configs/{job}.py[:key=value,...]")
     file, arguments = match.groups()
     source = storage.read(storage.path(file))
     try:
         names = {"__name__": "config_file", "__file__": file}
         exec(compile(source, file, "exec", dont_inherit=True), names)
         if "get_config" not in names:
-            raise UserError("it must define get_config(), which returns igpt_jax.config.base_config(job), changed")
+            raise UserError("get_config() is missing. Define it to return a changed igpt_jax.config.base_config(job).")
         given = names["get_config"](*([] if arguments is None else [arguments]))
         if not isinstance(given, ConfigDict):
             raise UserError(f"get_config() must return a ConfigDict, not {type(given).__name__}")
-        parse(job, {"job": given.get("job", job)})  # another job's config: say that, not that its keys are unknown
+        # Checked first, because the keys of another job's config would be reported as unknown.
+        parse(job, {"job": given.get("job", job)})
         config = base_config(job)
         config.update(plain(job, given))
         return config

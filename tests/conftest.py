@@ -1,5 +1,6 @@
 """How tests run jobs and scripts. JAX sees one CPU device here; tests of several run in a process of their own."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import traceback
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = ROOT / "tests" / "scripts"
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "EPATH_USE_TF": "0",
@@ -21,6 +23,10 @@ LARGE = {"torch": "pip install '.[huggingface]'", "transformers": "pip install '
          "tensorflow": "pip install ."}  # what tests may be run without
 for name, value in ENVIRONMENT.items():  # before any test imports JAX
     os.environ.setdefault(name, value)
+if importlib.util.find_spec("triton"):  # tests of one process import TensorFlow and transformers in any order
+    from igpt_jax.weights.frameworks import triton_first
+
+    triton_first()
 
 
 def patience(seconds=60):
@@ -59,9 +65,14 @@ def _run(command, devices, env):
                           capture_output=True, timeout=patience())
 
 
+def script_command(script):
+    """Python's arguments to run a script: the name of a file in tests/scripts, such as "meshes.py", or source text."""
+    return [SCRIPTS / script] if script.endswith(".py") else ["-c", script]
+
+
 def run_job_command(*arguments, script=None, devices=1, env=None):
-    """`python -m igpt_jax ARGUMENTS`, or the source text of a script, as a CompletedProcess."""
-    return _run(["-c", script] if script else ["-m", "igpt_jax", *arguments], devices, env)
+    """`python -m igpt_jax ARGUMENTS`, or a script with these arguments (`script_command`), as a CompletedProcess."""
+    return _run([*(script_command(script) if script else ["-m", "igpt_jax"]), *arguments], devices, env)
 
 
 @pytest.fixture
@@ -72,9 +83,10 @@ def run_job():
 
 @pytest.fixture
 def python():
-    """python(script, devices=8, env=None): runs the source text of a script with fake devices; fails if it fails."""
-    def run(script, devices=8, env=None):
-        done = _run(["-c", script], devices, env)
+    """python(script, *arguments, devices=8, env=None): runs a script (`script_command`) with fake devices; the test
+    fails if it fails."""
+    def run(script, *arguments, devices=8, env=None):
+        done = _run([*script_command(script), *arguments], devices, env)
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
     return run

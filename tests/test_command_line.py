@@ -1,8 +1,7 @@
-"""The command line and what surrounds a job: mistakes, its workdir's records, exit codes, signals."""
+"""The command line, and what `run_job` does around a job: records in the workdir, exit codes, signals."""
 
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import time
 
 import jax
 import pytest
-from conftest import patience
+from conftest import ROOT, SCRIPTS, patience
 
 from igpt_jax import process, storage
 from igpt_jax.config import UserError, base_config, parse
@@ -19,7 +18,6 @@ from igpt_jax.runtime import job as runtime
 from igpt_jax.runtime.exits import Diverged, Preempted
 from igpt_jax.runtime.signals import StopSignal
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """
 from igpt_jax.config import base_config
 
@@ -73,54 +71,45 @@ def test_streams_that_nobody_reads(command, code, says):
 
 
 def test_a_file_never_gets_the_number_of_a_closed_stream():
-    """What C++ or a subprocess prints would end in it. Seen to fail without `open_streams`."""
-    script = ("import os, subprocess, sys; from igpt_jax import process; process.open_streams();"
-              "file = os.open('/dev/null', 0); assert file > 2, file;"
-              "print('out'); sys.stderr.write('err'); subprocess.run(['sh', '-c', 'echo told >&2'], check=True)")
-    assert subprocess.run(["bash", "-c", f'exec {sys.executable} -c "{script}" >&- 2>&- <&-'], cwd=ROOT).returncode == 0
-
-
-PACKAGE_MISSING = """
-import sys
-sys.modules[sys.argv[1]] = None
-from igpt_jax.__main__ import main
-sys.exit(main(["verify", "--workdir=w"]))
-"""
+    """Otherwise it would receive the output of C++ and subprocesses. Seen to fail without `open_streams`."""
+    command = f"exec {sys.executable} {SCRIPTS / 'closed_streams.py'} >&- 2>&- <&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("package, install", [("ml_collections", "ml_collections"),
                                               ("orbax.checkpoint", "orbax-checkpoint")])
-def test_a_missing_package_is_told_in_one_line(package, install, tmp_path):
+def test_a_missing_package_is_one_line(package, install, tmp_path):
     """At the start, and once a job begins. Seen to fail without the branch of `__main__`."""
-    done = subprocess.run([sys.executable, "-c", PACKAGE_MISSING, package], text=True, capture_output=True,
+    done = subprocess.run([sys.executable, SCRIPTS / "missing_package.py", package], text=True, capture_output=True,
                           cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert f"is not installed. Run: pip install {install}, or all that igpt_jax needs: pip install -e " in done.stderr
+    command = f"Run: pip install {install}, or everything that igpt_jax needs: pip install -e "
+    assert f"is not installed. {command}" in done.stderr
 
 
 @pytest.mark.parametrize("variable", ["JAX_ENABLE_X64", "JAX_DEFAULT_DEVICE", "JAX_DEFAULT_PRNG_IMPL"])
-def test_a_variable_that_jax_refuses_is_told_in_one_line(run_job, variable):
+def test_a_variable_that_jax_refuses_is_one_line(run_job, variable):
     """Seen to fail with a plain import of JAX."""
     done = run_job("verify", "--workdir=w", env={variable: "word"})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{variable}='word'" in done.stderr
 
 
-def test_only_a_package_that_is_not_there_is_missing():
-    """A module of ours, or a part of a package that is installed, is a bug and keeps its traceback."""
-    def told(name, cause=None):
+def test_only_packages_that_are_not_installed_are_missing():
+    """A missing module of ours, or of an installed package, is a bug and keeps its traceback."""
+    def message(name, cause=None):
         error = ModuleNotFoundError("no", name=name)
         error.__cause__ = cause
         return process.missing_package(error)
 
     for name in ("igpt_jax.jobs.absent", "jax._src.absent", "numpy.absent", None):
-        assert not told(name)
-    assert "the package absent is not installed" in told("absent.part")
-    assert "the package absent is not installed" in told(None, ModuleNotFoundError("no", name="absent"))
+        assert not message(name)
+    assert "the package absent is not installed" in message("absent.part")
+    assert "the package absent is not installed" in message(None, ModuleNotFoundError("no", name="absent"))
     for name in process.ON_PYPI.values():
         assert f"\n    {name.strip(chr(39))}>=" in (ROOT / "setup.cfg").read_text(), name
 
 
-# What is typed after `igpt_jax`, and what the one line must say.
+# Arguments after `igpt_jax`, and what the one line of the error contains.
 MISTAKES = {
     "pretran": "Did you mean 'pretrain'?",
     "pretrain": "--workdir is missing",
@@ -131,13 +120,13 @@ MISTAKES = {
     "pretrain --workdir=W --config.steps=abc": "steps='abc' must be of type int",
     "pretrain --workdir=W --config.steps=0": "steps=0 must be at least 1",
     "pretrain --workdir=W --config.keep_steps=a": "keep_steps[0]='a' must be of type int",
-    "pretrain --workdir=W --config.wandb=me/digits/2": "must read PROJECT or ENTITY/PROJECT",
+    "pretrain --workdir=W --config.wandb=me/digits/2": "must be PROJECT or ENTITY/PROJECT",
     "pretrain --workdir=W --config.model.name=igpt_z": "Did you mean 'igpt_s'?",
     "pretrain --workdir=W --config=missing.py": "missing.py does not exist",
     "pretrain --workdir=W --config=configs/pretrain": "must name a Python file",
     "pretrain --workdir=W --config=configs/sample.py": "for the job 'sample', not 'pretrain'",
     "pretrain --workdir=W --config=configs/pretrain.py:stepz=1": "Did you mean 'steps'?",
-    "pretrain --workdir=W --config=configs/pretrain.py:steps": "must read key=value",
+    "pretrain --workdir=W --config=configs/pretrain.py:steps": "must have the form key=value",
 }
 
 
@@ -149,10 +138,10 @@ def one_line(done) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("typed", MISTAKES)
-def test_mistake_is_one_line(run_job, typed):
-    done = run_job(*typed.split(), env={"PYTHONPROFILEIMPORTTIME": "1"})
-    assert MISTAKES[typed] in one_line(done)
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistake_is_one_line(run_job, arguments):
+    done = run_job(*arguments.split(), env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert MISTAKES[arguments] in one_line(done)
 
 
 @pytest.mark.parametrize("line, says", [
@@ -173,7 +162,7 @@ def test_mistake_in_a_config_file_names_its_line(run_job, tmp_path, line, says):
 
 
 def test_settings_are_applied_in_order(tmp_path, monkeypatch):
-    """The file's settings, then what follows its colon, then the flags. Seen to fail without `override` in `_load`."""
+    """The file's settings, then those after its colon, then the flags. Seen to fail without `override` in `_load`."""
     from igpt_jax.command_line import _parse
 
     monkeypatch.chdir(ROOT)
@@ -248,9 +237,9 @@ def test_a_refused_config_leaves_the_former_one(config, tmp_path, capsys):
     assert "belongs to the job 'prepare'" in capsys.readouterr().err
 
 
-def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(python, capsys):
-    """Handlers return to what they were at the end; what follows within a second is the same request, passed on by a
-    launcher. Seen to fail without re-raising; with the second of grace left out pytest itself ends.
+def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(run_job, capsys):
+    """The former handlers are restored at the end. A second signal within a second counts as the same request, passed
+    on by a launcher. Seen to fail without re-raising; without the second of grace pytest itself ends.
     """
     former = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
@@ -262,18 +251,12 @@ def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(python, capsys)
     assert signal.getsignal(signal.SIGTERM) == former
     assert "saving, then stopping" in capsys.readouterr().err
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        python(f"""
-import subprocess, sys
-script = "import os, time; from igpt_jax.runtime.signals import StopSignal; stop = StopSignal().__enter__();" \\
-         "stop.saves = True; os.kill(os.getpid(), {number}); time.sleep(1.1); " \\
-         "os.kill(os.getpid(), {number}); print('still here')"
-done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-assert done.returncode == -{number} and not done.stdout, done
-""", devices=1)
+        done = run_job(number, script="two_signals.py")
+        assert done.returncode == -number and not done.stdout, done
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_what_schedulers_send_asks_to_stop_where_it_is_not_ignored(number):
+def test_signals_of_schedulers_ask_to_stop_unless_ignored(number):
     """`nohup` starts a job with SIGHUP ignored. Seen to fail with all of them handled."""
     former = signal.signal(number, signal.SIG_DFL)
     try:
@@ -288,77 +271,37 @@ def test_what_schedulers_send_asks_to_stop_where_it_is_not_ignored(number):
         signal.signal(number, former)
 
 
-COMPILES_FOR_EVER = """
-import ctypes, os, threading, jax._src.compiler
-from igpt_jax.runtime.signals import GRACE_SECONDS, StopSignal
-
-GRACE_SECONDS = 0.3
-mutex = ctypes.create_string_buffer(64)
-lock = ctypes.CDLL(None).pthread_mutex_lock
-lock(mutex)
-with StopSignal():
-    threading.Timer(0.5, os.kill, (os.getpid(), 15)).start()
-    exec(compile("lock(mutex)", jax._src.compiler.__file__, "exec"))
-"""
-
-
-def test_a_signal_before_there_is_anything_to_save_ends_the_job_where_it_is(run_job):
-    """In Python; and inside a compiler, which hears no exception. Seen to fail without the thread that hears
-    signals: the process never ended.
+def test_a_signal_with_nothing_to_save_ends_the_job_at_once(run_job):
+    """In Python, and inside a compiler, where Python's signal handlers do not run. Seen to fail without the thread that
+    handles signals: the process never ended.
     """
     with pytest.raises(Preempted, match="before there was anything new to save"):
         with StopSignal():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
-    done = run_job(script=COMPILES_FOR_EVER)
+    done = run_job(script="signal_while_compiling.py")
     assert done.returncode == 75 and "stopped before there was anything to save" in done.stderr, done
-
-
-LAUNCHED = """#!{python}
-import os, signal, sys, time
-if sys.argv[1] == "-c":
-    exec(sys.argv[2])
-    sys.exit()
-import jax
-from igpt_jax.runtime.exits import Preempted
-from igpt_jax.runtime.job import run_job
-from igpt_jax.runtime.signals import StopSignal
-from igpt_jax.config import UserError, base_config, parse
-
-
-def run(config, workdir):
-    assert jax.process_count() == 2
-    with StopSignal(saves=sys.argv[3] != "plan") as stop:
-        for step in range(1, 10**5):
-            time.sleep(0.02)
-            if step == 5 and jax.process_index() == 1:
-                if sys.argv[3] == "sample":
-                    raise UserError("only process 1 sees this.")
-                os.kill(os.getpid(), signal.SIGINT)
-            if stop.saves and stop.should_stop():
-                print(f"stops at {{step}}", flush=True)
-                raise Preempted("stopped.")
-
-
-sys.exit(run_job(run, parse("pretrain", base_config("pretrain")), sys.argv[4]))
-"""
 
 
 @pytest.mark.parametrize("job, code", [("prepare", 75), ("plan", 75), ("sample", 2)])
 def test_launched_processes_stop_together(tmp_path, job, code):
-    """Ctrl-C in one process stops both: at one step where they save (prepare), at once where there is nothing to save
-    (plan). A failure of one ends both. Seen to fail without telling the others (plan), without passing SIGINT on as
-    SIGTERM, with a SIGTERM handler of Python's beside JAX's, and with `should_stop` that asks only its own process.
+    """Ctrl-C in one process stops both: at the same step where they save (prepare), at once where there is nothing to
+    save (plan). A failure of one ends both. Seen to fail without notifying the others (plan), without passing SIGINT on
+    as SIGTERM, with a Python handler of SIGTERM next to JAX's, and with `should_stop` that asks only its own process.
     """
-    stand_in = tmp_path / "python"  # started by the launcher as `stand_in -m igpt_jax JOB WORKDIR`
-    stand_in.write_text(LAUNCHED.format(python=sys.executable))
+    stand_in = tmp_path / "python"  # the launcher runs `stand_in -c CODE` and `stand_in -m igpt_jax JOB WORKDIR`
+    stand_in.write_text(f"""#!/bin/sh
+[ "$1" = -c ] && exec {sys.executable} "$@"
+shift 2
+exec {sys.executable} {SCRIPTS / 'launched.py'} "$@"
+""")
     stand_in.chmod(0o755)
     done = subprocess.run([ROOT / "launch" / "local.sh", "2", job, tmp_path / "workdir"], text=True,
                           capture_output=True, timeout=patience(), env={**os.environ, "PYTHON": str(stand_in)})
     assert done.returncode == code, done.stderr
     assert (tmp_path / "workdir" / "config.json").exists()
     if job == "plan":
-        assert done.stderr.count("before there was anything new to save") == 1, done.stderr  # process 0's word
+        assert done.stderr.count("before there was anything new to save") == 1, done.stderr  # process 0 reports
     elif code == 75:
         first, second = re.findall(r"stops at (\d+)", done.stdout)
         assert first == second

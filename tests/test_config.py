@@ -1,4 +1,4 @@
-"""Config values are refused before anything starts: unknown, of another type, or out of range."""
+"""Config keys: unknown names, wrong types and values out of range are refused; resume rules; former names."""
 
 import pytest
 from ml_collections import ConfigDict
@@ -8,18 +8,18 @@ from igpt_jax.config import JOB_CONFIGS, MODELS, UserError, base_config, keys, p
 
 @pytest.mark.parametrize("job", JOB_CONFIGS)
 def test_a_config_survives_its_json(job):
-    """What config.json and a checkpoint hold gives back the same dataclass; every key has a meaning.
+    """The dataclass comes back equal from config.json; every key has a help text.
 
     Seen to fail with tuples left as JSON's lists.
     """
     import json
     config = parse(job, base_config(job))
     assert parse(job, json.loads(json.dumps(to_dict(config)))) == config
-    assert all(meaning for _, _, meaning in keys(job))
+    assert all(doc for _, _, doc in keys(job))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ("stpes=3", "Did you mean 'steps'"), ("model=igpt_x", "Did you mean 'igpt_xl'"), ("steps", "must read key=value"),
+    ("stpes=3", "Did you mean 'steps'"), ("model=igpt_x", "Did you mean 'igpt_xl'"), ("steps", "must have the form"),
     ("steps=1.7", "must be of type int"), ("steps=True", "must be of type int"), ("steps=1e999", "must be of type int"),
     ("optimizer=3", "is a group"), ("model.mlp=-5", "model.mlp=-5"), ("model.layers=-1", "model.layers=-1"),
     ("seed=4294967296", "seed=4294967296"), ("seed=-1", "seed=-1"), ("model.heads=7", "model.heads=7"),
@@ -27,7 +27,7 @@ def test_a_config_survives_its_json(job):
     ("mesh.data=-1", "only one axis"), ("data.split=train+held_out", "also trained on"), ("job=evaluate", "evaluate"),
 ])
 def test_refused(arguments, message):
-    """Seen to fail with `int(literal)` in place of the check of types."""
+    """Seen to fail with `int(literal)` instead of the type check."""
     with pytest.raises(UserError, match=message):
         parse("pretrain", base_config("pretrain", arguments))
 
@@ -42,11 +42,11 @@ def test_refused(arguments, message):
     ("pretrain", "accept_changes", (1,), r"accept_changes\[0\]=1 must be of type str"),
     ("pretrain", "optimizer", {"learning_rate": float("nan")}, "learning_rate=nan must be finite"),
     ("pretrain", "stall_seconds", 10**400, "must be of type float"),
-    ("pretrain", "batch_size", 10**30, "must lie below 2\\^63"),
+    ("pretrain", "batch_size", 10**30, "must be below 2\\^63"),
     ("pretrain", "model", 3, "model=3 must be a group"),
 ])
 def test_elements_and_infinities_are_refused(job, key, value, message):
-    """Seen to fail with elements of tuples left as they are."""
+    """Seen to fail without the check of a tuple's elements."""
     with pytest.raises(UserError, match=message):
         parse(job, {key: value})
 
@@ -62,7 +62,7 @@ def test_no_key_takes_infinity_or_nan(job):
 
 
 def test_values_of_every_kind():
-    """Whole numbers stand for fractional ones; a tuple keeps its commas; None is no value.
+    """Integers are accepted for floats; commas within a tuple do not split; None is not a value.
 
     Seen to fail with arguments split at every comma.
     """
@@ -92,8 +92,8 @@ def test_former_names_of_keys_still_work():
         assert getattr(parse(job, old), name) == value
 
 
-def test_every_key_states_what_a_resumed_run_may_change():
-    """`resume` is an argument without default; here are the keys that a pretraining run may change.
+def test_keys_that_a_resumed_run_may_change():
+    """Some keys of each kind, of pretrain; also which keys decide a compiled step.
 
     Seen to fail with `steps` stated as free.
     """

@@ -7,7 +7,7 @@ import sys
 
 import conftest
 import pytest
-from conftest import ROOT, patience
+from conftest import ROOT, SCRIPTS, patience
 
 
 @pytest.mark.parametrize(("target", "extras"), [("quickstart", None), ("test", ".[test,huggingface]")])
@@ -18,22 +18,11 @@ def test_only_the_tests_install_torch(tmp_path, target, extras):
     assert installed == [".", *filter(None, [extras])], done
 
 
-KILLED = """
-import os, signal, time
-
-def test_before(): pass
-
-def test_killed(): os.kill(os.getpid(), signal.SIGKILL)
-
-def test_after(): pass
-"""
-
-
 def test_a_worker_that_dies_ends_the_run(tmp_path):
     """And starts no other in its place, which may hang. Seen to fail without --max-worker-restart."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_killed.py").write_text(KILLED)
+    shutil.copy(SCRIPTS / "killed_worker.py", tmp_path / "tests" / "test_killed.py")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile"], cwd=tmp_path, text=True,
                           env=environment, capture_output=True, timeout=patience(10))

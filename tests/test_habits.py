@@ -20,13 +20,6 @@ pytestmark = pytest.mark.fault
 MODEL = ["--config.model.name=igpt_tiny", "--config.model.layers=1", "--config.model.embed=8", "--config.model.heads=1",
          "--config.batch_size=8", "--config.precision=float32", "--config.optimizer.warmup_steps=2",
          "--config.checkpoint_every_steps=2", "--config.keep_steps=()"]
-# The jobs of a JSON list, one after the other, up to one that fails.
-SEVERAL = """
-import json, os, sys
-from igpt_jax.__main__ import main
-jobs = [[os.fsdecode(word.encode("latin1")) for word in job] for job in json.loads(sys.argv[1])]
-sys.exit(next((code for code in map(main, jobs) if code), 0))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +62,8 @@ def test_names(folder, pretrain, name):
     jobs = [pretrain(workdir), ["verify", f"--workdir={folder}/v-{name}", f"--config.path={workdir}"],
             ["evaluate", f"--workdir={folder}/e-{name}", f"--config.checkpoints={workdir}"],
             ["report", f"--workdir={folder}/r-{name}", f"--config.workdirs={workdir}"]]
-    # JSON of the words' bytes, which Python gets as they are
-    words = json.dumps([[os.fsencode(word).decode("latin1") for word in job] for job in jobs])
-    done = run_job_command(script=SEVERAL.replace("sys.argv[1]", repr(words)))
+    arguments = json.dumps([[os.fsencode(argument).decode("latin1") for argument in job] for job in jobs])
+    done = run_job_command(arguments, script="jobs.py")
     if done.returncode == 2 and name in ("caf\udce9", "a\\b"):
         assert len(done.stderr.splitlines()) == 1 and not workdir.exists(), done.stderr
     else:

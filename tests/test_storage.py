@@ -8,20 +8,12 @@ import sys
 import time
 
 import pytest
+from conftest import SCRIPTS
 
 from igpt_jax import storage
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.runtime.job import run_job
 from igpt_jax.storage import files, lines, locks, paths
-
-HOLD = """
-import sys
-import time
-from igpt_jax import storage
-with storage.lock(storage.path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -32,27 +24,27 @@ def as_bucket(monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.02)
 
 
-@pytest.mark.parametrize(("typed", "local"), [("a/b", True), ("/a", True), ("gs://b/a", False), ("s3://b/a", False)])
-def test_kind_of_path(typed, local):
-    assert storage.is_local(storage.path(typed)) is local
-    assert os.fspath(storage.path(typed)) == typed
+@pytest.mark.parametrize(("text", "local"), [("a/b", True), ("/a", True), ("gs://b/a", False), ("s3://b/a", False)])
+def test_kind_of_path(text, local):
+    assert storage.is_local(storage.path(text)) is local
+    assert os.fspath(storage.path(text)) == text
 
 
-@pytest.mark.parametrize("typed", ["/gs/group/run", "/s3", "/gs"])
-def test_a_disk_named_like_a_bucket(typed):
-    """Seen to fail: epath takes /gs/group for gs://group, so a cluster's disk could not be used."""
-    path = storage.path(typed)
+@pytest.mark.parametrize("text", ["/gs/group/run", "/s3", "/gs"])
+def test_a_local_folder_named_like_a_bucket(text):
+    """Seen to fail: epath reads /gs/group as gs://group, so a cluster's disk could not be used."""
+    path = storage.path(text)
     assert storage.is_local(path) and storage.is_local(storage.absolute(path / "a"))
-    assert os.path.normpath(os.fspath(path)).lstrip("/") == typed.lstrip("/")
+    assert os.path.normpath(os.fspath(path)).lstrip("/") == text.lstrip("/")
 
 
-@pytest.mark.parametrize("typed", ["", "ftp://host/a", "gs:/bucket/a", "s3:/bucket"])
-def test_impossible_path(typed):
+@pytest.mark.parametrize("text", ["", "ftp://host/a", "gs:/bucket/a", "s3:/bucket"])
+def test_impossible_path(text):
     with pytest.raises(UserError):
-        storage.path(typed)
+        storage.path(text)
 
 
-def test_what_the_user_named_is_missing(tmp_path):
+def test_missing_paths_are_named(tmp_path):
     for read in (storage.read, storage.children, storage.read_lines):
         with pytest.raises(UserError, match="nowhere"):
             read(storage.path(tmp_path / "nowhere"))
@@ -69,38 +61,38 @@ def test_matching_is_sorted(tmp_path):
     assert [os.path.relpath(path, tmp_path) for path in found] == ["a/3.npz", "b/1.npz", "b/2.npz"]
 
 
-@pytest.mark.parametrize(("typed", "expected"), [
+@pytest.mark.parametrize(("pattern", "expected"), [
     ("s[1]", ["s[1]"]), ("s[1]/*", ["s[1]/a,b", "s[1]/x*"]), ("s[1]/x*", ["s[1]/x*"]), ("s?/x", ["s1/x"]),
     ("s*/x[*]", ["s[1]/x*"]), ("s[12]/*", ["s1/x"]), ("s*/x*", ["s1/x", "s[1]/x*"]), ("s*/none", []), ("**/x", []),
 ])
-def test_what_exists_is_no_pattern(tmp_path, typed, expected):
-    """Part by part. Seen to fail with every part that has a bracket taken for a pattern, the folder's own too."""
+def test_existing_names_are_not_patterns(tmp_path, pattern, expected):
+    """Each component by itself. Seen to fail with every component that has a bracket read as a pattern."""
     for name in ("s[1]/x*", "s[1]/a,b", "s1/x"):
         storage.publish(storage.path(tmp_path / "r[0]" / name), "")
     if expected:
-        found = storage.matching(f"{tmp_path}/r[0]/{typed}")
+        found = storage.matching(f"{tmp_path}/r[0]/{pattern}")
         assert [os.path.relpath(path, tmp_path / "r[0]") for path in found] == expected
     else:
-        with pytest.raises(UserError, match="matches nothing|no pattern"):
-            storage.matching(f"{tmp_path}/r[0]/{typed}")
+        with pytest.raises(UserError, match="matches nothing|as a pattern"):
+            storage.matching(f"{tmp_path}/r[0]/{pattern}")
 
 
-@pytest.mark.parametrize(("typed", "expected"), [
+@pytest.mark.parametrize(("text", "expected"), [
     ("a,b", ["a,b"]), ("c, a,b ,", ["c", "a,b"]), ("a,b,c", ["a,b", "c"]), ("a,c", ["a", "c"]), ("c*,d", ["c*", "d"]),
     ("a,b/*,c", ["a,b/*", "c"]), (" c", ["c"]), ("gs://b/a,gs://b/c", ["gs://b/a", "gs://b/c"]), ("", []),
 ])
-def test_commas_of_a_path_that_exists_do_not_split_it(tmp_path, monkeypatch, typed, expected):
+def test_commas_in_existing_names_do_not_split_them(tmp_path, monkeypatch, text, expected):
     """Seen to fail with a plain split."""
     monkeypatch.chdir(tmp_path)
     for name in ("a,b", "a", "c"):
         (tmp_path / name).mkdir()
-    assert storage.patterns(typed) == expected
+    assert storage.patterns(text) == expected
 
 
-@pytest.mark.parametrize(("folder", "told"), [("back\\slash", "backslash"), ("caf\udce9", "UTF-8")])
+@pytest.mark.parametrize(("folder", "message"), [("back\\slash", "backslash"), ("caf\udce9", "UTF-8")])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_workdir_where_checkpoints_would_go_astray_is_refused(tmp_path, monkeypatch, capsys, folder, told, inside):
-    """As what was typed, and as the current folder. Seen to fail without the check: the job ran."""
+def test_a_workdir_that_tensorstore_misreads_is_refused(tmp_path, monkeypatch, capsys, folder, message, inside):
+    """Given as --workdir, and as the current folder. Seen to fail without the check: the job ran."""
     if inside:
         (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path / folder)
@@ -108,7 +100,7 @@ def test_a_workdir_where_checkpoints_would_go_astray_is_refused(tmp_path, monkey
     workdir = "run" if inside else str(tmp_path / folder)
     assert run_job(lambda config, workdir: {}, parse("pretrain", base_config("pretrain")), workdir) == 2
     printed = capsys.readouterr().err
-    assert told in printed and printed.count("\n") == 1 and list(tmp_path.rglob("*")) == before
+    assert message in printed and printed.count("\n") == 1 and list(tmp_path.rglob("*")) == before
 
 
 def test_publish_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -127,7 +119,7 @@ def test_publish_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
 
 
 def test_names_that_are_not_utf8_are_written_out(tmp_path):
-    """A report of such a folder. Seen to fail with a plain encode."""
+    """As in the report of such a folder. Seen to fail with a plain encode."""
     for file in (tmp_path / "report.html", tmp_path / "metrics.jsonl"):
         storage.publish(storage.path(file), "caf\udce9")
         assert file.read_text() == "caf\\udce9"
@@ -158,7 +150,7 @@ def test_a_torn_last_line_does_not_swallow_the_next(tmp_path):
 
 
 class FillingDisk:
-    """A raw file whose disk takes a few bytes, then is full until `space` is given again."""
+    """A raw file on a disk that takes `space` more bytes and is then full."""
 
     def __init__(self, file, space):
         self.file, self.space = file, space
@@ -175,7 +167,7 @@ class FillingDisk:
 
 
 def test_lines_wait_for_a_full_disk_and_none_is_torn(tmp_path):
-    """Seen to fail with a partly written line begun anew."""
+    """Seen to fail with a partly written line written again from its start."""
     path = storage.path(tmp_path / "metrics.jsonl")
     writer = storage.LineWriter(path)
     writer._file = disk = FillingDisk(writer._file, space=10)
@@ -191,7 +183,7 @@ def test_lines_wait_for_a_full_disk_and_none_is_torn(tmp_path):
 
 @pytest.mark.parametrize("name", ["run", "run[1]", "*", "a?"])
 def test_sweep_removes_what_a_killed_publish_left(tmp_path, name):
-    """Seen to fail with the folder's name taken for a pattern."""
+    """Seen to fail with the folder's name read as a pattern."""
     tmp_path = tmp_path / name
     left = [tmp_path / ".result.json.abc.tmp", tmp_path / "figures" / ".loss.png.xyz.tmp"]
     kept = [tmp_path / ".lock", tmp_path / "result.json", tmp_path / "figures" / "loss.png"]
@@ -214,10 +206,10 @@ def test_lines_in_a_bucket_are_numbered_parts(tmp_path, as_bucket):
     assert storage.read_lines(path) == ["a", "b", "c"]
 
 
-def test_lock_refuses_a_second_job_and_dies_with_the_first(tmp_path):
+def test_lock_refuses_a_second_job_and_ends_with_the_first(tmp_path):
     """Seen to fail without the flock, and with a lock that is only a file."""
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE,
+    first = subprocess.Popen([sys.executable, SCRIPTS / "hold_lock.py", tmp_path], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, env=environment)
     try:
         assert first.stdout.readline() == b"held\n"
@@ -236,7 +228,7 @@ def test_lock_refuses_a_second_job_and_dies_with_the_first(tmp_path):
 
 
 def test_lock_in_a_bucket(tmp_path, as_bucket, monkeypatch):
-    """Seen to fail where a lock that beats is not looked at twice."""
+    """Seen to fail where a lock with a heartbeat is read only once."""
     workdir, lock, sleep = storage.path(tmp_path), tmp_path / locks.LOCK, time.sleep
 
     def until_it_beats(seconds):  # however late its thread runs
@@ -251,27 +243,17 @@ def test_lock_in_a_bucket(tmp_path, as_bucket, monkeypatch):
                 pass
     assert not lock.exists()
     lock.write_text(json.dumps({"host": "another", "pid": 1, "start": "long ago"}))
-    with storage.lock(workdir):  # it has stayed the same: its job is dead
+    with storage.lock(workdir):  # no heartbeat: its job is dead
         assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
-def test_who_loses_a_bucket_lock_ends(tmp_path):
-    """Two starts that both went on, as a slow write can make them: the one whose lock was written over ends with 2.
+def test_a_job_that_loses_its_bucket_lock_ends(tmp_path):
+    """Slow writes can let two jobs start. The one whose lock was overwritten ends with exit code 2.
 
-    Seen to fail with the heartbeat written without a look at what is there.
+    Seen to fail with a heartbeat that does not read the lock before it writes.
     """
-    script = f"""
-import time
-from igpt_jax import storage
-from igpt_jax.storage import files, lines, locks, paths
-for module in (storage, files, lines, locks, paths):
-    module.is_local = lambda path: False
-locks.HEARTBEAT_SECONDS = 0.2
-with storage.lock(storage.path({str(tmp_path)!r})):
-    print("held", flush=True)
-    time.sleep(10**6)
-"""
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    command = [sys.executable, SCRIPTS / "hold_bucket_lock.py", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": os.getcwd()}) as job:
         assert job.stdout.readline() == "held\n"
         (tmp_path / locks.LOCK).write_text(json.dumps({"host": "other", "pid": 7, "start": "now"}))

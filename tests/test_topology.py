@@ -1,4 +1,4 @@
-"""Names of device groups, and what is known of them."""
+"""Names of topologies, and the shapes, chips and bandwidths behind them."""
 
 import pytest
 
@@ -15,19 +15,19 @@ def test_names(name, chip, devices, groups):
     assert (target.chip.name, target.devices, target.groups) == (chip, devices, groups)
 
 
-@pytest.mark.parametrize("name, says", [
+@pytest.mark.parametrize("name, message", [
     ("v5:16x16", "Did you mean 'v5e:16x16'?"), ("tpu", "Kinds: v4, v5e"), ("v5e:16", "a slice of v5e has 2 dims"),
     ("v5p:4x4", "a slice of v5p has 3 dims"), ("v5e:0x4", "a slice of v5e"), ("h100:0", "h100:8x4 for 4 nodes"),
     ("cpu:8x2", "cpu:8."), ("v5e:4x4*0", "*4 after them for 4 slices"), ("", "Kinds")])
-def test_mistakes_say_what_there_is(name, says):
-    """Seen to fail with `parse` passing what it does not know on to the compiler."""
+def test_mistakes_name_the_choices(name, message):
+    """Seen to fail with `parse` passing unknown names on to the compiler."""
     with pytest.raises(UserError) as error:
         topology.parse(name)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_same_kind_in_another_number():
-    """As square as it goes. Seen to fail with the largest side first."""
+def test_resized_targets_are_as_square_as_possible():
+    """Seen to fail with the largest side first."""
     assert topology.resized(topology.parse("v5e:4x4"), 32).name == "v5e:4x8"
     assert topology.resized(topology.parse("v5p:2x2x1"), 128).name == "v5p:4x4x8"
     assert topology.resized(topology.parse("h100:8"), 32).name == "h100:8x4"
@@ -39,9 +39,9 @@ def test_the_same_kind_in_another_number():
 
 
 def test_the_slowest_link_decides():
-    """Over slices the network; within one the torus, whose sides an axis larger than one of them has all.
+    """Between slices or nodes the network; within a slice the torus, of which a large axis uses several sides.
 
-    Seen to fail with the span of an axis taken as its own size.
+    Seen to fail with the span of an axis taken to be its own size.
     """
     slices = topology.parse("v5e:4x4*2")
     mesh = {"data": 2, "fsdp": 16, "tensor": 1, "context": 1}

@@ -1,8 +1,8 @@
-"""Every configuration key, with its default and its unit. No JAX is imported here.
+"""Configuration keys of all jobs: default, unit, rules. No JAX is imported here.
 
-A job's configuration is one frozen dataclass. `base_config(job)` turns it into a locked `ConfigDict` for
-config files and the command line; `parse` turns that back into the dataclass. Both reject unknown keys and
-name the nearest known one. `python -m igpt_jax JOB --help` prints a job's keys.
+A job's configuration is one frozen dataclass. `base_config(job)` returns its defaults as a locked `ConfigDict`, for
+config files and the command line; `parse` turns that back into the dataclass. Both refuse unknown keys and name the
+nearest known one. `python -m igpt_jax JOB --help` prints a job's keys.
 """
 
 from igpt_jax.config.data import DataConfig, PrepareConfig

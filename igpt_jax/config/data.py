@@ -20,48 +20,48 @@ from igpt_jax.config.keys import (
 class SplitConfig(Keys):
     group: ClassVar[str] = "data."
 
-    store: str = key("", "pixel store; empty: the one that the checkpoint was trained on", resume="same")
-    split: str = key("held_out", "split of it; several joined with +", resume="same")
+    store: str = key("", "pixel store; empty: the store that the checkpoint was trained on", resume="same")
+    split: str = key("held_out", "split of the store; several joined with +", resume="same")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Keys):
     group: ClassVar[str] = "data."
 
-    store: str = key("", "pixel store: a workdir of the prepare job (a local path, gs:// or s3://); a comma list of "
-                         "stores: a mixture; tfds:NAME[@SPLIT]: pictures in ArrayRecord files, read by index",
+    store: str = key("", "pixel store: a workdir of the prepare job (local path, gs:// or s3://); a comma list of "
+                         "stores for a mixture; or tfds:NAME[@SPLIT] for images in ArrayRecord files",
                      resume="free", compiled=False)
-    weights: tuple[int, ...] = key((), "mixture: images taken of each store in turn; empty: one of each",
+    weights: tuple[int, ...] = key((), "mixture: images of each store per round; empty: one of each",
                                    resume="same", compiled=False)
     split: str = key("train", "split to train on; several joined with +", resume="same", compiled=False)
     held_out: str = key("held_out", "split to evaluate on while training; empty: none", resume="free", compiled=False)
-    augment: str = key("none", "none; cifar: reflect-pad 4, random crop, mirror; imagenet (of tfds): shorter side 256 "
-                               "to 384, random 224 crop (paper, Section 3.1)",
+    augment: str = key("none", "augmentation. none; cifar: reflect-pad 4, random crop, mirror; imagenet (tfds only): "
+                               "shorter side 256 to 384, random 224 crop (paper, Section 3.1)",
                        resume="same", rule=one_of("none", "cifar", "imagenet"), compiled=False)
-    reader: str = key("auto", "tfdata: stream from the store; resident: hold all tokens in memory (no TensorFlow); "
-                              "auto: resident up to 256 MiB of tokens",
+    reader: str = key("auto", "input pipeline. tfdata: streams from the store; resident: all tokens in memory, without "
+                              "TensorFlow; auto: resident up to 256 MiB of tokens",
                       resume="free", rule=one_of("auto", "tfdata", "resident"), compiled=False)
-    stage: str = key("", "folder of this machine to copy the store to first, once; empty: read it where it is",
+    stage: str = key("", "local folder that the store is copied to first, once; empty: no copy",
                      resume="free", compiled=False)
-    window: int = key(0, "chunks of a store with chunk > 1 whose images are shuffled together; 0: 1024",
+    window: int = key(0, "chunks whose images are shuffled together, for stores with chunk > 1; 0: 1024",
                       resume="same", rule=at_least(0), compiled=False)
     prefetch: int = key(4, "batches read ahead", resume="free", rule=at_least(1), compiled=False)
 
     def __post_init__(self):
         super().__post_init__()
         require(all(1 <= weight <= 10_000 for weight in self.weights),
-                f"data.weights={self.weights}: weights are whole numbers from 1 to 10,000, such as (1,3).")
-        seen = set(self.split.split("+")) & set(self.held_out.split("+"))
-        require(not seen, f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
+                f"data.weights={self.weights} must be integers from 1 to 10,000, such as (1,3).")
+        overlap = set(self.split.split("+")) & set(self.held_out.split("+"))
+        require(not overlap, f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
                           "Evaluate on another split, or on none with --config.data.held_out=")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneDataConfig(DataConfig):
-    store: str = key("", "labelled pixel store, or whatever else pretrain takes; empty: the one that the checkpoint "
-                         "was trained on", resume="free", compiled=False)
-    split: str = key("train", "split to train on; train+held_out once the steps are chosen (paper, Section 3.1)",
-                     resume="same", compiled=False)
+    store: str = key("", "labeled pixel store, or anything else that pretrain accepts; empty: the store that the "
+                         "checkpoint was trained on", resume="free", compiled=False)
+    split: str = key("train", "split to train on; train+held_out once the number of steps is chosen (paper, Section "
+                              "3.1)", resume="same", compiled=False)
     test: str = key("test", "split of the reported accuracy; empty: none", resume="free", compiled=False)
 
 
@@ -69,9 +69,9 @@ class FinetuneDataConfig(DataConfig):
 class ProbeDataConfig(Keys):
     group: ClassVar[str] = "data."
 
-    store: str = key("", "labelled pixel store; empty: the one that the checkpoint was trained on", resume="same")
+    store: str = key("", "labeled pixel store; empty: the store that the checkpoint was trained on", resume="same")
     train: str = key("train", "split to fit on", resume="same")
-    held_out: str = key("held_out", "split to choose the layer and the penalty by; the final probes are fit on both",
+    held_out: str = key("held_out", "split that selects the layer and the penalty; the final probes are fit on both",
                         resume="same")
     test: str = key("test", "split of the reported accuracies", resume="same")
 
@@ -93,15 +93,17 @@ class PrepareConfig(Keys):
                        resume="same")
     held_out: float = key(0.1, "share of the training images held out (paper: 0.04 for ImageNet, 0.1 for others)",
                           resume="same", rule=within(0, 1, "[)"))
-    max_quarantined: float = key(0.001, "share of unusable images above which the job refuses", resume="free",
+    max_quarantined: float = key(0.001, "maximum share of unusable images (quarantined)", resume="free",
                                  rule=within(0, 1))
-    shard: str = key("", "i/n: only slice i of n, from 0; merge: joins the slices in the workdir's folders; empty: all",
+    shard: str = key("", "i/n: only slice i of n, from 0; merge: join the slices in the workdir's folders; empty: all",
                      resume="same", rule=shard_syntax)
-    chunk: int = key(0, "images read together; 0: 1 on a local disk, 64 in a bucket", resume="same", rule=at_least(0))
-    workers: int = key(0, "threads that decode; 0: one per core", resume="free", rule=at_least(0))
-    seed: int = key(0, "chooses the held-out images and the palette's start", resume="same", rule=seed_range)
+    chunk: int = key(0, "images per chunk (read together); 0: 1 on a local disk, 64 in a bucket", resume="same",
+                     rule=at_least(0))
+    workers: int = key(0, "decoding threads; 0: one per core", resume="free", rule=at_least(0))
+    seed: int = key(0, "seed of the held-out images and of the palette's initialization", resume="same",
+                    rule=seed_range)
 
     @property
     def slice(self) -> tuple[int, int]:
-        """(i, n) of `shard`; (0, 1) for all and for merge."""
+        """(i, n) of `shard`; (0, 1) if it is empty or `merge`."""
         return slice_of(self.shard)

@@ -22,27 +22,28 @@ from igpt_jax.config.training import MeshConfig, SampleMeshConfig
 
 
 def all_positive(name: str, values: tuple[float, ...]) -> None:
-    """At least one number, and none that is not positive."""
+    """At least one number, all positive."""
     require(bool(values) and all(value > 0 for value in values), f"{name}={values} must be positive numbers.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbingConfig(Keys):
-    """How a probe is fit: keys of probe, and of evaluate's `probing`."""
+    """Keys of fitting a probe: those of the probe job, and `probing` of evaluate."""
     data: ProbeDataConfig = section(ProbeDataConfig)
-    limit: int = key(0, "examples used of each split, from the first on; 0: all", resume="same", rule=at_least(0))
-    features: str = key("normalized", "normalized: means of the stream after the next norm, as the paper's; residual: "
-                                      "of the stream itself", resume="same", rule=one_of("normalized", "residual"))
-    layers: tuple[int, ...] = key((), "places in the stream to probe, 0 (the embedding) to L; empty: all",
+    limit: int = key(0, "examples of each split, from the first; 0: all", resume="same", rule=at_least(0))
+    features: str = key("normalized", "normalized: means over the tokens after the next norm, as in the paper; "
+                                      "residual: means of the residual stream itself",
+                        resume="same", rule=one_of("normalized", "residual"))
+    layers: tuple[int, ...] = key((), "layers to probe, 0 (the embedding) to L; empty: all",
                                   resume="same")
-    solver: str = key("lbfgs", "lbfgs: to the optimum; sgd: in batches, for sets of ImageNet's size", resume="same",
-                      rule=one_of("lbfgs", "sgd"))
-    l2: tuple[float, ...] = key((1e-4, 1e-3, 1e-2, 1e-1), "lbfgs: L2 penalties tried, on standardized features",
+    solver: str = key("lbfgs", "lbfgs: solved to the optimum; sgd: in batches, for data of ImageNet's size",
+                      resume="same", rule=one_of("lbfgs", "sgd"))
+    l2: tuple[float, ...] = key((1e-4, 1e-3, 1e-2, 1e-1), "lbfgs: L2 penalties to try, on standardized features",
                                 resume="same", rule=all_positive, alias="strengths")
-    rates: tuple[float, ...] = key((30.0, 10.0, 3.0, 1.0, 0.3, 0.1), "sgd: learning rates tried (paper: from 30 down)",
+    rates: tuple[float, ...] = key((30.0, 10.0, 3.0, 1.0, 0.3, 0.1), "sgd: learning rates to try (paper: from 30 down)",
                                    resume="same", rule=all_positive)
     steps: int = key(10_000, "sgd: steps (paper: 1M)", resume="same", rule=at_least(1))
-    seed: int = key(0, "chooses the order of SGD; in the probe job also the untrained model and the low-data labels",
+    seed: int = key(0, "seed of the order of SGD; in the probe job also of the untrained model and low-data labels",
                     resume="same", rule=seed_range)
 
 
@@ -50,27 +51,27 @@ class ProbingConfig(Keys):
 class ProbeConfig(ProbingConfig):
     job: str = key("probe", "the job that this configuration is for", resume="same")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)", resume="same")
-    objective: str = key("autoregressive", "that of the checkpoint: autoregressive, masked (BERT) or denoising",
+    objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT) or denoising",
                          resume="same", rule=one_of(*OBJECTIVES))
     mesh: MeshConfig = section(MeshConfig)
-    concatenate: int = key(1, "neighboring layers around the best one to probe together (paper: 5 for XL); 1: none",
+    concatenate: int = key(1, "layers around the best one whose features are concatenated (paper: 5 for XL); 1: none",
                            resume="same")
-    labels_per_class: tuple[int, ...] = key((), "low-data rows: labels of each class used (paper: 4, 25, 400)",
+    labels_per_class: tuple[int, ...] = key((), "low-data probes: labels per class (paper: 4, 25, 400)",
                                             resume="same")
-    draws: int = key(5, "low-data rows: random draws of the labels", resume="same", rule=at_least(1))
-    baselines: bool = key(True, "also probe the raw pixels, and the same model untrained", resume="same")
+    draws: int = key(5, "low-data probes: random draws of the labels", resume="same", rule=at_least(1))
+    baselines: bool = key(True, "also probe the raw pixels and an untrained copy of the model", resume="same")
     batch_size: int = key(128, "images per step over all devices; any size gives the same features", resume="free",
                           rule=at_least(1))
-    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32", resume="same",
+    precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="same",
                          rule=one_of(*PRECISIONS))
-    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free")
+    attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free")
 
     def __post_init__(self):
         super().__post_init__()
         require(all(count >= 1 for count in self.labels_per_class),
                 f"labels_per_class={self.labels_per_class} must be positive numbers.")
         require(self.concatenate >= 1 and self.concatenate % 2 == 1,
-                f"concatenate={self.concatenate} must be odd: the best layer and as many on each side.")
+                f"concatenate={self.concatenate} must be odd: the best layer and as many on each side. Use 1, 3 or 5.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,31 +79,32 @@ class EvaluateConfig(Keys):
     job: str = key("evaluate", "the job that this configuration is for", resume="same")
     checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob",
                            resume="free")
-    watch: bool = key(False, "follow the runs: every step that appears, once, until the runs are done", resume="free")
-    idle_seconds: float = key(7200.0, "watch: seconds without a new checkpoint before it ends; 0: never",
+    watch: bool = key(False, "follow the runs: evaluate each new checkpoint once, until the runs are done",
+                      resume="free")
+    idle_seconds: float = key(7200.0, "watch: seconds without a new checkpoint before the job ends; 0: never",
                               resume="free", rule=at_least(0))
-    poll_seconds: float = key(10.0, "watch: seconds between two looks", resume="free", rule=positive)
-    shard: str = key("", "i/n: only slice i of n of the checkpoints, from 0; merge: joins the tables in the workdir's "
+    poll_seconds: float = key(10.0, "watch: seconds between looks for new checkpoints", resume="free", rule=positive)
+    shard: str = key("", "i/n: only slice i of n of the checkpoints, from 0; merge: join the tables in the workdir's "
                          "folders; empty: all", resume="free", rule=shard_syntax)
     data: SplitConfig = section(SplitConfig)
-    tokens: str = key("", "in place of data: an .npy of tokens [n, T], such as OpenAI's imagenet_teX.npy",
+    tokens: str = key("", "instead of data: an .npy of tokens [n, T], such as OpenAI's imagenet_teX.npy; empty: none",
                       resume="same")
-    limit: int = key(0, "examples counted, from the first on; 0: all (OpenAI's figures count 49984)", resume="same",
+    limit: int = key(0, "examples, from the first; 0: all (OpenAI's results are of 49984)", resume="same",
                      rule=at_least(0))
-    loss_maps: int = key(0, "per-pixel loss maps to draw; above 0 also the loss by position and by class",
+    loss_maps: int = key(0, "per-pixel loss maps to draw; above 0, also the loss by position and by class",
                          resume="same", rule=at_least(0), alias="surprise")
     probe: bool = key(False, "also probe each checkpoint, as the probe job does", resume="same")
     probing: ProbingConfig = section(ProbingConfig)
     mesh: MeshConfig = section(MeshConfig)
     batch_size: int = key(128, "images per step over all devices; any size gives the same figures", resume="free",
                           rule=at_least(1))
-    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32", resume="same",
+    precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="same",
                          rule=one_of(*PRECISIONS))
-    attention: str = key("auto", f"back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free")
+    attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free")
 
     @property
     def slice(self) -> tuple[int, int]:
-        """(i, n) of `shard`; (0, 1) for all and for merge."""
+        """(i, n) of `shard`; (0, 1) if it is empty or `merge`."""
         return slice_of(self.shard)
 
 
@@ -112,24 +114,25 @@ class SampleConfig(Keys):
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)", resume="free")
     data: SplitConfig = section(SplitConfig)
     mesh: SampleMeshConfig = section(SampleMeshConfig)
-    images: str = key("", "pictures of yours to complete: a folder, a file or a glob (JPEG, PNG, WebP)", resume="free")
+    images: str = key("", "your own images to complete: a folder, a file or a glob (JPEG, PNG, WebP); empty: none",
+                      resume="free")
     examples: int = key(-1, "images of data.split to complete; -1: 16, or none with `images` or without a store",
                         resume="free")
     count: int = key(-1, "unconditional samples; -1: 64, or none with `images`", resume="free")
-    rows: int = key(-1, "rows given of each image to complete; -1: the upper half", resume="free")
-    completions: int = key(4, "completions of each image", resume="free", rule=at_least(1))
-    temperature: float = key(1.0, "divides the logits; 0: the most likely color always", resume="free",
+    rows: int = key(-1, "given rows of each image to complete; -1: the upper half", resume="free")
+    completions: int = key(4, "completions per image", resume="free", rule=at_least(1))
+    temperature: float = key(1.0, "divisor of the logits; 0: always the most likely color", resume="free",
                              rule=at_least(0))
-    top_k: int = key(0, "sample from the k most likely colors; 0: all", resume="free", rule=at_least(0))
-    top_p: float = key(1.0, "sample from the most likely colors that hold this share of the probability",
+    top_k: int = key(0, "number of most likely colors to sample from; 0: all", resume="free", rule=at_least(0))
+    top_p: float = key(1.0, "sample from the most likely colors that together have this probability",
                        resume="free", rule=within(0, 1, "(]"))
-    batch_size: int = key(0, "images drawn at once over all devices; any size gives the same samples; "
+    batch_size: int = key(0, "images sampled at once over all devices; any size gives the same samples; "
                              "0: 16 on CPU, 64 elsewhere", resume="free")
-    seed: int = key(0, "each sample's stream is the seed folded with its image's index and its own", resume="free",
-                    rule=seed_range)
-    precision: str = key("float32", "of activations and matrix products: bfloat16 or float32", resume="free",
+    seed: int = key(0, "seed; each sample's random stream also depends on the indices of its image and itself",
+                    resume="free", rule=seed_range)
+    precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="free",
                          rule=one_of(*PRECISIONS))
-    cache_dtype: str = key("", "of cached keys and values: bfloat16 or float32; empty: the precision", resume="free",
+    cache_dtype: str = key("", "dtype of cached keys and values: bfloat16 or float32; empty: precision", resume="free",
                            rule=one_of("", *PRECISIONS))
 
     def __post_init__(self):

@@ -11,16 +11,16 @@ from igpt_jax.config.keys import Keys, at_least, each, key, one_of, positive, re
 from igpt_jax.config.training import FinetuneConfig, PretrainConfig
 
 JOBS: Mapping[str, str] = types.MappingProxyType({
-    "prepare": "any image source -> pixel store; fits or imports a palette",
-    "pretrain": "autoregressive, masked (BERT) or denoising pretraining, sharded; resumes where it stopped",
-    "finetune": "trains a checkpoint, or a new model, to classify as well: the same loop on labelled images",
-    "evaluate": "exact nats per pixel of one or many checkpoints over a whole split; can follow a run",
-    "probe": "a linear classifier on the features of every layer: accuracy by depth",
-    "sample": "unconditional samples, and completions of given pictures",
-    "plan": "compiles the very step for a TPU or GPU topology that is not there: fits? how fast? which mesh?",
-    "convert": "weights of OpenAI and Hugging Face <-> our checkpoints, with a certificate",
+    "prepare": "converts images to a pixel store, and fits or imports a palette",
+    "pretrain": "trains a model: autoregressive, masked (BERT) or denoising; resumes where it stopped",
+    "finetune": "trains a checkpoint or a new model to classify, on labeled images",
+    "evaluate": "computes exact nats per pixel of checkpoints over a whole split; can follow a run",
+    "probe": "fits a linear classifier on the features of every layer: accuracy by depth",
+    "sample": "draws unconditional samples, and completes given images",
+    "plan": "compiles a training step for a TPU or GPU topology: memory, time per step, fastest mesh",
+    "convert": "converts weights from and to OpenAI's and Hugging Face's formats, with a certificate",
     "verify": "checks checkpoints or a pixel store against their checksums",
-    "report": "one self-contained HTML page from any set of workdirs",
+    "report": "writes one self-contained HTML page about any set of workdirs",
 })
 
 
@@ -34,35 +34,35 @@ class VerifyConfig(Keys):
 @dataclasses.dataclass(frozen=True)
 class ReportConfig(Keys):
     job: str = key("report", "the job that this configuration is for", resume="free")
-    workdirs: str = key("", "workdirs of jobs: comma list, globs too ('runs/*')", resume="free")
+    workdirs: str = key("", "workdirs of jobs: comma list or globs ('runs/*')", resume="free")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(PretrainConfig):
-    """Pretrain's keys, which decide its step, and what to compile it for. Keys of reading and saving have no effect."""
+    """Pretrain's keys, which define the step, and keys of the target. Keys of reading and saving have no effect."""
     job: str = key("plan", "the job that this configuration is for", resume="free")
     image_size: int = key(32, "height and width, pixels", resume="free", rule=at_least(1))
     topology: str = key("attached", "v4:4x4x4, v5e:16x16, v5e:16x16*4 (slices), v5p:4x4x8, v6e:16x16, a100:8, h100:8, "
                                     "h100:8x4 (nodes), h200:8, cpu:8; attached: this machine's devices", resume="free")
-    step: str = key("train", "what to compile: train, evaluate or sample (unconditionally; batch_size images at once)",
+    step: str = key("train", "step to compile: train, evaluate or sample (unconditional, batch_size images at once)",
                     resume="free", rule=one_of("train", "evaluate", "sample"))
     palette_size: int = key(512, "colors", resume="free", rule=at_least(1))
-    search: bool = key(False, "look for the fastest mesh, accumulate, model.remat and model.attention that fit",
+    search: bool = key(False, "search for the fastest mesh, accumulate, model.remat and model.attention that fit",
                        resume="free", compiled=False)
-    search_compiles: int = key(4, "most promising candidates that the search compiles", resume="free",
+    search_compiles: int = key(4, "number of candidates that the search compiles, best estimates first", resume="free",
                                rule=at_least(1), compiled=False)
-    python: str = key("", "interpreter of an environment with jax[cuda13], for GPU topologies; empty: this one",
+    python: str = key("", "Python interpreter with jax[cuda13], for GPU topologies; empty: this one",
                       resume="free", compiled=False)
-    roofline_share: float = key(0.6, "share of the roofline's speed that runs are taken to reach until calibrated; "
-                                     "public transformers of these sizes report 0.35 to 0.7",
+    roofline_share: float = key(0.6, "share of the roofline's speed that is assumed without calibration; public "
+                                     "transformers of these sizes report 0.35 to 0.7",
                                 resume="free", rule=positive, compiled=False)
-    calibration: str = key("", "finished pretrain workdirs on the same kind of device: comma list or glob; their speed "
-                               "replaces roofline_share", resume="free", compiled=False)
-    dollars_per_device_hour: float = key(-1.0, "price; -1: the list price in parallel/topology.py", resume="free",
-                                         compiled=False)
-    save_gigabytes_per_second: float = key(5.0, "rate at which all hosts together write to storage", resume="free",
+    calibration: str = key("", "finished pretrain workdirs on the same kind of device, whose speed replaces "
+                               "roofline_share: comma list or glob; empty: none", resume="free", compiled=False)
+    dollars_per_device_hour: float = key(-1.0, "price of one device, dollars per hour; -1: the list price in "
+                                               "parallel/topology.py", resume="free", compiled=False)
+    save_gigabytes_per_second: float = key(5.0, "write bandwidth of storage over all hosts, GB/s", resume="free",
                                            rule=positive, compiled=False)
-    failures_per_1000_device_days: float = key(0.5, "unexpected interruptions (Llama 3 on 16,384 GPUs: 0.47)",
+    failures_per_1000_device_days: float = key(0.5, "interruptions per 1000 device days (Llama 3 on 16,384 GPUs: 0.47)",
                                                resume="free", rule=positive, compiled=False)
 
 
@@ -70,13 +70,13 @@ class PlanConfig(PretrainConfig):
 class ExportConfig(Keys):
     group: ClassVar[str] = "export."
 
-    rows: int = key(0, "rows that the exported sampler is given of each picture", resume="free", rule=at_least(0))
+    rows: int = key(0, "given rows of each image in the exported sampler", resume="free", rule=at_least(0))
     temperature: float = key(1.0, "as the sample job's", resume="free", rule=at_least(0))
     top_k: int = key(0, "as the sample job's", resume="free", rule=at_least(0))
     top_p: float = key(1.0, "as the sample job's", resume="free", rule=within(0, 1, "(]"))
-    probe: str = key("", "a workdir of the probe job: exports the best layer's classifier too; empty: none",
+    probe: str = key("", "workdir of the probe job whose best classifier is exported too; empty: none",
                      resume="free")
-    platforms: tuple[str, ...] = key(("cpu", "cuda", "tpu"), "where the programs run", resume="free",
+    platforms: tuple[str, ...] = key(("cpu", "cuda", "tpu"), "platforms that the programs run on", resume="free",
                                      rule=each(one_of("cpu", "cuda", "rocm", "tpu")))
 
     def __post_init__(self):
@@ -89,15 +89,15 @@ class ConvertConfig(Keys):
     job: str = key("convert", "the job that this configuration is for", resume="free")
     convert_from: str = key("", "openai:PREFIX (DIR/model.ckpt-1000000) | huggingface:DIR | orbax:DIR (a workdir of "
                                 "pretrain, or one step of it)", resume="free")
-    convert_to: str = key("", "the same kinds, or export:DIR (programs that run where only jax is installed); "
-                              "empty: orbax:WORKDIR, which other jobs take as their checkpoint", resume="free")
-    palette: str = key("", "a palette's .npy, where the weights come without one, as OpenAI's do; empty: theirs",
+    convert_to: str = key("", "the same kinds, or export:DIR (programs that need only jax); empty: orbax:WORKDIR, a "
+                              "checkpoint for other jobs", resume="free")
+    palette: str = key("", "palette's .npy for weights without one, such as OpenAI's; empty: the weights' own",
                        resume="free")
-    head: str = key("pixels", "which model of transformers is written: pixels (ImageGPTForCausalImageModeling) or "
-                              "classes (ImageGPTForImageClassification)",
+    head: str = key("pixels", "model of transformers to write: pixels (ImageGPTForCausalImageModeling) or classes "
+                              "(ImageGPTForImageClassification)",
                     resume="free", rule=one_of("pixels", "classes"))
-    certificate: str = key("full", "full: hashes of all tensors, and logits of both sides (both models in memory); "
-                                   "hashes: without logits", resume="free", rule=one_of("full", "hashes"))
+    certificate: str = key("full", "full: hashes of all tensors, and logits of both sides, with both models in "
+                                   "memory; hashes: without logits", resume="free", rule=one_of("full", "hashes"))
     export: ExportConfig = section(ExportConfig)
 
 

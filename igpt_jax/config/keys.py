@@ -1,8 +1,8 @@
-"""What a configuration key is: its default, its help text, and the rules that it states about itself.
+"""Configuration keys: `key` declares one with its default, help text and rules; `Keys` is a group of them.
 
     steps: int = key(10_000, "optimizer steps", resume="same", rule=at_least(1))
 
-A group of keys is a frozen dataclass that derives from `Keys`; a job's configuration is a group with groups in it.
+A group is a frozen dataclass that derives from `Keys`. A job's configuration is a group that contains other groups.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ PRECISIONS = ("bfloat16", "float32", "float64")
 
 
 class UserError(Exception):
-    """Something the user typed or gave cannot work. The message says what, the rule and the fix, in one line."""
+    """An error in the user's input. The message says in one line what is wrong and how to fix it."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """'Did you mean ...?' with the nearest of `known`, or the list of all of them."""
+    """'Did you mean ...?' with the most similar of `known`, or a list of all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises UserError with `message` where the condition does not hold."""
+    """Raises UserError with `message` if the condition is false."""
     if not condition:
         raise UserError(message)
 
@@ -48,7 +48,7 @@ def positive(name: str, value: float) -> None:
 
 
 def within(low: float, high: float, ends: Literal["[]", "[)", "(]", "()"] = "[]") -> Rule:
-    """low <= value <= high; a round bracket leaves that end out."""
+    """low <= value <= high; a round bracket excludes that end."""
     def rule(name: str, value: float) -> None:
         above = value >= low if ends[0] == "[" else value > low
         below = value <= high if ends[1] == "]" else value < high
@@ -57,12 +57,12 @@ def within(low: float, high: float, ends: Literal["[]", "[)", "(]", "()"] = "[]"
 
 
 def one_of(*known: str) -> Rule:
-    """One of some words."""
+    """The value is one of `known`."""
     return lambda name, value: require(value in known, f"{name}={value!r} is not known. {nearest(value, known)}")
 
 
 def each(rule: Rule) -> Rule:
-    """A rule for every element of a tuple."""
+    """Every element of a tuple obeys `rule`."""
     def of_all(name: str, values: Sequence[Any]) -> None:
         for value in values:
             rule(name, value)
@@ -70,12 +70,12 @@ def each(rule: Rule) -> Rule:
 
 
 def seed_range(name: str, value: int) -> None:
-    """What JAX takes as a seed without loss."""
+    """A seed that JAX takes without truncation."""
     require(0 <= value < 2**32, f"{name}={value} must lie in [0, 2^32).")
 
 
 def shard_syntax(name: str, value: str) -> None:
-    """See `slice_of`."""
+    """Empty, merge or i/n, as `slice_of` reads it."""
     slice_of(value)
 
 
@@ -86,27 +86,27 @@ def key(default: Any, doc: str, *, resume: Literal["same", "free", "schedule"], 
     """A configuration key.
 
     Args:
-      default: its value where nobody gives another.
+      default: the default value.
       doc: a noun phrase with its unit, for --help.
-      resume: whether the same workdir may be resumed with another value. same: refused; free: it changes no result;
-        schedule: allowed where neither the learning-rate schedule nor the warm-up depends on it.
-      rule: raises UserError for a value that cannot be.
-      compiled: whether a compiled step may depend on it; `plan` keeps verdicts by these keys.
-      alias: its former name, accepted for one more version.
+      resume: whether a run may resume from a checkpoint with another value. same: no; free: yes, it changes no result;
+        schedule: only if neither the learning-rate schedule nor the warm-up depends on it.
+      rule: called with the key's dotted name and value; raises UserError for an invalid value.
+      compiled: whether a compiled step can depend on it; `plan` caches its verdicts by these keys.
+      alias: a former name, accepted for one more version.
     """
     stated = {"doc": doc, "resume": resume, "rule": rule, "compiled": compiled, "alias": alias}
     return dataclasses.field(default=default, metadata=stated)
 
 
 def section(cls: type) -> Any:
-    """A nested group of keys."""
+    """A nested group of keys, as a field of another group."""
     return dataclasses.field(default_factory=cls)
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """A group of keys. Making one checks every key's own rule; a subclass adds rules over several keys."""
-    group: ClassVar[str] = ""  # what its keys' dotted names begin with, such as "model."
+    """A group of keys. Creating one checks the rule of every key; subclasses add rules that concern several keys."""
+    group: ClassVar[str] = ""  # the prefix of its keys' dotted names, such as "model."
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -115,17 +115,17 @@ class Keys:
 
 
 def slice_of(shard: str) -> tuple[int, int]:
-    """(i, n) of a key `shard` that reads i/n; (0, 1) for all and for merge. Raises UserError."""
+    """(i, n) of a key `shard` with the value i/n; (0, 1) if it is empty or `merge`. Raises UserError."""
     if shard in ("", "merge"):
         return 0, 1
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
-    require(bool(found), f"shard={shard!r} must read i/n, such as 0/16, or merge.")
+    require(bool(found), f"shard={shard!r} must be i/n, such as 0/16, or merge.")
     i, n = int(found[1]), int(found[2])
     require(0 <= i < n, f"shard={shard!r}: slices are 0/n to n-1/n.")
     return i, n
 
 
 def fill(sizes: dict[str, int], total: int) -> dict[str, int]:
-    """`sizes` with -1 replaced by what makes their product `total`, where that is possible."""
+    """`sizes` with -1 replaced so that their product is `total`; less than `total` if no integer gives it."""
     fixed = math.prod(size for size in sizes.values() if size != -1)
     return {name: total // fixed if size == -1 else size for name, size in sizes.items()}

@@ -1,4 +1,4 @@
-"""From a ConfigDict, a config.json or command-line text to a job's validated dataclass, and back."""
+"""Converts between a job's validated dataclass and its ConfigDict, config.json or command-line text."""
 
 import ast
 import contextlib
@@ -21,7 +21,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
+    """Nested dicts as one dict with dotted names: {"model": {"layers": 2}} -> {"model.layers": 2}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -29,7 +29,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fields_of(job: str) -> Iterator[tuple[str, dataclasses.Field]]:
-    """Each key of a job by its dotted name, as the dataclass field that states its rules (see `keys.key`)."""
+    """(dotted name, dataclass field) of each key of a job. The field's metadata are the arguments of `keys.key`."""
     def walk(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING:  # a section
@@ -40,22 +40,22 @@ def fields_of(job: str) -> Iterator[tuple[str, dataclasses.Field]]:
 
 
 def keys(job: str) -> Iterator[tuple[str, Any, str]]:
-    """Each key of a job as (dotted name, default, meaning with unit)."""
+    """(dotted name, default, help text) of each key of a job."""
     return ((name, field.default, field.metadata["doc"]) for name, field in fields_of(job))
 
 
 def stated(job: str, what: str) -> dict[str, Any]:
-    """What each key of a job states as its `resume`, `compiled` or `alias`, by dotted name."""
+    """The argument `what` of `keys.key` (`resume`, `compiled` or `alias`) for each key of a job, by dotted name."""
     return {name: field.metadata[what] for name, field in fields_of(job)}
 
 
 def aliases(job: str) -> dict[str, str]:
-    """The dotted names of keys by the former dotted names that are still accepted."""
+    """{former dotted name: present dotted name} of the keys that were renamed."""
     return {".".join([*name.split(".")[:-1], alias]): name for name, alias in stated(job, "alias").items() if alias}
 
 
 def _unresolved(cls: type) -> dict[str, Any]:
-    """Defaults as declared, before __post_init__ fills any in."""
+    """Defaults as declared, before __post_init__ replaces some of them, such as 0 by the model table's sizes."""
     return {field.name: _unresolved(field.type) if field.default is dataclasses.MISSING else field.default
             for field in dataclasses.fields(cls)}
 
@@ -65,7 +65,7 @@ def base_config(job: str = "pretrain", arguments: str = "") -> ml_collections.Co
 
     Args:
       job: name of a job.
-      arguments: what follows the colon in `--config=FILE:key=value,key=value`; `model` stands for `model.name`.
+      arguments: `key=value,key=value`, as after the colon in `--config=FILE:...`; `model` is short for `model.name`.
 
     Raises:
       UserError: an unknown job or key, or a value of the wrong type.
@@ -73,7 +73,8 @@ def base_config(job: str = "pretrain", arguments: str = "") -> ml_collections.Co
     if job not in JOB_CONFIGS:
         raise UserError(f"job {job!r} is not known. {nearest(job, list(JOB_CONFIGS))}")
     config = ml_collections.ConfigDict(_unresolved(JOB_CONFIGS[job]))
-    for former, name in aliases(job).items():  # config files may still set a key by its former name: both are one value
+    # A config file may still set a key by its former name. Both names refer to one value.
+    for former, name in aliases(job).items():
         *path, last = name.split(".")
         group = config
         for part in path:
@@ -83,10 +84,10 @@ def base_config(job: str = "pretrain", arguments: str = "") -> ml_collections.Co
 
 
 def override(config: ml_collections.ConfigDict, arguments: str) -> ml_collections.ConfigDict:
-    """Sets `key=value,key=value` in a base config, which it also returns; `base_config` says more."""
-    for argument in filter(None, re.split(r",(?![^()]*\))", arguments or "")):  # a tuple's commas stay with it
+    """Sets `key=value,key=value` in a base config and returns it; see `base_config`."""
+    for argument in filter(None, re.split(r",(?![^()]*\))", arguments or "")):  # commas within parentheses do not split
         name, equals, text = argument.partition("=")
-        require(bool(equals), f"config argument {argument!r} must read key=value.")
+        require(bool(equals), f"config argument {argument!r} must have the form key=value.")
         _set(config, "model.name" if name == "model" else name, text)
     return config
 
@@ -105,11 +106,11 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     if not isinstance(default, str):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
-    parent[last] = _cast(name, value, type(default))  # `parse` looks at the elements of tuples
+    parent[last] = _cast(name, value, type(default))  # elements of tuples are checked by `parse`
 
 
 def _cast(name: str, value: Any, kind: type) -> Any:
-    """`value` as `kind`, the declared type of a key: float takes integers too, and must be finite. Raises UserError."""
+    """`value` as `kind`, the declared type of a key. Integers are accepted for floats. Raises UserError."""
     outer, elements = typing.get_origin(kind) or kind, typing.get_args(kind)
     if outer is tuple and type(value) in (tuple, list):
         return tuple(_cast(f"{name}[{i}]", element, elements[0]) if elements else element
@@ -119,7 +120,7 @@ def _cast(name: str, value: Any, kind: type) -> Any:
             return float(value)
     require(type(value) is outer, f"config key {name}={value!r} must be of type {outer.__name__}.")
     require(outer is not float or math.isfinite(value), f"config key {name}={value!r} must be finite.")
-    require(outer is not int or abs(value) < 2**63, f"config key {name}={value!r} must lie below 2^63.")
+    require(outer is not int or abs(value) < 2**63, f"config key {name}={value!r} must be below 2^63.")
     return value
 
 
@@ -127,7 +128,7 @@ def parse(job: str, config: Mapping[str, Any]) -> Any:
     """The validated dataclass of `job` from a ConfigDict or a config.json's dict.
 
     Raises:
-      UserError: an unknown key (with the nearest known one), a value outside its range, another job's config.
+      UserError: an unknown key (the message names the nearest known one), an invalid value, or another job's config.
     """
     given = config.get("job", job)
     if given != job:
@@ -136,13 +137,13 @@ def parse(job: str, config: Mapping[str, Any]) -> Any:
 
 
 def plain(job: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ConfigDict or a config.json's dict as plain dicts, with keys under their present names."""
+    """A ConfigDict or the dict of a config.json as plain dicts, with former key names replaced by present ones."""
     def walk(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         former = {field.metadata["alias"]: name for name, field in fields.items() if field.metadata.get("alias")}
         found = {}
         for name, value in values.items():
-            if former.get(name) in values:  # a base config has both names, with one value
+            if former.get(name) in values:  # a base config has both names, for the same value
                 continue
             name = former.get(name, name)
             section = name in fields and fields[name].default is dataclasses.MISSING and isinstance(value, Mapping)
@@ -153,7 +154,7 @@ def plain(job: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """A group of keys from its values; `prefix` is what its keys' dotted names begin with."""
+    """A group of keys from its values; `prefix` is the prefix of its keys' dotted names."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     built = {}
     for name, value in values.items():

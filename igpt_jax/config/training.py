@@ -31,14 +31,15 @@ class OptimizerConfig(Keys):
 
     learning_rate: float = key(0.003, "peak learning rate (quoted from the paper by others: 0.003 for S, 0.001 for "
                                       "L, 0.0003 for XL)", resume="same", rule=positive, compiled=False)
-    schedule: str = key("cosine", "after warm-up: cosine (towards 0 at the end) or constant", resume="same",
+    schedule: str = key("cosine", "schedule after warm-up: cosine (to 0 at the end) or constant", resume="same",
                         rule=one_of("cosine", "constant"))
     warmup_steps: int = key(-1, "steps of linear warm-up from 0; -1: one epoch, as in the paper", resume="same")
     beta1: float = key(0.9, "Adam's decay of the first moment", resume="same", rule=within(0, 1, "[)"), compiled=False)
     beta2: float = key(0.95, "Adam's decay of the second moment (0.999 gave loss spikes in the paper)", resume="same",
                        rule=within(0, 1, "[)"), compiled=False)
-    second_moment: str = key("float32", "how Adam keeps its second moment: float32; bfloat16 (half the memory); "
-                                        "factored (a row and a column per matrix, Shazeer and Stern 2018: nearly none)",
+    second_moment: str = key("float32", "storage of Adam's second moment: float32; bfloat16: half the memory; "
+                                        "factored: a row and a column per matrix, nearly no memory (Shazeer and Stern "
+                                        "2018)",
                              resume="same", rule=one_of(*SECOND_MOMENTS))
     epsilon: float = key(1e-8, "Adam's epsilon, added outside the root; the paper does not state one", resume="same",
                          rule=at_least(0), compiled=False)
@@ -46,28 +47,28 @@ class OptimizerConfig(Keys):
                               rule=at_least(0))
     clip_norm: float = key(0.0, "global gradient norm above which gradients are scaled down; 0: off, as in the paper",
                            resume="same", rule=at_least(0))
-    spike_factor: float = key(0.0, "gradient norm, in multiples of its running mean, above which an update is skipped "
-                                   "as a non-finite one is; 0: off, as in the paper", resume="same")
+    spike_factor: float = key(0.0, "gradient norm above which an update is skipped, in multiples of its running mean; "
+                                   "0: off, as in the paper", resume="same")
 
     def __post_init__(self):
         super().__post_init__()
         require(self.warmup_steps >= -1, f"optimizer.warmup_steps={self.warmup_steps} must be -1 (one epoch) or more.")
         require(self.spike_factor == 0 or self.spike_factor > 1,
-                f"optimizer.spike_factor={self.spike_factor} must exceed 1, or be 0 to skip no spikes.")
+                f"optimizer.spike_factor={self.spike_factor} must be above 1, or 0 to skip no updates.")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptimizerConfig(OptimizerConfig):
     learning_rate: float = key(0.0003, "peak learning rate (paper: best at about a tenth of pretraining's)",
                                resume="same", rule=positive, compiled=False)
-    schedule: str = key("constant", "after warm-up: constant (paper), or cosine (towards 0 at the end)", resume="same",
-                        rule=one_of("cosine", "constant"))
+    schedule: str = key("constant", "schedule after warm-up: constant (paper) or cosine (to 0 at the end)",
+                        resume="same", rule=one_of("cosine", "constant"))
     warmup_steps: int = key(0, "steps of linear warm-up from 0; -1: one epoch", resume="same")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Keys):
-    """The named mesh axes. Their sizes multiply to the number of devices; one of them may be -1: all that is left."""
+    """Sizes of the mesh axes. Their product is the number of devices; one of them may be -1 for the devices left."""
     group: ClassVar[str] = "mesh."
 
     data: int = key(1, "copies of the state; the batch is split over data x fsdp", resume="free")
@@ -79,36 +80,36 @@ class MeshConfig(Keys):
         super().__post_init__()
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            require(size == -1 or size >= 1, f"mesh.{name}={size} must be positive, or -1 for all devices left.")
+            require(size == -1 or size >= 1, f"mesh.{name}={size} must be positive, or -1 for the devices left.")
         require(list(sizes.values()).count(-1) <= 1, f"mesh={sizes}: only one axis may be -1.")
 
     def resolve(self, devices: int) -> "MeshConfig":
-        """The mesh with -1 replaced, for `devices` devices. Raises UserError where the sizes do not multiply to it."""
+        """The mesh with -1 replaced, for `devices` devices. Raises UserError if their number is not the product."""
         sizes = dataclasses.asdict(self)
         filled = fill(sizes, devices)
         given = " x ".join(f"{name}={size}" for name, size in sizes.items())
         require(math.prod(filled.values()) == devices,
                 f"mesh {given} does not multiply to the {devices} devices here. "
-                f"Set mesh.fsdp=-1 to use all that are left, with axes that divide {devices}.")
+                f"Set mesh.fsdp=-1 for the devices left, and other axes that divide {devices}.")
         return MeshConfig(**filled)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleMeshConfig(MeshConfig):
-    """By default every device has the weights: split over fsdp they would be gathered for every pixel."""
+    """The mesh of sampling. By default every device has all weights; under fsdp they are gathered for every pixel."""
     data: int = key(-1, "copies of the weights; the batch is split over data x fsdp", resume="free")
-    fsdp: int = key(1, "devices that share one copy of the weights, which is gathered for every pixel: slow",
+    fsdp: int = key(1, "devices that share one copy of the weights; slow, because it is gathered for every pixel",
                     resume="free")
 
 
 def profile_range(name: str, value: tuple[int, ...]) -> None:
     """() or (first, last) with 1 <= first <= last."""
     require(not value or len(value) == 2 and 1 <= value[0] <= value[1],
-            f"{name}={value} must be a first and a last step, such as (100,105), or empty.")
+            f"{name}={value} must be a first and a last step, such as (100,105), or ().")
 
 
 def kept_step(name: str, value: int) -> None:
-    """A step number."""
+    """A positive number of steps."""
     require(value > 0, f"{name}: {value} must be a positive number of steps.")
 
 
@@ -116,57 +117,58 @@ def kept_step(name: str, value: int) -> None:
 class PretrainConfig(Keys):
     job: str = key("pretrain", "the job that this configuration is for", resume="same")
     objective: str = key("autoregressive", "autoregressive: each pixel from those before it; masked: hidden pixels "
-                                           "from all others (BERT); denoising: pixels that were given random colors, "
-                                           "from the whole picture", resume="same", rule=one_of(*OBJECTIVES))
-    mask_ratio: float = key(0.15, "masked, denoising: share of pixels chosen anew in each step (paper: 0.15)",
+                                           "from all others (BERT); denoising: randomly recolored pixels from the "
+                                           "whole image", resume="same", rule=one_of(*OBJECTIVES))
+    mask_ratio: float = key(0.15, "masked, denoising: share of pixels to predict, drawn in each step (paper: 0.15)",
                             resume="same", rule=within(0, 1, "()"), alias="masked_share")
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     mesh: MeshConfig = section(MeshConfig)
-    image_size: int = key(0, "height and width, pixels; 0: the store's (others are refused: prepare resizes)",
+    image_size: int = key(0, "height and width, pixels, which must be the store's; 0: the store's",
                           resume="free", rule=at_least(0))
     palette: str = key("", "a palette's .npy; empty: the store's own", resume="free", compiled=False)
     steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)", resume="schedule", rule=at_least(1),
                      compiled=False)
     batch_size: int = key(128, "images per step over all devices (paper: 128; 64 for XL)", resume="same",
                           rule=at_least(1))
-    images_per_pass: int = key(0, "maximum images per device and microbatch: microbatches follow from it and the "
-                                  "devices at hand, so that a run can resume on fewer devices; 0: as accumulate says",
+    images_per_pass: int = key(0, "maximum images per device and microbatch; the number of microbatches follows from "
+                                  "it, on any number of devices; 0: use accumulate",
                                resume="free", rule=at_least(0))
-    accumulate: int = key(1, "microbatches per step (gradient accumulation): memory of batch_size / accumulate images",
+    accumulate: int = key(1, "microbatches per step (gradient accumulation)",
                           resume="free", rule=at_least(1))
-    seed: int = key(0, "chooses initial weights, data order and dropout", resume="same", rule=seed_range,
+    seed: int = key(0, "seed of initial weights, data order, masks and dropout", resume="same", rule=seed_range,
                     compiled=False)
-    precision: str = key("bfloat16", "of activations and matrix products (parameters are float32): bfloat16 or "
-                                     "float32; float64: everything, for tests",
+    precision: str = key("bfloat16", "dtype of activations and matrix products: bfloat16 or float32 (parameters are "
+                                     "float32); float64: everything, for tests",
                          resume="same", rule=one_of(*PRECISIONS))
     max_skipped_updates: int = key(20, "consecutive skipped updates (loss or gradient not finite, or a spike) after "
-                                       "which the run stops as diverged (exit code 77)",
+                                       "which the run ends as diverged (exit code 77)",
                                    resume="free", rule=at_least(1), compiled=False)
-    skip_divergence: bool = key(False, "after exit code 77: resume from the newest checkpoint with the examples after "
-                                       "those that the run diverged on", resume="free", compiled=False)
+    skip_divergence: bool = key(False, "after exit code 77: resume from the newest checkpoint, and skip the examples "
+                                       "that the run diverged on", resume="free", compiled=False)
     accept_changes: tuple[str, ...] = key((), "keys (also palette, data) in which this run may differ from its "
-                                              "checkpoint; recorded in the next ones", resume="free", compiled=False)
+                                              "checkpoint; the next checkpoints record the change",
+                                          resume="free", compiled=False)
     stall_seconds: float = key(1800.0, "seconds without a finished step, evaluated batch or save before the run ends "
-                                       "as stuck (exit code 76); compilation does not count; 0: never",
+                                       "as stuck (exit code 76); compilation is excluded; 0: never",
                                resume="free", rule=at_least(0), compiled=False)
     compare_replicas_every_steps: int = key(0, "steps between comparisons of replicated arrays across devices, also "
                                                "before each save; 0: never",
                                             resume="free", rule=at_least(0), compiled=False)
-    replay_check: bool = key(False, "on resume, repeat logged steps from an earlier checkpoint and compare the loss",
+    replay_check: bool = key(False, "on resume, repeat logged steps from an earlier checkpoint and compare the losses",
                              resume="free", compiled=False)
     profile: tuple[int, ...] = key((), "first and last step to trace, such as (100,105); empty: none", resume="free",
                                    rule=profile_range, compiled=False)
     log_every_steps: int = key(50, "steps between metrics lines", resume="free", rule=at_least(1), compiled=False)
-    wandb: str = key("", "Weights & Biases project that gets the metrics too: PROJECT or ENTITY/PROJECT; empty: none",
+    wandb: str = key("", "Weights & Biases project to log to: PROJECT or ENTITY/PROJECT; empty: none",
                      resume="free", compiled=False)
-    eval_every_steps: int = key(5000, "steps between evaluations of data.held_out, each saved too; 0: only at the end",
-                                resume="free", rule=at_least(0), compiled=False)
+    eval_every_steps: int = key(5000, "steps between evaluations on data.held_out, each with a checkpoint; 0: only at "
+                                      "the end", resume="free", rule=at_least(0), compiled=False)
     checkpoint_every_steps: int = key(1000, "steps between checkpoints; 0: only at the end", resume="free",
                                       rule=at_least(0), compiled=False)
-    keep_newest: int = key(2, "newest checkpoints kept; the best by held-out loss is kept besides", resume="free",
-                           rule=at_least(1), compiled=False)
+    keep_newest: int = key(2, "number of newest checkpoints kept, in addition to the best by held-out loss",
+                           resume="free", rule=at_least(1), compiled=False)
     keep_steps: tuple[int, ...] = key((65536, 131072, 262144, 524288, 1000000),
                                       "steps whose checkpoints are saved and never deleted (paper, Figure 3)",
                                       resume="free", rule=each(kept_step), compiled=False)
@@ -174,48 +176,49 @@ class PretrainConfig(Keys):
     def __post_init__(self):
         super().__post_init__()
         require(bool(re.fullmatch(r"([^/\s]+/)?[^/\s]+|", self.wandb)),
-                f"wandb={self.wandb!r} must read PROJECT or ENTITY/PROJECT.")
+                f"wandb={self.wandb!r} must be PROJECT or ENTITY/PROJECT.")
         require(self.objective != "autoregressive" or self.mask_ratio == PretrainConfig.mask_ratio,
                 f"mask_ratio={self.mask_ratio} has no effect on objective={self.objective}. Set objective=masked.")
 
     @property
     def finetuning(self) -> Optional["FinetuneConfig"]:
-        """The config with its keys of fine-tuning; None where this is no fine-tuning run."""
+        """This config as a FinetuneConfig; None in pretraining."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(PretrainConfig):
-    """Pretrain's keys, with other defaults, and what the labels add."""
+    """Pretrain's keys, some with other defaults, and the keys of classification."""
     job: str = key("finetune", "the job that this configuration is for", resume="same")
     checkpoint: str = key("", "a workdir of pretrain or one step of it (DIR/checkpoints/STEP); empty: a new model, "
                               "model.name", resume="same", compiled=False)
-    generative_weight: float = key(1.0, "weight of the pixels' loss, that of the objective; 0: classification alone",
+    generative_weight: float = key(1.0, "weight of the objective's loss on pixels; 0: classification only",
                                    resume="same", rule=at_least(0))
-    class_weight: float = key(1.0, "weight of the classes' loss (paper: both 1)", resume="same")
-    patience: int = key(0, "early stopping: evaluations without a better held-out accuracy; 0: never", resume="free",
+    class_weight: float = key(1.0, "weight of the classification loss (paper: both 1)", resume="same")
+    patience: int = key(0, "early stopping: evaluations without a better held-out accuracy; 0: off", resume="free",
                         rule=at_least(0), compiled=False)
     data: FinetuneDataConfig = section(FinetuneDataConfig)
     model: FinetuneModelConfig = section(FinetuneModelConfig)
     optimizer: FinetuneOptimizerConfig = section(FinetuneOptimizerConfig)
-    palette: str = key("", "of a new model: a palette's .npy; empty: the store's own. A checkpoint brings its own",
+    palette: str = key("", "palette's .npy for a new model; empty: the store's own. A checkpoint has its own",
                        resume="free", compiled=False)
-    objective: str = key("autoregressive", "that of the checkpoint: autoregressive, masked (BERT) or denoising",
+    objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT) or denoising",
                          resume="same", rule=one_of(*OBJECTIVES))
-    mask_ratio: float = key(0.15, "masked, denoising: share of pixels chosen, in evaluation too", resume="same",
+    mask_ratio: float = key(0.15, "masked, denoising: share of pixels to predict, in evaluation too", resume="same",
                             rule=within(0, 1, "()"), alias="masked_share")
     steps: int = key(10_000, "optimizer steps, at most", resume="schedule", rule=at_least(1), compiled=False)
-    eval_every_steps: int = key(500, "steps between evaluations of data.held_out, each saved too; 0: only at the end",
-                                resume="free", rule=at_least(0), compiled=False)
+    eval_every_steps: int = key(500, "steps between evaluations on data.held_out, each with a checkpoint; 0: only at "
+                                     "the end", resume="free", rule=at_least(0), compiled=False)
     keep_steps: tuple[int, ...] = key((), "steps whose checkpoints are saved and never deleted", resume="free",
                                       rule=each(kept_step), compiled=False)
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.class_weight > 0, f"class_weight={self.class_weight} must be positive: without it, pretrain.")
+        require(self.class_weight > 0,
+                f"class_weight={self.class_weight} must be positive. To train without labels, run the pretrain job.")
         require(self.patience == 0 or bool(self.data.held_out) and self.eval_every_steps > 0,
-                f"patience={self.patience} waits for evaluations of held-out images, and there are none. Set "
-                "data.held_out and eval_every_steps, or leave patience=0.")
+                f"patience={self.patience} needs evaluations on held-out images, and this run has none. Set "
+                "data.held_out and eval_every_steps, or patience=0.")
 
     @property
     def finetuning(self) -> "FinetuneConfig":

@@ -1,1 +1,1 @@
-"""Devices: the mesh and its sharding rules, accelerators and their topologies, checksums of sharded arrays."""
+"""The mesh and its sharding rules, accelerators and their topologies, checksums of sharded arrays."""

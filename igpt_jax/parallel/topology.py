@@ -1,10 +1,11 @@
-"""What the accelerators can do, and the groups of them that a run can be planned for. No JAX is imported here.
+"""Speed, memory and prices of accelerators, and the topologies that `plan` knows. No JAX is imported here.
 
-Sources, read in 2026. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} ("peak compute per chip (bf16)", "HBM capacity",
-"HBM bandwidth") and the table of jax-ml.github.io/scaling-book for links (one direction of one torus axis) and the
-network between slices. NVIDIA: the data sheets of A100, H100 and H200 (dense bf16 without sparsity; NVLink, one
-direction) and one network card per GPU (200 Gbit/s beside an A100, 400 beside an H100 or H200).
-Prices are list prices on demand, US regions, 2025; they change, so `plan` takes the user's own.
+Sources, read in 2026:
+- TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} ("peak compute per chip (bf16)", "HBM capacity", "HBM bandwidth");
+  the table of jax-ml.github.io/scaling-book for links (one direction of one torus axis) and the network between slices.
+- NVIDIA: the data sheets of A100, H100 and H200 (dense bf16 without sparsity; NVLink, one direction); one network card
+  per GPU (200 Gbit/s for an A100, 400 for an H100 or H200).
+- Prices: on-demand list prices, US regions, 2025. They change, so `plan` takes the user's own.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from igpt_jax.config import UserError, nearest
 
 GIB = 2**30
-GPU_SHARE = 0.75  # what JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+GPU_SHARE = 0.75  # share of a GPU's memory that JAX allocates unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Chip:
     peak_bf16_flops: float  # FLOP/s, dense
     hbm_bytes: int
     hbm_bandwidth: float  # bytes/s
-    device_kinds: tuple[str, ...]  # as jax.Device.device_kind names it
-    usable_bytes: int  # of hbm_bytes, what a program can have
-    link_bandwidth: float  # bytes/s that a device sends to its neighbors: a TPU over one torus axis both ways, NVLink
+    device_kinds: tuple[str, ...]  # its names in jax.Device.device_kind
+    usable_bytes: int  # the part of hbm_bytes that a program can use
+    link_bandwidth: float  # bytes/s sent to neighbors: a TPU over one torus axis, both directions; a GPU over NVLink
     network_bandwidth: float  # bytes/s that a device sends between slices or nodes
     dollars_per_hour: float  # list price of one device
     torus_axes: int = 1  # axes of a TPU's torus
@@ -36,7 +37,7 @@ class Chip:
 
 def _tpu(name: str, flops: float, gib: int, bandwidth: float, kinds: tuple[str, ...], link: float, network: float,
          dollars: float, torus_axes: int) -> Chip:
-    # The compiler keeps a quarter GiB of a TPU's memory, more on v4: these are the limits that it states.
+    # The compiler reserves a quarter GiB of a TPU's memory, more on v4. These are the limits that its errors state.
     usable = {"TPU v4": 30.75, "TPU v5e": 15.75, "TPU v5p": 94.75, "TPU v6e": 31.25}[name]
     return Chip(name, flops, gib * GIB, bandwidth, kinds, int(usable * GIB), 2 * link, network, dollars, torus_axes)
 
@@ -56,10 +57,10 @@ CHIPS = (
     _gpu("H100 SXM", 989e12, 80 * GIB, 3350e9, "NVIDIA H100 80GB HBM3", 450e9, 50e9, 8.0),
     _gpu("H200 SXM", 989e12, 141_000_000_000, 4800e9, "NVIDIA H200", 450e9, 50e9, 9.0),
 )
-# A stand-in, so that a CPU's step has a formula; only a measured run tells how far off its figures are.
+# Round numbers, so that `plan` can be tried without accelerators. Times planned for CPUs are not predictions.
 CPU = Chip("CPU", 1e11, 2**63 - 1, 2e10, ("cpu",), 2**63 - 1, 1e10, 1e9, 0.0)
 
-# How a target begins: the chip, and for TPUs the number of dims of a slice.
+# By the kind that a topology's name begins with: the chip, and for TPUs the number of dims of a slice.
 TPUS: Mapping[str, tuple[str, int]] = types.MappingProxyType({
     "v4": ("TPU v4", 3), "v5e": ("TPU v5e", 2), "v5p": ("TPU v5p", 3), "v6e": ("TPU v6e", 2)})
 GPUS: Mapping[str, str] = types.MappingProxyType({
@@ -73,11 +74,11 @@ class Target:
     """A group of devices that a step can be compiled for.
 
     Attributes:
-      name: as typed.
+      name: such as `v5e:16x16`.
       platform: 'tpu', 'gpu', 'cpu', or 'attached' for the devices of this machine.
-      chip: None for 'attached' until the devices are looked at.
-      shape: of one slice, chips along each torus axis; of one node, (GPUs,).
-      groups: slices or nodes.
+      chip: None for 'attached', whose devices are known only to JAX.
+      shape: chips of one slice along each torus axis; (GPUs,) of one node.
+      groups: number of slices or nodes.
     """
     name: str
     platform: str
@@ -91,10 +92,10 @@ class Target:
 
 
 def parse(text: str) -> Target:
-    """The target that the user typed: `v5e:16x16`, `v5e:16x16*4` (slices), `h100:8`, `h100:8x4` (nodes), `cpu:8`.
+    """The target with this name: `v5e:16x16`, `v5e:16x16*4` (slices), `h100:8`, `h100:8x4` (nodes), `cpu:8`.
 
     Raises:
-      UserError: no such kind, or not this kind's shape.
+      UserError: an unknown kind, or a shape that this kind does not have.
     """
     kind, _, size = text.partition(":")
     if text == "attached":
@@ -120,10 +121,10 @@ def parse(text: str) -> Target:
 
 
 def like(device_kind: str, count: int) -> Target:
-    """The target that `count` devices make, known by `jax.Device.device_kind`, in as square a shape as it goes.
+    """The target of `count` devices of the kind `jax.Device.device_kind`, in the most square shape.
 
     Raises:
-      UserError: no figures are known for such devices.
+      UserError: the kind or the number of devices is not in the tables.
     """
     if device_kind == "cpu":
         return parse(f"cpu:{count}")
@@ -134,13 +135,13 @@ def like(device_kind: str, count: int) -> Target:
     elif chip:
         target = resized(Target(chip.name.split()[0].lower(), "gpu", chip), count)
     if not chip or not target:
-        raise UserError(f"{count} devices of kind {device_kind!r} are not in igpt_jax/topology.py. Add a row to CHIPS, "
-                        "or plan for a topology by name.")
+        raise UserError(f"{count} devices of kind {device_kind!r} are not in igpt_jax/parallel/topology.py. "
+                        "Add a row to CHIPS, or plan for a topology by name.")
     return dataclasses.replace(target, chip=chip)
 
 
 def resized(target: Target, devices: int) -> Target | None:
-    """The same kind of target with another number of devices, as square as it goes; None where there is none."""
+    """The same kind of target with another number of devices, in the most square shape; None where none exists."""
     kind = target.name.partition(":")[0]
     if target.platform == "tpu":
         shape = max(_factors(devices, len(target.shape)), key=min, default=None)
@@ -151,7 +152,7 @@ def resized(target: Target, devices: int) -> Target | None:
 
 
 def _factors(number: int, count: int) -> list[tuple[int, ...]]:
-    """All ways to write `number` as a product of `count` powers of two, none above 16 times another."""
+    """All ways to write `number` as an ordered product of `count` powers of two; none unless it is one itself."""
     if count == 1:
         return [(number,)] if number & (number - 1) == 0 else []
     found = []
@@ -179,16 +180,16 @@ def chip_for(device_kind: str) -> Chip | None:
 
 
 def bandwidth(target: Target, mesh_shape: Mapping[str, int], axes: tuple[str, ...]) -> float:
-    """Bytes/s that a device sends in a collective over the mesh axes `axes`, the slowest link on its way deciding.
-
-    Mesh axes are laid out with the last one innermost. A TPU's axis that is larger than one side of the torus runs
-    over several sides at once and has all their links; what leaves a slice or node has the network's.
-    """
+    """Bytes/s that a device sends in a collective over the mesh axes `axes`, limited by the slowest link."""
     chip, inside = target.chip, target.devices // target.groups
     order = list(mesh_shape)
+    # The last mesh axis is innermost, so neighbors along an axis are as many devices apart as all later axes multiply
+    # to. A collective over `axes` spans that many devices times its own, and crosses the network if a slice or node
+    # has fewer.
     span = math.prod(mesh_shape[axis] for axis in order[min(order.index(axis) for axis in axes):])
     if target.groups > 1 and span > inside:
         return chip.network_bandwidth
+    # A mesh axis that is larger than one side of the torus runs over several sides at once and uses all their links.
     size, sides = math.prod(mesh_shape[axis] for axis in axes), sorted(target.shape, reverse=True)
     used = next((n for n in range(1, len(sides) + 1) if math.prod(sides[:n]) >= size), len(sides))
     return chip.link_bandwidth * min(used, chip.torus_axes)

@@ -1,7 +1,7 @@
-"""Paths of users, local or in a bucket (gs://, s3://), and the things that differ there. No JAX is imported here.
+"""Files on local disks and in buckets (gs://, s3://). No JAX is imported here.
 
-A bucket has no rename, no append and no locks: an object appears whole when its write ends. `publish`, `LineWriter`
-and `lock` give both kinds of storage the same meaning.
+A bucket has no rename, no append and no locks, and an object appears only when its write is complete. `publish`,
+`LineWriter` and `lock` behave the same on both kinds of storage.
 """
 
 from igpt_jax.storage.files import publish, read, sweep

@@ -7,25 +7,25 @@ from etils import epath
 
 from igpt_jax.storage.paths import encoded, is_local, readable
 
-TEMPORARY = ".tmp"  # ends the names of files that `publish` has not finished
+TEMPORARY = ".tmp"  # suffix of files that `publish` has not finished
 
 
 def read(path: epath.Path) -> bytes:
-    """The content of a file that the user named.
+    """The content of a file.
 
     Raises:
-      UserError: it is missing or cannot be read.
+      UserError: the file is missing or cannot be read.
     """
     with readable(path):
         return path.read_bytes()
 
 
 def publish(path: epath.Path, data: bytes | str) -> None:
-    """Writes a file so that a reader sees its old content or its new one, never a part; makes its folder."""
+    """Writes a file atomically: a reader sees the old content or the new one. Creates the folder if needed."""
     data = encoded(data) if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_local(path):
-        path.write_bytes(data)
+        path.write_bytes(data)  # atomic in a bucket
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
@@ -33,9 +33,10 @@ def publish(path: epath.Path, data: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read. The umask can only be read by setting it.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -43,8 +44,9 @@ def publish(path: epath.Path, data: bytes | str) -> None:
 
 
 def sweep(workdir: epath.Path) -> None:
-    """Removes what a killed `publish` left in a workdir and its folders. Only the holder of its lock may."""
-    if is_local(workdir):  # in a bucket nothing is left
+    """Removes the temporary files of a killed `publish` from a workdir and its folders. Call it with the workdir's lock
+    held, so that no other job is writing."""
+    if is_local(workdir):  # a bucket has no temporary files
         for folder in (workdir, *(child for child in workdir.iterdir() if child.is_dir())):
             for file in folder.glob(f".*{TEMPORARY}"):
                 file.unlink(missing_ok=True)

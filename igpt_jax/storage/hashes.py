@@ -1,4 +1,4 @@
-"""Whether bytes are what was written: JSON with a CRC of itself, and the SHA-256 of all files of a folder."""
+"""Checksums of files: JSON objects with a CRC, SHA256SUMS of a folder, digests of JSON values."""
 
 import hashlib
 import json
@@ -14,48 +14,57 @@ from igpt_jax.storage.json import parse_json
 from igpt_jax.storage.paths import Path, is_local
 
 HASHES = "SHA256SUMS"
-LARGEST = 64 * 2**20  # bytes of JSON or of a list of hashes that are read at all
+LARGEST = 64 * 2**20  # bytes; larger JSON files and lists of hashes are damaged, and are not read into memory
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written. The message names the file or the array."""
+    """A checkpoint differs from what was written. The message names the file or the array."""
+
+
+def json_digest(value: Any, length: int = 16) -> str:
+    """The first `length` of 64 hexadecimal digits of a JSON value's SHA-256. Equal values give equal digests: the keys
+    of objects are sorted first."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON with a CRC of itself."""
+    """A JSON object with its own CRC in the key `crc32`."""
     value = json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
     return {**value, "crc32": zlib.crc32(json.dumps(value, sort_keys=True).encode())}
 
 
 def unsealed(value: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """`value` without its CRC. Raises Damaged, which names `file`."""
+    """The object that `sealed` was given. Raises Damaged, which names `file`, if the CRC does not match."""
     if not isinstance(value, Mapping):
         raise Damaged(f"{file} is not a JSON object")
-    rest = {name: part for name, part in value.items() if name != "crc32"}
+    rest = {name: field for name, field in value.items() if name != "crc32"}
     if zlib.crc32(json.dumps(rest, sort_keys=True).encode()) != value.get("crc32"):
         raise Damaged(f"the CRC in {file} is wrong")
     return rest
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises Damaged."""
+    """The value in a JSON file. Raises Damaged."""
     try:
         if (size := path.stat().length) > LARGEST:
-            raise Damaged(f"{path.name} has {size:,} bytes: more than it can need")
+            raise Damaged(f"{path.name} has {size:,} bytes, more than any such file")
         return parse_json(path.read_bytes())
     except (ValueError, FileNotFoundError) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from None
 
 
 def files_of(step: Path) -> list[str]:
-    """The files of a step on a local disk, relative to it. Raises Damaged where one is a link, which leads elsewhere,
-    or a pipe or device, which may never end."""
+    """The files of a step on a local disk, relative to it.
+
+    Raises:
+      Damaged: one of them is a link, which may lead out of the step, or a pipe or device, whose reading may never end.
+    """
     files = []
     for root, folders, names in os.walk(step):
         for name in (*folders, *names):
             mode = os.lstat(os.path.join(root, name)).st_mode
             if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-                raise Damaged(f"{name} is {'a link' if stat.S_ISLNK(mode) else 'no file'}")
+                raise Damaged(f"{name} is {'a link' if stat.S_ISLNK(mode) else 'not a regular file'}")
         files += [os.path.relpath(os.path.join(root, name), step) for name in names]
     return sorted(files)
 
@@ -66,7 +75,7 @@ def _sha256(path: str) -> str:
 
 
 def write_hashes(step: Path) -> None:
-    """Writes SHA256SUMS, of all files of a finished step. Buckets keep checksums of their own."""
+    """Writes SHA256SUMS for all files of a finished step, on a local disk; buckets have checksums of their own."""
     if is_local(step):
         with ThreadPoolExecutor() as pool:
             files = files_of(step)
@@ -76,25 +85,27 @@ def write_hashes(step: Path) -> None:
 
 
 def check_hashes(step: Path, unread: Collection[str] = ()) -> bool:
-    """Whether a step has file hashes at all; all are compared but those of files in the folders `unread`.
+    """Compares a step's files with its SHA256SUMS, except those in the folders `unread`. False if it has none.
 
     Raises:
-      Damaged: names the first file that is missing or is not what was written.
+      Damaged: names the first file that is missing or differs from what was written.
     """
     if not is_local(step):
         return False
     files_of(step)
-    if not (step / HASHES).exists():  # the run was killed before it could write them
+    if not (step / HASHES).exists():  # the run was killed before it wrote them
         return False
     if (step / HASHES).stat().length > LARGEST:
         raise Damaged(f"{HASHES} is not a list of hashes")
     lines = (step / HASHES).read_bytes().decode(errors="replace").splitlines()
-    parts = [line.partition("  ") for line in lines]
-    if not parts or not all(len(digest) == 64 and file and ".." not in file.split("/") for digest, _, file in parts):
+    entries = [line.partition("  ") for line in lines]
+    if not entries or not all(len(digest) == 64 and file and ".." not in file.split("/")
+                              for digest, _, file in entries):
         raise Damaged(f"{HASHES} is not a list of hashes")
-    wanted = [(digest, file) for digest, _, file in parts if file.split("/")[0] not in unread]
+    wanted = [(digest, file) for digest, _, file in entries if file.split("/")[0] not in unread]
     with ThreadPoolExecutor() as pool:
-        for (digest, file), found in zip(wanted, pool.map(lambda part: _hash_of(step / part[1]), wanted), strict=True):
+        hashes = pool.map(lambda entry: _hash_of(step / entry[1]), wanted)
+        for (digest, file), found in zip(wanted, hashes, strict=True):
             if found != digest:
                 raise Damaged(f"{file} is not what was written" if found else f"{file} is missing")
     return True
@@ -103,5 +114,5 @@ def check_hashes(step: Path, unread: Collection[str] = ()) -> bool:
 def _hash_of(path: Path) -> str | None:
     try:
         return _sha256(path)
-    except (OSError, ValueError):  # no such file, or a name that a damaged list made up
+    except (OSError, ValueError):  # a missing file, or an impossible name in a damaged list
         return None

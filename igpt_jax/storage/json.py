@@ -5,7 +5,7 @@ from typing import Any
 
 
 def parse_json(data: bytes) -> Any:
-    """What JSON says. Raises ValueError, where it is nested too deeply too."""
+    """The value of a JSON text. Raises ValueError, also where it is nested too deeply."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -13,6 +13,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:
-    """JSON with what JSON has no word for, NaN and infinities, as null."""
-    text = json.dumps(value, default=lambda scalar: scalar.item())  # NumPy's and JAX's scalars
+    """JSON text that ends with a newline. NaN and infinities, which JSON lacks, become null."""
+    text = json.dumps(value, default=lambda scalar: scalar.item())  # scalars of NumPy and JAX
+    # Python writes NaN and infinities as words that are not JSON. Reading them back is where they can be replaced.
     return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=indent) + "\n"

@@ -1,4 +1,4 @@
-"""One job per workdir: a lock that survives crashes, on a disk or in a bucket."""
+"""A workdir's lock: one job at a time, on a disk or in a bucket. The lock of a dead job does not block the next one."""
 
 import contextlib
 import fcntl
@@ -24,16 +24,20 @@ HEARTBEAT_SECONDS = 20.0
 
 @contextlib.contextmanager
 def lock(workdir: epath.Path) -> Iterator[None]:
-    """Holds `workdir` (made where missing) for one job.
+    """Holds the lock of `workdir` (created if missing) for one job.
 
-    Local: an flock on `workdir/.lock`; the kernel lets go of it when its process ends, however it ends. Bucket: an
-    object that its holder writes anew every 20 seconds and deletes at the end; one that stays the same for a minute,
-    or whose process on this host is gone, belonged to a dead job and is taken over. No clocks are compared. A bucket
-    cannot refuse the slower of two starts: should two jobs both go on, or one be taken over while it was frozen, the
-    one that finds the other's lock in place of its own ends with exit code 2, within 20 seconds.
+    Local disk: an flock on `workdir/.lock`. The kernel releases it when the process ends, in whatever way.
+
+    Bucket: an object that its holder rewrites every 20 seconds (a heartbeat) and deletes at the end. A lock is taken
+    over if it does not change for a minute, or if its process ran on this host and has ended. Clocks of different
+    hosts are never compared.
+
+    The bucket clients used here cannot create an object only if it is absent, so two jobs that start together can both
+    believe that they hold the lock. So can a job that was frozen while another took over. The one that finds the
+    other's lock in place of its own ends with exit code 2, within 20 seconds.
 
     Raises:
-      UserError: another job holds it; names its host, process and start.
+      UserError: another job holds the lock. The message names its host, process and start.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -57,7 +61,7 @@ def _local_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise _in_use(workdir, file.read()) from None
-        # The file stays when the job ends: deleting it would let two jobs lock two files of one name.
+        # The file is never deleted: a job that has it open would then hold the lock of a file that others cannot see.
         file.truncate(0)
         file.write(json.dumps(mine))
         file.flush()
@@ -80,12 +84,13 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
         return text
 
     found = content()
-    if found and not _gone(found):
+    if found and not _ended(found):
         time.sleep(3 * HEARTBEAT_SECONDS)
         if content() not in ("", found):
             raise _in_use(workdir, content())
     latest = beat(0)
-    time.sleep(HEARTBEAT_SECONDS / 10)  # of two that start at once, the later write wins
+    # Of two jobs that start at once the later write wins. Both wait, so that both see who that was.
+    time.sleep(HEARTBEAT_SECONDS / 10)
     if content() != latest:
         raise _in_use(workdir, content())
     done = threading.Event()
@@ -95,9 +100,9 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
         for count in itertools.count(1):
             if done.wait(HEARTBEAT_SECONDS):
                 return
-            with contextlib.suppress(Exception):  # a beat may be missed: two more come before others take over
+            with contextlib.suppress(Exception):  # one failed heartbeat is harmless: others wait for three
                 if (now := content()) not in ("", latest):
-                    process.tell(f"igpt_jax: {_in_use(workdir, now)} This job ends.", sys.stderr)
+                    process.say(f"igpt_jax: {_in_use(workdir, now)} This job ends.", sys.stderr)
                     os._exit(2)
                 latest = beat(count)
 
@@ -112,8 +117,8 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _gone(text: str) -> bool:
-    """Whether a lock's text names a process of this host that no longer runs."""
+def _ended(text: str) -> bool:
+    """Whether the text of a lock names a process of this host that no longer runs."""
     try:
         holder = json.loads(text)
         if holder["host"] != socket.gethostname():

@@ -1,4 +1,4 @@
-"""Users' paths: local, gs:// or s3://. Expansion, comma lists, globs and listings."""
+"""Paths on local disks and in buckets (gs://, s3://): parsing, comma lists, globs, listings."""
 
 import contextlib
 import functools
@@ -20,101 +20,105 @@ SCHEMES = ("gs://", "s3://")
 
 
 def path(text: str | os.PathLike) -> epath.Path:
-    """The path that a user typed, with ~ expanded.
+    """The path of a command line or config, with ~ expanded.
 
     Raises:
-      UserError: an empty path, or a scheme other than gs:// and s3://.
+      UserError: the path is empty, or has a scheme other than gs:// and s3://.
     """
     prepare_epath()
     text = os.fspath(text)
     if not text:
         raise UserError("a path is empty. Give a local path, gs://BUCKET/... or s3://BUCKET/...")
     if "://" in text and not text.startswith(SCHEMES):
-        raise UserError(f"path {text!r}: storage is a local path, gs:// or s3://.")
+        raise UserError(f"path {text!r} has an unsupported scheme. Give a local path, gs://BUCKET/... or "
+                        "s3://BUCKET/...")
     if re.match("(gs|s3):/(?!/)", text):
         raise UserError(f"path {text!r} has one slash after its scheme. Write gs://BUCKET/... or s3://BUCKET/...")
     return _local(os.path.expanduser(text)) if "://" not in text else epath.Path(text)
 
 
 def _local(text: str) -> epath.Path:
-    """A path of this machine, as /../gs/... where it is /gs/..., which epath would take for gs://..."""
+    """A local path. /gs/... becomes /../gs/..., because epath reads /gs/... as gs://..."""
     return epath.Path(re.sub(r"^/+(?=(gs|s3|az|hf)(/|$))", "/../", text))
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether `path` lies on a file system of this machine, not in a bucket."""
+    """Whether `path` is on a file system of this machine, not in a bucket."""
     return not os.fspath(path).startswith(SCHEMES)
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """`path` from the root, as Orbax and TensorStore need it.
+    """`path` as an absolute path, which Orbax and TensorStore need.
 
     Raises:
-      UserError: TensorStore would write somewhere else. It reads `\\` as `/`, and names are UTF-8 to it.
+      UserError: TensorStore would write to another path: it reads `\\` as `/`, and takes names to be UTF-8.
     """
     if not is_local(path):
         return path
-    whole = os.path.abspath(path)
-    if "\\" in whole:
-        raise UserError(f"path {whole} has a backslash, which TensorStore reads as '/'. Rename that folder.")
+    text = os.path.abspath(path)
+    if "\\" in text:
+        raise UserError(f"path {text} has a backslash, which TensorStore reads as '/'. Rename that folder.")
     try:
-        alike = whole.encode() == os.fsencode(whole)
+        is_utf8 = text.encode() == os.fsencode(text)
     except UnicodeEncodeError:
-        alike = False
-    if not alike:
-        raise UserError(f"path {whole!r} is not UTF-8, as TensorStore needs it. Rename that folder"
+        is_utf8 = False
+    if not is_utf8:
+        raise UserError(f"path {text!r} is not UTF-8, which TensorStore needs. Rename that folder"
                         + (".", ", or set LC_ALL=C.UTF-8.")[sys.getfilesystemencoding() != "utf-8"])
-    return _local(whole)
+    return _local(text)
 
 
 @functools.cache
 def prepare_epath() -> None:
-    """Makes `Path.glob` take the folder's own name literally: epath, and Orbax with it, took `[` in it for a pattern.
+    """Patches epath, once.
 
-    Keeps epath from importing TensorFlow for gs:// paths, which takes 5 seconds and 665 MiB; fsspec serves them.
+    - `Path.glob` takes the folder's own name literally. epath, and Orbax through it, reads `[` in it as a pattern.
+    - gs:// paths use fsspec. epath would import TensorFlow for them, which takes 5 seconds and 665 MiB.
     """
     os.environ.setdefault("EPATH_USE_TF", "0")
-    former = gpath._GPath.glob
-    gpath._GPath.glob = lambda self, pattern: former(type(self)(glob.escape(os.fspath(self))), pattern)
+    original = gpath._GPath.glob
+    gpath._GPath.glob = lambda self, pattern: original(type(self)(glob.escape(os.fspath(self))), pattern)
 
 
 @contextlib.contextmanager
 def readable(path: epath.Path) -> Iterator[None]:
-    """Turns the errors of reading what a user named into one line."""
+    """Raises UserError in place of the errors of reading `path`."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist. Check the path.") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder, where a file is needed.") from None
+        raise UserError(f"{path} is a folder. Give a file.") from None
     except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def children(path: epath.Path) -> list[epath.Path]:
-    """What lies in a folder that the user named, sorted by name.
+    """The files and folders in a folder, sorted by name.
 
     Raises:
-      UserError: it is missing or cannot be read.
+      UserError: the folder is missing or cannot be read.
     """
     with readable(path):
         return sorted(path.iterdir(), key=lambda child: child.name)
 
 
-def patterns(typed: str) -> list[str]:
-    """The paths and globs of a comma list. Where a name with commas exists, they do not split it."""
-    found, pieces = [], typed.split(",")
+def patterns(text: str) -> list[str]:
+    """The paths and globs of a comma list. Commas in the name of an existing file or folder do not split it."""
+    found, pieces = [], text.split(",")
     while pieces:
+        # The longest run of pieces that exists as one name is taken, else the first piece. A scheme starts a new path.
         end = next((i for i, piece in enumerate(pieces) if i and "://" in piece), len(pieces))
-        wholes = [",".join(pieces[:count]) for count in range(end, 1, -1)]
-        whole = next((each for whole in wholes for each in (whole, whole.strip()) if _has_such_a_name(each)), pieces[0])
-        del pieces[:whole.count(",") + 1]
-        found.append(whole)
+        joined = [",".join(pieces[:count]) for count in range(end, 1, -1)]
+        names = [name for text in joined for name in (text, text.strip())]
+        name = next((name for name in names if _name_exists(name)), pieces[0])
+        del pieces[:name.count(",") + 1]
+        found.append(name)
     return [pattern for pattern in map(str.strip, found) if pattern]
 
 
-def _has_such_a_name(pattern: str) -> bool:
-    """Whether `pattern` exists up to its last name with a comma."""
+def _name_exists(pattern: str) -> bool:
+    """Whether `pattern` exists up to its last component with a comma; components after that may be globs."""
     before, comma, rest = pattern.rpartition(",")
     with contextlib.suppress(UserError, OSError, ImportError):
         return path(before + comma + rest.partition("/")[0]).exists()
@@ -122,35 +126,36 @@ def _has_such_a_name(pattern: str) -> bool:
 
 
 def matching(pattern: str) -> list[epath.Path]:
-    """The existing paths that a path or glob pattern of the user stands for, sorted. Each part is a pattern only where
-    nothing of that very name exists.
+    """The existing paths that match a path or glob pattern, sorted.
+
+    A component is a pattern only if nothing with exactly that name exists.
 
     Raises:
-      UserError: there are none.
+      UserError: nothing matches.
     """
     given = path(pattern)
     found, last = [epath.Path()], len(given.parts) - 1
     with readable(given):
-        for i, part in enumerate(given.parts):
-            found = [match for folder in found for match in _below(folder, part, i == last)]
+        for i, component in enumerate(given.parts):
+            found = [match for folder in found for match in _matches(folder, component, i == last)]
     if not found:
         raise UserError(f"{pattern!r} matches nothing. Check the path.")
     return sorted(found)
 
 
-def _below(folder: epath.Path, part: str, last: bool) -> list[epath.Path]:
-    literal = folder / part
-    if not glob.has_magic(part):
+def _matches(folder: epath.Path, component: str, last: bool) -> list[epath.Path]:
+    literal = folder / component
+    if not glob.has_magic(component):
         return [literal] if not last or literal.exists() else []
     if literal.exists():
         return [literal]
-    if "**" in part:
-        raise UserError(f"{part!r} is no pattern here: * stands for one folder, as in 'a/*/*.png'.")
-    return list(folder.glob(part))
+    if "**" in component:
+        raise UserError(f"{component!r} cannot be used as a pattern. * stands for one folder, as in 'a/*/*.png'.")
+    return list(folder.glob(component))
 
 
 def tensorstore_spec(path: epath.Path) -> dict[str, Any]:
-    """TensorStore's key-value store of a folder. Emulators and other S3 services are named by $AWS_ENDPOINT_URL."""
+    """TensorStore's spec of a folder as a key-value store. $AWS_ENDPOINT_URL names an emulator or other S3 service."""
     if is_local(path):
         return {"driver": "file", "path": os.path.abspath(absolute(path)) + "/"}
     scheme, _, rest = os.fspath(path).partition("://")
@@ -162,31 +167,32 @@ def tensorstore_spec(path: epath.Path) -> dict[str, Any]:
     return spec
 
 
-def listing(folder: epath.Path, passed_over: dict[str, str] | None = None) -> dict[str, int]:
-    """The files below a folder, as their paths from there with slashes -> bytes; hidden ones (`.name`) are left out.
+def listing(folder: epath.Path, skipped: dict[str, str] | None = None) -> dict[str, int]:
+    """The sizes in bytes of all files below a folder, by path relative to it. Hidden files (`.name`) are left out.
 
-    Links are followed, each folder once. Of two paths to one folder in the same parent, the first by name is taken.
+    Links are followed, but each folder is listed once: of two paths to one folder in the same parent, under the first
+    by name.
 
     Args:
-      passed_over: takes up the other paths to a folder -> the path that was taken.
+      skipped: receives the other paths to a folder, each with the path under which the folder is listed.
 
     Raises:
-      UserError: it is missing or cannot be read.
+      UserError: the folder is missing or cannot be read.
     """
     with readable(folder):
         if not is_local(folder):
-            found = fsspec.core.url_to_fs(os.fspath(folder))
-            files = {name.removeprefix(found[1]).lstrip("/"): entry["size"]
-                     for name, entry in found[0].find(found[1], detail=True).items()}
+            system, root = fsspec.core.url_to_fs(os.fspath(folder))
+            files = {name.removeprefix(root).lstrip("/"): entry["size"]
+                     for name, entry in system.find(root, detail=True).items()}
             return {name: size for name, size in files.items() if not f"/{name}".count("/.")}
-        sizes, taken = {}, {os.path.realpath(folder): "."}
+        sizes, listed = {}, {os.path.realpath(folder): "."}
         for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
             above = os.path.relpath(parent, folder)
             folders[:] = [name for name in sorted(folders) if not name.startswith(".")
-                          and not _taken(os.path.join(parent, name), os.path.join(above, name), taken, passed_over)]
+                          and not _listed(os.path.join(parent, name), os.path.join(above, name), listed, skipped)]
             for name in (name for name in names if not name.startswith(".")):
                 file = os.path.join(parent, name)
-                size = os.stat(file).st_size if os.path.exists(file) else 0  # a link that leads nowhere
+                size = os.stat(file).st_size if os.path.exists(file) else 0  # a broken link
                 sizes[os.path.relpath(file, folder).replace(os.sep, "/")] = size
         return sizes
 
@@ -195,17 +201,17 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _taken(folder: str, name: str, taken: dict[str, str], passed_over: dict[str, str] | None) -> bool:
-    """Whether `folder`, known as `name`, was taken before by another path; else it is now."""
+def _listed(folder: str, name: str, listed: dict[str, str], skipped: dict[str, str] | None) -> bool:
+    """Whether `folder` is already in `listed` under another path. If not, adds it as `name`."""
     name, real = os.path.normpath(name), os.path.realpath(folder)
-    if first := taken.get(real):
-        if passed_over is not None:
-            passed_over[name] = first
+    if first := listed.get(real):
+        if skipped is not None:
+            skipped[name] = first
         return True
-    taken[real] = name
+    listed[real] = name
     return False
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8; a name that is not UTF-8 shows as in Python's strings, caf\\udce9."""
+    """`text` in UTF-8. Bytes of a file name that are not UTF-8 are escaped as in Python's strings: caf\\udce9."""
     return text.encode(errors="backslashreplace")

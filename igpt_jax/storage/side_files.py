@@ -1,4 +1,4 @@
-"""The small JSON files that jobs write for later jobs. Results do not depend on them, so a damaged one stops no job."""
+"""Small JSON files that jobs write for later jobs. No result depends on them, so a damaged one stops no job."""
 
 import logging
 from typing import Any
@@ -7,16 +7,16 @@ from igpt_jax.storage.files import read
 from igpt_jax.storage.json import parse_json
 from igpt_jax.storage.paths import Path
 
-DAMAGED = ".damaged"  # ends the name of a file that was set aside
+DAMAGED = ".damaged"  # suffix of a damaged file that was renamed
 
 log = logging.getLogger(__name__)
 
 
 def look(file: Path, kind: type = dict) -> Any:
-    """What a JSON file holds; None where it is missing, damaged, or no `kind`.
+    """The value in a JSON file; None if the file is missing or damaged, or the value is not of type `kind`.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     try:
         value = parse_json(read(file)) if file.exists() else None
@@ -26,10 +26,10 @@ def look(file: Path, kind: type = dict) -> Any:
 
 
 def load(file: Path, kind: type = dict) -> Any:
-    """`look`, at a file of the job's own workdir: a damaged one is set aside, as a line says.
+    """Like `look`, for a file of the job's own workdir: a damaged file is set aside and logged.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     value = look(file, kind)
     if value is None and file.exists():
@@ -37,9 +37,9 @@ def load(file: Path, kind: type = dict) -> Any:
     return value
 
 
-def set_aside(file: Path, then: str = "the job goes on without it") -> None:
-    """Renames a damaged file to NAME.damaged, or NAME.damaged-2 and so on where there is one; says so, and what then
-    is done."""
+def set_aside(file: Path, then: str = "the job continues without it") -> None:
+    """Renames a damaged file to NAME.damaged (or NAME.damaged-2, ... if that exists) and logs that, with what happens
+    `then`."""
     number, to = 1, file.parent / f"{file.name}{DAMAGED}"
     while to.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Rows of results, as JSON for programs and as CSV for people."""
+"""Tables of results, written as JSON and as CSV."""
 
 import csv
 import io
@@ -14,9 +14,10 @@ Row = Mapping[str, Any]
 
 
 def publish(folder: Path, name: str, rows: Sequence[Row]) -> None:
-    """Writes NAME.json and NAME.csv, each of them whole or not at all. Tables within a row are in the JSON alone.
+    """Writes NAME.json and NAME.csv, each of them atomically.
 
-    What is not finite is null in the JSON and empty in the CSV.
+    Values that are not finite are null in the JSON and empty in the CSV. A value that is itself a table is left out of
+    the CSV.
     """
     text = to_json(rows)
     storage.publish(folder / f"{name}.json", text)
@@ -30,7 +31,7 @@ def publish(folder: Path, name: str, rows: Sequence[Row]) -> None:
 
 
 def load(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The rows that `publish` wrote; none where there are none yet, or the file is damaged, as is then said."""
+    """The rows that `publish` wrote; empty if there is no file yet. A damaged file is set aside, with a log line."""
     rows = side_files.load(folder / f"{name}.json", list) or []
     return [row for row in rows if isinstance(row, dict)]
 
