@@ -24,6 +24,7 @@ from igpt_jax.metrics.logging import say
 from igpt_jax.model import export
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.model.sampling import Sampling
+from igpt_jax.parallel.trees import by_name
 from igpt_jax.storage import to_json
 from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
 from igpt_jax.weights.certificate import certify, fixed_images, nats_per_pixel
@@ -131,8 +132,8 @@ def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig
     for name, program in export.programs(model, config.rows * record.image_size, sampling, config.platforms, probe,
                                          layer).items():
         (folder / f"{name}.jax").write_bytes(program)
-    weights = export.flat(ours.parameters(source, lambda shape, name: np.empty(shape, np.float32)))
-    weights = {name: weights[name] for name in export.flat(model.abstract_parameters())}
+    weights = by_name(ours.parameters(source, lambda shape, name: np.empty(shape, np.float32)))
+    weights = {name: weights[name] for name in by_name(model.abstract_parameters())}
     np.savez(folder / "weights.npz", **weights, **probe)
     np.save(folder / "palette.npy", palette_VC)
     (folder / "run.py").write_text(export.RUN)

@@ -25,6 +25,7 @@ from igpt_jax.model import objectives
 from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.model.sampling import Sampling, generate
+from igpt_jax.parallel.trees import by_name
 
 RUN = '''\
 """Draws pictures: python run.py COUNT OUT.npz. Needs jax alone; given pixels come before those drawn."""
@@ -81,12 +82,6 @@ except OSError as error:
 '''
 
 
-def flat(params: dict[str, Any]) -> dict[str, jax.Array]:
-    """Parameters by one name each: {'blocks/query_DNH': ...}."""
-    blocks = {f"blocks/{name}": array for name, array in params["blocks"].items()}
-    return blocks | {name: array for name, array in params.items() if name != "blocks"}
-
-
 def _nested(weights: dict[str, jax.Array]) -> dict[str, Any]:
     blocks = {name.removeprefix("blocks/"): array for name, array in weights.items() if name.startswith("blocks/")}
     return {"blocks": blocks} | {name: array for name, array in weights.items() if "/" not in name}
@@ -106,7 +101,7 @@ def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[s
     """
     batch, = jax.export.symbolic_shape("b")
     T = model.dims.T
-    weights = flat(model.abstract_parameters()) | dict(probe or {})
+    weights = by_name(model.abstract_parameters()) | dict(probe or {})
 
     def sampler(weights, given_BP, seeds_B):
         return generate(model, _nested(weights), given_BP, jax.vmap(jax.random.key)(seeds_B), sampling)

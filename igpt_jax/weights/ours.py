@@ -18,6 +18,7 @@ from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.config import MODELS, MeshConfig, ModelConfig, PretrainConfig, UserError
 from igpt_jax.model.dims import Dims
 from igpt_jax.parallel import checksums, sharding
+from igpt_jax.parallel.trees import by_name
 from igpt_jax.storage import hashes
 from igpt_jax.weights import names
 from igpt_jax.weights.names import OPENAI, Weights
@@ -138,7 +139,7 @@ def save(workdir: str, params: dict[str, Any], record: Metadata) -> None:
     Its arrays are files of their own, in chunks of 16 MiB: Orbax's usual single database holds all that it is to write
     in memory until the end.
     """
-    sums = {name: checksums.of_host_array(array) for name, array in checksums.flat({"params": params}).items()}
+    sums = {name: checksums.of_host_array(array) for name, array in by_name({"params": params}).items()}
     path = step_path(storage.path(workdir) / "checkpoints", record.steps_done)
     checkpoint.prepare_orbax()
     context = ocp.Context()
