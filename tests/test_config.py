@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from igpt_jax.config import JOB_CONFIGS, MODELS, UserError, base_config, keys, parse, plain, stated, to_dict
+from igpt_jax.config import JOB_CONFIGS, MODELS, UserError, base_config, key_attributes, keys, parse, plain, to_dict
 
 
 @pytest.mark.parametrize("job", JOB_CONFIGS)
@@ -97,12 +97,12 @@ def test_keys_that_a_resumed_run_may_change():
 
     Seen to fail with `steps` stated as free.
     """
-    resume = stated("pretrain", "resume")
+    resume = key_attributes("pretrain", "resume")
     assert {name for name, how in resume.items() if how == "schedule"} == {"steps"}
     assert {"data.store", "mesh.fsdp", "model.remat", "accumulate", "keep_steps"} <= {
         name for name, how in resume.items() if how == "free"}
     assert {"seed", "batch_size", "model.layers", "optimizer.beta2", "data.split", "objective", "precision"} <= {
         name for name, how in resume.items() if how == "same"}
-    compiled = {name for name, depends in stated("plan", "compiled").items() if depends}
+    compiled = {name for name, depends in key_attributes("plan", "compiled").items() if depends}
     assert {"model.layers", "mesh.fsdp", "batch_size", "topology", "objective", "mask_ratio"} <= compiled
     assert not compiled & {"data.store", "seed", "steps", "search", "optimizer.learning_rate"}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from igpt_jax.checkpoint.step_folders import step_path
-from igpt_jax.config import PretrainConfig, UserError, flat, parse, stated, to_dict
+from igpt_jax.config import PretrainConfig, UserError, flat, key_attributes, parse, to_dict
 from igpt_jax.runtime.versions import versions
 from igpt_jax.storage import hashes
 from igpt_jax.storage.hashes import Damaged
@@ -67,7 +67,7 @@ class Metadata:
         independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
         free = {"free", "schedule"} if independent else {"free"}
         mine, others = flat(to_dict(self.config)), flat(to_dict(new.config))
-        changes = {key: (mine[key], others[key]) for key, resume in stated(new.config.job, "resume").items()
+        changes = {key: (mine[key], others[key]) for key, resume in key_attributes(new.config.job, "resume").items()
                    if resume not in free and mine[key] != others[key]}
         if self.image_size != new.image_size:
             changes["image_size"] = (self.image_size, new.image_size)

@@ -103,6 +103,11 @@ def section(cls: type) -> Any:
     return dataclasses.field(default_factory=cls)
 
 
+def is_section(field: dataclasses.Field) -> bool:
+    """Whether a field of a group is a nested group. Only those have no default but a factory."""
+    return field.default is dataclasses.MISSING
+
+
 @dataclasses.dataclass(frozen=True)
 class Keys:
     """A group of keys. Creating one checks the rule of every key; subclasses add rules that concern several keys."""

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 
 from igpt_jax.config.jobs import JOB_CONFIGS
-from igpt_jax.config.keys import UserError, nearest, require
+from igpt_jax.config.keys import UserError, is_section, nearest, require
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def fields_of(job: str) -> Iterator[tuple[str, dataclasses.Field]]:
     """(dotted name, dataclass field) of each key of a job. The field's metadata are the arguments of `keys.key`."""
     def walk(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
         for field in dataclasses.fields(cls):
-            if field.default is dataclasses.MISSING:  # a section
+            if is_section(field):
                 yield from walk(field.type, f"{prefix}{field.name}.")
             else:
                 yield prefix + field.name, field
@@ -44,19 +44,20 @@ def keys(job: str) -> Iterator[tuple[str, Any, str]]:
     return ((name, field.default, field.metadata["doc"]) for name, field in fields_of(job))
 
 
-def stated(job: str, what: str) -> dict[str, Any]:
-    """The argument `what` of `keys.key` (`resume`, `compiled` or `alias`) for each key of a job, by dotted name."""
-    return {name: field.metadata[what] for name, field in fields_of(job)}
+def key_attributes(job: str, attribute: str) -> dict[str, Any]:
+    """One argument of `keys.key` (`resume`, `compiled` or `alias`) of each key of a job, by dotted name."""
+    return {name: field.metadata[attribute] for name, field in fields_of(job)}
 
 
 def aliases(job: str) -> dict[str, str]:
     """{former dotted name: present dotted name} of the keys that were renamed."""
-    return {".".join([*name.split(".")[:-1], alias]): name for name, alias in stated(job, "alias").items() if alias}
+    renamed = {name: alias for name, alias in key_attributes(job, "alias").items() if alias}
+    return {".".join([*name.split(".")[:-1], alias]): name for name, alias in renamed.items()}
 
 
 def _unresolved(cls: type) -> dict[str, Any]:
     """Defaults as declared, before __post_init__ replaces some of them, such as 0 by the model table's sizes."""
-    return {field.name: _unresolved(field.type) if field.default is dataclasses.MISSING else field.default
+    return {field.name: _unresolved(field.type) if is_section(field) else field.default
             for field in dataclasses.fields(cls)}
 
 
@@ -93,20 +94,20 @@ def override(config: ml_collections.ConfigDict, arguments: str) -> ml_collection
 
 
 def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
-    *path, last = name.split(".")
-    parent: Any = config
-    for part in (*path, last):
-        if not isinstance(parent, ml_collections.ConfigDict) or part not in parent:
+    parent, default = config, config
+    for part in name.split("."):
+        if not isinstance(default, ml_collections.ConfigDict) or part not in default:
             raise UserError(f"config key {name!r} is not known. {nearest(name, [n for n, *_ in keys(config.job)])}")
-        parent = parent if part is last else parent[part]
-    default = parent[last]
+        parent, default = default, default[part]
     if isinstance(default, ml_collections.ConfigDict):
         raise UserError(f"config key {name!r} is a group. Set one of {', '.join(f'{name}.{key}' for key in default)}.")
     value: Any = text
     if not isinstance(default, str):
+        # Text that is not a Python literal stays text, which `_cast` then refuses with the type that is needed.
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
-    parent[last] = _cast(name, value, type(default))  # elements of tuples are checked by `parse`
+    # The type of an empty tuple says nothing about its elements, so `parse` checks those.
+    parent[part] = _cast(name, value, type(default))
 
 
 def _cast(name: str, value: Any, kind: type) -> Any:
@@ -115,11 +116,13 @@ def _cast(name: str, value: Any, kind: type) -> Any:
     if outer is tuple and type(value) in (tuple, list):
         return tuple(_cast(f"{name}[{i}]", element, elements[0]) if elements else element
                      for i, element in enumerate(value))
+    # `type(value) is`, not isinstance: True is an int to Python, and would pass for 1.
     if outer is float and type(value) is int:
         with contextlib.suppress(OverflowError):
             return float(value)
     require(type(value) is outer, f"config key {name}={value!r} must be of type {outer.__name__}.")
     require(outer is not float or math.isfinite(value), f"config key {name}={value!r} must be finite.")
+    # TensorStore, NumPy and JAX take 64 bits, where Python's integers are unlimited.
     require(outer is not int or abs(value) < 2**63, f"config key {name}={value!r} must be below 2^63.")
     return value
 
@@ -146,8 +149,9 @@ def plain(job: str, config: Mapping[str, Any]) -> dict[str, Any]:
             if former.get(name) in values:  # a base config has both names, for the same value
                 continue
             name = former.get(name, name)
-            section = name in fields and fields[name].default is dataclasses.MISSING and isinstance(value, Mapping)
-            found[name] = walk(fields[name].type, value) if section else value
+            # Unknown names and values of the wrong kind stay as they are: `_build` refuses them with a message.
+            nested = name in fields and is_section(fields[name]) and isinstance(value, Mapping)
+            found[name] = walk(fields[name].type, value) if nested else value
         return found
 
     return walk(JOB_CONFIGS[job], config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
@@ -160,7 +164,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"config key {prefix + name!r} is not known. {nearest(name, list(fields))}")
-        if fields[name].default is dataclasses.MISSING:
+        if is_section(fields[name]):
             require(isinstance(value, Mapping), f"config key {prefix}{name}={value!r} must be a group of keys.")
             built[name] = _build(fields[name].type, value, f"{prefix}{name}.")
         else:

@@ -83,6 +83,7 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
         publish(file, text)
         return text
 
+    # Waiting for three heartbeats tells a live job from a dead one without comparing the clocks of two hosts.
     found = content()
     if found and not _ended(found):
         time.sleep(3 * HEARTBEAT_SECONDS)
@@ -113,7 +114,7 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        if content() == latest:
+        if content() == latest:  # otherwise the lock is another job's by now
             file.unlink(missing_ok=True)
 
 
