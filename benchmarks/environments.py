@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "environments.md"
 SHOWN = ("jax", "numpy", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "torch", "transformers")
 MARKS = "not slow and not buckets and not slurm and not browser and not fault"
-# Files whose tests call most of what these packages offer, in a few minutes.
+# Beginnings of the names of files whose tests call most of what these packages offer, in a few minutes.
 FILES = ("attention", "model", "steps", "checkpoint", "decode", "plan", "store", "records", "figures", "compiled",
          "pipeline", "weights")
 GPU_IMAGE = ("jax==0.11.2", "numpy==2.5.*", "flax==0.12.12", "orbax-checkpoint==0.12.8")
@@ -65,9 +65,9 @@ class Environment:
         pinned = {re.split("[=<>]", each)[0] for each in GPU_IMAGE} | set(NOT_IN_GPU_IMAGE)
         return [*GPU_IMAGE, *(each for each in ours if re.split(r"[=<>]", each)[0] not in pinned)], test
 
-    def tests(self) -> list[str]:
-        return [f"tests/test_{name}.py" for name in FILES
-                if not (self.gpu_image and name in ("pipeline", "records"))]  # TensorFlow's
+    def tests(self, tree: pathlib.Path) -> list[str]:
+        groups = [name for name in FILES if not (self.gpu_image and name in ("pipeline", "records"))]  # TensorFlow's
+        return sorted({str(file.relative_to(tree)) for name in groups for file in tree.glob(f"tests/test_{name}*.py")})
 
 
 ENVIRONMENTS = {"3.11, constraints.txt": Environment("3.11", constrained=True), "3.12, newest": Environment("3.12"),
@@ -117,9 +117,9 @@ def measure(environment: Environment, folder: pathlib.Path, every_test: bool) ->
     versions = json.loads(run("versions", python, "-c", VERSIONS))
     row["versions"] = {name: versions[name] for name in ("python", *SHOWN) if name in versions}
     said = run("tests", python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", MARKS,
-               *([] if every_test else environment.tests()))
+               *([] if every_test else environment.tests(tree)))
     row["tests"] = said.strip().splitlines()[-1].strip("= ")
-    row["files"] = "all" if every_test else len(environment.tests())
+    row["files"] = "all" if every_test else len(environment.tests(tree))
     return row
 
 
