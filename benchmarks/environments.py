@@ -133,7 +133,7 @@ def page(rows: dict[str, dict]) -> str:
                          for step in ("install", "install_tests"))
         tests = f"{re.sub(r' in [0-9.]+s.*', '', row['tests'])} ({row['files']} files, {row['tests_seconds']} s)"
         lines.append(f"| {name} | {row['date']} | {install} | {test} | {quickstart} | {tests} |")
-    lines += ["", f"Tests are the fast ones of these {len(FILES)} files where a row does not say all: "
+    lines += ["", "Where a row does not say all, tests are the fast ones of the files whose names begin with: "
               + ", ".join(FILES) + "; without TensorFlow not pipeline and records.", "",
               "| environment | " + " | ".join(("Python", *SHOWN)) + " |", "|---" * (len(SHOWN) + 2) + "|"]
     lines += [f"| {name} | " + " | ".join(row["versions"].get(each, "-") for each in ("python", *SHOWN)) + " |"
