@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
 }
 LARGE = {"torch": "pip install '.[huggingface]'", "transformers": "pip install '.[huggingface]'",
-         "tensorflow": "pip install ."}  # what tests may be run without
+         "tensorflow": "pip install ."}  # packages whose tests are skipped without them
 for name, value in ENVIRONMENT.items():  # before any test imports JAX
     os.environ.setdefault(name, value)
 if importlib.util.find_spec("triton"):  # tests of one process import TensorFlow and transformers in any order
@@ -32,7 +32,7 @@ if importlib.util.find_spec("triton"):  # tests of one process import TensorFlow
 def patience(seconds=60):
     """How long to wait for work that takes `seconds` on two idle cores before it counts as stuck, in seconds.
 
-    Every time-out of a test comes from here and guards against hangs alone: a busy machine takes ten times as long.
+    Every time-out in a test comes from here. It only guards against hangs: a busy machine takes ten times as long.
     """
     return 20 * seconds
 
@@ -44,7 +44,7 @@ def fake_devices(count):
 
 
 def _skip_without_large():
-    """Skips a test that imports one of LARGE itself where it is missing; in our own code that is a failure."""
+    """Skips a test that imports a missing package of LARGE itself. The same import in our own code is a failure."""
     try:
         return (yield)
     except ModuleNotFoundError as error:

@@ -48,13 +48,13 @@ def imports_jax(done) -> bool:
 
 
 def shell(command):
-    """A command of the shell, in which `igpt` stands for `python -m igpt_jax`."""
+    """Runs a shell command in which `igpt` stands for `python -m igpt_jax`."""
     igpt = f'igpt() {{ {sys.executable} -m igpt_jax "$@"; }}'
     return subprocess.run(["bash", "-c", f"set -o pipefail; {igpt}; {command}"], text=True, capture_output=True,
                           timeout=patience(30), cwd=ROOT)
 
 
-@pytest.mark.parametrize("command, code, says", [
+@pytest.mark.parametrize("command, code, stderr", [
     ("igpt --help | head -n 1", 0, ""),
     ("igpt pretrain --help | head -c 1", 0, ""),
     ("igpt --help > /dev/full", 0, "igpt_jax: stdout cannot be written: [Errno 28] No space left on device\n"),
@@ -64,10 +64,10 @@ def shell(command):
     ("PYTHONIOENCODING=ascii igpt 'pr\u00e9parer'", 2, "igpt_jax pr\\xe9parer: this job is not known. Did you mean "
                                                     "'prepare'?\n"),
 ])
-def test_streams_that_nobody_reads(command, code, says):
+def test_closed_and_full_streams(command, code, stderr):
     """Seen to fail with a plain `print`, and without `open_streams`."""
     done = shell(command)
-    assert (done.returncode, done.stderr) == (code, says)
+    assert (done.returncode, done.stderr) == (code, stderr)
 
 
 def test_a_file_never_gets_the_number_of_a_closed_stream():
@@ -144,7 +144,7 @@ def test_mistake_is_one_line(run_job, arguments):
     assert MISTAKES[arguments] in one_line(done)
 
 
-@pytest.mark.parametrize("line, says", [
+@pytest.mark.parametrize("line, message", [
     ("config.optimizer.learning_rat = 0.1", "line 7: config key 'learning_rat' is not known. Did you mean"),
     ("config.steps = config.stepz", "line 7: config key 'stepz' is not known. Did you mean 'steps'?"),
     ("config.steps = 'many'", "line 7: config key 'steps' must be of type int, not str"),
@@ -154,11 +154,11 @@ def test_mistake_is_one_line(run_job, arguments):
     ("if", "line 7: SyntaxError"),
     ("raise SystemExit('enough')", "line 7: SystemExit: enough"),
 ])
-def test_mistake_in_a_config_file_names_its_line(run_job, tmp_path, line, says):
+def test_mistake_in_a_config_file_names_its_line(run_job, tmp_path, line, message):
     file = tmp_path / "config.py"
     file.write_text(CONFIG.format(line=line))
     done = run_job("pretrain", f"--config={file}", f"--workdir={tmp_path}", env={"PYTHONPROFILEIMPORTTIME": "1"})
-    assert says in one_line(done)
+    assert message in one_line(done)
 
 
 def test_settings_are_applied_in_order(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_the_environment_does_not_choose_the_random_numbers(config, tmp_path, ca
     assert impl == ["threefry2x32"] and "JAX_DEFAULT_PRNG_IMPL has no effect here" in capsys.readouterr().err
 
 
-def test_a_refused_config_leaves_the_former_one(config, tmp_path, capsys):
+def test_a_refused_config_keeps_the_previous_one(config, tmp_path, capsys):
     """Seen to fail without the restoring branch of `_config_file`."""
     def refuse(config, workdir):
         raise UserError("this workdir was made with another source.")

@@ -1,4 +1,4 @@
-"""What is installed for what, and how the tests behave where something is missing or dies."""
+"""What `make quickstart` and `make test` install, and how tests behave without a package or with a killed worker."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def test_only_the_tests_install_torch(tmp_path, target, extras):
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path):
-    """And starts no other in its place, which may hang. Seen to fail without --max-worker-restart."""
+    """pytest starts no other worker in its place, which may hang. Seen to fail without --max-worker-restart."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests").mkdir()
     shutil.copy(SCRIPTS / "killed_worker.py", tmp_path / "tests" / "test_killed.py")
@@ -32,8 +32,8 @@ def test_a_worker_that_dies_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize(("missing", "outcome"), [
     ("torch", pytest.skip.Exception), ("tensorflow", pytest.skip.Exception), ("jax", ModuleNotFoundError)])
-def test_what_imports_a_large_package_is_skipped_without_it(missing, outcome):
-    """Seen to fail with every missing module taken for torch."""
+def test_tests_of_a_large_package_are_skipped_without_it(missing, outcome):
+    """Seen to fail with every missing module treated like torch."""
     attempt = conftest._skip_without_large()
     next(attempt)
     try:

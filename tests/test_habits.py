@@ -1,12 +1,13 @@
-"""Habits: names, environment variables, streams, signals and damaged side files, each in one real run of four steps.
+"""Users' habits: odd file names, environment variables, closed streams, signals and damaged files, in real runs.
 
-Run by `make faults`; takes under three minutes on 2 cores.
+Each run has four steps. Part of `make faults`; takes under three minutes on 2 cores.
 """
 
 import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,7 @@ def pretrain(store):
 
 @pytest.fixture(scope="module")
 def finished(folder, store):
-    """The undisturbed run, through TensorFlow, which says nothing of its own."""
+    """The undisturbed run, with the TensorFlow reader; TensorFlow prints nothing."""
     done = run_job_command("pretrain", f"--workdir={folder / 'finished'}", f"--config.data.store={store}", *MODEL,
                            "--config.steps=4", "--config.data.reader=tfdata")
     assert done.returncode == 0 and not re.search(r"oneDNN|absl|^[IWE]\d{4}", done.stderr, re.MULTILINE), done.stderr
@@ -57,7 +58,7 @@ def losses(workdir):
 
 @pytest.mark.parametrize("name", ["run[1]", "a, b {c}*?", "cost$%$_^", "_hidden", "caf\udce9", "é 图", "a\\b"])
 def test_names(folder, pretrain, name):
-    """A run with this name trains, and is verified, evaluated and reported; or is refused before it trains."""
+    """A workdir with this name can be trained in, verified, evaluated and reported, or is refused before training."""
     workdir = folder / "names" / name
     jobs = [pretrain(workdir), ["verify", f"--workdir={folder}/v-{name}", f"--config.path={workdir}"],
             ["evaluate", f"--workdir={folder}/e-{name}", f"--config.checkpoints={workdir}"],
@@ -72,7 +73,7 @@ def test_names(folder, pretrain, name):
         assert all((folder / f"{job}-{name}" / "result.json").exists() for job in "ver")
 
 
-@pytest.mark.parametrize("environment, code, says", [
+@pytest.mark.parametrize("environment, code, message", [
     ({"MPLBACKEND": "module://matplotlib_inline.backend_inline", "JAX_DEFAULT_PRNG_IMPL": "rbg",
       "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DISABLE_JIT": "1", "MATPLOTLIBRC": "{folder}/matplotlibrc"},
      0, "has no effect here"),
@@ -80,14 +81,14 @@ def test_names(folder, pretrain, name):
     ({"JAX_PLATFORMS": "cuda"}, 2, "JAX cannot use this machine's devices"),
     ({"JAX_PLATFORMS": "foo"}, 2, "Unset JAX_PLATFORMS, which is 'foo'"),
     ({"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/cache", "JAX_COMPILATION_CACHE_DIR": ""}, 0, ""),
-], ids=["pictures and random numbers", "plain C", "cuda", "foo", "no home"])
-def test_environment(folder, finished, pretrain, environment, code, says, request):
-    """Either it does not change what a run computes, or one line says what to do."""
+], ids=["figures and random numbers", "plain C", "cuda", "foo", "no home"])
+def test_environment(folder, finished, pretrain, environment, code, message, request):
+    """The environment does not change the losses, or the run ends with one line that says what to do."""
     (folder / "matplotlibrc").write_text("text.usetex: True\n")
     workdir = folder / request.node.callspec.id
     environment = {name: value.format(folder=folder) for name, value in environment.items()}
     done = run_job_command(*pretrain(workdir), env=environment)
-    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     if code:
         assert len(done.stderr.splitlines()) == 1, done.stderr
     else:
@@ -96,15 +97,16 @@ def test_environment(folder, finished, pretrain, environment, code, says, reques
 
 @pytest.mark.parametrize("streams", [">&- 2>&- <&-", "> /dev/full 2>&1", "2>&1 | head -n 1"])
 def test_streams(folder, finished, pretrain, streams):
-    """Nobody reads what a run says. It ends as it would have."""
+    """Streams that are closed, full or no longer read do not change the run."""
     workdir = folder / f"streams-{len(streams)}"
-    words = " ".join(f"'{word}'" for word in [sys.executable, "-m", "igpt_jax", *pretrain(workdir)])
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} {streams}"], cwd=ROOT, timeout=patience())
+    command = shlex.join([sys.executable, "-m", "igpt_jax", *pretrain(workdir)])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {streams}"], cwd=ROOT, timeout=patience())
     assert done.returncode == 0 and losses(workdir) == losses(finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_signals_of_schedulers_and_terminals(folder, pretrain, number):
+    """The run saves and ends with exit code 75."""
     workdir = folder / number.name
     with subprocess.Popen([sys.executable, "-m", "igpt_jax", *pretrain(workdir, steps=1_000_000)], cwd=ROOT,
                           stderr=subprocess.PIPE, text=True) as process:
@@ -119,7 +121,7 @@ def test_signals_of_schedulers_and_terminals(folder, pretrain, number):
 
 
 def test_damaged_side_files(folder, finished, pretrain):
-    """What no checkpoint depends on stops no run: it is set aside, and a line says so."""
+    """Damaged files that no checkpoint depends on are set aside, with a line each, and the run continues."""
     workdir = folder / "damaged"
     shutil.copytree(finished, workdir)
     for step in (workdir / "checkpoints").iterdir():

@@ -94,8 +94,8 @@ def key(default: Any, doc: str, *, resume: Literal["same", "free", "schedule"], 
       compiled: whether a compiled step can depend on it; `plan` caches its verdicts by these keys.
       alias: a former name, accepted for one more version.
     """
-    stated = {"doc": doc, "resume": resume, "rule": rule, "compiled": compiled, "alias": alias}
-    return dataclasses.field(default=default, metadata=stated)
+    attributes = {"doc": doc, "resume": resume, "rule": rule, "compiled": compiled, "alias": alias}
+    return dataclasses.field(default=default, metadata=attributes)
 
 
 def section(cls: type) -> Any:
