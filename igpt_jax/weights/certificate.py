@@ -93,7 +93,8 @@ def _compare_logits(source: Weights, target: Weights) -> dict[str, dict[str, Any
         missing = [side for side in sides if head not in outputs[side]]
         if missing:
             return {"compared": False, "reason": f"the {' and the '.join(missing)} cannot compute them here: "
-                    f"transformers is not installed, or the model has no head for {head}"}
+                    f"transformers is not installed, TensorFlow was imported before triton, or the model has no head "
+                    f"for {head}"}
         logits = {side: outputs[side][head] for side in sides}
         largest = max(1.0, *(float(np.abs(each).max()) for each in logits.values()))
         found = {"compared": True, "images": IMAGES, "seed": SEED, "limit": LOGIT_LIMIT * largest,

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import math
+import sys
 
 
 def triton_first() -> None:
@@ -14,9 +15,15 @@ def triton_first() -> None:
     code 134 or 139; tensorflow-cpu 2.21 with triton 3.7 and 3.9). Torch's builds for GPUs bring triton, and
     transformers' models import it: torch alone does not, so that importing torch first is not enough.
     """
-    if all(map(importlib.util.find_spec, ("torch", "triton"))):
+    if "tensorflow" not in sys.modules and all(map(importlib.util.find_spec, ("torch", "triton"))):
         with contextlib.suppress(ImportError):
             importlib.import_module("triton")
+
+
+def has_transformers() -> bool:
+    """Whether transformers can compute here: it and torch are installed, and triton does not come too late."""
+    too_late = "tensorflow" in sys.modules and "triton" not in sys.modules and importlib.util.find_spec("triton")
+    return not too_late and all(map(importlib.util.find_spec, ("torch", "transformers")))
 
 
 def fault_of_transformers(head_dim: int) -> str:

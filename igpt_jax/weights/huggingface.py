@@ -1,7 +1,6 @@
 """Hugging Face folders of transformers' ImageGPT: config.json, safetensors (one file or several) and the palette."""
 
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.model.layers import NORM_EPSILON
 from igpt_jax.weights import names
+from igpt_jax.weights.frameworks import has_transformers
 from igpt_jax.weights.names import HUGGING_FACE, ForeignWeights, Tensor, Weights
 
 PIXELS, CLASSES = HUGGING_FACE
@@ -54,7 +54,7 @@ class HuggingFaceWeights(ForeignWeights):
 
     def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """By transformers' own model, fed the start symbol and then all pixels but the last."""
-        if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        if not has_transformers():
             return {}
         import torch  # several seconds
         import transformers
