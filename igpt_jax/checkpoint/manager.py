@@ -93,7 +93,7 @@ class Checkpoints:
         """
         for attempt in range(ATTEMPTS if blocking else 1):
             if attempt:
-                time.sleep(2**attempt)
+                time.sleep(2**attempt)  # seconds: a full disk or a bucket out of reach may recover
             self.wait()
             if metadata.steps_done in self.steps:
                 return
@@ -128,6 +128,7 @@ class Checkpoints:
         try:
             response.result()
             if jax.process_index() == 0:
+                # Read back from the disk, so that the hashes are of the files as they were written.
                 hashes.write_hashes(self._folder / str(metadata.steps_done))
                 self.note(metadata.steps_done, metadata.metrics)
                 if supersedes:
@@ -214,6 +215,7 @@ class Checkpoints:
 
     def _remove_superseded(self) -> None:
         """Removes all steps but the newest, the named and the best. Call it only after a successful save."""
+        # A step in `_scores` may be removed or quarantined already, so the best is chosen among existing steps.
         steps = self.steps
         best = max((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
         for step in set(steps[:-self._keep_newest]) - self._keep_steps - {best}:

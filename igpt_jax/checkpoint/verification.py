@@ -31,6 +31,7 @@ def verify(folder: str, step: int, mesh: Mesh) -> dict[str, Any]:
     all_axes = tuple(mesh.axis_names)
 
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        # Checksums do not depend on the sharding. The first dim that divides over all devices is split, to save memory.
         dim = next((dim for dim, size in enumerate(leaf.shape) if size % mesh.size == 0 and size), None)
         spec = PartitionSpec(*(all_axes if d == dim else None for d in range(len(leaf.shape))))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
@@ -38,7 +39,7 @@ def verify(folder: str, step: int, mesh: Mesh) -> dict[str, Any]:
     prepare_orbax()
     try:
         metadata = read_metadata(folder, step)
-        later_metrics(path)
+        later_metrics(path)  # raises Damaged; `read_metadata` only logs it
         start = time.perf_counter()
         hashes.check_hashes(path)
         found["hash_seconds"] = time.perf_counter() - start

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
-from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, flat, stated, to_dict
+from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, flat, key_attributes, to_dict
 from igpt_jax.data import open_split, palette
 from igpt_jax.data.store import Split, Store, tokens_of
 from igpt_jax.data.token_file import TokenFile
@@ -65,13 +65,13 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
-    resume = stated(config.job, "resume")
+    resume = key_attributes(config.job, "resume")
     asked = json_digest({name: value for name, value in flat(to_dict(config)).items() if resume[name] == "same"})
     rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
-            identity = checkpoint.identity(step)
+            identity = checkpoint.identity(step)  # before the measurement, since its run may remove the step meanwhile
             loaded = checkpoint.load_model(step, mesh, config.precision, config.attention)
         except (UserError, OSError) as error:
             if not checkpoint.is_checkpoint(step):
@@ -106,6 +106,7 @@ def _check_stores(config: EvaluateConfig) -> None:
 
 def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
     """Yields the checkpoints of this slice that have no row in `rows`; None before each wait (`watching.follow`)."""
+    # A row is kept only if its checkpoint and its data are still the same, whatever their paths are.
     known = {row["checkpoint"]: (row.get("identity"), row.get("data")) for row in rows if "checkpoint" in row}
     fingerprint = functools.cache(lambda *given: _fingerprint(config, _examples(config, *given), *given))
 
@@ -128,7 +129,7 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     """Measures one checkpoint and writes its loss maps. Returns its columns of the table."""
     split = _examples(config, *_needed(metadata))
     lookup = palette.lookup_table(metadata.palette_VC)
-    labelled = not isinstance(split, TokenFile) and split.labelled
+    labelled = not isinstance(split, TokenFile) and split.labeled
     found = exact_loss.make_measure(model, mesh, config.batch_size, lookup)(params, split, labeled=labelled)
     row = {"steps": metadata.steps_done, "objective": metadata.config.objective,
            "split": config.tokens or config.data.split, "examples": split.count, **found,

@@ -39,6 +39,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
                "best_layer": layers[best], "test_accuracy": rows[best]["test_accuracy"]}
 
     if config.concatenate > 1:
+        # The best layer and its neighbors, concatenated to one feature vector, as the paper does for iGPT-XL.
         around = [index for index in range(len(layers)) if abs(index - best) <= config.concatenate // 2]
         data = Labeled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], prober.labels)
         rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **prober.row(data)})

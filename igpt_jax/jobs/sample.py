@@ -168,7 +168,7 @@ class _Drawing:
         wanted = self._config.batch_size or (16 if mesh.devices.flat[0].platform == "cpu" else 64)
         batch_size = -(-min(wanted, count) // shards) * shards  # rounded up
         batch_sharding = sharding.batch_sharding(mesh)
-        mine = process_rows(batch_sharding, batch_size)
+        mine = process_rows(batch_sharding, batch_size)  # the rows that this process's devices hold
         key = jax.random.fold_in(self._seed, ["samples", "completions"].index(kind))
         out = []
         with jax.set_mesh(mesh), tqdm(total=count, unit="image", desc=kind, disable=None) as bar:

@@ -24,6 +24,7 @@ from igpt_jax.runtime.signals import StopSignal, another_stops, connected, leave
 from igpt_jax.runtime.versions import versions
 from igpt_jax.storage import side_files, to_json
 
+# JAX has no exception of its own for a collective that fails because another process is dead; its text says so.
 PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
@@ -75,6 +76,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                 except Ended as end:
                     status, code, message, metrics = end.status, end.code, str(end), end.metrics
                     message += " The same command resumes from there." if isinstance(end, Preempted) else ""
+                    # The signal broke into the job, maybe in the middle of JAX's tracing: end without clean-up.
                     interrupted = isinstance(end.__context__, KeyboardInterrupt)
                 if jax.process_index() == 0:
                     result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
@@ -86,33 +88,12 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                 jax.distributed.shutdown()  # waits for the others
                 connected.clear()
             return code
-    except startup.Refused:
-        code = INPUT
-    except UserError as error:
-        say(f"{name}: {error}")
-        code = INPUT
-    except startup.PeerMissing as error:
-        say(f"{name}: {error}")
-        code = PEER
-    except Preempted:
-        say(f"{name}: interrupted. The same command starts it again.")
-        code, interrupted = PREEMPTED, True
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            say(f"{name}: {error}. Free disk space, allow writing there, or give another --workdir.")
-            code = INPUT
-        elif isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
-            say(f"{name}: {missing}")
-            code = INPUT
-        elif jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
-            if another_stops():
-                leave(PREEMPTED)
-            say(f"{name}: another process died: {str(error).splitlines()[0]} The same command resumes from the "
-                "newest checkpoint.")
-            code = PEER
-        else:
-            say(traceback.format_exc())
-            code = BUG
+        code, message = _failure(error)
+        interrupted = interrupted or isinstance(error, Preempted)
+        if message:
+            say(message if code == BUG else f"{name}: {message}")
+    # Here the job was interrupted or failed. Other processes may wait for this one, and it must not wait for them.
     if interrupted:
         tell_others()
     if interrupted or connected.is_set():
@@ -120,11 +101,37 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     return code
 
 
+def _failure(error: Exception) -> tuple[int, str]:
+    """(exit code, message) for an error that ended a job; call it while the error is handled.
+
+    The message is one line, empty on processes that process 0 reports for, or the stack trace of a bug.
+    """
+    if isinstance(error, startup.Refused):
+        return INPUT, ""
+    if isinstance(error, UserError):
+        return INPUT, str(error)
+    if isinstance(error, startup.PeerMissing):
+        return PEER, str(error)
+    if isinstance(error, Preempted):
+        return PREEMPTED, "interrupted. The same command starts it again."
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return INPUT, f"{error}. Free disk space, allow writing there, or give another --workdir."
+    if isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
+        return INPUT, missing
+    if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
+        if another_stops():  # the other process did not die: it was asked to stop, and so is this one
+            leave(PREEMPTED)
+        return PEER, (f"another process died: {str(error).splitlines()[0]} The same command resumes from the newest "
+                      "checkpoint.")
+    return BUG, traceback.format_exc()
+
+
 @contextlib.contextmanager
 def _workdir_for(config: Any, workdir: str) -> Iterator[storage.Path]:
     """Locks the workdir and writes its config.json, on process 0; the other processes wait for it."""
     folder = storage.path(workdir)
     with contextlib.ExitStack() as stack:
+        # The other processes learn of an error on process 0 by `follow`. Raised before it, they would wait for ever.
         refusal = ""
         if jax.process_index() == 0:
             try:
@@ -156,6 +163,7 @@ def _config_and_result(folder: storage.Path, config: Any) -> Iterator[None]:
         if job != config.job:
             owner = f"the job {job!r} (its {name})" if job else f"something else: its {name} is not a job's"
             raise UserError(f"workdir {folder} belongs to {owner}. Give {config.job!r} a --workdir of its own.")
+    # A refused config, such as a typing error on a finished run, must leave that run's files as they were.
     former = [storage.read(file) if file.exists() else None for file in files]
     storage.publish(files[0], to_json(to_dict(config)))
     files[1].unlink(missing_ok=True)

@@ -47,7 +47,7 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """The signal handler."""
-        if self.requested:
+        if self.requested:  # the second signal takes its default action, which ends the process
             if time.monotonic() - self._requested_at >= 1:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
@@ -63,7 +63,6 @@ class StopSignal:
 
     def _end_if_uninterruptible(self, pipe: int) -> None:
         """Handles signals while the main thread is inside C++, where Python's handlers do not run. Runs in a thread."""
-        # Python writes a byte to this pipe for every signal (signal.set_wakeup_fd), whatever the main thread does.
         while os.read(pipe, 1):
             if not self.saves:
                 tell_others()
@@ -94,6 +93,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._former = {number: signal.signal(number, self._on_signal) for number in process.stop_signals()}
+        # The interpreter writes each signal's number to this pipe at once, even while the main thread is inside C++.
         read, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         self._former_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)

@@ -86,7 +86,7 @@ def seconds(name: str, default: int) -> int:
     """Reads an environment variable in seconds. Raises UserError unless it is an integer of at least 1."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"[1-9]\d{0,6}", text):
-        raise UserError(f"{name}={text!r} must be an integer number of seconds, at least 1.")
+        raise UserError(f"{name}={text!r} must be an integer, at least 1 second.")
     return int(text)
 
 
@@ -96,6 +96,7 @@ def _missing_peers_named(launch: Launch, deadline: int) -> Iterator[None]:
     expected = {"deadline": deadline, "coordinator": launch.coordinator, "hosts": launch.hosts}
     stderr = os.dup(2)
     command = [sys.executable, "-S", os.path.join(os.path.dirname(__file__), "missing_peers.py"), json.dumps(expected)]
+    # In a session of its own, since a Ctrl-C in the terminal must not end the reader before it has read everything.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr, start_new_session=True) as reader:
         os.dup2(reader.stdin.fileno(), 2)
         reader.stdin.close()
@@ -192,6 +193,7 @@ def _differences(answers: list[dict[str, Any]]) -> str:
 
 def code_digest() -> str:
     """A digest of this package's source files."""
+    # Names are hashed too: a file that is renamed or missing changes the digest.
     digest = hashlib.sha256()
     package = pathlib.Path(__file__).parent.parent
     for file in sorted(package.rglob("*.py")):

@@ -72,6 +72,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         if self._client:
             answer: list[str] = []
+            # In a thread, with a deadline: process 0, which hosts the service, may be the one that is stuck.
             asking = threading.Thread(target=lambda: answer.append(self._stragglers()), daemon=True)
             asking.start()
             asking.join(12 * self._tick + 2)
@@ -85,6 +86,7 @@ class Watchdog:
             return {name.rpartition("/")[2]: text.split(" ", 2)
                     for name, text in self._client.key_value_dir_get("igpt_progress/")}
 
+        # Each process publishes every 5 ticks, so one that still runs changes its entry at least twice in 11.
         before = read()
         time.sleep(11 * self._tick)
         after = read()
