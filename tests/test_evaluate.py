@@ -1,4 +1,4 @@
-"""Evaluation in batches, as users run it: a run that is followed, slices of an array job, damage, surprise."""
+"""The evaluate job: a run that is followed, slices of an array job, damaged checkpoints, loss maps."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logs(folder):
-    """A run that was followed from before its start; the follower was killed at its first row, and started again."""
+    """Logs of a follower that starts before its run, is killed at its first row, and starts again."""
     command = [sys.executable, "-m", "igpt_jax", "evaluate", f"--workdir={folder / 'watch'}",
                f"--config.checkpoints={folder / 'run'}", "--config.watch=True", "--config.poll_seconds=0.2",
                "--config.idle_seconds=200"]
@@ -56,13 +56,13 @@ def logs(folder):
     with first, train:
         line = first.stderr.readline()
         first.send_signal(signal.SIGKILL)
-        told = [line + first.stderr.read()]
+        logs = [line + first.stderr.read()]
         second = run_job_command(*command[3:])
-        told.append(second.stderr)
+        logs.append(second.stderr)
         log = train.stderr.read()
     assert train.returncode == 0, log
     assert second.returncode == 0, second.stderr
-    return told
+    return logs
 
 
 def rows_of(workdir):
@@ -76,13 +76,13 @@ def evaluate(folder, name, *more, code=0):
 
 
 def test_a_followed_run_is_evaluated_once_per_step_though_the_follower_is_killed(folder, logs):
-    """SIGKILL after the first row; the same command again: a row and a line per step, none twice; a table, a figure.
+    """SIGKILL after the first row, then the same command: one row and one line per step, a table and a figure.
 
-    Seen to fail with a step told before its row was written, and with the former process's rows forgotten.
+    Seen to fail with a step logged before its row was written, and with the first process's rows lost.
     """
-    told = "".join(logs)
+    log = "".join(logs)
     for step in STEPS:
-        assert told.count(f"step {step:,}, ") == 1, told
+        assert log.count(f"step {step:,}, ") == 1, log
     assert logs[0].count("nats per pixel") >= 1 and logs[1].count("nats per pixel") >= 1
     rows = rows_of(folder / "watch")
     assert [row["steps"] for row in rows] == list(STEPS)
@@ -97,7 +97,7 @@ def test_a_followed_run_is_evaluated_once_per_step_though_the_follower_is_killed
 def test_slices_join_to_the_table_of_one_job(folder, logs):
     """Two slices and their merge, against the watched table; while one is missing, the merge is refused.
 
-    Seen to fail with the slices chosen by the place in the list that is there at the time.
+    Seen to fail with the slices chosen by the position in the current list.
     """
     steps, oldest = f"--config.checkpoints={folder / 'run'}/checkpoints/*", folder / "run" / "checkpoints" / "4"
     first, second = sorted((0, 1), key=lambda i: not watching.in_slice(str(oldest), i, 2))
@@ -115,7 +115,7 @@ def test_slices_join_to_the_table_of_one_job(folder, logs):
     assert [row["nats_per_pixel"] for row in joined] == [row["nats_per_pixel"] for row in whole]
 
 
-def test_damaged_steps_are_told_and_the_others_measured(folder, logs):
+def test_damaged_steps_are_reported_and_the_others_measured(folder, logs):
     """A flipped bit in one of two checkpoints, and a third that is still being written: exit code 2, one row.
 
     Seen to fail with the job ended at the first damage.
@@ -136,8 +136,8 @@ def test_damaged_steps_are_told_and_the_others_measured(folder, logs):
     assert result["status"] == "failed" and len(result["metrics"]["nats_per_pixel"]) == 1
 
 
-def test_a_step_that_is_removed_while_it_is_measured_has_its_row(folder, logs, monkeypatch):
-    """As a run that goes on does it. Seen to fail, on such a run, with the identity read after the measurement."""
+def test_a_step_removed_during_its_measurement_has_a_row(folder, logs, monkeypatch):
+    """A run that is still training removes old steps. Seen to fail with the identity read after the measurement."""
     steps = folder / "vanishing" / "checkpoints"
     shutil.copytree(folder / "run" / "checkpoints" / "4", steps / "4")
     over_split = exact_loss.over_split
@@ -152,7 +152,7 @@ def test_a_step_that_is_removed_while_it_is_measured_has_its_row(folder, logs, m
 
 
 def measure(folder, name, **given):
-    """The rows of an evaluation in this process, and how many checkpoints were measured for it."""
+    """The rows of an evaluation in this process, and the number of checkpoints that it measured."""
     measured = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "_measured", lambda *arguments, inner=job._measured: measured.append(1) or inner(*arguments))
@@ -161,26 +161,26 @@ def measure(folder, name, **given):
 
 
 @pytest.mark.parametrize("what", ["tokens", "store", "probed"])
-def test_what_changed_under_the_same_path_is_measured_anew(folder, logs, what):
-    """Another content of a file of tokens, of the store, or of the probed one: all checkpoints; else none.
+def test_changed_data_under_the_same_path_is_measured_again(folder, logs, what):
+    """Changed tokens, store or probed store: every checkpoint is measured again. Unchanged: none is.
 
-    Seen to fail with rows known by path, settings and checkpoint alone.
+    Seen to fail with rows identified by path, settings and checkpoint alone.
     """
-    place, name = folder / f"changing {what}", f"evaluate changing {what}"
+    path, name = folder / f"changing {what}", f"evaluate changing {what}"
 
     def put(seed):
         random = np.random.default_rng(seed)
         if what == "tokens":
             colors = len(checkpoint.load_metadata(str(folder / "run")).palette_VC)
-            return np.save(f"{place}.npy", random.integers(0, colors, (20, 64)))
-        shutil.rmtree(place, ignore_errors=True)
-        writer = Writer(storage.path(place), 8)
+            return np.save(f"{path}.npy", random.integers(0, colors, (20, 64)))
+        shutil.rmtree(path, ignore_errors=True)
+        writer = Writer(storage.path(path), 8)
         for split in ("train", "held_out", "test"):
             writer.add(split, random.integers(0, 256, (40, 8, 8, 3), np.uint8), (np.arange(40) % 2).astype(np.int32))
         writer.finish(Store.open(folder / "store").palette, source="", resize="", seed=0, held_out={}, config={})
 
-    given = {"tokens": {"tokens": f"{place}.npy"}, "store": {"data": {"store": str(place)}},
-             "probed": {"probe": True, "limit": 30, "probing": {"data": {"store": str(place)}}}}[what]
+    given = {"tokens": {"tokens": f"{path}.npy"}, "store": {"data": {"store": str(path)}},
+             "probed": {"probe": True, "limit": 30, "probing": {"data": {"store": str(path)}}}}[what]
     put(0)
     first, measured = measure(folder, name, **given)
     assert measured == len(STEPS) and measure(folder, name, **given) == (first, 0)
@@ -191,7 +191,7 @@ def test_what_changed_under_the_same_path_is_measured_anew(folder, logs, what):
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"5", b"null", b'[5, {"checkpoint": 1}]'])
 def test_a_damaged_table_is_set_aside_and_written_anew(folder, logs, content, caplog):
-    """Seen to fail with the table read as JSON that is what it should be."""
+    """Seen to fail without the check of the table's content."""
     (folder / "damaged table").mkdir(exist_ok=True)
     (folder / "damaged table" / "evaluation.json").write_bytes(content)
     rows, measured = measure(folder, "damaged table", checkpoints=str(folder / "run"))
@@ -201,21 +201,21 @@ def test_a_damaged_table_is_set_aside_and_written_anew(folder, logs, content, ca
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"5", b'{"metrics": {"eval/nats_per_pixel": 1.0}, "crc32": 1}'])
-def test_damaged_figures_beside_a_step_do_not_condemn_it(folder, logs, content, tmp_path, caplog):
-    """Those of an evaluation that came after the step was saved; `verify` tells of them.
+def test_damaged_figures_do_not_condemn_their_step(folder, logs, content, tmp_path, caplog):
+    """An evaluation may write them after the step was saved. `verify` reports them.
 
-    Seen to fail with the step taken for damaged, which then goes to quarantine.
+    Seen to fail with the step taken for damaged and moved to quarantine.
     """
     step = shutil.copytree(folder / "run" / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
     (step / "evaluation.json").write_bytes(content)
     assert checkpoint.load_metadata(str(tmp_path)).steps_done == 8
-    assert ["Its figures are not used" in message for message in caplog.messages] == [True]
+    assert ["Its metrics are not used" in message for message in caplog.messages] == [True]
     problem = checkpoint.verify(str(tmp_path / "checkpoints"), 8, sharding.make_mesh(MeshConfig()))["problem"]
     assert "evaluation.json" in problem
 
 
 def test_a_loss_that_is_not_finite_is_a_row_like_any_other(folder, logs, monkeypatch, capsys):
-    """Measured once, with surprise, and the same command again. Seen to fail with a TypeError over the table's null."""
+    """Measured once, with loss maps; then the same command again. Seen to fail with a TypeError over null."""
     over_split = exact_loss.over_split
 
     def not_finite(*arguments):
@@ -223,12 +223,12 @@ def test_a_loss_that_is_not_finite_is_a_row_like_any_other(folder, logs, monkeyp
             yield jax.tree.map(lambda x: x * np.float32(np.nan), found)
 
     monkeypatch.setattr(exact_loss, "over_split", not_finite)
-    given = {"checkpoints": f"{folder / 'run'}/checkpoints/4", "surprise": 2, "limit": 20}
+    given = {"checkpoints": f"{folder / 'run'}/checkpoints/4", "loss_maps": 2, "limit": 20}
     first, measured = measure(folder, "not finite", **given)
     assert measured == 1 and [row["nats_per_pixel"] for row in first] == [None]
     assert measure(folder, "not finite", **given) == (first, 0)
-    told = capsys.readouterr().err
-    assert "a loss that is not finite over 20 images" in told and "cannot be drawn" not in told, told
+    log = capsys.readouterr().err
+    assert "a loss that is not finite over 20 images" in log and "cannot be drawn" not in log, log
     (file,) = (folder / "not finite" / "surprise").iterdir()
     assert json.loads(file.read_text(), parse_constant=pytest.fail)["nats_by_place"][0][0] is None
     monkeypatch.undo()
@@ -236,10 +236,10 @@ def test_a_loss_that_is_not_finite_is_a_row_like_any_other(folder, logs, monkeyp
     assert measured == len(STEPS) - 1 and [row["nats_per_pixel"] is None for row in rows] == [True, *4 * [False]]
 
 
-def test_what_another_run_wrote_in_its_place_is_evaluated_anew(folder, logs):
-    """The same command again does nothing; with another run's step under the same path, it measures that.
+def test_another_run_s_step_under_the_same_path_is_evaluated(folder, logs):
+    """The same command again does nothing; with another run's step under the same path, it measures that one.
 
-    Seen to fail with rows known by their path alone.
+    Seen to fail with rows identified by path alone.
     """
     done = run_job_command("pretrain", f"--workdir={folder / 'other'}", f"--config.data.store={folder / 'store'}",
                            *SHAPE, "--config.steps=4", "--config.seed=1", "--config.eval_every_steps=0")
@@ -278,7 +278,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folder):
 
 
 def test_every_checkpoint_is_in_one_slice():
-    """And slices are about equally large. Seen to fail with Python's own hash, which differs between processes."""
+    """And slices have about the same size. Seen to fail with Python's own hash, which differs between processes."""
     steps = [f"runs/pretrain/checkpoints/{step}" for step in range(0, 1_000_000, 5000)]
     owners = [[i for i in range(4) if watching.in_slice(step, i, 4)] for step in steps]
     assert all(len(owner) == 1 for owner in owners)
@@ -286,8 +286,8 @@ def test_every_checkpoint_is_in_one_slice():
     assert min(np.bincount([owner for owner, in owners])) > 30
 
 
-def test_surprise_counts_each_pixel_once(tmp_path, monkeypatch):
-    """By place, class and picture, in batches of 7 of 23 images, against all at once.
+def test_loss_maps_count_each_pixel_once(tmp_path, monkeypatch):
+    """Means by position, class and picture, in batches of 7 of 23 images, equal those over all at once.
 
     Seen to fail with each image given the mean of its batch.
     """
@@ -305,7 +305,7 @@ def test_surprise_counts_each_pixel_once(tmp_path, monkeypatch):
     nats_ET = np.asarray(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens), np.float64)
 
     found = loss_maps.measure(model, params, split, sharding.make_mesh(MeshConfig()), 7, table, shown=9)
-    np.testing.assert_allclose(found.by_place_T, nats_ET.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.by_position_T, nats_ET.mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.shown_NT, nats_ET[:9], rtol=1e-4, atol=1e-5)
     for label, (nats, count) in found.by_class.items():
         np.testing.assert_allclose(nats, nats_ET[labels == label].mean(), rtol=1e-6)
@@ -313,20 +313,20 @@ def test_surprise_counts_each_pixel_once(tmp_path, monkeypatch):
     assert list(found.by_class) == [0, 1, 2]
 
 
-def test_surprise_is_drawn_and_written(folder, logs):
-    """Means over places, classes and all agree with the row; heat maps have the size of their pictures."""
-    evaluate(folder, "surprise", f"--config.checkpoints={folder / 'run'}", "--config.surprise=3",
+def test_loss_maps_are_drawn_and_written(folder, logs):
+    """Means over positions and over classes equal the loss in the table; maps have the size of their pictures."""
+    evaluate(folder, "loss maps", f"--config.checkpoints={folder / 'run'}", "--config.loss_maps=3",
              "--config.data.split=test", "--config.limit=100")
-    (row,) = rows_of(folder / "surprise")
-    (file,) = (folder / "surprise" / "surprise").iterdir()
-    told = json.loads(file.read_text())
-    assert np.mean(told["nats_by_place"]) == pytest.approx(row["nats_per_pixel"], rel=1e-5)
-    classes = told["nats_by_class"].values()
-    assert sum(each["examples"] for each in classes) == told["examples"] == 100
+    (row,) = rows_of(folder / "loss maps")
+    (file,) = (folder / "loss maps" / "surprise").iterdir()
+    maps = json.loads(file.read_text())
+    assert np.mean(maps["nats_by_place"]) == pytest.approx(row["nats_per_pixel"], rel=1e-5)
+    classes = maps["nats_by_class"].values()
+    assert sum(each["examples"] for each in classes) == maps["examples"] == 100
     assert sum(each["examples"] * each["nats_per_pixel"] for each in classes) / 100 == pytest.approx(
         row["nats_per_pixel"], rel=1e-6)
-    assert [np.shape(each["nats"]) for each in told["pictures"]] == [(8, 8)] * 3
-    figures = sorted((folder / "surprise" / "figures").glob("surprise*.png"))
+    assert [np.shape(each["nats"]) for each in maps["pictures"]] == [(8, 8)] * 3
+    figures = sorted((folder / "loss maps" / "figures").glob("surprise*.png"))
     assert len(figures) == 2
     for figure in figures:
         with Image.open(figure) as image:

@@ -1,4 +1,4 @@
-"""Exact evaluation over a whole split, in process."""
+"""Exact loss over a whole split, and files of tokens, in this process."""
 
 import jax
 import numpy as np
@@ -17,9 +17,9 @@ from igpt_jax.parallel import sharding
 
 
 def test_every_image_counts_once(tmp_path, monkeypatch):
-    """23 images in batches of 1, 8 and 64 against the mean over all at once; given up, there is no figure.
+    """23 images in batches of 1, 8 and 64 give the mean over all at once; an evaluation that gives up gives None.
 
-    Seen to fail with the last batch dropped, and with its filled-up rows counted in.
+    Seen to fail with the last batch dropped, and with its padding counted.
     """
     monkeypatch.setenv("IGPT_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
@@ -35,9 +35,9 @@ def test_every_image_counts_once(tmp_path, monkeypatch):
     tokens = palette.encode(images, table).astype(np.int32)
     expected = float(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens).mean())
     for batch_size in (1, 8, 64):
-        evaluate = exact_loss.make_evaluate(model, mesh, batch_size, table)
-        assert evaluate(params, split) == pytest.approx(expected, rel=1e-6)
-    assert evaluate(params, split, lambda: True) is None
+        measure = exact_loss.make_measure(model, mesh, batch_size, table)
+        assert measure(params, split) == {"nats_per_pixel": pytest.approx(expected, rel=1e-6)}
+    assert measure(params, split, lambda: True) is None
 
 
 TOKENS = {
@@ -48,8 +48,8 @@ TOKENS = {
 
 
 @pytest.mark.parametrize("case", TOKENS)
-def test_what_is_no_file_of_tokens_is_refused(tmp_path, case):
-    """One line that says what it is. Seen to fail with the check of the width left out."""
+def test_other_files_than_tokens_are_refused(tmp_path, case):
+    """The error says what the file holds. Seen to fail with the check of the width left out."""
     array, message = TOKENS[case]
     path = tmp_path / "teX.npy"
     with path.open("wb") as file:
@@ -59,7 +59,7 @@ def test_what_is_no_file_of_tokens_is_refused(tmp_path, case):
 
 
 def test_a_file_of_tokens_in_openais_layout(tmp_path):
-    """int64 [n, T] as published: every row counts once; a row with a color that the palette lacks is named.
+    """int64 [n, T] as published: every row counts once, and a token outside the palette is an error that names its row.
 
     Seen to fail with the check of the tokens left out, and with the rows read in another order.
     """
@@ -70,9 +70,9 @@ def test_a_file_of_tokens_in_openais_layout(tmp_path):
     model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
     params = random_parameters(model)
     expected = float(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens).mean())
-    evaluate = exact_loss.make_evaluate(model, sharding.make_mesh(MeshConfig()), 8, np.empty(0))
-    assert evaluate(params, file) == pytest.approx(expected, rel=1e-6)
+    measure = exact_loss.make_measure(model, sharding.make_mesh(MeshConfig()), 8, np.empty(0))
+    assert measure(params, file) == {"nats_per_pixel": pytest.approx(expected, rel=1e-6)}
     tokens[7, 2] = 5
     np.save(tmp_path / "imagenet_teX.npy", tokens)
     with pytest.raises(UserError, match="row 7 has a token outside 0..4"):
-        evaluate(params, TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, 5))
+        measure(params, TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, 5))

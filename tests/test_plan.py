@@ -1,4 +1,4 @@
-"""The plan job: it compiles the step that trains, its memory is what a run takes; and what it refuses."""
+"""The plan job: it compiles the step that trains, predicts its memory, searches, caches, and refuses mistakes."""
 
 import dataclasses
 import importlib.util
@@ -32,86 +32,25 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("objective", ["autoregressive", "masked"])
 def test_the_planned_step_is_the_trained_step(python, tmp_path, objective):
-    """The module that `pretrain` compiles and runs, and the one that `plan` compiles, are the same text.
+    """`pretrain` and `plan` compile modules of the same text.
 
-    Seen to fail with the state not donated, and with another batch_size, in the planned one.
+    Seen to fail with the planned state not donated, and with another batch_size.
     """
-    python(f"""
-import jax
-from igpt_jax.parallel import sharding
-from igpt_jax.training import loop
-
-from igpt_jax.config import base_config, parse
-from igpt_jax.jobs import prepare
-from igpt_jax.planner import compilation
-
-images = parse("prepare", base_config("prepare", "source=synthetic:64,image_size=8,palette=fit:16"))
-prepare.run(images, "{tmp_path}/store")
-settings = ("model=igpt_tiny,model.layers=2,batch_size=16,steps=1,optimizer.warmup_steps=1,mesh.fsdp=2,mesh.tensor=2,"
-            "accumulate=2,precision=bfloat16,eval_every_steps=0,objective={objective}")
-trained, jit_train_step = [], loop.jit_train_step
-
-def spied(*arguments):
-    class Step:
-        def lower(self, *shapes):
-            lowered = jit_train_step(*arguments).lower(*shapes)
-            trained.append(lowered.as_text())
-            return lowered
-    return Step()
-
-loop.jit_train_step = spied
-config = base_config("pretrain", settings)
-config.data.store, config.data.held_out = "{tmp_path}/store", ""
-loop.train(parse("pretrain", config), "{tmp_path}/run")
-loop.jit_train_step = jit_train_step
-
-config = parse("plan", base_config("plan", settings + ",image_size=8,palette_size=16"))
-mesh = sharding.make_mesh(config.mesh)
-with jax.set_mesh(mesh):
-    step, shapes, _ = compilation.step_for(config, mesh)
-    planned = step.lower(*shapes).as_text()
-differ = [pair for pair in zip(trained[0].splitlines(), planned.splitlines()) if len(set(pair)) > 1]
-assert len(trained) == 1 and trained[0] == planned, differ[:5]
-""", devices=4)
+    python("planned_step.py", tmp_path, objective, devices=4)
 
 
 def test_a_real_run_takes_the_planned_memory(python):
-    """What the state and a step add to a process's resident memory is within 10 % of the plan.
+    """The state and a step add to a process's resident memory what the plan says, within 10 %.
 
     Seen to fail with the temporaries left out of the plan.
     """
-    done = python(r"""
-import re, jax, numpy as np
-from igpt_jax.parallel import sharding
-from igpt_jax.training.steps import init_state
-from igpt_jax.config import base_config, parse
-from igpt_jax.planner import compilation
-
-def resident(name):
-    return 1024 * int(re.search(name + r":\s+(\d+) kB", open("/proc/self/status").read())[1])
-
-settings = "model=igpt_10m,batch_size=8,image_size=16,topology=cpu:1,model.remat=none,precision=float32"
-config = parse("plan", base_config("plan", settings))
-planned = compilation.compile_step(config).required_bytes
-mesh = sharding.make_mesh(config.mesh)
-step, shapes, model = compilation.step_for(config, mesh)
-key = jax.random.key(0)
-with jax.set_mesh(mesh):
-    compiled = step.lower(*shapes).compile()
-    init = jax.jit(lambda key: init_state(model, config, key)).lower(key).compile()
-    tokens = jax.device_put(np.zeros(shapes[1].shape, np.int32), shapes[1].sharding)
-    before = resident("VmRSS")
-    state = init(key)
-    open("/proc/self/clear_refs", "w").write("5")  # forget the peak of compiling
-    jax.block_until_ready(compiled(state, tokens, key))
-print(planned, resident("VmHWM") - before)
-""", devices=1)
+    done = python("resident_memory.py", devices=1)
     planned, taken = map(int, done.stdout.split())
     assert planned > 200e6 and taken == pytest.approx(planned, rel=0.1)
 
 
 def test_from_the_command_line(run_job, tmp_path):
-    """Every figure has its evidence; a mesh is chosen where none is set, and one that cannot be is refused.
+    """Every figure has its evidence; an unset mesh is chosen, and an impossible one is refused.
 
     Seen to fail with a figure's evidence left empty.
     """
@@ -136,12 +75,12 @@ def test_from_the_command_line(run_job, tmp_path):
 
 @pytest.mark.parametrize("settings, says", [
     ("topology=v5x:4x4", "Did you mean"), ("step=trian", "Did you mean 'train'?"),
-    ("topology=cpu:64,batch_size=7", "batch_size=7 with 4 heads and 64 tokens does not split over the 64 devices"),
+    ("topology=cpu:64,batch_size=7", "batch_size=7 with 4 heads and 64 tokens cannot be split over the 64 devices"),
     ("topology=cpu:4,mesh.data=5", "does not multiply to the 4 devices"),
     ("topology=cpu:4,python=/nowhere", "/nowhere"),
     ("topology=cpu:4,calibration=nothing/*", "matches nothing"), ("roofline_share=0.0", "must be positive")])
 def test_mistakes(settings, says, cache, monkeypatch, tmp_path):
-    """Each is one line, said before anything compiles. Seen to fail with `resolve` left to the mesh's maker."""
+    """Each is one line, before anything compiles. Seen to fail with `resolve` left to `make_mesh`."""
     monkeypatch.setattr(verdicts, "_ask", lambda config: pytest.fail("it compiles"))
     with pytest.raises(UserError) as error:
         plan.run(config_for(f"model=igpt_tiny,image_size=8,{settings}"), str(tmp_path))
@@ -149,7 +88,7 @@ def test_mistakes(settings, says, cache, monkeypatch, tmp_path):
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):
-    """It names what to install. Seen to fail with the import left to fail by itself."""
+    """It names what to install. Seen to fail with an ImportError."""
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[plan\]'"):
         targets.devices_for(topology.parse("v5e:2x2"))
@@ -158,8 +97,11 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
         targets.devices_for(topology.parse("h100:8"))
 
 
-def test_verdicts_are_kept_by_content(cache, monkeypatch):
-    """A second plan compiles nothing; another batch does, another price does not. Seen to fail with a constant name."""
+def test_verdicts_are_cached_by_content(cache, monkeypatch):
+    """The same plan again, or with another price, compiles nothing; with another batch it does.
+
+    Seen to fail with a constant file name.
+    """
     asked = []
     verdict = compilation.Verdict("compiled", mesh={"data": 1, "fsdp": 4, "tensor": 1, "context": 1})
     monkeypatch.setattr(verdicts, "_ask", lambda config: asked.append(config) or verdict)
@@ -183,7 +125,7 @@ def test_verdicts_are_kept_by_content(cache, monkeypatch):
     ("echo a bug >&2; exit 1", "ended with code 1: a bug. Try"),
     ("kill -SEGV $$,search=True", "SIGSEGV. Try")])
 def test_a_crash_of_the_compiler_fails_the_job(last_words, says, cache, tmp_path, capsys):
-    """With exit code 2 and the signal's name, and is not kept. Seen to fail with a plan returned for it."""
+    """Its exit code is 2, the error names the signal, and nothing is cached. Seen to fail with a plan returned."""
     last_words, _, more = last_words.partition(",")
     crashing = tmp_path / "python"
     crashing.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 0\n{last_words}\n')
@@ -199,8 +141,8 @@ TOO_MUCH = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on 
             "temporaries (29.02G) exceeds available HBM (15.75G). HLO module: jit_train_step.")
 
 
-def test_what_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
-    """By how much, and the least change that was compiled and fits. Seen to fail with the first remedy unverified."""
+def test_a_step_that_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
+    """It says by how much, and the smallest change that fits. Seen to fail with a remedy that was not compiled."""
     def compiled(config):
         if config.model.remat == "full" and config.accumulate == 4:
             return compilation.Verdict("compiled", required_bytes=2**33, parameters=1, devices=16,
@@ -221,8 +163,10 @@ def test_what_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
 
 
 def test_the_search_ranks_what_it_compiled(monkeypatch, tmp_path, capsys):
-    """Fitting settings come first, the fastest of them on top. What does not fit comes
-    after them, what failed last. Seen to fail with the order of the estimates kept, and with a failure put before."""
+    """Settings that fit come first, the fastest on top; then those that do not fit, and failed ones last.
+
+    Seen to fail with the order of the estimates kept, and with a failure put before.
+    """
     seen = []
 
     def compiled(config):
@@ -241,20 +185,8 @@ def test_the_search_ranks_what_it_compiled(monkeypatch, tmp_path, capsys):
 
 
 def test_calibration_takes_the_measured_speed(python, tmp_path):
-    """The plan of a run that was measured predicts what was measured. Seen to fail with the share inverted."""
-    python(f"""
-from igpt_jax.runtime.job import run_job
-from igpt_jax.config import base_config, parse
-from igpt_jax.jobs import plan, prepare, pretrain
-
-small = "model=igpt_tiny,model.layers=1,batch_size=16,"
-for job, settings, workdir in (
-        (prepare, "source=synthetic:64,image_size=8,palette=fit:16", "store"),
-        (pretrain, small + "steps=20,log_every_steps=5,data.store={tmp_path}/store,data.held_out=", "run"),
-        (plan, small + "image_size=8,palette_size=16,topology=cpu:1,calibration={tmp_path}/run", "plan")):
-    name = job.__name__.rpartition(".")[2]
-    assert run_job(job.run, parse(name, base_config(name, settings)), "{tmp_path}/" + workdir) == 0
-""", devices=1, env={"IGPT_CACHE": str(tmp_path / "cache")})
+    """A plan calibrated by a run predicts that run's speed. Seen to fail with the share inverted."""
+    python("calibrated_plan.py", tmp_path, devices=1, env={"IGPT_CACHE": str(tmp_path / "cache")})
     speed = json.loads((tmp_path / "run/result.json").read_text())["metrics"]["images_per_second"]
     planned = json.loads((tmp_path / "plan/plan.json").read_text())
     assert planned["step_seconds"] == pytest.approx(16 / speed, rel=1e-6)
@@ -263,18 +195,18 @@ for job, settings, workdir in (
 
 @needs_libtpu
 def test_a_tpu_plan_of_igpt_s(cache):
-    """Google's compiler, for 4 chips: FSDP over one axis, all bytes accounted for. (Splash takes it 40 s more.)
+    """The TPU compiler, for 4 chips: FSDP over one axis, and all bytes accounted for. (With splash it takes 40 s more.)
 
-    Seen to fail with a chain of fusions counted once each.
+    Seen to fail with each fusion of a chain counted.
     """
     config = config_for("model=igpt_s,model.layers=4,topology=v5e:2x2,batch_size=32,mesh.fsdp=4,model.remat=full,"
                         "model.attention=reference")
     verdict = verdicts.verdict_for(config)
     assert (verdict.status, verdict.attention, verdict.devices) == ("compiled", "reference", 4), verdict.message
-    parts = verdict.params_bytes + verdict.moments_bytes + verdict.batch_bytes + verdict.temporaries_bytes
-    assert verdict.required_bytes == pytest.approx(parts, rel=0.1)
+    total = verdict.params_bytes + verdict.moments_bytes + verdict.batch_bytes + verdict.temporaries_bytes
+    assert verdict.required_bytes == pytest.approx(total, rel=0.1)
     assert verdict.params_bytes == pytest.approx(4 * verdict.parameters / 4, rel=0.01)
-    weights = 2 * 4 * 12 * 512**2  # bytes of the blocks in bfloat16: gathered twice, and as much of gradients scattered
+    weights = 2 * 4 * 12 * 512**2  # bytes of the blocks in bfloat16: gathered twice, and their gradients scattered
     assert verdict.collective_bytes["fsdp"] == pytest.approx(3 * weights * 3 / 4, rel=0.5)
     assert set(verdict.collective_bytes) == {"fsdp"} and not verdict.unknown_loops
     result = answer(config, topology.parse(config.topology), verdict, 0.6, Evidence.UNCALIBRATED)
@@ -284,7 +216,7 @@ def test_a_tpu_plan_of_igpt_s(cache):
 @pytest.mark.cuda
 @pytest.mark.skipif(not CUDA_PYTHON, reason="IGPT_CUDA_PYTHON names no interpreter with jax[cuda13]")
 def test_a_gpu_plan_of_igpt_s(cache):
-    """NVIDIA's compiler, for 8 H200: cuDNN attention, which runs once in a step that keeps what attention gives.
+    """NVIDIA's compiler, for 8 H200: cuDNN attention, which runs once in a step that saves its results.
 
     Seen to fail with remat policies that go by names alone (dots: 4.6 % more FLOPs).
     """
@@ -292,7 +224,7 @@ def test_a_gpu_plan_of_igpt_s(cache):
         return verdicts.verdict_for(config_for(
             f"model=igpt_s,model.layers=4,model.remat={remat},topology=h200:8,python={CUDA_PYTHON}"))
 
-    kept = verdict("dots")
-    assert (kept.status, kept.attention, kept.devices) == ("compiled", "cudnn", 8), kept.message
-    assert kept.collective_bytes["fsdp"] > 0 and not kept.unknown_loops
-    assert kept.flops == verdict("none").flops
+    saved = verdict("dots")
+    assert (saved.status, saved.attention, saved.devices) == ("compiled", "cudnn", 8), saved.message
+    assert saved.collective_bytes["fsdp"] > 0 and not saved.unknown_loops
+    assert saved.flops == verdict("none").flops

@@ -1,4 +1,4 @@
-"""FLOPs counted in the jaxpr of the very training step, against formulas."""
+"""FLOPs counted in the jaxpr of the training step, against formulas."""
 
 import dataclasses
 
@@ -22,14 +22,14 @@ def counted(arguments: str) -> float:
 
 
 def test_igpt_s_within_two_per_cent_of_the_closed_formula():
-    """`blocked` attention skips most of what the mask leaves empty; the formula counts just the causal half.
+    """`blocked` attention skips most masked scores; the formula counts exactly the causal half.
 
-    Plain attention computes all scores: that half more, exactly. Seen to fail with a scan's body counted once.
+    Plain attention computes all scores, which is the other half more. Seen to fail with a scan's body counted once.
     """
     formula = 2 * train_flops_per_image(24, 512, 2048, 512, 1024)
     plain = formula + 3 * 2 * (2 * 24 * 1024**2 * 512)
     assert counted("model=igpt_s,model.remat=none,model.attention=reference") == pytest.approx(plain, rel=1e-12)
-    # Diagonal blocks of 128 are computed whole (9/16 of the scores for 1/2), and the backward pass repeats q k.
+    # Diagonal blocks of 128 are computed whole (9/16 of the scores instead of 1/2), and the backward pass repeats q k.
     assert counted("model=igpt_s,model.remat=none") == pytest.approx(formula, rel=0.05)
 
 
@@ -41,7 +41,7 @@ def test_blocks_double_with_the_layers():
 
 
 def test_full_remat_costs_the_forward_pass_again():
-    """A third more of the blocks, but for the last product of each, whose result nothing needs a second time.
+    """A third more FLOPs in the blocks, except for the last product of each, which the backward pass does not need.
 
     Seen to fail with a scan's body counted once.
     """
@@ -55,7 +55,7 @@ def test_full_remat_costs_the_forward_pass_again():
 
 
 def test_a_kernel_without_formula_is_refused():
-    """Better no figure than a wrong one. Seen to fail with kernels counted as nothing."""
+    """No figure is better than a wrong one. Seen to fail with kernels counted as nothing."""
     import jax.numpy as jnp
     from jax.experimental import pallas
 
@@ -71,7 +71,7 @@ def test_a_kernel_without_formula_is_refused():
 
 
 def test_the_estimate_is_near_the_count():
-    """The formula that the search ranks by, on the program that is compiled.
+    """The formula of the search is within 15 % of the count of the compiled program.
 
     Seen to fail with recomputation left out.
     """

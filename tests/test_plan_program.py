@@ -1,9 +1,9 @@
-"""What is read in a compiled program's text, on a text small enough to add up by hand."""
+"""Traffic of a compiled program, read from a text small enough to add up by hand."""
 
 from igpt_jax.planner.program import traffic
 
 # A loop of 5 layers. Each reads one of 5 stacked weights f32[8,4] by a slice (128 bytes), gathers it over fsdp, and
-# writes one of 5 rows f32[4] (16 bytes) in place. The gather runs beside two fusions of one chain.
+# writes one of 5 rows f32[4] (16 bytes) in place. The gather is spread over two fusions of one chain.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %sliced (p0: f32[5,8,4], p1: s32[]) -> f32[8,4] {
@@ -75,10 +75,10 @@ def read(groups="[2,2]<=[4]", step=1):
     return traffic(TEXT.replace("GATHER", groups).replace("STEP", str(step)), MESH)
 
 
-def test_each_turn_of_a_loop_counts():
-    """5 turns of: a slice of 128 bytes read, 16 written, the counter read twice, and read with its step to grow.
+def test_each_iteration_of_a_loop_counts():
+    """5 iterations, each: a slice of 128 bytes read, 16 bytes written, the counter read twice, then read with its step.
 
-    The bound is copied once. What lies in S(1) or S(6) is no traffic.
+    The bound is copied once. Arrays in S(1) and S(6) are no traffic.
 
     Seen to fail with the whole stack read for a slice of it, and with loops counted once.
     """
@@ -87,8 +87,8 @@ def test_each_turn_of_a_loop_counts():
     assert found.memory_bytes == 5 * (128 + 16 + 2 * 4 + 2 * 4) + 2 * 4
 
 
-def test_an_unrolled_loop_turns_less_often():
-    """5 turns by 2 are 3. Seen to fail with the bound taken for the number of turns."""
+def test_an_unrolled_loop_has_fewer_iterations():
+    """5 layers, two per iteration, take 3. Seen to fail with the bound taken for the number of iterations."""
     assert read(step=2).collectives["all-reduce"] == 3
 
 

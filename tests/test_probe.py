@@ -56,21 +56,21 @@ def clusters(count, dims, classes, seed=0):
 
 
 def test_the_solver_finds_scikit_learns_optimum():
-    """Objective within 1e-6 relative, predictions equal on 99.9 %, for two strengths solved at once.
+    """Objective within 1e-6 relative, predictions equal on 99.9 %, for two penalties solved at once.
 
-    Seen to fail with the biases penalised too, and with the penalty doubled.
+    Seen to fail with the biases penalized too, and with the penalty doubled.
     """
     x_ED, labels = clusters(3000, 24, 4)
-    strengths = (1e-4, 1e-2)
-    for strength, probe in zip(strengths, linear_probe.fit(x_ED, labels, 4, strengths), strict=True):
+    penalties = (1e-4, 1e-2)
+    for l2, probe in zip(penalties, linear_probe.fit(x_ED, labels, 4, penalties), strict=True):
         standard = (x_ED.astype(np.float64) - x_ED.mean(0, dtype=np.float64)) / x_ED.std(0, dtype=np.float64)
-        with threadpool_limits(1):  # its threads spin where they wait
-            theirs = LogisticRegression(C=1 / (strength * len(x_ED)), tol=1e-7, max_iter=5000).fit(standard, labels)
+        with threadpool_limits(1):  # its idle threads spin
+            theirs = LogisticRegression(C=1 / (l2 * len(x_ED)), tol=1e-7, max_iter=5000).fit(standard, labels)
 
-        def objective(weights, biases, standard=standard, strength=strength):
+        def objective(weights, biases, standard=standard, l2=l2):
             logits = standard @ weights + biases
             entropy = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
-            return entropy.mean() + strength / 2 * (weights ** 2).sum()
+            return entropy.mean() + l2 / 2 * (weights ** 2).sum()
 
         ours = objective(probe.weights_DK.astype(np.float64), probe.biases_K.astype(np.float64))
         assert ours / objective(theirs.coef_.T, theirs.intercept_) - 1 < 1e-6
@@ -96,12 +96,12 @@ def test_wilson_interval():
     np.testing.assert_allclose(linear_probe.wilson(15 / 148, 148), (0.0624, 0.1605), atol=5e-5)
 
 
-def save_store(folder, labelled):
+def save_store(folder, labeled):
     """30 images of three splits, whose training split lacks class 3."""
     writer = Writer(storage.path(folder), 8)
     images = np.zeros((10, 8, 8, 3), np.uint8)
     for split, classes in (("train", 3), ("held_out", 4), ("test", 4)):
-        writer.add(split, images, np.arange(10, dtype=np.int32) % classes if labelled else None)
+        writer.add(split, images, np.arange(10, dtype=np.int32) % classes if labeled else None)
     palette_VC = np.linspace(-1, 1, 51, dtype=np.float32).reshape(17, 3)
     writer.finish(palette_VC, source="", resize="", seed=0, held_out={}, config={})
 
@@ -129,7 +129,7 @@ def test_the_job_probes_every_layer(trained):
     workdir = trained / "probe"
     done = run_job_command("probe", f"--workdir={workdir}", f"--config.checkpoint={trained / 'run'}",
                            "--config.labels_per_class=(4,)", "--config.draws=2", "--config.concatenate=3",
-                           "--config.strengths=(0.01, 0.1)", "--config.batch_size=64")
+                           "--config.l2=(0.01, 0.1)", "--config.batch_size=64")
     assert done.returncode == 0, done.stderr
     found = json.loads((workdir / "result.json").read_text())["metrics"]
     assert list(found["accuracy_by_layer"]) == ["0", "1", "2"]
@@ -153,7 +153,7 @@ def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained
         workdir = trained / f"evaluate{devices}"
         done = run_job_command("evaluate", f"--workdir={workdir}", f"--config.checkpoints={trained / 'run'}",
                                "--config.data.split=test", "--config.probe=True", "--config.batch_size=96",
-                               "--config.probing.strengths=(0.01, 0.1)", "--config.precision=float64", devices=devices)
+                               "--config.probing.l2=(0.01, 0.1)", "--config.precision=float64", devices=devices)
         assert done.returncode == 0, done.stderr
         (found[devices],) = json.loads((workdir / "evaluation.json").read_text())
         assert (workdir / "figures" / "accuracy_over_loss.png").stat().st_size > 10_000
@@ -167,20 +167,20 @@ def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--config.labels_per_class=(5000,)"], "Ask for fewer"),
-    (["--config.layers=(3,)"], "places 0 (the embedding) to 2"),
+    (["--config.layers=(3,)"], "choose among 0 (the embedding) to 2"),
     (["--config.data.test=tast"], "Did you mean 'test'?"),
-    (["--config.strengths=(0.0,)"], "must be positive"),
+    (["--config.l2=(0.0,)"], "must be positive"),
     (["--config.concatenate=2"], "must be odd"),
-    (["--config.data.store={trained}/unlabelled"], "has no labels"),
+    (["--config.data.store={trained}/unlabeled"], "has no labels"),
     (["--config.data.store={trained}/one_missing"], "class 3 has no example in split 'train'"),
     (["--config.checkpoint={trained}/unfinished/checkpoints/99"], "holds no checkpoint"),
 ])
 def test_bad_input_is_one_line(trained, more, message):
-    """Exit code 2. The last checkpoint is one that its run is just writing."""
+    """Exit code 2. The last case is a checkpoint that is still being written."""
     (trained / "unfinished" / "checkpoints" / "99" / "params").mkdir(parents=True, exist_ok=True)
     more = [each.format(trained=trained) for each in more]
-    for store in ("unlabelled", "one_missing"):
+    for store in ("unlabeled", "one_missing"):
         if store in more[0]:
-            save_store(trained / store, labelled=store != "unlabelled")
+            save_store(trained / store, labeled=store != "unlabeled")
     done = run_job_command("probe", f"--workdir={trained / 'bad'}", f"--config.checkpoint={trained / 'run'}", *more)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,4 +1,4 @@
-"""Checkpoints and stores that were written by released versions open still, and say what they said."""
+"""Checkpoints and stores written by released versions can still be read, with the same content."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def held_out():
 
 
 def test_a_store_of_format_2():
-    """Every pixel and label. Seen to fail with another format expected."""
+    """Every pixel and label is the same. Seen to fail with another format expected."""
     store = Store.open(str(DATA / "store_format2"))
     train = store.split("train")
     bytes_ = b"".join(np.ascontiguousarray(part).tobytes() for split in (train, held_out())
@@ -39,8 +39,8 @@ def test_a_store_of_format_2():
 
 @pytest.mark.parametrize("name", ["pretrain_format2", "converted_format2"])
 def test_parameters_of_format_2(name, caplog):
-    """Checksums are compared, and the held-out pictures cost what they cost when it was trained. Seen to fail with
-    an odd number added to the places in a checksum, and with a model without its final norm."""
+    """Checksums match, and the held-out loss is that of the run. Seen to fail with an odd number added to the positions
+    in a checksum, and with a model without its final norm."""
     mesh = sharding.make_mesh(MeshConfig())
     model, params, record = checkpoint.load_model(str(DATA / name), mesh, "float32")
     tokens = palette.encode(held_out().read(np.arange(12)), palette.lookup_table(record.palette_VC)).reshape(12, 16)
@@ -49,9 +49,11 @@ def test_parameters_of_format_2(name, caplog):
     assert record.checksums and not caplog.records and record.steps_done == 30
 
 
-def test_an_array_of_converted_weights_is_compared(tmp_path):
-    """One array is not the one that was summed, and no file hashes tell: refused by the jobs that load the model, and
-    by convert, which reads one array at a time. Seen to fail without either comparison."""
+def test_damaged_converted_weights_are_refused(tmp_path):
+    """Jobs that load the model, and convert, which reads one array at a time, refuse a wrong array without file hashes.
+
+    Seen to fail without either comparison.
+    """
     step = tmp_path / "run" / "checkpoints" / "30"
     shutil.copytree(DATA / "converted_format2", tmp_path / "run")
     (step / hashes.HASHES).unlink()
@@ -67,8 +69,8 @@ def test_an_array_of_converted_weights_is_compared(tmp_path):
         weights.layers("query_DNH")
 
 
-def test_a_run_of_format_2_goes_on(tmp_path):
-    """The whole state, moments too. Seen to fail with an odd number added to the places in a checksum."""
+def test_a_run_of_format_2_resumes(tmp_path):
+    """The whole state is restored. Seen to fail with an odd number added to the positions in a checksum."""
     shutil.copytree(DATA / "pretrain_format2", tmp_path / "run")
     record = checkpoint.load_metadata(str(tmp_path / "run"))
     config, mesh = record.config, sharding.make_mesh(record.config.mesh)

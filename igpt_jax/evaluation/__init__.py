@@ -1,1 +1,1 @@
-"""Exact loss over a split, loss maps, features and linear probes."""
+"""Measures checkpoints: exact loss over a split, per-pixel loss maps, linear probes."""

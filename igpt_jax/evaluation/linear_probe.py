@@ -1,6 +1,6 @@
 """Linear probes: multinomial logistic regression on features, solved on the devices (paper, Section 2.4).
 
-E examples, D features, K classes, R strengths of the penalty.
+E examples, D features, K classes, R penalties or learning rates that are solved together.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-MEMORY = 20  # pairs of differences that L-BFGS keeps
-STEPS = 1000  # of L-BFGS, at most
-STALL, PATIENCE = 1e-7, 10
+MEMORY = 20  # steps whose differences L-BFGS keeps to approximate the Hessian
+STEPS = 1000  # at most, of L-BFGS
+STALL, PATIENCE = 1e-7, 10  # L-BFGS stops after PATIENCE steps without a relative improvement of STALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +32,27 @@ class Probe:
         return logits.argmax(axis=-1)
 
     def accuracy(self, features_ED: np.ndarray, labels_E: np.ndarray) -> float:
+        """The fraction of examples that are classified correctly."""
         return float((self.predict(features_ED) == labels_E).mean())
 
 
-def fit(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, strengths_R: Sequence[float],
+def fit(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, l2_R: Sequence[float],
         tolerance: float = 1e-6) -> list[Probe]:
-    """One probe per strength, all solved at once: they share each reading of the features.
+    """Fits one probe per penalty. All are solved together, so that they share each pass over the features.
 
-    Minimises mean cross entropy + strength / 2 * |weights|^2, biases free: scikit-learn's LogisticRegression with
-    C = 1 / (strength E), on features of mean 0 and deviation 1.
+    Minimizes mean cross entropy + l2 / 2 * |weights|^2, without a penalty on the biases. This is scikit-learn's
+    LogisticRegression with C = 1 / (l2 E), on features of mean 0 and deviation 1.
 
     Args:
       features_ED: float32; constant features are left at 0.
-      labels_E: int, each of [0, classes).
+      labels_E: int, in [0, classes).
       classes: K.
-      strengths_R: penalties, > 0.
-      tolerance: of the gradient's norm, as a share of that at the start.
+      l2_R: penalties, > 0.
+      tolerance: stops when the gradient's norm falls below this fraction of its first value.
     """
     mean_D, deviation_D = _standards(features_ED)
     x_ED = jnp.asarray((features_ED - mean_D) / deviation_D, jnp.float32)
-    weights_RDK, biases_RK = _solve(x_ED, jnp.asarray(labels_E, jnp.int32), jnp.asarray(strengths_R, jnp.float32),
+    weights_RDK, biases_RK = _solve(x_ED, jnp.asarray(labels_E, jnp.int32), jnp.asarray(l2_R, jnp.float32),
                                     tolerance, classes)
     return _probes(mean_D, deviation_D, weights_RDK, biases_RK)
 
@@ -68,47 +69,47 @@ def _probes(mean_D: np.ndarray, deviation_D: np.ndarray, weights_RDK: jax.Array,
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _solve(x_ED: jax.Array, labels_E: jax.Array, strengths_R: jax.Array, tolerance: float, K: int
+def _solve(x_ED: jax.Array, labels_E: jax.Array, l2_R: jax.Array, tolerance: float, K: int
            ) -> tuple[jax.Array, jax.Array]:
-    """Weights [R, D, K] and biases [R, K] by L-BFGS in coordinates where the problem is nearly round.
+    """Weights [R, D, K] and biases [R, K] by preconditioned L-BFGS.
 
-    At zero weights the Hessian is a multiple of x'x/E + K strength. Weights are written as p u with p its inverse root:
-    then u has curvature near 1 in all directions, and L-BFGS needs a few dozen steps where it took hundreds.
+    At zero weights the Hessian is a multiple of x'x/E + K l2. With p its inverse square root, weights = p u, so that u
+    has curvature near 1 in all directions. L-BFGS on u takes a few dozen steps instead of hundreds.
     """
     E, D = x_ED.shape
     gram_DD = jnp.dot(x_ED.T, x_ED, precision="highest") / E
     values_D, vectors_DD = jnp.linalg.eigh(gram_DD)
     onehot_EK = jax.nn.one_hot(labels_E, K, dtype=x_ED.dtype)
 
-    def solve(strength: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale_D = jax.lax.rsqrt((jnp.maximum(values_D, 0) + K * strength) / K)
+    def solve(l2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale_D = jax.lax.rsqrt((jnp.maximum(values_D, 0) + K * l2) / K)
 
         def weights(u_DK: jax.Array) -> jax.Array:
             return vectors_DD @ (scale_D[:, None] * u_DK)
 
         def loss(at: dict[str, jax.Array]) -> jax.Array:
             w_DK = weights(at["u"])
-            logits_EK = x_ED @ w_DK + at["biases"] * math.sqrt(K)
+            logits_EK = x_ED @ w_DK + at["biases"] * math.sqrt(K)  # the curvature of a bias is 1 / K
             entropy = (jax.nn.logsumexp(logits_EK, axis=1) - (logits_EK * onehot_EK).sum(1)).mean()
-            return entropy + 0.5 * strength * jnp.square(w_DK).sum()
+            return entropy + 0.5 * l2 * jnp.square(w_DK).sum()
 
-        at = _minimise(loss, {"u": jnp.zeros((D, K), x_ED.dtype), "biases": jnp.zeros(K, x_ED.dtype)}, tolerance)
+        at = _minimize(loss, {"u": jnp.zeros((D, K), x_ED.dtype), "biases": jnp.zeros(K, x_ED.dtype)}, tolerance)
         return weights(at["u"]), at["biases"] * math.sqrt(K)
 
-    return jax.vmap(solve)(strengths_R)
+    return jax.vmap(solve)(l2_R)
 
 
-def _minimise(loss, start, tolerance):
-    """The minimum of a convex function by L-BFGS, to a gradient of `tolerance` times the first one.
+def _minimize(loss, start, tolerance):
+    """Minimizes a convex function by L-BFGS, until the gradient's norm is `tolerance` times its first value.
 
-    It also ends where the value has fallen by less than a share of STALL in the last PATIENCE steps: near the minimum
-    float32 sees no difference any more, and line searches only cost.
+    It also stops after PATIENCE steps in which the value fell by less than a fraction STALL: near the minimum, float32
+    shows no difference any more, and each line search is wasted.
     """
     solver = optax.lbfgs(memory_size=MEMORY)
     value_and_grad = optax.value_and_grad_from_state(loss)
     first = optax.tree.norm(jax.grad(loss)(start))
 
-    def going(carry):
+    def unfinished(carry):
         _, state, index, _, since = carry
         gradient = optax.tree.norm(optax.tree.get(state, "grad"))
         return (index == 0) | (index < STEPS) & (gradient > tolerance * first) & (index - since <= PATIENCE)
@@ -121,20 +122,21 @@ def _minimise(loss, start, tolerance):
         return (optax.apply_updates(at, updates), state, index + 1, jnp.where(fell, value, mark),
                 jnp.where(fell, index, since))
 
-    return jax.lax.while_loop(going, step, (start, solver.init(start), 0, jnp.inf, 0))[0]
+    return jax.lax.while_loop(unfinished, step, (start, solver.init(start), 0, jnp.inf, 0))[0]
 
 
 def fit_sgd(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, rates_R: Sequence[float],
             batches: Iterable[np.ndarray], steps: int) -> list[Probe]:
-    """One probe per learning rate by SGD with momentum 0.9 and a cosine to 0 (paper, Section 3.4), on the same batches.
+    """Fits one probe per learning rate by SGD with momentum 0.9 and a cosine schedule to 0 (paper, Section 3.4).
 
-    For sets of ImageNet's size: `features_ED` may be a mapped file, of which each step reads a batch. No penalty.
+    All learning rates see the same batches, and there is no penalty. It is meant for datasets of ImageNet's size:
+    `features_ED` may be a memory-mapped file, of which each step reads one batch.
 
     Args:
-      features_ED, labels_E, classes: as in `fit`; the mean and deviation are those of at most 50,000 examples.
+      features_ED, labels_E, classes: as in `fit`; mean and deviation are those of at most 50,000 examples.
       rates_R: initial learning rates.
       batches: ids of the examples of each step.
-      steps: their number.
+      steps: number of batches.
     """
     sample = np.linspace(0, len(features_ED) - 1, min(len(features_ED), 50_000)).astype(int)
     mean_D, deviation_D = _standards(features_ED[sample])
@@ -155,14 +157,14 @@ def fit_sgd(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, rates_R
 
     velocity = jax.tree.map(jnp.zeros_like, params)
     for index, ids in enumerate(batches):
-        ids = np.sort(ids)  # mapped files read forwards
+        ids = np.sort(ids)  # a mapped file is read faster in order
         x_ED = ((features_ED[ids] - mean_D) / deviation_D).astype(np.float32)
         params, velocity = step(params, velocity, jnp.float32(index), x_ED, labels_E[ids].astype(np.int32))
     return _probes(mean_D, deviation_D, params["weights"], params["biases"])
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy of `correct` (a share) over `total` examples (Wilson 1927)."""
+    """The 95 % confidence interval of an accuracy `correct` (a fraction) over `total` examples (Wilson 1927)."""
     z = 1.959964
     middle = correct + z * z / (2 * total)
     spread = z * math.sqrt(correct * (1 - correct) / total + (z / (2 * total)) ** 2)

@@ -1,4 +1,4 @@
-"""Which pixels a model did not expect: nats of each pixel given those before it, by picture, by place and by class.
+"""Per-pixel loss maps: nats of each pixel given those before it, by picture, by position and by class.
 
 B batch, E examples, N pictures, T tokens.
 """
@@ -21,28 +21,33 @@ from igpt_jax.model.image_gpt import Model
 
 @dataclasses.dataclass(frozen=True)
 class LossMaps:
-    """Nats of a split.
+    """Per-pixel loss over a split, in nats.
 
     Attributes:
-      by_place_T: mean over all examples, float64.
-      by_class: {label: (mean nats per pixel, examples)}; empty where the split has no labels.
-      shown_NT: of the first examples, float32.
+      by_position_T: mean over all examples, float64.
+      by_class: {label: (mean nats per pixel, number of examples)}; empty if the split has no labels.
+      shown_NT: maps of the first N examples, float32.
     """
-    by_place_T: np.ndarray
+    by_position_T: np.ndarray
     by_class: Mapping[int, tuple[float, int]]
     shown_NT: np.ndarray
 
 
 def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, batch_size: int, table: np.ndarray,
             shown: int) -> LossMaps:
-    """The surprise of a whole split, one batch in memory at a time; arguments as of `evaluation.over_split`.
+    """Computes the loss maps of a whole split, with one batch in memory at a time.
+
+    Args:
+      model: autoregressive.
+      params, split, mesh, batch_size, table: those of `exact_loss.over_split`.
+      shown: number of examples whose maps are kept.
 
     Raises:
-      UserError: the model is masked: it does not go from pixel to pixel.
+      UserError: the model is masked, so that it has no loss per pixel given those before it.
     """
     if not model.causal:
         raise UserError(f"loss_maps={shown}: only an autoregressive model predicts each pixel from those before it. "
-                        "Leave loss_maps=0.")
+                        "Set loss_maps=0.")
 
     def pixel_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> jax.Array:
         return objectives.nats_per_token(model.logits(params, tokens_BT), tokens_BT)
@@ -56,7 +61,7 @@ def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, bat
         first.append(nats_BT[:max(0, shown - at)])
         at += len(nats_BT)
     by_class = {}
-    if not isinstance(split, TokenFile) and split.labelled:
+    if not isinstance(split, TokenFile) and split.labeled:
         labels_E = split.labels(np.arange(split.count))
         for label in np.unique(labels_E):
             of_class_E = by_example_E[labels_E == label]

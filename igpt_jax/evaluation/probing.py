@@ -1,6 +1,7 @@
-"""Probing models on a labelled store: features of every layer, and how a row of the table is made (paper, Section 2.4).
+"""Probes every layer of a model on a labeled store, and chooses layer and penalty (paper, Section 2.4).
 
-E examples, P places in the stream (L + 1), D features, M masks of an example (1 but of masked models), K classes.
+E examples, P layers (0 is the embedding, L the last block's output), D features, M masks of an example (1 unless the
+model is masked), K classes.
 """
 
 import dataclasses
@@ -28,29 +29,29 @@ CHOOSING = 1e-4  # tolerance of the solver where only held-out accuracies are co
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Features and labels of the three splits, in the order train, held-out, test; features of the test split are
-    [E, M, D], under each mask."""
+class Labeled:
+    """Features and labels of three splits: train, held-out, test. Test features are [E, M, D], one under each mask."""
     features_ED: Sequence[np.ndarray]
     labels_E: Sequence[np.ndarray]
 
-    def __getitem__(self, rows: np.ndarray) -> "Labelled":
-        """With these rows of the training examples only."""
-        return Labelled([self.features_ED[0][rows], *self.features_ED[1:]],
+    def __getitem__(self, rows: np.ndarray) -> "Labeled":
+        """The same, with only these rows of the training split."""
+        return Labeled([self.features_ED[0][rows], *self.features_ED[1:]],
                         [self.labels_E[0][rows], *self.labels_E[1:]])
 
 
 class Prober:
-    """Probes models on the train, held-out and test splits of one labelled store: fit on train, choose on held-out, fit
-    on both, count on test.
+    """Probes models on the train, held-out and test splits of one labeled store.
+
+    Probes are fit on train. The penalty is chosen by held-out accuracy, fit again on both, and measured on test.
 
     Args:
-      config: how.
-      record: of the checkpoint; its store is the default, its image size and palette are the model's.
-      labels_per_class: as many of each class there must be to train on.
+      config: solver, penalties, layers and data.
+      record: metadata of the checkpoint; its store is the default, its image size and palette are the model's.
+      labels_per_class: required number of training examples of each class.
 
     Raises:
-      UserError: the store does not fit the checkpoint, has no labels, or too few of a class.
+      UserError: the store does not match the checkpoint, has no labels, or too few of a class.
     """
 
     def __init__(self, config: ProbingConfig, record: Metadata, labels_per_class: int = 1):
@@ -69,7 +70,7 @@ class Prober:
 
     @property
     def test_count(self) -> int:
-        """Examples that the accuracies count."""
+        """Number of examples that accuracies are measured on."""
         return self.splits[2].count
 
     def _check_labels_per_class(self, wanted: int) -> None:
@@ -80,14 +81,14 @@ class Prober:
                             f"in split {self.splits[0].name!r}. Ask for fewer.")
 
     def layers_of(self, model: Model) -> tuple[int, ...]:
-        """The places in the stream to probe. Raises UserError where the model has no such place."""
+        """The layers to probe. Raises UserError if the model has no such layer."""
         layers = self.config.layers or tuple(range(model.dims.L + 1))
         if not all(0 <= layer <= model.dims.L for layer in layers):
-            raise UserError(f"layers={self.config.layers}: the model has places 0 (the embedding) to {model.dims.L}.")
+            raise UserError(f"layers={self.config.layers}: choose among 0 (the embedding) to {model.dims.L}.")
         return layers
 
     def features(self, model: Model, params: Any, mesh: Mesh, batch_size: int, what: str) -> list[np.ndarray]:
-        """Features float32 of the three splits, at the places `layers_of(model)`: [E, P, D], of test [E, M, P, D]."""
+        """Features, float32, of the three splits at `layers_of(model)`: [E, P, D], and [E, M, P, D] of test."""
         layers = self.layers_of(model)
 
         def of_split(split: Split, masks: int) -> np.ndarray:
@@ -106,29 +107,29 @@ class Prober:
         train, held_out, test = self.splits
         return [of_split(train, 1)[:, 0], of_split(held_out, 1)[:, 0], of_split(test, exact_loss.VOTES)]
 
-    def pixels(self) -> Labelled:
+    def pixels(self) -> Labeled:
         """The raw pixels of the three splits as features."""
         train, held_out, test = (split.read(np.arange(split.count)).reshape(split.count, -1).astype(np.float32)
                                  for split in self.splits)
-        return Labelled([train, held_out, test[:, None]], self.labels)
+        return Labeled([train, held_out, test[:, None]], self.labels)
 
     def by_layer(self, features_EPD: Sequence[np.ndarray], layers: Sequence[int], what: str
                  ) -> tuple[list[dict[str, Any]], int, linear_probe.Probe]:
-        """A row per layer, the index of the best by held-out accuracy, and that one's probe."""
+        """Probes each layer. Returns a row per layer, the index of the best by held-out accuracy, and its probe."""
         probes, rows = [], []
         for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None)):
-            probe, figures = self.fit(Labelled([each[..., index, :] for each in features_EPD], self.labels))
+            probe, figures = self.fit(Labeled([each[..., index, :] for each in features_EPD], self.labels))
             probes.append(probe)
             rows.append({"features": f"{what} {layer}", "layer": layer, **figures})
         best = max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
         return rows, best, probes[best]
 
-    def row(self, data: Labelled) -> dict[str, Any]:
-        """The figures of one probe."""
+    def row(self, data: Labeled) -> dict[str, Any]:
+        """Fits one probe and returns its figures."""
         return self.fit(data)[1]
 
-    def fit(self, data: Labelled) -> tuple[linear_probe.Probe, dict[str, Any]]:
-        """The probe that the test examples are counted with, and its figures."""
+    def fit(self, data: Labeled) -> tuple[linear_probe.Probe, dict[str, Any]]:
+        """Chooses a penalty, fits the final probe, and returns it with its figures."""
         options = self.config.l2 if self.config.solver == "lbfgs" else self.config.rates
         probes = self._fit(data.features_ED[0], data.labels_E[0], options, tolerance=CHOOSING)
         held_out = [probe.accuracy(data.features_ED[1], data.labels_E[1]) for probe in probes]
@@ -139,8 +140,8 @@ class Prober:
         return probe, {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
                        "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
 
-    def few_labels(self, data: Labelled, count: int, draws: int) -> dict[str, Any]:
-        """`count` labels of each class, drawn several times: fit on those, choose on held-out, count on test."""
+    def few_labels(self, data: Labeled, count: int, draws: int) -> dict[str, Any]:
+        """Probes on `count` labels of each class, drawn `draws` times. Returns mean and deviation of test accuracy."""
         accuracies = []
         for draw in range(draws):
             random = np.random.default_rng([self.config.seed, count, draw])
@@ -153,7 +154,7 @@ class Prober:
         return {"solver": "lbfgs", "test_accuracy": float(np.mean(accuracies)),
                 "deviation": float(np.std(accuracies, ddof=1)) if draws > 1 else None, "draws": accuracies}
 
-    def _test_accuracy(self, probe: linear_probe.Probe, data: Labelled) -> float:
+    def _test_accuracy(self, probe: linear_probe.Probe, data: Labeled) -> float:
         classes_E = exact_loss.majority(probe.predict(data.features_ED[2]), self.classes, self.config.seed)
         return float((classes_E == data.labels_E[2]).mean())
 
@@ -169,7 +170,7 @@ class Prober:
 
 
 def save_probe(file: storage.Path, probe: linear_probe.Probe, layer: int, kind: str) -> None:
-    """Writes a probe of the features `kind` at place `layer` as .npz."""
+    """Writes a probe of the features `kind` at `layer` as .npz."""
     data = io.BytesIO()
     arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(probe).items()}
     np.savez(data, layer=layer, kind=kind, **arrays)
@@ -177,11 +178,11 @@ def save_probe(file: storage.Path, probe: linear_probe.Probe, layer: int, kind: 
 
 
 def load_probe(workdir: str) -> tuple[linear_probe.Probe, int, str]:
-    """The probe, place and kind of features that a probe job has saved. Raises UserError where there is none."""
+    """The probe, layer and kind of features saved by a probe job. Raises UserError if there is none."""
     file = storage.path(workdir) / PROBE
     try:
         with np.load(io.BytesIO(storage.read(file))) as given:
             names = [field.name for field in dataclasses.fields(linear_probe.Probe)]
             return linear_probe.Probe(*(given[name] for name in names)), int(given["layer"]), str(given["kind"])
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is not a probe that the probe job has written: {error}") from None
+        raise UserError(f"{file} is not a probe written by the probe job: {error}. Give a workdir of probe.") from None

@@ -13,10 +13,10 @@ from igpt_jax.model.image_gpt import Model
 
 
 def make_eval_step(model: Model, views: int = 1, seed: int = 0) -> Callable:
-    """(params, tokens_BT, ids_B) -> of each image `nats_per_pixel` [B] and, with a class head, `classes` [B, M].
+    """Makes a step (params, tokens_BT, ids_B) -> `nats_per_pixel` [B] and, with a class head, `classes` [B, M].
 
-    A model whose objective corrupts pictures sees `views` views of each, which follow from the image's id (paper,
-    Section 4.6): the loss is that of the first, the predicted class is returned for each. Others see it once, M = 1.
+    A model whose objective hides pixels sees M = `views` views of each image, drawn from the image's id (paper, Section
+    4.6). The loss is that of the first view, and the predicted class is returned for each. Other models have M = 1.
     """
     def eval_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> dict[str, jax.Array]:
         def look(view: objectives.View) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Does a run fit devices that are not here, and how fast will it be? Compiles the very training step for them.
+"""Plans a run on devices that are not attached: compiles its training step for them and reads the result.
 
-Every figure has one of five kinds of evidence (`evidence.Evidence`), which is printed beside it.
+Every figure is printed with its kind of evidence (`evidence.Evidence`).
 """

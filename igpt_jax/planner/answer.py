@@ -1,4 +1,4 @@
-"""The answer to a plan: figures from a verdict, each with its evidence, as JSON and as a table."""
+"""The result of a plan: figures from a verdict, each with its evidence, as JSON and as a table."""
 
 import dataclasses
 import math
@@ -21,11 +21,11 @@ EXACT, COMPILER, ESTIMATE = Evidence.EXACT, Evidence.COMPILER, Evidence.ESTIMATE
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What `config` means on `target`. `forecast`, `schedule` and `mfu` only where the step compiled.
+    """What `config` costs on `target`. `forecast`, `schedule` and `mfu` are None unless the step compiled.
 
     Attributes:
-      usable_bytes: of a device's memory.
-      model_flops: of one step over all devices: of causal attention half, nothing computed twice.
+      usable_bytes: memory of one device that a program can use.
+      model_flops: FLOPs of one step over all devices, without recomputation and with half of causal attention.
     """
     config: PlanConfig
     target: Target
@@ -37,14 +37,14 @@ class Answer:
 
     @property
     def fits(self) -> bool | None:
-        """None where the compiler failed on something else."""
+        """Whether the step fits in memory; None if the compiler failed for another reason."""
         if self.verdict.status == "failed":
             return None
         return self.verdict.status == "compiled" and self.verdict.required_bytes <= self.usable_bytes
 
     @property
     def attention(self) -> str:
-        """What of it counts as model FLOPs."""
+        """The share of attention that counts as model FLOPs."""
         return "causal half" if objective_of(self.config).causal else "all of attention"
 
     @property
@@ -57,13 +57,13 @@ class Answer:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """For result.json."""
+        """Figures for result.json."""
         return {"parameters": self.verdict.parameters, "fits": self.fits,
                 "bytes_per_device": self.verdict.required_bytes, "hbm_bytes": self.usable_bytes,
                 "step_seconds": self.forecast and self.forecast.step_seconds, "mfu": self.mfu}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for plan.json; `evidence` has each figure's kind."""
+        """All figures, for plan.json; `table` has each figure with its evidence."""
         rows = {name: {"value": value, "evidence": str(evidence)} for name, value, evidence in self.rows()}
         optional = {name: part and dataclasses.asdict(part) for name, part in
                     (("forecast", self.forecast), ("schedule", self.schedule))}
@@ -71,7 +71,7 @@ class Answer:
                 "verdict": dataclasses.asdict(self.verdict)}
 
     def rows(self) -> list[tuple[str, str, Evidence | str]]:
-        """The table: what, figure, evidence."""
+        """The table's rows: name, figure, evidence."""
         v, config = self.verdict, self.config
         mesh = " x ".join(f"{axis}={size}" for axis, size in v.mesh.items() if size > 1) or "one device"
         rows = [("what", f"{config.step} step of {config.model.name}, {v.parameters:,} parameters, {config.image_size}x"
@@ -89,20 +89,20 @@ class Answer:
         if self.model_flops:
             again = v.flops / self.model_flops - 1
             rows += [("model FLOPs per step", f"{self.model_flops:.4g} ({self.attention})", EXACT),
-                     ("executed FLOPs per step", f"{v.flops:.4g} ({again:+.0%}: remat, and attention's own)", EXACT)]
+                     ("executed FLOPs per step", f"{v.flops:.4g} ({again:+.0%}: remat and attention kernels)", EXACT)]
         rows += [("memory traffic per device and step", _gib(v.memory_bytes), ESTIMATE)]
         rows += [(f"sent per device and step over {axes}", _gib(size), ESTIMATE)
                  for axes, size in sorted(v.collective_bytes.items()) if size >= 2**20]
         rows += self._time_rows()
         if v.unknown_loops:
-            rows.append(("note", f"{v.unknown_loops} loops of unknown length counted once", ESTIMATE))
+            rows.append(("note", f"{v.unknown_loops} loops of unknown length, counted as one iteration each", ESTIMATE))
         return rows
 
     def _fit(self) -> str:
         v = self.verdict
         used, room = v.required_bytes, self.usable_bytes
         if v.status != "compiled" and not used:
-            return f"{'not known' if self.fits is None else 'no'}: {v.message}"
+            return f"{'unknown' if self.fits is None else 'no'}: {v.message}"
         if self.fits:
             return f"yes: {_gib(used)} of {_gib(room)} per device, {1 - used / room:.0%} free"
         return f"no: {_gib(used)} of {_gib(room)} per device, {_gib(used - room)} too much"
@@ -112,7 +112,7 @@ class Answer:
             return []
         f, evidence = self.forecast, self.forecast.evidence
         rows = [("at peak", f"compute {f.compute_seconds:.3g} s, memory {f.memory_seconds:.3g} s; network "
-                            f"{f.exposed_seconds:.3g} s waited for, {f.overlapped_seconds:.3g} s beside", ESTIMATE),
+                            f"{f.exposed_seconds:.3g} s exposed, {f.overlapped_seconds:.3g} s overlapped", ESTIMATE),
                 ("step time", f"{f.step_seconds:.3g} s ({f.bound_seconds / f.step_seconds:.0%} of the bound's speed)",
                  evidence)]
         if self.config.step == "train":
@@ -131,12 +131,12 @@ class Answer:
 
 
 def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, evidence: Evidence) -> Answer:
-    """Puts the figures together; `share` and `evidence` as `roofline.forecast` takes them."""
+    """Computes every figure of a plan; `share` and `evidence` are those of `roofline.forecast`."""
     d = Dims.of(config.model, config.palette_size, config.image_size)
     flops = config.batch_size * train_flops_per_image(d.L, d.D, d.F, d.V, d.T, objective_of(config).causal)
     flops = flops if config.step == "train" else 0.0
     usable = target.chip.usable_bytes
-    if target.platform == "cpu":  # they share the machine's memory
+    if target.platform == "cpu":  # CPU devices share the machine's memory
         usable = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // target.devices
     plain = Answer(config, target, verdict, usable, flops)
     if verdict.status != "compiled":
@@ -148,7 +148,7 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, e
 
 
 def table(rows: list[tuple[str, str, Any]]) -> str:
-    """Aligned text."""
+    """Formats rows as aligned text."""
     widths = [max(len(str(row[column])) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {evidence}".rstrip() for name, value, evidence in rows)
 

@@ -1,7 +1,7 @@
-"""One step, the very one of the job, compiled for a topology: what the compiler says of it, as a verdict.
+"""Compiles a job's own step for a topology, and returns the compiler's figures as a verdict.
 
-`python -m igpt_jax.planner.compilation FILE` does so in a process of its own, which a vendor's compiler may bring down:
-the request comes as JSON on stdin, the verdict goes to FILE.
+`python -m igpt_jax.planner.compilation FILE` reads a config as JSON on stdin and writes the verdict to FILE. `verdicts`
+runs it in a process of its own, because a vendor's compiler may crash.
 """
 
 import contextlib
@@ -37,22 +37,22 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What compiling one step gave. Bytes are of one device.
+    """The result of compiling one step. Bytes are of one device.
 
     Attributes:
       status: 'compiled', 'out_of_memory' (the compiler refused), 'refused' (the config cannot run there) or 'failed'.
       message: of the refusal or failure.
-      required_bytes: what the step takes: arguments, temporaries, outputs that reuse no argument, and code. Where the
-        compiler refused, what it asked for; 0 where it did not say.
+      required_bytes: memory of the step: arguments, temporaries, outputs that reuse no argument, and code. If the
+        compiler ran out of memory, what it asked for, or 0 if it did not say.
       params_bytes, moments_bytes, batch_bytes: of the arguments.
       checkpoint_bytes: of the whole training state, over all devices together.
-      gradients_bytes: of a whole set of gradients, as split as the parameters; they are among the temporaries.
-      temporaries_bytes: activations, gradients and all else that lives during the step.
-      flops: matrix products in the step as written, remat's recomputation included, over all devices.
+      gradients_bytes: of one set of gradients, sharded like the parameters; part of `temporaries_bytes`.
+      temporaries_bytes: activations, gradients and all else that lives only during the step.
+      flops: of matrix products over all devices, including remat's recomputation.
       memory_bytes: read from and written to memory.
-      collective_bytes: sent, by mesh axes.
-      collectives: how many run, by kind.
-      unknown_loops: loops whose length the compiled text does not tell.
+      collective_bytes: sent to other devices, by mesh axes.
+      collectives: number of collectives that run, by kind.
+      unknown_loops: number of loops whose length the compiled text does not show.
     """
     status: str
     message: str = ""
@@ -80,7 +80,7 @@ def compile_step(config: PlanConfig) -> Verdict:
     """Compiles `config.step` for `config.topology` in this process.
 
     Raises:
-      UserError: topology, mesh, batch and model do not go together, or a vendor's compiler is missing.
+      UserError: topology, mesh, batch and model do not fit together, or a vendor's compiler is missing.
     """
     target = topology.parse(config.topology)
     mesh = sharding.make_mesh(config.mesh, targets.devices_for(target))
@@ -105,7 +105,8 @@ def compile_step(config: PlanConfig) -> Verdict:
     seconds = time.perf_counter() - start
     memory, moved = compiled.memory_analysis(), program.traffic(text, dict(mesh.shape))
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    code = memory.generated_code_size_in_bytes if target.platform == "tpu" else 0  # elsewhere in the host's memory
+    # Only TPUs hold the program in device memory.
+    code = memory.generated_code_size_in_bytes if target.platform == "tpu" else 0
     required = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs + code
     return Verdict("compiled", required_bytes=required, temporaries_bytes=memory.temp_size_in_bytes,
                    memory_bytes=moved.memory_bytes, collective_bytes=moved.collective_bytes,
@@ -113,7 +114,7 @@ def compile_step(config: PlanConfig) -> Verdict:
 
 
 def compile_with_text(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
-    """The program, and its text after XLA's optimizations: of TPUs from a dump, as `as_text` fails on some."""
+    """Compiles a program. Returns it and its optimized text, for TPUs from a dump, since `as_text` fails on some."""
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
         compiled = lowered.compile(dump)
@@ -121,14 +122,14 @@ def compile_with_text(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.s
 
 
 def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], Model]:
-    """The job's own jitted step, its arguments as shapes with shardings, and the model."""
+    """The job's own jitted step, its arguments as shapes with shardings, and the model. Allocates nothing."""
     sharding.check_batch(config.batch_size, mesh, config.accumulate if config.step == "train" else 1)
     model = Model.of(config, config.palette_size, config.image_size, mesh)
     if config.step == "sample" and not model.causal:
         raise UserError("step=sample: only an autoregressive model can be sampled from. Set objective=autoregressive.")
 
-    def array(shape: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    def array(shape: tuple[int, ...], dtype: Any, sharded: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
 
     by_image, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     tokens_BT = array((config.batch_size, model.dims.T), jnp.int32, by_image)
@@ -161,19 +162,20 @@ def _shard_bytes(tree: Any) -> int:
 
 
 def _dumped(folder: str) -> str:
-    """The step's module among those that the compiler wrote: the largest."""
+    """The text of the step's module, the largest of those in a dump."""
     files = glob.glob(os.path.join(glob.escape(folder), "*.after_optimizations.txt"))
     with open(max(files, key=os.path.getsize), encoding="utf-8") as file:
         return file.read()
 
 
 def _compile_error(message: str, known: dict[str, Any]) -> Verdict:
+    """A verdict from the compiler's error message, with the memory that it asked for."""
     line = " ".join(message.split())[:500]
     if "RESOURCE_EXHAUSTED" not in message:
         return Verdict("failed", line, **known)
     asked = re.search(r"(?:[Uu]sed |required[\w ]*\()([\d.]+)([KMGT])", message)
     required = int(float(asked[1]) * UNITS[asked[2]]) if asked else 0
-    if "for HLO temporaries" in message:
+    if "for HLO temporaries" in message:  # the arguments come on top
         required += sum(known.get(f"{name}_bytes", 0) for name in ("params", "moments", "batch"))
     return Verdict("out_of_memory", line, required_bytes=required, **known)
 

@@ -1,7 +1,7 @@
-"""What a training step takes, by formula: no compiler, microseconds, within some tens of per cent.
+"""Estimates memory, FLOPs and traffic of a training step by formula, without a compiler.
 
-The search looks through thousands of settings with it, and only the best are compiled. Letters as in `model.py`; b
-images and t tokens of a sequence that a device works on at once.
+It takes microseconds and is off by some tens of per cent. The search ranks thousands of settings with it and compiles
+only the best. Letters are those of `model/dims.py`; b images and t tokens are one device's share of a microbatch.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ SECOND_MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "factored": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one device, but for `flops`, of all together."""
+    """Cost of a step: bytes of one device, FLOPs of all devices together."""
     required_bytes: float
     flops: float
     memory_bytes: float
@@ -25,47 +25,50 @@ class Estimate:
 
 
 def estimate(config: PlanConfig) -> Estimate:
-    """The training step of a config whose mesh is resolved (no -1)."""
+    """Estimates the training step of a config whose mesh is resolved (no -1)."""
     d, mesh = Dims.of(config.model, config.palette_size, config.image_size), config.mesh
-    parts, remat, plain = config.accumulate, config.model.remat, config.model.attention == "reference"
+    microbatches, remat, plain = config.accumulate, config.model.remat, config.model.attention == "reference"
     shards = mesh.fsdp * mesh.context  # of a parameter's dim D
-    b, t = config.batch_size / (mesh.data * mesh.fsdp * parts), d.T / mesh.context
+    b, t = config.batch_size / (mesh.data * mesh.fsdp * microbatches), d.T / mesh.context
     D, F = d.D, d.F
     blocks, tables = d.L * (4 * D * D + 2 * D * F), (2 * d.V + d.T) * D
-    own = (blocks / mesh.tensor + tables) / shards  # parameters that a device keeps
+    own = (blocks / mesh.tensor + tables) / shards  # parameters stored on one device
 
-    # Memory.
+    # Memory. Accumulation holds a sum of gradients and those of the current microbatch. The peak is in the backward
+    # pass of one block or at the logits, whichever needs more, with all saved activations still held.
     state = own * (2 * WHOLE + SECOND_MOMENT_BYTES[config.optimizer.second_moment])
-    gradients = own * WHOLE * (1 if parts == 1 else 2)
-    kept = {"full": D, "offload": D, "attention": D + D / mesh.tensor, "dots": 3 * D + (4 * D + F) / mesh.tensor,
-            "none": 8 * D + (8 * D + 3 * F) / mesh.tensor}[remat] * HALF  # of a token and layer
+    gradients = own * WHOLE * (1 if microbatches == 1 else 2)
+    saved_by_remat = {"full": D, "offload": D, "attention": D + D / mesh.tensor,
+                      "dots": 3 * D + (4 * D + F) / mesh.tensor, "none": 8 * D + (8 * D + 3 * F) / mesh.tensor}
+    saved_bytes = saved_by_remat[remat] * HALF  # of one token in one layer
     scores = 3 * WHOLE * b * d.N / mesh.tensor * t * d.T if plain else 0.0
     block = b * t * (12 * D + (8 * D + 4 * F) / mesh.tensor) * HALF + 4 * HALF * b * d.T * D / mesh.tensor + scores
     whole_weights = 3 * HALF * blocks / d.L / mesh.tensor + 2 * WHOLE * (d.V + d.T) * D
     logits = 3 * WHOLE * b * t * d.V
-    saved = d.L * (b * t * kept + (scores if remat == "none" else 0.0))
+    saved = d.L * (b * t * saved_bytes + (scores if remat == "none" else 0.0))
     required = state + gradients + saved + max(block, logits) + whole_weights
 
-    # FLOPs: forward, twice that backward, and what remat computes again. Flash attention computes its scores again.
+    # FLOPs: forward, twice that backward, and remat's recomputation. Flash attention also computes its scores again.
     products = 2 * blocks * config.batch_size * d.T
-    whole = plain or not objective_of(config).causal  # not its causal half
+    whole = plain or not objective_of(config).causal  # both halves of the scores are computed
     attention = 2 * d.L * config.batch_size * d.T**2 * D * (2 if whole else 1)
     head = 2 * d.V * D * config.batch_size * d.T
     again = {"full": products + attention, "offload": products, "attention": products + (attention if plain else 0),
              "dots": attention if plain else 0, "none": 0}[remat]
     flops = 3 * (products + attention + head) + again + (0 if plain else attention)
 
-    # Memory traffic: weights, activations and the optimizer's pass.
+    # Memory traffic: weights and activations of each pass (forward, backward twice, remat), and the optimizer.
     passes = 3 if remat in ("none", "dots") else 4
     activations = passes * d.L * b * t * (8 * D + (4 * D + 3 * F) / mesh.tensor) * HALF
-    moved = parts * (passes * HALF * blocks / mesh.tensor + activations + 3 * d.L * scores) + 8 * WHOLE * own
+    moved = microbatches * (passes * HALF * blocks / mesh.tensor + activations + 3 * d.L * scores) + 8 * WHOLE * own
 
-    # Collectives: weights gathered forward and backward, gradients scattered; what tensor and context exchange.
+    # Collectives: weights are gathered forward and backward, and gradients scattered. Tensor parallelism sums
+    # activations twice per layer and pass, and context parallelism gathers keys and values.
     sent = {
         "data": 2 * WHOLE * own * (mesh.data - 1) / mesh.data,
         "fsdp" if mesh.context == 1 else "fsdp+context":
-            3 * parts * HALF * blocks / mesh.tensor * (shards - 1) / shards + 3 * WHOLE * tables * (shards > 1),
-        "tensor": (2 * passes - 2) * parts * d.L * 2 * b * t * D * HALF * (mesh.tensor - 1) / mesh.tensor,
-        "context": (passes + 1) * parts * d.L * 2 * b * d.T * D / mesh.tensor * HALF
+            3 * microbatches * HALF * blocks / mesh.tensor * (shards - 1) / shards + 3 * WHOLE * tables * (shards > 1),
+        "tensor": (2 * passes - 2) * microbatches * d.L * 2 * b * t * D * HALF * (mesh.tensor - 1) / mesh.tensor,
+        "context": (passes + 1) * microbatches * d.L * 2 * b * d.T * D / mesh.tensor * HALF
                    * (mesh.context - 1) / mesh.context}
     return Estimate(required, flops, moved, {axes: size for axes, size in sent.items() if size})

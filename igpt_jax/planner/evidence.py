@@ -4,9 +4,9 @@ import enum
 
 
 class Evidence(enum.StrEnum):
-    """How a figure came about."""
+    """Where a figure comes from."""
     EXACT = "exact"  # from shapes and shardings
-    COMPILER = "compiler"  # the vendor's compiler says so of the very step
+    COMPILER = "compiler"  # reported by the vendor's compiler for this very step
     ESTIMATE = "estimate"  # read from the compiled text or a formula
-    UNCALIBRATED = "uncalibrated"  # a model that no real run has corrected
-    CALIBRATED = "calibrated"  # that model, corrected by real runs on this kind of device
+    UNCALIBRATED = "uncalibrated"  # the roofline at an assumed share of peak
+    CALIBRATED = "calibrated"  # the roofline, corrected by real runs on this kind of device

@@ -1,7 +1,7 @@
-"""FLOPs of a program, counted in its jaxpr.
+"""Counts the FLOPs of a program in its jaxpr.
 
-XLA's `cost_analysis` counts the body of a scan once and a kernel as nothing. Only matrix products count here, as
-everywhere in the field: 2 x the product of all dims.
+XLA's `cost_analysis` counts the body of a scan once, and a custom kernel as nothing. This counts matrix products alone,
+as is usual: 2 x the product of all dims, times the number of iterations.
 """
 
 import math
@@ -12,10 +12,10 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-# Matrix products of [T, S] x [H] (or their like) in each attention kernel. Forward: q k, and weights x v. The backward
-# kernels compute the scores again; splash computes them in both of its own.
+# Products of 2 T S H FLOPs in each attention kernel, by the start of its name. Forward: scores (q k), and weights x v.
+# The backward kernels compute the scores again, and splash does so in both of its kernels.
 KERNEL_PRODUCTS = {
-    "splash_mha_fwd": 2,  # its name goes on after this; so does that of the next ones
+    "splash_mha_fwd": 2,
     "splash_mha_dkv": 4,  # scores, dv, d weights, dk
     "splash_mha_dq": 3,  # scores, d weights, dq
     "dot_product_attention_fwd": 2,
@@ -24,18 +24,18 @@ KERNEL_PRODUCTS = {
 
 
 def count(jaxpr: Any, causal: bool = True) -> float:
-    """FLOPs of a closed jaxpr over all devices, with each kernel counted by its formula.
-
-    What nothing uses does not count: remat's backward pass names the forward kernels again, and XLA drops them too.
+    """Counts the FLOPs of a closed jaxpr over all devices, each kernel by its formula.
 
     Args:
-      jaxpr: of `jax.make_jaxpr`.
-      causal: attention kernels skip what the mask leaves empty, half of it. (Other code counts as it is written: the
-        plain reference computes all scores.)
+      jaxpr: from `jax.make_jaxpr`.
+      causal: whether attention kernels skip the masked half of the scores. Other code counts as written: the plain
+        reference computes all scores.
 
     Raises:
-      NotImplementedError: a kernel without formula.
+      NotImplementedError: a kernel has no formula.
     """
+    # Remat's backward pass repeats the forward kernels even where their results are saved. XLA drops what nothing uses,
+    # and so must the count.
     used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     return _count(used, causal)
 
@@ -56,12 +56,13 @@ def _of_equation(equation: Any, causal: bool) -> float:
     if name == "cond":
         return max(bodies)
     if name == "while" and any(bodies):
-        raise NotImplementedError("a while loop holds matrix products: its length is not known before it runs")
+        raise NotImplementedError("a while loop holds matrix products, and its length is unknown before it runs")
     times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}.get(name, lambda: 1)()
     return times * sum(bodies)
 
 
 def _bodies(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, jitted functions."""
     kinds = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
     return [value for value in jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, kinds))
             if isinstance(value, kinds)]
@@ -71,8 +72,8 @@ def _of_kernel(equation: Any, causal: bool) -> float:
     name = str(equation.params.get("name") or equation.primitive.name)
     products = next((n for prefix, n in KERNEL_PRODUCTS.items() if name.startswith(prefix)), None)
     if products is None:
-        raise NotImplementedError(f"no formula for the FLOPs of the kernel {name!r}")
-    # The first arrays of numbers are the queries and the keys; splash has tables of the mask before them.
+        raise NotImplementedError(f"no formula for the FLOPs of the kernel {name!r}. Add one to KERNEL_PRODUCTS.")
+    # The first floating-point arrays are the queries and the keys. Splash puts integer tables of its mask before them.
     arrays = [x.aval for x in equation.invars if x.aval.ndim >= 3 and jnp.issubdtype(x.aval.dtype, jnp.floating)]
     q, k = arrays[0].shape, arrays[1].shape
     if name.startswith("splash"):  # [..., N, T, H]

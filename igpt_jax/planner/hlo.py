@@ -1,4 +1,15 @@
-"""Parses a compiled program's text (HLO): computations, instructions, loop trip counts, sizes in bytes."""
+"""Parses the text of a compiled program (HLO): computations, instructions, loop trip counts, sizes in bytes.
+
+The text is the only place that has everything a plan needs. `memory_analysis` gives totals alone, and `cost_analysis`
+counts the body of a loop once: a scan over 48 layers is then off by a factor of 48. An instruction looks like this:
+
+    %gather.3 = f32[16,4]{1,0:S(1)} all-gather(%weights), channel_id=7, replica_groups=[2,2]<=[4]
+    name        type and layout     opcode     operands   attributes
+
+`S(n)` in a layout is a memory space. 0 (not printed) is the device's main memory; others are on the chip or the host.
+The format changes between versions of XLA. This parser therefore reads only what it needs, and returns None for a trip
+count that it does not recognize. `tests/test_plan_program.py` holds a module small enough to add up by hand.
+"""
 
 import dataclasses
 import math
@@ -10,6 +21,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "bf16": 16, "c64": 64, "c128": 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of a computation; `operands` are names, or the literal of a constant or number of a parameter."""
     name: str
     type: str
     opcode: str
@@ -17,21 +29,21 @@ class Instruction:
     attributes: str
 
     def called(self, kind: str) -> str | None:
-        """The computation named by an attribute such as `body`."""
+        """The computation that an attribute such as `body` names."""
         found = re.search(rf"\b{kind}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
     @property
     def base(self) -> str:
-        """The opcode without -start."""
+        """The opcode without -start: asynchronous instructions come as a pair of X-start and X-done."""
         return self.opcode.removesuffix("-start")
 
 
-Computation = dict[str, Instruction]  # in order; the root comes last
+Computation = dict[str, Instruction]  # in the order of the text, where the root comes last
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """Computations by name; the one that runs is ENTRY too."""
+    """Returns computations by name; the one that runs is also under "ENTRY"."""
     program: dict[str, Computation] = {}
     current: Computation = {}
     for line in text.splitlines():
@@ -40,6 +52,7 @@ def parse(text: str) -> dict[str, Computation]:
             if header[1]:
                 program["ENTRY"] = current
         elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
+            # The type of a tuple holds spaces and parentheses, so that a regular expression cannot end it.
             kind, rest = _split_type(line[found.end():])
             opcode, _, rest = rest.partition("(")
             operands, attributes = _split_parenthesis(rest)
@@ -49,6 +62,7 @@ def parse(text: str) -> dict[str, Computation]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
+    """The type at the start of `text`, a tuple's in parentheses, and the rest."""
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
         return kind, rest
@@ -57,7 +71,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _split_parenthesis(text: str) -> tuple[str, str]:
-    """What lies before and after the parenthesis that closes one opened just before `text`."""
+    """The text before and after the closing parenthesis of one that was opened just before `text`."""
     depth = 1
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1
@@ -68,7 +82,11 @@ def _split_parenthesis(text: str) -> tuple[str, str]:
 
 def executed(program: dict[str, Computation], computation: Computation, times: float
               ) -> Iterator[tuple[Computation, Instruction, float]]:
-    """Every instruction that runs, with its computation and how often; bodies of fusions are not gone into."""
+    """Yields every instruction that runs, with its computation and how many times it runs.
+
+    A loop of unknown length counts as one iteration, and of a conditional all branches run. The insides of a fusion are
+    not yielded: they run in registers and on-chip memory, and only the fusion's operands and result are traffic.
+    """
     for instruction in computation.values():
         yield computation, instruction, times
         if instruction.opcode == "while":
@@ -86,12 +104,16 @@ def executed(program: dict[str, Computation], computation: Computation, times: f
 
 
 def trip_count(program: dict[str, Computation], computation: Computation, loop: Instruction) -> int | None:
-    """How often a loop runs: stated, or from the bound that its counter, which starts at 0, is compared to."""
+    """The number of iterations of a `while`; None if the text does not show it.
+
+    Some compilers state it as an attribute. Otherwise it comes from the loop itself: a scan counts from 0 up to a
+    bound, by the step of its counter.
+    """
     if stated := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(stated[1])
     condition = program[loop.called("condition")]
     compared = list(condition.values())[-1]
-    # The comparison may stand alone in a fusion.
+    # The comparison may be wrapped in a fusion, whose operands are the same two.
     if compared.opcode != "fusion" and not (compared.opcode == "compare" and "direction=LT" in compared.attributes):
         return None
     operands = [condition[name] for name in compared.operands]
@@ -99,7 +121,9 @@ def trip_count(program: dict[str, Computation], computation: Computation, loop: 
                if operand.opcode == "get-tuple-element"]
     bounds = [_constant(operand) for operand in operands if operand.opcode == "constant"]
     counters = indices
-    if not bounds:  # the bound travels with the loop: see what it started as
+    if not bounds:
+        # The bound is an element of the loop's state rather than a constant of its condition. Which of the two compared
+        # elements it is shows in their initial values: a bound starts positive, a counter at 0.
         start = computation[loop.operands[0]]
         if start.opcode != "tuple":
             return None
@@ -112,7 +136,7 @@ def trip_count(program: dict[str, Computation], computation: Computation, loop: 
 
 
 def _step(body: Computation, counter: int) -> int:
-    """By how much a loop's counter grows on each turn: two turns in one, where XLA has unrolled it."""
+    """How much a loop's counter grows per iteration: 2 if XLA has unrolled the loop twice."""
     root = list(body.values())[-1]
     grown = _source(body, root.operands[counter]) if root.opcode == "tuple" else root
     added = [_source(body, name) for name in grown.operands] if grown.opcode == "add" else []
@@ -121,23 +145,25 @@ def _step(body: Computation, counter: int) -> int:
 
 
 def _source(computation: Computation, name: str) -> Instruction:
+    """The instruction that computes `name`, behind copies and bitcasts."""
     while computation[name].opcode in ("copy", "bitcast") and computation[name].operands[0] in computation:
         name = computation[name].operands[0]
     return computation[name]
 
 
 def _constant(instruction: Instruction) -> int | None:
+    """A constant's value, if it is a non-negative integer."""
     return int(instruction.operands[0]) if re.fullmatch(r"\d+", instruction.operands[0]) else None
 
 
 # Memory.
 
 def bytes_of(kind: str, memory_only: bool = False) -> float:
-    """Bytes of a type, a tuple's elements together; with `memory_only` those that lie in the device's main memory."""
+    """Bytes of a type, summed over a tuple's elements; with `memory_only` without those outside main memory."""
     total = 0.0
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", kind):
         if memory_only and re.search(r"S\([1-9]\d*\)", layout):
             continue
-        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["32"])[0])
+        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["32"])[0])  # f32, s8, u16: bits are in the name
         total += math.prod(map(int, filter(None, dims.split(",")))) * bits / 8
     return total

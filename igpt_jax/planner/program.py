@@ -1,8 +1,12 @@
-"""What a compiled program moves, read in its text: bytes to and from memory, and between devices by mesh axis.
+"""Counts the bytes that a compiled program moves: to and from memory, and between devices by mesh axis.
 
-XLA's own `cost_analysis` counts the body of a loop once, whatever its length. The text names every loop's body and
-bound, so that each instruction here counts as often as it runs. What XLA keeps in on-chip memory (`S(1)` in a layout)
-is no traffic; a slice of a stack of weights counts as the slice.
+All is read from the program's text (`planner.hlo`), since XLA's `cost_analysis` counts the body of a loop once. The
+rules are:
+
+- An instruction counts once per iteration of the loops around it.
+- Arrays in on-chip memory (`S(1)` in a layout) are no traffic.
+- A slice of the stacked weights of all layers counts as the slice; an update in place counts as the update.
+- A collective that the compiler spreads over several fusions, to overlap it with other work, counts once.
 """
 
 import dataclasses
@@ -16,20 +20,20 @@ import numpy as np
 from igpt_jax.planner.hlo import Computation, Instruction, bytes_of, executed, parse, trip_count
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What moves nothing by itself: bookkeeping, or the end of what its start counts already.
+# Opcodes that move nothing themselves: bookkeeping, containers, or the second half of a pair whose first half counts.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
         "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "send", "recv"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device moves in one run of a program.
+    """Bytes that one device moves in one run of a program.
 
     Attributes:
       memory_bytes: read from and written to its memory.
       collective_bytes: sent to other devices, by the mesh axes that they differ along ('fsdp', 'data+fsdp').
-      collectives: how many run, by kind.
-      unknown_loops: loops whose length the text does not tell; their bodies count once.
+      collectives: number of collectives that run, by kind.
+      unknown_loops: number of loops of unknown length, which count as one iteration each.
     """
     memory_bytes: float
     collective_bytes: Mapping[str, float]
@@ -38,11 +42,11 @@ class Traffic:
 
 
 def traffic(text: str, mesh_shape: Mapping[str, int]) -> Traffic:
-    """Reads the text of a partitioned, optimized HLO module.
+    """Counts the traffic of a partitioned, optimized HLO module.
 
     Args:
       text: `compiled.as_text()`, or XLA's dump after optimizations.
-      mesh_shape: sizes of the mesh axes by name, in order; devices are numbered in this order.
+      mesh_shape: sizes of the mesh axes by name. Their order is that of the device numbers in the text.
     """
     program = parse(text)
     memory, sent, counts, unknown = 0.0, defaultdict(float), defaultdict(float), 0
@@ -60,11 +64,12 @@ class Send:
     """A collective that moves bytes between devices.
 
     Attributes:
-      computation, instruction: the one that runs it, perhaps a fusion, and where it stands.
+      computation, instruction: where it runs; the instruction may be a fusion around it.
       kind: its opcode without -start.
-      axes: mesh axes that its devices differ along, joined by +.
-      times: how often it runs; bytes: what a device sends in all of them.
-      spread: it overlaps with other work, over several fusions.
+      axes: mesh axes that its devices differ along, joined with +.
+      times: number of runs.
+      bytes: sent by one device in all runs.
+      spread: whether it is split over several fusions, to overlap with other work.
     """
     computation: Computation
     instruction: Instruction
@@ -76,11 +81,12 @@ class Send:
 
 
 def sends(program: dict[str, Computation], mesh_shape: Mapping[str, int]) -> Iterator[Send]:
-    """All that run, each once."""
+    """Yields each collective that runs, once."""
     chains = set()
     for computation, instruction, times in executed(program, program["ENTRY"], 1.0):
         for where, collective, kind in _collectives(program, computation, instruction):
-            # A collective that overlaps with other work is spread over several fusions, which name one chain.
+            # The TPU compiler overlaps a collective with other work by spreading it over several fusions. Each holds a
+            # copy of the instruction with the same chain and channel, so that only the first one counts.
             chain = re.search(r'chain_id="\d+"', collective.attributes)
             if chain:
                 link = chain[0], re.search(r"channel_id=\d+", collective.attributes)[0]
@@ -97,7 +103,7 @@ def sends(program: dict[str, Computation], mesh_shape: Mapping[str, int]) -> Ite
 
 def _collectives(program: dict[str, Computation], computation: Computation, instruction: Instruction
                  ) -> Iterator[tuple[Computation, Instruction, str]]:
-    """The collective that an instruction is, or those in a fusion: with the computation around it, and its kind."""
+    """Yields the collective that an instruction is, or those inside a fusion: computation, collective, kind."""
     between_slices = instruction.opcode == "send" and "_xla_megascale" in instruction.attributes
     if instruction.base in COLLECTIVES or between_slices:
         yield computation, instruction, instruction.base
@@ -105,21 +111,27 @@ def _collectives(program: dict[str, Computation], computation: Computation, inst
         inside = program[instruction.called("calls")]
         sliced = any(each.opcode == "dynamic-slice" for each in inside.values())
         for each in inside.values():
-            if each.base in COLLECTIVES:  # a TPU's reduce-scatter is a sum of which a device takes its slice
+            if each.base in COLLECTIVES:
+                # TPU programs have no reduce-scatter: a fusion sums over the devices and takes the device's slice.
                 yield inside, each, "reduce-scatter" if each.base == "all-reduce" and sliced else each.base
 
 
 def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
-    """The mesh axes that the devices of one group differ along, joined by +, and the size of a group."""
-    if "_xla_megascale" in attributes:  # between TPU slices, which lie along the first mesh axis that is split
+    """The mesh axes that the devices of one group differ along, joined with +, and the size of a group.
+
+    The text spells groups in four ways, tried in turn: pairs of a permutation, lists of devices, "[2,2]<=[4]T(1,0)"
+    (devices in order, reshaped and transposed), and names of mesh axes. Without any, all devices are one group.
+    """
+    if "_xla_megascale" in attributes:  # between TPU slices, which are split along the first mesh axis larger than 1
         return next((axis for axis, size in mesh_shape.items() if size > 1), ""), 2
     sizes = tuple(mesh_shape.values())
     devices = np.arange(math.prod(sizes))
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
         pairs = np.array([list(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
-        moved = pairs[pairs[:, 0] != pairs[:, 1]]
+        moved = pairs[pairs[:, 0] != pairs[:, 1]]  # a device may also send to itself
         differ = np.array(np.unravel_index(moved[:, 0], sizes)) != np.array(np.unravel_index(moved[:, 1], sizes))
         return _names(differ.any(axis=1), mesh_shape), 2
+    # All groups of a collective differ along the same axes, so that the first one says which.
     groups = devices[None]
     if listed := re.search(r"replica_groups=\{(\{[\d,{} ]+\})\}", attributes):
         groups = [list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])][:1]
@@ -130,20 +142,21 @@ def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
     elif named := re.search(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         dims = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1])}
         used = re.findall(r"'(\w+)'", named[2])
-        kept = [list(dims).index(name) for name in used]
-        rest = [index for index in range(len(dims)) if index not in kept]
-        whole = devices.reshape(list(dims.values())).transpose(rest + kept)
+        within = [list(dims).index(name) for name in used]
+        between = [index for index in range(len(dims)) if index not in within]
+        whole = devices.reshape(list(dims.values())).transpose(between + within)
         groups = whole.reshape(-1, math.prod(dims[name] for name in used))
     coordinates = np.array(np.unravel_index(np.asarray(groups[0]), sizes))
     return _names((coordinates != coordinates[:, :1]).any(axis=1), mesh_shape), len(groups[0])
 
 
 def _names(differ: np.ndarray, mesh_shape: Mapping[str, int]) -> str:
+    """Mesh axes joined with +, from a flag for each."""
     return "+".join(axis for axis, used in zip(mesh_shape, differ, strict=True) if used)
 
 
 def _sent(instruction: Instruction, computation: Computation, kind: str, size: int) -> float:
-    """Bytes that a device sends, by the algorithms that move least: rings, or their like on a torus."""
+    """Bytes that one device sends, assuming ring algorithms, which send the least."""
     operands = instruction.operands[:1] if kind == "send" else instruction.operands
     given = sum(bytes_of(computation[name].type) for name in operands if name in computation)
     return given * {"all-gather": size - 1, "all-reduce": 2 * (size - 1) / size, "reduce-scatter": (size - 1) / size,
@@ -156,11 +169,12 @@ def _elements(kind: str) -> list[str]:
 
 
 def _in_memory(kind: str) -> bool:
+    """Whether any of a type lies in main memory."""
     return bytes_of(kind, memory_only=True) > 0
 
 
 def memory_bytes_of(program: dict[str, Computation], computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction reads from and writes to main memory."""
+    """Bytes that an instruction reads from and writes to main memory in one run."""
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.attributes:
         return 0.0
@@ -168,13 +182,15 @@ def memory_bytes_of(program: dict[str, Computation], computation: Computation, i
     if opcode == "fusion":
         inside = program[instruction.called("calls")]
         parameters = {int(each.operands[0]): each.name for each in inside.values() if each.opcode == "parameter"}
+        # At most the whole array: what a fusion uses twice it need not read twice.
         read = sum(min(_read(program, inside, parameters[index]), bytes_of(kind)) for index, kind in enumerate(types)
                    if _in_memory(kind) and index in parameters)
         return read + _written(inside, instruction)
     written = _elements(instruction.type)
-    if opcode.endswith("-start"):  # a tuple of what is read, what is written and semaphores
-        written = written[1:2] if opcode == "copy-start" else written[len(types):2 * len(types)]
-        written = written if opcode != "copy-start" else _elements(instruction.type)[:1]
+    if opcode.endswith("-start"):
+        # The result is a tuple of operands, results and semaphores; copy-start alone puts its result first.
+        written = written[:1] if opcode == "copy-start" else written[len(types):2 * len(types)]
+    # These touch a part of a large array: what they read is as large as what they write.
     if opcode in ("dynamic-slice", "slice", "gather"):
         return sum(2 * bytes_of(kind, memory_only=True) for kind in written)
     if opcode in ("dynamic-update-slice", "scatter"):
@@ -183,7 +199,7 @@ def memory_bytes_of(program: dict[str, Computation], computation: Computation, i
 
 
 def _read(program: dict[str, Computation], inside: Computation, name: str) -> float:
-    """Bytes of an array that a fusion reads: of a stack of which it takes a slice, the slice."""
+    """Bytes that a fusion reads of its parameter `name`: the slices that it takes, or the whole array."""
     total = 0.0
     for user in inside.values():
         if name not in user.operands or user.opcode == "parameter":
@@ -193,7 +209,7 @@ def _read(program: dict[str, Computation], inside: Computation, name: str) -> fl
         elif user.opcode == "bitcast":
             total += _read(program, inside, user.name)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            pass  # updated in place
+            pass  # updated in place: the old values are not read
         elif user.opcode == "fusion":
             within = program[user.called("calls")]
             parameters = {int(each.operands[0]): each.name for each in within.values() if each.opcode == "parameter"}
@@ -205,7 +221,7 @@ def _read(program: dict[str, Computation], inside: Computation, name: str) -> fl
 
 
 def _written(inside: Computation, fusion: Instruction) -> float:
-    """Bytes that a fusion writes: of a stack that it updates in place, the update."""
+    """Bytes that a fusion writes: of an array that it updates in place, the update alone."""
     root = list(inside.values())[-1]
     roots = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0.0

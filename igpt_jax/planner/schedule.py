@@ -1,4 +1,4 @@
-"""From the seconds of a step to the whole run: days, money, checkpoints."""
+"""Time and cost of a whole run, and how often to save."""
 
 import dataclasses
 import math
@@ -7,13 +7,20 @@ from igpt_jax.config import PlanConfig
 from igpt_jax.parallel.topology import Target
 
 DAY = 86_400.0
-# The paper's unit. iGPT-L at 32x32 took 2,500 V100-days (OpenAI's blog post) for 1.13e21 model FLOPs: 5.2 TFLOP/s each.
+# Speed of a V100 in OpenAI's runs: iGPT-L at 32x32 took 2,500 V100-days (their blog post) for 1.13e21 model FLOPs.
 V100_FLOPS = 5.2e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A whole run without interruptions. save_seconds is one checkpoint's; save_every_seconds is Young's interval."""
+    """A whole run without interruptions.
+
+    Attributes:
+      days: of wall time.
+      v100_days: the same model FLOPs on V100s, at the speed of OpenAI's runs.
+      save_seconds: time to write one checkpoint.
+      save_every_seconds: the best interval between checkpoints (Young's formula).
+    """
     days: float
     device_hours: float
     v100_days: float
@@ -25,15 +32,15 @@ class Schedule:
 
 def schedule(config: PlanConfig, target: Target, step_seconds: float, model_flops: float, checkpoint_bytes: int
              ) -> Schedule:
-    """What `config.steps` steps cost.
+    """Computes what `config.steps` steps cost.
+
+    The interval between checkpoints that loses the least time is sqrt(2 x seconds of a save x mean seconds between
+    failures) (Young 1974; Daly 2006 corrects it for slow saves).
 
     Args:
       step_seconds: of one step.
       model_flops: of one step over all devices, causal half.
-      checkpoint_bytes: of the whole state.
-
-    The interval between checkpoints that loses least time is sqrt(2 x seconds of a save x mean seconds between
-    failures) (Young 1974; Daly 2006 corrects it where saving is slow).
+      checkpoint_bytes: of the whole training state.
     """
     seconds = config.steps * step_seconds
     hours = seconds / 3600 * target.devices

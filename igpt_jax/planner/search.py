@@ -1,4 +1,4 @@
-"""Which mesh, how many parts, which remat and attention: all that are possible, ranked by estimate."""
+"""Lists every possible mesh, accumulation, remat policy and attention back-end, ranked by estimated step time."""
 
 import dataclasses
 import itertools
@@ -13,21 +13,22 @@ from igpt_jax.planner.estimate import Estimate, estimate
 from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.roofline import Forecast, forecast
 
-ATTENTIONS = ("auto", "reference")  # auto: the platform's kernel
+ATTENTIONS = ("auto", "reference")  # auto is the platform's kernel
 REMATS = ("none", "dots", "attention", "full")
 ACCUMULATES = (1, 2, 4, 8, 16)
-MOST_TENSOR = 16  # more tensor parts than this leave products too narrow for matrix units
+MOST_TENSOR = 16  # a larger tensor axis leaves products too narrow for matrix units
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
+    """A setting of mesh, accumulation, remat and attention, with its estimated cost."""
     config: PlanConfig
     estimate: Estimate
     forecast: Forecast
 
 
 def settings(config: PlanConfig) -> str:
-    """The flags that ask for what the search chose."""
+    """The command-line flags for what the search chose."""
     mesh = dataclasses.asdict(config.mesh)
     flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items() if size != 1 or axis == "fsdp"]
     attention = [] if config.model.attention == "auto" else [f"--config.model.attention={config.model.attention}"]
@@ -36,31 +37,32 @@ def settings(config: PlanConfig) -> str:
 
 
 def meshes(config: PlanConfig, target: topology.Target) -> Iterator[MeshConfig]:
-    """All meshes that the devices, batch, heads and tokens allow."""
+    """Yields every mesh that the number of devices, the batch, heads and tokens allow."""
     dims = Dims.of(config.model, config.palette_size, config.image_size)
     devices = target.devices
-    near = target.shape[0] if target.platform == "gpu" else MOST_TENSOR  # tensor stays in a node
+    near = target.shape[0] if target.platform == "gpu" else MOST_TENSOR  # tensor exchanges per layer: keep it in a node
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for tensor, context, data in itertools.product(divisors, divisors, divisors):
         fsdp, rest = divmod(devices, tensor * context * data)
         if rest or tensor > min(near, MOST_TENSOR) or dims.N % tensor or config.batch_size % (data * fsdp):
             continue
-        # Splash takes blocks of 128 tokens; whatever the back-end, fewer of them are not worth a device.
+        # Splash computes in blocks of 128 tokens, and the zigzag exchange gives each device two chunks of the sequence.
         if context > 1 and dims.T % (256 * context) or dims.D % (fsdp * context):
             continue
+        # Links between slices or nodes are slow, so that only the batch is split over them.
         if target.groups > 1 and (data * fsdp) % target.groups:
             continue
         yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
 
 
 def candidates(config: PlanConfig, target: topology.Target, share: float, vary: bool = True) -> list[Candidate]:
-    """Every setting that could run, the fastest that fits by estimate first, then the rest by memory.
+    """Every setting that could run: those estimated to fit first, fastest on top, then the others by memory.
 
     Args:
-      config: all but the mesh, and with `vary` all but accumulate, remat and attention, stays as it is.
-      target: with a chip.
-      share: of the roofline (see `roofline`).
-      vary: try other numbers of parts, remat policies and, where none is asked for, attention back-ends.
+      config: keeps everything but its mesh and, with `vary`, accumulate, remat and attention.
+      target: the devices; they must have a known chip.
+      share: fraction of the roofline's speed (see `roofline`).
+      vary: also try other accumulations, remat policies and, with attention=auto, attention back-ends.
     """
     attentions = ATTENTIONS if config.model.attention == "auto" else (config.model.attention,)
     choices = [(config.accumulate, config.model.remat, config.model.attention)]
@@ -68,11 +70,12 @@ def candidates(config: PlanConfig, target: topology.Target, share: float, vary: 
         choices = list(itertools.product(ACCUMULATES, REMATS, attentions))
     found = []
     for mesh in meshes(config, target):
-        for parts, remat, attention in choices:
-            if config.batch_size % (mesh.data * mesh.fsdp * parts) or attention == "reference" and mesh.context > 1:
+        for accumulate, remat, attention in choices:
+            splits = config.batch_size % (mesh.data * mesh.fsdp * accumulate) == 0
+            if not splits or attention == "reference" and mesh.context > 1:
                 continue
             model = dataclasses.replace(config.model, remat=remat, attention=attention)
-            changed = dataclasses.replace(config, mesh=mesh, accumulate=parts, model=model)
+            changed = dataclasses.replace(config, mesh=mesh, accumulate=accumulate, model=model)
             guess = estimate(changed)
             time = forecast(target, dataclasses.asdict(mesh), guess.flops, guess.memory_bytes, guess.collective_bytes,
                             share, Evidence.UNCALIBRATED)
@@ -82,13 +85,14 @@ def candidates(config: PlanConfig, target: topology.Target, share: float, vary: 
     def order(candidate: Candidate) -> tuple:
         fits = candidate.estimate.required_bytes < room
         time = candidate.forecast
-        alike = round(50 * math.log(time.step_seconds)) if fits else 0  # the formula cannot tell 2 % apart
-        return not fits, alike, candidate.config.accumulate, time.overlapped_seconds, candidate.estimate.required_bytes
+        # The formula cannot tell times within 2 % apart. Among those, prefer few microbatches and little communication.
+        about = round(50 * math.log(time.step_seconds)) if fits else 0
+        return not fits, about, candidate.config.accumulate, time.overlapped_seconds, candidate.estimate.required_bytes
     return sorted(found, key=order)
 
 
 def distinct(ranked: list[Candidate]) -> list[Candidate]:
-    """The first of those that differ only in how data and fsdp share the batch."""
+    """Keeps the first of the candidates that differ only in how the batch is split over data and fsdp."""
     first: dict[tuple, Candidate] = {}
     for each in ranked:
         mesh, model = each.config.mesh, each.config.model
@@ -97,12 +101,12 @@ def distinct(ranked: list[Candidate]) -> list[Candidate]:
 
 
 def remedies(config: PlanConfig, verdict: Verdict, target: topology.Target, share: float) -> list[Candidate]:
-    """Settings that should fit where `config` did not, the least changed first.
+    """Settings that should fit where `config` did not, the smallest change first.
 
-    The estimates are scaled by how far off the one for `config` was.
+    Estimates are scaled by the error of the estimate for `config`.
     """
-    off = verdict.required_bytes / estimate(config).required_bytes if verdict.required_bytes else 1.0
-    room = 0.95 * target.chip.usable_bytes / max(off, 1.0)
+    error = verdict.required_bytes / estimate(config).required_bytes if verdict.required_bytes else 1.0
+    room = 0.95 * target.chip.usable_bytes / max(error, 1.0)
 
     def changes(candidate: Candidate) -> int:
         new = candidate.config

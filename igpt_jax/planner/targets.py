@@ -1,6 +1,6 @@
-"""The devices of a topology, as the vendors' compilers describe them, on a machine that has none.
+"""Compile-only devices: the devices of a topology, described by the vendor's compiler on a machine without them.
 
-TPU: libtpu. GPU: jax[cuda13], from a description of the GPU. CPU: this process's own devices.
+TPUs come from libtpu, GPUs from jax[cuda13] and the description below, CPUs from this process's own devices.
 """
 
 import importlib.util
@@ -29,10 +29,10 @@ _HOPPER = {"fpus": 128, "shared": 233472, "optin": 232448, "cores": 132, "cache"
 
 
 def devices_for(target: Target) -> list[Any]:
-    """The devices of `target`, real or described. TPU and GPU ones can only be compiled for.
+    """The devices of `target`. Unless they are attached, TPUs and GPUs can only be compiled for.
 
     Raises:
-      UserError: the vendor's compiler is not installed, or knows no such topology.
+      UserError: the vendor's compiler is not installed, or does not know the topology.
     """
     if target.platform == "attached":
         return jax.devices()
@@ -49,14 +49,14 @@ def _tpu(target: Target) -> topologies.TopologyDescription:
         raise UserError(f"topology={target.name} needs Google's TPU compiler. Run `pip install '.[plan]'`, or "
                         "`pip install libtpu`.")
     name, _, _ = target.name.partition("*")
-    # One device per chip, with both cores, as on real v4 and v5p machines.
+    # v4 and v5p chips (3-D topologies) have two cores, which real machines show as one device.
     options = {"chip_config_name": "megacore"} if len(target.shape) == 3 else {}
     if target.groups > 1:
         options["num_slices"] = target.groups
     try:
         return topologies.get_topology_desc(name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology={target.name} is no TPU slice: {str(error).splitlines()[0]}") from None
+        raise UserError(f"topology={target.name} is not a TPU slice: {str(error).splitlines()[0]}") from None
 
 
 def _gpu(target: Target) -> topologies.TopologyDescription:
@@ -66,7 +66,7 @@ def _gpu(target: Target) -> topologies.TopologyDescription:
         raise UserError(f"topology={target.name} needs NVIDIA's compiler, in an environment of its own (4.4 GB): "
                         "`python -m venv cuda && cuda/bin/pip install '.[cuda]'`, then set "
                         "--config.python=cuda/bin/python") from None
-    plugin._load_nvidia_libraries()  # cuDNN and the like must be found before XLA asks for them
+    plugin._load_nvidia_libraries()  # XLA looks for cuDNN and others while it compiles
     chip = target.chip
     limits = _AMPERE if chip.name.startswith("A100") else _HOPPER
     text = _GPU.format(**limits, bandwidth=chip.hbm_bandwidth, memory=chip.hbm_bytes, kind=chip.device_kinds[0])

@@ -1,4 +1,4 @@
-"""Asks for verdicts, each from a process of its own, and keeps them by the content of all that decides them."""
+"""Compiles each config in a process of its own, and caches the verdicts by a hash of everything that decides them."""
 
 import dataclasses
 import functools
@@ -13,25 +13,26 @@ import sys
 import tempfile
 
 from igpt_jax import storage
-from igpt_jax.config import PlanConfig, UserError, flat, stated, to_dict
+from igpt_jax.config import PlanConfig, UserError, flat, key_attributes, to_dict
 from igpt_jax.parallel import topology
 from igpt_jax.planner.compilation import Verdict, compile_step
 from igpt_jax.storage import side_files
+from igpt_jax.storage.hashes import json_digest
 
 PACKAGE = pathlib.Path(__file__).parent.parent
-# The files that a step and its reading are made of; another loop or job changes no verdict. What the config decides is
-# in the config itself.
+# The code that decides a verdict: the step, and how its program is read. The training loop and the jobs are not in it.
 CODE = ("parallel", "model", "training/optimizer.py", "training/steps.py", "evaluation/steps.py", "planner/flops.py",
         "planner/hlo.py", "planner/program.py", "planner/targets.py", "planner/compilation.py")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda13-plugin")
-FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}  # variables that tell a compiler what to do, by platform
+FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}  # the variable with a compiler's flags, by platform
 TIMEOUT_SECONDS = 1800
 
 
 def verdict_for(config: PlanConfig) -> Verdict:
-    """What compiling `config`'s step gives, from $IGPT_CACHE (~/.cache/igpt_jax where unset) where it is known.
+    """The verdict on `config`'s step, from the cache in $IGPT_CACHE (default ~/.cache/igpt_jax) or newly compiled.
 
-    A step for the devices of this machine is compiled here, since no second process can have them, and is not kept.
+    A step for attached devices is compiled in this process, since a second one could not open them, and is not cached.
+    Failures are not cached either.
 
     Raises:
       UserError: the config cannot run on that topology, or a vendor's compiler is missing.
@@ -39,7 +40,7 @@ def verdict_for(config: PlanConfig) -> Verdict:
     if config.topology == "attached":
         return compile_step(config)
     folder = storage.path(os.environ.get("IGPT_CACHE") or "~/.cache/igpt_jax") / "verdicts"
-    file = folder / f"{_digest(config)}.json"
+    file = folder / f"{_cache_key(config)}.json"
     if known := side_files.load(file):
         return Verdict(**known)
     verdict = _ask(config)
@@ -51,7 +52,7 @@ def verdict_for(config: PlanConfig) -> Verdict:
 
 
 def _ask(config: PlanConfig) -> Verdict:
-    """Compiles in a new process; whatever ends that process, this one has a verdict."""
+    """Compiles in a new process. However that process ends, there is a verdict."""
     python = os.path.expanduser(config.python) or sys.executable
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "verdict.json"
@@ -68,7 +69,7 @@ def _ask(config: PlanConfig) -> Verdict:
 
 
 def _end(code: int) -> str:
-    """How a process ended, from its exit code: negative, or above 128 behind a shell, where a signal killed it."""
+    """How a process ended. A signal gives a negative exit code, or one above 128 if a shell was in between."""
     number = -code if code < 0 else code - 128
     if number not in set(signal.Signals):
         return f"ended with code {code}"
@@ -78,22 +79,25 @@ def _end(code: int) -> str:
 
 def _environment(target: topology.Target) -> dict[str, str]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(PACKAGE.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes out of a cache tells less of itself
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # cached programs lack parts of their text
     if target.platform == "tpu":
-        # No query for the machine's own TPUs, and no wait for the lock that a program holds which has them.
+        # Do not look for this machine's own TPUs, nor wait for a program that holds them.
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
     if target.platform == "cpu":
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.devices}"
     return environment
 
 
-def _digest(config: PlanConfig) -> str:
-    """Of the config that matters, the code of the step, and the compilers' versions and flags."""
-    compiled = stated(config.job, "compiled")
-    values = {name: value for name, value in flat(to_dict(config)).items() if compiled[name]}
+def _cache_key(config: PlanConfig) -> str:
+    """A hash of all that decides a verdict: keys of the config, the step's code, the compilers' versions and flags.
+
+    A key states with `compiled=False` that it does not change the compiled step (prices, paths, intervals). Keys count
+    unless they say so, so that one that forgets costs a compile and never gives a wrong verdict.
+    """
+    in_program = key_attributes(config.job, "compiled")
+    values = {name: value for name, value in flat(to_dict(config)).items() if in_program[name]}
     flags = os.environ.get(FLAGS.get(topology.parse(config.topology).platform, ""), "")
-    text = json.dumps([values, _code_digest(), _versions(config.python), flags], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return json_digest([values, _code_digest(), _versions(config.python), flags], length=32)
 
 
 @functools.cache
@@ -108,14 +112,14 @@ def _code_digest() -> str:
 
 @functools.cache
 def _versions(python: str) -> dict[str, str]:
-    """Versions of what compiles, in the environment of `python`, empty for this one's. Raises UserError."""
+    """Versions of PACKAGES in the environment of the interpreter `python`; empty means this one. Raises UserError."""
     if python:
         script = "import importlib.metadata as m; [print(d.name, d.version) for d in m.distributions()]"
         try:
             lines = subprocess.run([os.path.expanduser(python), "-c", script], capture_output=True, text=True,
                                    check=True).stdout.splitlines()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"python={python!r} does not run: {error}. Name a Python interpreter.") from None
+            raise UserError(f"python={python!r} does not run: {error}. Set it to a Python interpreter.") from None
         have = dict(line.split() for line in lines)
     else:
         have = {each.name: each.version for each in importlib.metadata.distributions()}
