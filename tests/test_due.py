@@ -32,6 +32,7 @@ def test_due(step, options, expected):
 
 
 def test_intervals_of_zero_mean_never():
+    """Seen to fail with an interval of 0 taken as 1."""
     config = dataclasses.replace(CONFIG, eval_every_steps=0, checkpoint_every_steps=0, compare_replicas_every_steps=0,
                                  keep_steps=())
     assert all(due(step, config) in (NOTHING, Due(log=True)) for step in range(1, 100))

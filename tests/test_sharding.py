@@ -20,10 +20,15 @@ def test_meshes_give_the_losses_of_one_device(python, precision, tolerance, firs
     python("meshes.py", "losses", precision, tolerance, first_mesh)
 
 
-def test_masked_fine_tuning_is_the_same_on_any_mesh(python):
-    """Both losses, the gradient norm and the weights, with masks, labels and a class head before the last block, in
-    microbatches and with sequences split: float64, 10 steps. (test_objectives proves the masks on one device.)"""
-    python("meshes.py", "masked_fine_tuning")
+@pytest.mark.parametrize("objective", ["masked", "denoising"])
+def test_fine_tuning_is_the_same_on_any_mesh(python, objective):
+    """Both losses, the gradient norm and the weights, with random views, labels and a class head before the last
+    block, in microbatches and with sequences split: float64, 10 steps. (test_objectives proves the views on one
+    device.)
+
+    Seen to fail with another key for the views of each number of microbatches.
+    """
+    python("meshes.py", "fine_tuning", objective)
 
 
 def test_memory_levers_give_the_same_losses(python):

@@ -1,4 +1,4 @@
-"""One training step: its numbers, its schedule, and what it does with a bad update."""
+"""The training step: golden numbers, optimizer, schedule, dropout, skipped updates."""
 
 import copy
 import dataclasses
@@ -89,7 +89,7 @@ def test_warm_up_of_one_epoch():
 
 
 def test_weight_decay_and_clipping():
-    """Decay moves matrices only; clipping at a small norm makes Adam's first step no smaller, its gradients yes.
+    """Decay changes matrices only. Clipping at a tiny norm leaves no gradient that could change a vector.
 
     Seen to fail with the norms decayed as well.
     """
@@ -97,7 +97,7 @@ def test_weight_decay_and_clipping():
     state = init_state(model, config, jax.random.key(0))
     after, _ = jax.jit(make_train_step(model, config, warmup_steps=0))(state, tokens_of_step(0), None)
     rate = config.optimizer.learning_rate
-    # Gradients of norm 1e-30 vanish beside epsilon, so that only the decay is left.
+    # Gradients of norm 1e-30 are negligible against epsilon, so only the decay is left.
     for name, factor in (("query_DNH", 1 - 0.5 * rate), ("mlp_norm_D", 1.0)):
         np.testing.assert_allclose(after["params"]["blocks"][name], state["params"]["blocks"][name] * factor, rtol=1e-5)
     np.testing.assert_array_equal(after["params"]["start_D"], state["params"]["start_D"])
@@ -137,9 +137,25 @@ def test_a_bad_update_changes_nothing_but_the_counters():
     assert (int(after["step"]), int(after["skipped"]), int(after["skipped_in_a_row"])) == (2, 1, 1)
 
 
+def test_an_accepted_update_ends_a_row_of_skipped_ones():
+    """Bad, bad, good, bad: the row counts 1, 2, 0, 1 and all skipped updates 1, 2, 2, 3.
+
+    Seen to fail with the row never reset, and with the count of all reset as well.
+    """
+    config, model = make()
+    step = jax.jit(make_train_step(model, config, warmup_steps=1))
+    good = init_state(model, config, jax.random.key(0))["params"]
+    bad = {**good, "head_VD": good["head_VD"].at[0, 0].set(jnp.inf)}
+    state, counts = init_state(model, config, jax.random.key(0)), []
+    for params in (bad, bad, good, bad):
+        state, metrics = step({**state, "params": params}, tokens_of_step(0), jax.random.key(0))
+        counts.append((int(metrics["train/skipped_in_a_row"]), int(metrics["train/skipped_updates"])))
+    assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
+
+
 @pytest.mark.parametrize("setting", ["learning_rate=inf", "learning_rate=nan", "epsilon=0.0", "weight_decay=inf"])
 def test_parameters_stay_finite_at_any_setting(setting):
-    """Though loss and gradient are finite. A rate that is not is a skipped update, and moves no moment either.
+    """Loss and gradient are finite, the setting is not usable. With a rate that is not finite the update is skipped.
 
     Seen to fail with the update judged by its loss and gradient alone.
     """
@@ -163,7 +179,7 @@ def unchecked(config, name, value):
     return config
 
 
-def test_second_moments_may_rest_in_less_memory():
+def test_second_moments_in_less_memory():
     """bfloat16: within 1 % of float32's updates. Factored: equal for vectors, and for matrices whose squared gradients
     are an outer product.
 
@@ -187,11 +203,11 @@ def test_second_moments_may_rest_in_less_memory():
     assert states["factored"][0].column["query_DNH"].shape == (2, 1, 2, 4)
 
 
-def test_a_spike_is_skipped_bit_for_bit_and_then_the_run_goes_on():
+def test_a_spike_is_skipped_bit_for_bit_and_the_next_update_accepted():
     """After 60 usual updates a gradient a thousand times the usual: no bit of parameters, moments or running mean
     moves; the next usual update is accepted again.
 
-    Seen to fail with the comparison of the norm turned round, and with the mean moved by the spike.
+    Seen to fail with the comparison of the norm reversed, and with the mean moved by the spike.
     """
     config, model = make(",optimizer.spike_factor=4.0")
     step = jax.jit(make_train_step(model, config, warmup_steps=1))
@@ -208,3 +224,17 @@ def test_a_spike_is_skipped_bit_for_bit_and_then_the_run_goes_on():
     assert (int(after["skipped"]), int(after["skipped_in_a_row"])) == (1, 1)
     after, _ = step(state, tokens_of_step(60), jax.random.key(0))
     assert int(after["skipped"]) == 0 and 0 < float(after["usual_gradient_norm"]) < 3 * usual
+
+
+@pytest.mark.parametrize(("accepted", "skips"), [(49, False), (50, True)])
+def test_no_update_is_a_spike_before_fifty_are_accepted(accepted, skips):
+    """A gradient far above the mean is accepted after 49 accepted updates and skipped after 50. Skipped updates do not
+    count, so that a run of bad updates does not make the mean older.
+
+    Seen to fail with SPIKE_AFTER = 49 and 51, with `<=` for `<`, and with skipped updates counted.
+    """
+    config, model = make(",optimizer.spike_factor=4.0")
+    state = init_state(model, config, jax.random.key(0))
+    state |= {"step": jnp.int32(accepted + 7), "skipped": jnp.int32(7), "usual_gradient_norm": jnp.float32(1e-6)}
+    after, _ = jax.jit(make_train_step(model, config, warmup_steps=1))(state, tokens_of_step(0), jax.random.key(0))
+    assert int(after["skipped"]) == 7 + skips

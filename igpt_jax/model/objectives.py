@@ -1,8 +1,8 @@
-"""Training objectives: how attention looks, what the model sees of the tokens, where the loss counts, and the loss.
+"""Training objectives: whether attention is causal, what the model sees of an image, and the loss.
 
-A new objective is one class here, one row of OBJECTIVES, and its name in `config.model.OBJECTIVES`.
+A new objective is one subclass of `Objective`, one row of OBJECTIVES, and its name in `config.model.OBJECTIVES`.
 
-B batch, T tokens, V palette, K classes.
+B batch, T tokens, V palette, K classes, M views.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from igpt_jax.config import PretrainConfig
 from igpt_jax.parallel.sharding import constrain
 
-COLORS = 1  # folded into the key of a view: random colors draw from another stream than the places they go to
+COLORS = 1  # folded into an example's key: random colors come from another stream than the choice of pixels
 
 
 class View(NamedTuple):
@@ -25,98 +25,77 @@ class View(NamedTuple):
     scored_BT: jax.Array | None = None  # bool: pixels whose loss counts; None: all
 
 
-@dataclasses.dataclass(frozen=True)
-class Autoregressive:
-    """Each pixel from those before it (paper, Section 2.1). Also the interface of all objectives."""
-    causal: ClassVar[bool] = True  # attention sees only what came before, and the model has a start vector
-    random: ClassVar[bool] = False  # views are drawn at random: evaluation can average over several
+class Objective:
+    """What a model is trained for."""
+    causal: ClassVar[bool]  # attention sees earlier pixels only, and the model has a start vector
+    random: ClassVar[bool] = False  # views are random, so that evaluation can average over several
 
     @classmethod
-    def of(cls, config: PretrainConfig) -> "Autoregressive":
+    def of(cls, config: PretrainConfig) -> "Objective":
         """The objective with the settings of a job's config."""
         return cls()
 
-    def view_of_step(self, key: jax.Array | None, tokens_BT: jax.Array, palette_size: int) -> View:
-        """What a training step sees, whatever the mesh.
-
-        Args:
-          key: the run's, folded with the step; None where views are not random.
-          tokens_BT: the batch.
-          palette_size: V.
-        """
-        return View(tokens_BT)
-
-    def view_of_examples(self, tokens_BT: jax.Array, ids_B: jax.Array, palette_size: int, seed: int,
-                         number: jax.Array | int) -> View:
-        """What evaluation sees of each example: the same at any batch size and on any mesh.
+    def view(self, tokens_BT: jax.Array, keys_B: jax.Array | None, palette_size: int) -> View:
+        """What the model sees of each example.
 
         Args:
           tokens_BT: the examples.
-          ids_B: their places in their split.
+          keys_B: from `example_keys`, one per example. An example's view depends on its own key only, not on batch
+            size, microbatches or mesh. None where views are not random.
           palette_size: V.
-          seed: chooses other views.
-          number: of an example's view, from 0.
         """
         return View(tokens_BT)
 
     def loss(self, logits_BTV: jax.Array, tokens_BT: jax.Array, view: View) -> jax.Array:
-        """What training lowers: mean negative log likelihood, nats per pixel that counts."""
+        """The training loss of a batch: mean negative log likelihood, nats per pixel."""
         return nats_per_token(logits_BTV, tokens_BT).mean()
 
 
+class Autoregressive(Objective):
+    """Predicts each pixel from the pixels before it (paper, Section 2.1)."""
+    causal = True
+
+
 @dataclasses.dataclass(frozen=True)
-class Masked(Autoregressive):
-    """Hidden pixels from all others, as BERT does (paper, Section 2.1)."""
+class Masked(Objective):
+    """Predicts hidden pixels from all others, as BERT does (paper, Section 2.1)."""
     mask_ratio: float = 0.15  # probability that a pixel is chosen
 
-    causal: ClassVar[bool] = False
-    random: ClassVar[bool] = True
+    causal = False
+    random = True
 
     @classmethod
     def of(cls, config: PretrainConfig) -> "Masked":
         return cls(config.mask_ratio)
 
-    def view_of_step(self, key: jax.Array, tokens_BT: jax.Array, palette_size: int) -> View:
-        # The whole batch's places are drawn at once and in float32, so that mesh, microbatches and precision agree.
-        uniform_BT = jax.random.uniform(key, tokens_BT.shape, jnp.float32)
-        noise_BT = jax.random.randint(jax.random.fold_in(key, COLORS), tokens_BT.shape, 0, palette_size, jnp.int32)
-        return self._corrupt(tokens_BT, self._chosen(uniform_BT), constrain(noise_BT, "BT"))
-
-    def view_of_examples(self, tokens_BT: jax.Array, ids_B: jax.Array, palette_size: int, seed: int,
-                         number: jax.Array | int) -> View:
-        key, tokens = jax.random.fold_in(jax.random.key(seed), number), tokens_BT.shape[1]
-
-        def draws(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            own = jax.random.fold_in(key, index)
-            return (jax.random.uniform(own, (tokens,), jnp.float32),
-                    jax.random.randint(jax.random.fold_in(own, COLORS), (tokens,), 0, palette_size, jnp.int32))
-
-        uniform_BT, noise_BT = jax.vmap(draws)(ids_B)
-        return self._corrupt(tokens_BT, self._chosen(uniform_BT), constrain(noise_BT, "BT"))
-
-    def loss(self, logits_BTV: jax.Array, tokens_BT: jax.Array, view: View) -> jax.Array:
-        """The mean over an image's chosen pixels, then over images (released code)."""
-        return nats_per_image(logits_BTV, tokens_BT, view.scored_BT).mean()
-
-    def _chosen(self, uniform_BT: jax.Array) -> jax.Array:
-        """At least one pixel of each image: of 8x8 images 3 in 100,000 would have none, and no loss."""
-        return constrain(uniform_BT <= jnp.maximum(self.mask_ratio, uniform_BT.min(axis=1, keepdims=True)), "BT")
-
-    def _corrupt(self, tokens_BT: jax.Array, chosen_BT: jax.Array, noise_BT: jax.Array) -> View:
-        """What the model sees where the pixels `chosen_BT` are corrupted; `noise_BT` holds random colors (unused ones
-        are never computed)."""
+    def view(self, tokens_BT: jax.Array, keys_B: jax.Array, palette_size: int) -> View:
+        chosen_BT = self._chosen(keys_B, tokens_BT.shape[1])
         return View(tokens_BT, hidden_BT=chosen_BT, scored_BT=chosen_BT)
 
+    def loss(self, logits_BTV: jax.Array, tokens_BT: jax.Array, view: View) -> jax.Array:
+        """The mean over the chosen pixels of an image, then over images (released code)."""
+        return nats_per_image(logits_BTV, tokens_BT, view.scored_BT).mean()
 
-@dataclasses.dataclass(frozen=True)
+    def _chosen(self, keys_B: jax.Array, tokens: int) -> jax.Array:
+        """The pixels to predict, bool [B, T]. Drawn in float32 at any precision, so that precisions agree on them."""
+        uniform_BT = jax.vmap(lambda key: jax.random.uniform(key, (tokens,), jnp.float32))(keys_B)
+        # Never below the smallest number of the image: a small image could else have no chosen pixel, and no loss.
+        threshold_B1 = jnp.maximum(self.mask_ratio, uniform_BT.min(axis=1, keepdims=True))
+        return constrain(uniform_BT <= threshold_B1, "BT")
+
+
 class Denoising(Masked):
-    """Original pixels from a picture in which a share of them has random colors."""
+    """Predicts the original colors of pixels that were replaced by random ones."""
 
-    def _corrupt(self, tokens_BT: jax.Array, chosen_BT: jax.Array, noise_BT: jax.Array) -> View:
-        return View(jnp.where(chosen_BT, noise_BT, tokens_BT), scored_BT=chosen_BT)
+    def view(self, tokens_BT: jax.Array, keys_B: jax.Array, palette_size: int) -> View:
+        chosen_BT = self._chosen(keys_B, tokens_BT.shape[1])
+
+        def colors(key: jax.Array) -> jax.Array:
+            return jax.random.randint(jax.random.fold_in(key, COLORS), tokens_BT.shape[1:], 0, palette_size, jnp.int32)
+
+        return View(jnp.where(chosen_BT, jax.vmap(colors)(keys_B), tokens_BT), scored_BT=chosen_BT)
 
 
-Objective = Autoregressive
 OBJECTIVES: Mapping[str, type[Objective]] = {"autoregressive": Autoregressive, "masked": Masked, "denoising": Denoising}
 
 
@@ -125,14 +104,31 @@ def objective_of(config: PretrainConfig) -> Objective:
     return OBJECTIVES[config.objective].of(config)
 
 
-def over_views(look: Callable[[View], Any], objective: Objective, tokens_BT: jax.Array, ids_B: jax.Array,
-               palette_size: int, views: int, seed: int) -> Any:
-    """What `look(view)` gives for each of `views` views of the examples, [M, ...]; M = 1 where they are not random."""
-    def one(number: jax.Array | int) -> Any:
-        return look(objective.view_of_examples(tokens_BT, ids_B, palette_size, seed, number))
+def example_keys(key: jax.Array, ids_B: jax.Array) -> jax.Array:
+    """One PRNG key per example [B], from its id: its index in the batch (training) or in its split (evaluation)."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, ids_B)
 
+
+def over_views(look: Callable[[View], Any], objective: Objective, tokens_BT: jax.Array, ids_B: jax.Array | None,
+               palette_size: int, views: int, seed: int) -> Any:
+    """The results of `look(view)` for each view of the examples, stacked: [M, ...]. M = 1 where views are not random.
+
+    Args:
+      look: a function of one view.
+      objective: draws the views.
+      tokens_BT: the examples.
+      ids_B: their indices in their split: an example has the same views in any batch. None where views are not random.
+      palette_size: V.
+      views: of each example.
+      seed: another seed gives other views.
+    """
     if not objective.random:
-        return jax.tree.map(lambda x: x[None], one(0))
+        return jax.tree.map(lambda x: x[None], look(objective.view(tokens_BT, None, palette_size)))
+
+    def one(number: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return look(objective.view(tokens_BT, example_keys(key, ids_B), palette_size))
+
     return jax.lax.map(one, jnp.arange(views))
 
 
@@ -143,7 +139,7 @@ def nats_per_token(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def nats_per_image(logits_BTV: jax.Array, tokens_BT: jax.Array, scored_BT: jax.Array | None = None) -> jax.Array:
-    """Mean nats per pixel of each image, [B]: of all its pixels, or of those that count."""
+    """Mean nats per pixel of each image, [B]: over all its pixels, or over those where `scored_BT` is true."""
     return jnp.mean(nats_per_token(logits_BTV, tokens_BT), axis=1, where=scored_BT)
 
 

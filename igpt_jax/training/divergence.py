@@ -1,4 +1,4 @@
-"""What a run does that diverged, or whose devices, code or data are not what they were."""
+"""Diverged runs, devices whose copies of the state differ, and the replay of logged steps."""
 
 import json
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from igpt_jax.parallel import checksums
 from igpt_jax.runtime.exits import Diverged
 from igpt_jax.storage import side_files
 
-DIVERGENCE = "divergence.json"  # what skip_divergence needs: up to where in the order the examples were bad
-REPLAY_TOLERANCE = 1e-3  # relative, of a loss; other devices and meshes sum in another order
+DIVERGENCE = "divergence.json"  # read by skip_divergence: where in the data order the run diverged
+REPLAY_TOLERANCE = 1e-3  # relative, of a loss: other devices and meshes sum in another order
 
 
 def advice(checkpoints: checkpoint.Checkpoints, accepted: int) -> str:
-    """What to do after a divergence whose last accepted update was that of step `accepted`.
+    """Advice after a divergence whose last accepted update was that of step `accepted`.
 
-    All saved parameters are finite. Those to which a later update was accepted, or which were evaluated, gave a finite
-    loss too.
+    All saved parameters are finite, but their loss need not be. A checkpoint is known to be good if a later update was
+    accepted, or if it was evaluated: then a finite loss was computed from its parameters.
     """
     saved, lower = checkpoints.steps, "with a lower optimizer.learning_rate or with optimizer.clip_norm"
     if not saved:
@@ -37,31 +37,32 @@ def advice(checkpoints: checkpoint.Checkpoints, accepted: int) -> str:
 
 
 def note(workdir: str, newest_checkpoint: int, position: int) -> None:
-    """Writes down, for `skip_divergence`, up to where in the order the run used the examples and has diverged."""
+    """Records for `skip_divergence` that the run diverged, `position` steps into the data order."""
     if jax.process_index() == 0:
         storage.publish(storage.path(workdir) / DIVERGENCE,
                         json.dumps({"newest_checkpoint": newest_checkpoint, "position": position}))
 
 
 def offset_after(config: PretrainConfig, workdir: str, start: int, offset: int) -> int:
-    """How many steps of examples to be ahead of the step's own: past those on which the run diverged, if it did.
+    """The run's offset: the examples of a step are those of step + offset in the data order.
 
     Args:
-      config: says whether to skip them.
-      workdir: the run's.
+      config: with `skip_divergence`, the offset moves past the examples on which the run diverged.
+      workdir: of the run.
       start: step that the run resumes from.
-      offset: that of its checkpoint.
+      offset: offset in the checkpoint of `start`.
     """
     file = storage.path(workdir) / DIVERGENCE
     read = side_files.load if jax.process_index() == 0 else side_files.look
     noted = config.skip_divergence and read(file) or {}
-    if noted.get("newest_checkpoint") == start:  # later checkpoints hold the offset themselves
+    # Later checkpoints hold the offset themselves.
+    if noted.get("newest_checkpoint") == start and isinstance(noted.get("position"), int):
         return noted["position"] - start
     return offset
 
 
 def compare_replicas(step: int, state: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
-    """Raises Diverged where devices that should hold the same bits do not; names them."""
+    """Raises Diverged with the names of devices whose copies of the state differ from the others' in any bit."""
     odd = checksums.odd_devices(state, mesh)
     if odd:
         array, devices = next(iter(odd.items()))
@@ -72,20 +73,20 @@ def compare_replicas(step: int, state: dict[str, Any], mesh: jax.sharding.Mesh) 
 
 def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract: dict[str, Any], metadata: checkpoint.Metadata,
            do_step: Callable, batches_from: Callable) -> None:
-    """Repeats steps of the log, from the newest of the checkpoints with the nearest logged step after them.
+    """Repeats logged steps and compares the loss: the fewest steps that lead from a checkpoint to a logged step.
 
     Raises:
-      UserError: the loss is not the one in the log.
+      UserError: the loss differs from the logged one.
     """
     logged = {line["step"]: line["train/nats_per_pixel"] for line in load_metrics(workdir)
               if line.get("train/nats_per_pixel") is not None}
-    ways = [(after - before, -before) for before in checkpoints.steps for after in logged if after > before]
-    before = -min(ways)[1] if ways else 0
-    restored = checkpoints.restore(abstract, metadata, at=before) if ways else None
+    spans = [(before, after) for before in checkpoints.steps for after in logged if after > before]
+    # Of the shortest spans, the newest.
+    before, after = min(spans, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
+    restored = checkpoints.restore(abstract, metadata, at=before) if spans else None
     if not restored or restored[1].steps_done != before:
         say("replay_check: no logged step follows a good checkpoint; nothing is repeated")
         return
-    after = before + min(ways)[0]
     state, stored = restored
     batches = batches_from(before + stored.data_offset)
     for _ in range(before, after):

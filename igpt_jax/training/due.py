@@ -1,4 +1,4 @@
-"""What is due at a training step: a pure function, so that a test needs no run."""
+"""Decides what is due after a training step: log, evaluate, save, compare replicas, stop early."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ class Due:
     evaluate: bool = False
     save: bool = False
     compare_replicas: bool = False
-    required: bool = False  # the save does not wait for an accepted update
+    required: bool = False  # the save does not wait for an accepted update: the last step, a named one, a stop
 
 
 NOTHING = Due()
@@ -29,13 +29,13 @@ def due(step: int, config: PretrainConfig, owed: Due = NOTHING, stopping: bool =
     Args:
       step: finished steps.
       config: the intervals.
-      owed: what was due at an earlier step and waits, since updates were skipped then.
-      stopping: the run was asked to stop: it saves, and the evaluation is left to the resumed run.
-      retry: the last save failed, and it is time to try again.
+      owed: what was due at an earlier step and was put off, because updates were being skipped.
+      stopping: a stop was requested. The run saves and leaves the evaluation to the resumed run.
+      retry: the last save failed, and the time to try again has come.
     """
     last, named = step == config.steps, step in config.keep_steps
     evaluate = last or owed.evaluate or every(step, config.eval_every_steps)
-    save = (evaluate or named or stopping or retry or owed.save or every(step, config.checkpoint_every_steps))
+    save = evaluate or named or stopping or retry or owed.save or every(step, config.checkpoint_every_steps)
     compare = config.compare_replicas_every_steps
     return Due(log=step == 1 or last or every(step, config.log_every_steps), evaluate=evaluate and not stopping,
                save=save, compare_replicas=compare > 0 and (save or every(step, compare)),
@@ -43,7 +43,7 @@ def due(step: int, config: PretrainConfig, owed: Due = NOTHING, stopping: bool =
 
 
 def enough(step: int, best_step: int | None, config: PretrainConfig) -> bool:
-    """Early stopping: whether `patience` evaluations up to this step have brought no better one than `best_step`."""
+    """Early stopping: whether `patience` evaluations up to this step brought no better one than that of `best_step`."""
     patience = config.finetuning.patience if config.finetuning else 0
     waited = step - (best_step or step)
     return 0 < patience * config.eval_every_steps <= waited

@@ -1,4 +1,4 @@
-"""What a run trains on: its splits, palette and classes, and the batches of any step."""
+"""Opens the data of a run: splits, palette, classes, and batches from any position on."""
 
 import dataclasses
 
@@ -15,26 +15,26 @@ from igpt_jax.runtime.startup import agree
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Data, opened and checked."""
+    """The opened and checked data of a run."""
     config: PretrainConfig
     split: Split  # trained on
     held_out: Split | None
     image_size: int
-    classes: int  # of the labels; 0: the run learns no classes
+    classes: int  # number of label classes; 0: the run does not train on labels
     palette_VC: np.ndarray  # float32 [V, 3] in [-1, 1]
     table: np.ndarray  # lookup table of the palette
 
     def batches(self, position: int, mesh: Mesh) -> Batches:
-        """The batches from a position in the data order on."""
+        """Batches from `position`, a number of steps in the data order, on."""
         data = self.config.data
         return train_batches(self.split, self.table, reader=data.reader, seed=self.config.seed,
                              batch_size=self.config.batch_size, start_step=position,
                              sharding=sharding.batch_sharding(mesh), prefetch=data.prefetch, augment=data.augment,
-                             window=data.window, labelled=self.classes > 0)
+                             window=data.window, labeled=self.classes > 0)
 
 
 def open_inputs(config: PretrainConfig) -> Inputs:
-    """Opens what the config names. All processes agree on it.
+    """Opens the data that the config names, and checks that all processes see the same.
 
     Raises:
       UserError: the store, a split or the palette is missing, or processes see different data.
@@ -49,6 +49,7 @@ def open_inputs(config: PretrainConfig) -> Inputs:
     else:
         palette_VC = palette.load(config.palette) if config.palette else store.palette
     if palette_VC is None:
-        raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to a palette's .npy.")
+        raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to the .npy file of "
+                        "a palette.")
     agree(palette=palette.digest(palette_VC), data=split.fingerprint)
     return Inputs(config, split, held_out, store.image_size, classes, palette_VC, palette.lookup_table(palette_VC))

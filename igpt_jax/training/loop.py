@@ -1,6 +1,6 @@
 """The training loop: prepare data, compile, restore or initialize, run steps, summarize.
 
-It computes nothing itself. `training/steps.py` has the step, `training/due.py` says what is due at a step.
+It computes nothing itself: `training/steps.py` has the step, and `training/due.py` decides what is due at a step.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ from igpt_jax.training.steps import State, abstract_state, init_state, jit_train
 
 
 def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
-    """Trains to `config.steps`, from the newest checkpoint in `workdir` where there is one.
+    """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one.
 
-    Pretrains; or, with a FinetuneConfig that `transfer.adopted` gave, fine-tunes: from another run's parameters where
-    `checkpoint` names one, on labels too, until early stopping ends it.
+    Pretrains; or, with a FinetuneConfig from `transfer.adopted`, fine-tunes: on labels too, from another run's
+    parameters if `checkpoint` names one, and until early stopping ends it.
 
     Returns:
       The metrics for result.json: parameters, steps, the best evaluated step, train and eval nats per pixel (and
@@ -49,9 +49,9 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     Raises:
       UserError: the data, mesh or checkpoint do not fit the config; `wandb` is not installed; `replay_check` found
         another loss.
-      Preempted: asked to stop; the state is saved.
-      Diverged: `max_skipped_updates` updates in a row were skipped, or copies of the state differ between devices;
-        nothing is saved since.
+      Preempted: a stop was requested; the state is saved.
+      Diverged: `max_skipped_updates` updates in a row were skipped, or copies of the state differ between devices.
+        Nothing is saved since then.
       Unsaved: the last state could not be saved.
     """
     timer = PhaseTimer("start")
@@ -59,8 +59,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     mesh = sharding.make_mesh(config.mesh)
     config = _with_microbatches(config, mesh)
     inputs = open_inputs(config)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         run = Run(config, workdir, mesh, inputs, timer, stack)
         run.compile()
         run.restore_or_initialize()
@@ -71,16 +70,16 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
 
 
 def _with_microbatches(config: PretrainConfig, mesh: jax.sharding.Mesh) -> PretrainConfig:
-    """The config with the microbatches that `images_per_pass` asks for; the batch must divide over the mesh."""
+    """The config with the number of microbatches that `images_per_pass` requires, checked against the mesh."""
     if config.images_per_pass:
-        parts = sharding.microbatches_for(config.batch_size, mesh, config.images_per_pass)
-        config = dataclasses.replace(config, accumulate=parts)
+        microbatches = sharding.microbatches_for(config.batch_size, mesh, config.images_per_pass)
+        config = dataclasses.replace(config, accumulate=microbatches)
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
     return config
 
 
 class Run:
-    """The parts of one run, and its state. `train` calls its methods in their order."""
+    """One run and its state. `train` calls its public methods in order."""
 
     def __init__(self, config: PretrainConfig, workdir: str, mesh: jax.sharding.Mesh, inputs: Inputs, timer: PhaseTimer,
                  stack: contextlib.ExitStack):
@@ -92,11 +91,11 @@ class Run:
         self.model = Model.of(config, len(inputs.palette_VC), inputs.image_size, mesh, inputs.classes)
         self.abstract = abstract_state(self.model, config, mesh)
         self.measure = exact_loss.make_measure(self.model, mesh, config.batch_size, inputs.table)
-        # Made on the devices: what a step is given may not travel from the host.
+        # Made on the devices, since `_one_step` forbids transfers from the host.
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
         self.metadata = checkpoint.Metadata(config, inputs.palette_VC, inputs.image_size, inputs.split.fingerprint, 0,
-                                          classes=inputs.classes)
-        self.evaluated: dict[str, float] = {}  # figures of the newest evaluation
+                                            classes=inputs.classes)
+        self.evaluated: dict[str, float] = {}  # results of the newest evaluation
 
     # Compile.
 
@@ -119,6 +118,7 @@ class Run:
         return self._compiled(state, batch.tokens, self.key, batch.labels)
 
     def batches_from(self, position: int) -> Batches:
+        """The batches from a position in the data order on, closed when the run ends."""
         batches = self.inputs.batches(position, self.mesh)
         self._stack.callback(batches.close)
         return batches
@@ -126,7 +126,7 @@ class Run:
     # Restore or initialize.
 
     def restore_or_initialize(self) -> None:
-        """The state: of the newest good checkpoint, or new, with another run's parameters where one is named."""
+        """Sets the state: from the newest good checkpoint, or a new one. With `replay_check`, repeats steps first."""
         if self.config.replay_check and self.checkpoints.latest_step:
             divergence.replay(self.workdir, self.checkpoints, self.abstract, self.metadata, self.do_step,
                               self.batches_from)
@@ -138,8 +138,9 @@ class Run:
         self.metadata = dataclasses.replace(self.metadata, data_offset=self.offset, changes=stored.changes)
 
     def _initial_state(self) -> State:
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        state = jax.jit(lambda key: init_state(self.model, self.config, key), out_shardings=places)(self.key)
+        """A new state, with the parameters of `finetuning.checkpoint` if one is named."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        state = jax.jit(lambda key: init_state(self.model, self.config, key), out_shardings=shardings)(self.key)
         finetuning = self.config.finetuning
         if finetuning and finetuning.checkpoint:
             state["params"] = transfer.parameters(finetuning.checkpoint, self.model, self.config.precision, self.mesh,
@@ -152,7 +153,7 @@ class Run:
         """Opens metrics and profile, and says what is about to be trained."""
         self.watchdog.beat("reading the first examples")
         config, model = self.config, self.model
-        self.throughput = _throughput(config, model, self.mesh)
+        self.throughput = throughput_of(config, model, self.mesh)
         self.metrics = Metrics(self.workdir, config.steps, self.start, self.timer, open_writers(config, self.workdir))
         self._stack.callback(self.metrics.close)
         self.profile = Profile(self.workdir, config.profile)
@@ -170,7 +171,10 @@ class Run:
                 say(f"resuming from step {self.start:,} of {config.steps:,}{skipping}")
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out figures, logged; none where there is no such split, or where a stop is asked for meanwhile."""
+        """Evaluates the held-out split, logs the results and returns them.
+
+        They are empty without a held-out split, or if a stop is requested meanwhile.
+        """
         def give_up() -> bool:
             self.watchdog.beat("evaluating")
             return self.stop.should_stop()
@@ -186,7 +190,7 @@ class Run:
             return found
 
     def evaluate_if_owed(self) -> None:
-        """Evaluates the restored step where the run was stopped before it could. Raises Preempted."""
+        """Evaluates the restored step if the run was stopped before it could. Raises Preempted."""
         step, config = self.start, self.config
         owed = step == config.steps or every(step, config.eval_every_steps)
         if step and owed and self.inputs.held_out and not self.evaluated:
@@ -202,37 +206,40 @@ class Run:
     # Steps.
 
     def run_steps(self) -> None:
-        """Runs the steps that are left. Raises Preempted, Diverged or Unsaved."""
+        """Runs the remaining steps. Raises Preempted, Diverged or Unsaved."""
         config, self.end = self.config, self.start
-        if self.start >= config.steps or enough(self.start, self.checkpoints.best_step, config):
-            self.metrics.log(self.end, {})
-            return
-        self.batches = self.batches_from(self.start + self.offset)
-        late, owed = None, NOTHING  # a step's metrics are read once the next step runs, so that devices never wait
-        self.timer.enter("step")
-        self.stop.saves = True
-        for step in range(self.start + 1, config.steps + 1):
-            measured = self._one_step(step)
-            try:
-                if late:
-                    self._report(*late)
-                late, stopping = (step, measured), self.stop.should_stop()
-                now = due(step, config, owed, stopping, self.checkpoints.retry_due)
-                if now.compare_replicas:
-                    divergence.compare_replicas(step, self.state, self.mesh)
-                if not now.save:
-                    continue
-                skipped, late = self._report(*late), None
-            except Diverged:
-                divergence.note(self.workdir, self.checkpoints.latest_step or 0, (late or (step,))[0] + self.offset)
-                raise
-            owed = now if skipped and not now.required else NOTHING
-            if not owed.save and self._evaluate_and_save(step, now, stopping, skipped):
-                break
-        self.end = step
+        if self.start < config.steps and not enough(self.start, self.checkpoints.best_step, config):
+            self.batches = self.batches_from(self.start + self.offset)
+            self.timer.enter("step")
+            self.stop.saves = True
+            self._steps()
         self.metrics.log(self.end, {})
 
+    def _steps(self) -> None:
+        # A step's metrics are read while the next step runs: to wait for them at once would idle the devices. Where
+        # a save is due they are read at once, since the save depends on them.
+        unread: tuple[int, dict[str, jax.Array]] | None = None
+        owed = NOTHING
+        for step in range(self.start + 1, self.config.steps + 1):
+            measured = self._one_step(step)
+            self.end = step
+            if unread:
+                self._report(*unread)
+            unread, stopping = (step, measured), self.stop.should_stop()
+            now = due(step, self.config, owed, stopping, self.checkpoints.retry_due)
+            if now.compare_replicas:
+                self._compare_replicas(step)
+            if not now.save:
+                continue
+            skipped, unread = self._report(step, measured), None
+            # A checkpoint written amid skipped updates may be of a model about to diverge. Unless it is required, it
+            # waits for an accepted update.
+            owed = now if skipped and not now.required else NOTHING
+            if not owed.save and self._evaluate_and_save(step, now, stopping, skipped):
+                return
+
     def _one_step(self, step: int) -> dict[str, jax.Array]:
+        """Runs a step and returns its metrics, unread: the devices may still be computing them."""
         self.watchdog.beat(f"doing step {step:,}")
         self.profile.before(step)
         with jax.transfer_guard("disallow"):
@@ -243,10 +250,13 @@ class Run:
         return measured
 
     def _report(self, step: int, measured: dict[str, jax.Array]) -> int:
-        """Waits for a step's metrics; logs them where it is time; ends a run whose updates stay bad.
+        """Waits for a step's metrics and logs them if that is due or the update was skipped.
 
         Returns:
           Consecutive skipped updates.
+
+        Raises:
+          Diverged: these are `max_skipped_updates` or more.
         """
         values = {name: float(np.asarray(value)) for name, value in jax.device_get(measured).items()}
         skipped = int(values.pop("train/skipped_in_a_row"))
@@ -256,12 +266,24 @@ class Run:
             self.metrics.log(step, {**values, **self.throughput.read(), **self.batches.metrics()})
         if skipped >= self.config.max_skipped_updates:
             self.checkpoints.wait()
+            advice = divergence.advice(self.checkpoints, step - skipped)
+            self._note_divergence(step)
             raise Diverged(f"{skipped} updates in a row up to step {step:,} were not finite or spiked, and were "
-                           f"skipped. {divergence.advice(self.checkpoints, step - skipped)}")
+                           f"skipped. {advice}")
         return skipped
 
+    def _compare_replicas(self, step: int) -> None:
+        try:
+            divergence.compare_replicas(step, self.state, self.mesh)
+        except Diverged:
+            self._note_divergence(step)
+            raise
+
+    def _note_divergence(self, step: int) -> None:
+        divergence.note(self.workdir, self.checkpoints.latest_step or 0, step + self.offset)
+
     def _evaluate_and_save(self, step: int, now: Due, stopping: bool, skipped: int) -> bool:
-        """Evaluates and saves what is due. Returns whether the run is at its end. Raises Preempted, Unsaved."""
+        """Evaluates and saves what is due. Returns whether the run is complete. Raises Preempted, Unsaved."""
         with self.throughput.paused():
             self.evaluated = self.evaluate(step) if now.evaluate else {}
             stopping = stopping or self.stop.should_stop()
@@ -272,6 +294,7 @@ class Run:
                 good = not skipped and all(map(math.isfinite, self.evaluated.values()))
                 metadata = dataclasses.replace(self.metadata, steps_done=step, metrics=self.evaluated)
                 self.checkpoints.save(self.state, metadata, blocking=last or stopping, supersedes=good)
+        # A run that is stopped at its last step is complete, unless its evaluation was given up.
         if stopping and (not last or self.inputs.held_out and not self.evaluated):
             raise self._stopped(step)
         return last
@@ -293,8 +316,9 @@ class Run:
         return figures
 
 
-def _throughput(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -> Throughput:
+def throughput_of(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -> Throughput:
+    """Counts model FLOPs as the model's attention does: the causal half, or all."""
     d = model.dims
-    flops = train_flops_per_image(d.L, d.D, d.F, d.V, d.T, model.objective.causal)
+    flops = train_flops_per_image(d.L, d.D, d.F, d.V, d.T, model.causal)
     chip = topology.chip_for(mesh.devices.flat[0].device_kind)
     return Throughput(config.batch_size, model.dims.T, flops, mesh.size, chip and chip.peak_bf16_flops)

@@ -1,4 +1,4 @@
-"""Learning rate schedule and Adam, as the paper trains (Section 3.4)."""
+"""Learning rate schedule and Adam, as in the paper (Section 3.4), and second moments in less memory."""
 
 import logging
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ def learning_rate(config: OptimizerConfig, step: jax.Array, steps: int, warmup_s
 
 
 def warmup_steps_for(config: OptimizerConfig, steps: int, examples: int, batch_size: int) -> int:
-    """Steps of warm-up; -1 in the config means one epoch. Raises UserError where warm-up would not end."""
+    """Steps of warm-up; -1 in the config means one epoch. Raises UserError if warm-up would exceed the run."""
     if config.warmup_steps < 0:
         epoch = -(-examples // batch_size)
         if epoch > steps:
@@ -35,7 +35,7 @@ def warmup_steps_for(config: OptimizerConfig, steps: int, examples: int, batch_s
 
 
 def _is_matrix(params: Any) -> Any:
-    """True for weights with two dims or more besides the stack of layers; norms and the start vector have one."""
+    """True for weights with two or more dims, not counting the layers' L; norms and the start vector have one."""
     def matrix(path, leaf):
         return len(letters_for(path[-1].key, leaf.ndim).lstrip("L")) > 1
     return jax.tree_util.tree_map_with_path(matrix, params)
@@ -46,7 +46,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _bfloat16_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam whose second moment rests in bfloat16; each step computes it in the dtype of the first."""
+    """Adam whose second moment is stored in bfloat16 and computed in the dtype of the first."""
     adam = _adam(config)
 
     def rest(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
@@ -71,9 +71,10 @@ class FactoredState(NamedTuple):
 def _factored_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adam with row x column / mean(row) for the second moment (Shazeer and Stern 2018, Algorithm 2).
 
-    Dims that are summed over stay with size 1. A vector is its own row, so that it follows Adam exactly.
+    Averaged dims stay with size 1. A vector is its own row, so its updates are exactly those of Adam.
     """
     def first_dim(path, x):
+        """The first dim that is not the stack of layers: each layer's matrix is factored by itself."""
         return int(letters_for(path[-1].key, x.ndim).startswith("L"))
 
     def factors(squares):
@@ -97,6 +98,7 @@ def _factored_adam(config: OptimizerConfig) -> optax.GradientTransformation:
         column = optax.tree.update_moment(columns, state.column, config.beta2, 1)
 
         def direction(path, m, row, column):
+            # A parameter without any gradient yet has zeros here, and 0 / 0 would make its update NaN.
             mean = jnp.maximum(row.mean(axis=first_dim(path, m), keepdims=True), jnp.finfo(row.dtype).tiny)
             second = row * (column / mean) / (1 - config.beta2 ** count)
             return m / (1 - config.beta1 ** count) / (jnp.sqrt(second) + config.epsilon)
@@ -111,7 +113,7 @@ _ADAMS = {"float32": _adam, "bfloat16": _bfloat16_adam, "factored": _factored_ad
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam's update directions before the learning rate: [clipping], moments, [decoupled weight decay]."""
+    """Adam's update directions, before the learning rate: [clipping], moments, [decoupled weight decay]."""
     chain = [_ADAMS[config.second_moment](config)]
     if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))

@@ -17,14 +17,14 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 from igpt_jax.training.optimizer import learning_rate, make_optimizer
 
-# step, skipped (bad updates so far) and skipped_in_a_row: int32; params: a dict; optimizer: optax's state; where
-# optimizer.spike_factor is set also usual_gradient_norm, the running mean that it multiplies.
+# The training state: step, skipped (updates so far) and skipped_in_a_row, int32; params, a dict; optimizer, optax's
+# state. With optimizer.spike_factor also usual_gradient_norm, the running mean that the factor multiplies.
 State = dict[str, Any]
 
-VIEW = 2**31  # folded into a step's key: what the step sees; dropout's microbatches count from 0
+VIEW = 2**31  # folded into a step's key for the examples' views; dropout folds in the index of the microbatch, from 0
 
-# The running mean of the gradient norm forgets with this factor per step, and judges nothing before so many steps.
-SPIKE_DECAY, SPIKE_AFTER = 0.98, 50
+SPIKE_DECAY = 0.98  # of the running mean of the gradient norm, per accepted update
+SPIKE_AFTER = 50  # accepted updates before the first update can count as a spike: a young mean says little
 
 
 def init_state(model: Model, config: PretrainConfig, key: jax.Array) -> State:
@@ -36,18 +36,18 @@ def init_state(model: Model, config: PretrainConfig, key: jax.Array) -> State:
 
 
 def state_shardings(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
-    """Where each array of the state lives: moments where their parameters do, the rest everywhere."""
+    """The sharding of each array of the state: moments are sharded like their parameters, counters replicated."""
     abstract = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
-    places = jax.tree.map(lambda _: sharding.replicated(mesh), abstract)
-    for part in ("params", "optimizer"):
-        places[part] = sharding.parameter_shardings(abstract[part], mesh)
-    return places
+    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), abstract)
+    for name in ("params", "optimizer"):
+        shardings[name] = sharding.parameter_shardings(abstract[name], mesh)
+    return shardings
 
 
 def abstract_state(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state, for restoring and for compiling without data."""
     shapes = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    return jax.tree.map(lambda leaf, sharded: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded),
                         shapes, state_shardings(model, config, mesh))
 
 
@@ -55,9 +55,9 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
     """(state, tokens_BT, key, labels_B=None) -> (state, metrics); labels where the model has a class head.
 
     An update whose loss, gradient or learning rate is not finite, or whose gradient norm exceeds
-    `optimizer.spike_factor` times its running mean over accepted updates, is skipped: it leaves parameters and moments
-    exactly as they were and is counted in `skipped`; the step counter, and with it data order and schedule, goes on.
-    In an accepted update a parameter that would overflow keeps its value, so parameters are always finite.
+    `optimizer.spike_factor` times its running mean over accepted updates, is skipped. A skipped update changes no bit
+    of parameters and moments and is counted in `skipped`; the step counter still advances, and with it data order and
+    schedule. In an accepted update a parameter that would overflow keeps its value, so parameters are always finite.
     """
     optimizer = make_optimizer(config.optimizer)
     uses_dropout = config.model.dropout > 0
@@ -65,10 +65,11 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
 
     def train_step(state: State, tokens_BT: jax.Array, key: jax.Array, labels_B: jax.Array | None = None
                    ) -> tuple[State, dict[str, jax.Array]]:
-        random = model.objective.random or uses_dropout
-        step_key = jax.random.fold_in(key, state["step"]) if random else None
-        view_key = jax.random.fold_in(step_key, VIEW) if random else None
-        view = model.objective.view_of_step(view_key, tokens_BT, model.dims.V)
+        step_key = jax.random.fold_in(key, state["step"]) if model.objective.random or uses_dropout else None
+        keys_B = None
+        if model.objective.random:
+            keys_B = objectives.example_keys(jax.random.fold_in(step_key, VIEW), jnp.arange(len(tokens_BT)))
+        view = model.objective.view(tokens_BT, keys_B, model.dims.V)
         (loss, measured), gradients = _accumulated(loss_fn, state["params"], (tokens_BT, labels_B, view),
                                                    step_key if uses_dropout else None, config.accumulate)
         gradient_norm = optax.tree.norm(gradients)
@@ -80,7 +81,8 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
             spikes = {}
         directions, moments = optimizer.update(gradients, state["optimizer"], state["params"])
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state["params"], directions)
-        # Whether all are finite would be known only after a second pass over them, and their copies kept until then.
+        # Each parameter is judged by itself. To skip the whole update where one of them overflows would take a second
+        # pass over all parameters, and both copies of them in memory until it ends.
         params = jax.tree.map(lambda n, o: jnp.where(good & jnp.isfinite(n), n, o), params, state["params"])
         moments = jax.tree.map(lambda n, o: jnp.where(good, n, o), moments, state["optimizer"])
 
@@ -95,8 +97,9 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
 
 
 def make_loss(model: Model, config: PretrainConfig) -> Callable:
-    """(params, (tokens_BT, labels_B, view), key) -> (loss, metrics): what training lowers, L_GEN or, with a class
-    head, the weighted L_GEN + L_CLF (paper, Section 2.3); means over the batch, in nats.
+    """(params, (tokens_BT, labels_B, view), key) -> (loss, metrics), means over the batch in nats.
+
+    The loss is L_GEN or, with a class head, the weighted sum of L_GEN and L_CLF (paper, Section 2.3).
     """
     def loss(params: dict[str, Any], batch: tuple, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         tokens_BT, labels_B, view = batch
@@ -106,7 +109,7 @@ def make_loss(model: Model, config: PretrainConfig) -> Callable:
             return generative, {"train/nats_per_pixel": generative}
         weights = config.finetuning
         if weights.generative_weight == 0:
-            generative = jax.lax.stop_gradient(generative)  # measured only
+            generative = jax.lax.stop_gradient(generative)  # logged only
         classes = objectives.classification(classes_BK, labels_B)
         right = (classes_BK.argmax(axis=1) == labels_B).mean(dtype=classes.dtype)
         return (weights.generative_weight * generative + weights.class_weight * classes,
@@ -116,30 +119,31 @@ def make_loss(model: Model, config: PretrainConfig) -> Callable:
 
 
 def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], batch: Any, key: jax.Array | None,
-                 parts: int) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict[str, Any]]:
-    """The means of loss, metrics and gradients over `parts` equal parts of the batch, one after the other.
+                 microbatches: int) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict[str, Any]]:
+    """Gradient accumulation: loss, metrics and gradients, averaged over microbatches of equal size.
 
-    Part i takes every `parts`-th image from the i-th on, so that each device's own images stay with it.
+    Each microbatch draws its dropout from `key`, folded with its index.
     """
-    if parts == 1:
+    if microbatches == 1:
         return loss_and_gradients(params, batch, key)
-    in_parts = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    # Microbatch i takes every `microbatches`-th image from the i-th on. A device holds consecutive images of the
+    # batch, so each microbatch takes an equal share of every device's images, and none moves to another device.
+    stacked = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def part(sums, given):
-        index, batch = given
-        part_key = None if key is None else jax.random.fold_in(key, index)
+    def add(sums, indexed):
+        index, batch = indexed
+        own_key = None if key is None else jax.random.fold_in(key, index)
         batch = jax.tree.map(lambda x: sharding.constrain(x, "B" + "." * (x.ndim - 1)), batch)
-        found = loss_and_gradients(params, batch, part_key)
-        return jax.tree.map(jnp.add, sums, found), None
+        return jax.tree.map(jnp.add, sums, loss_and_gradients(params, batch, own_key)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                         jax.eval_shape(loss_and_gradients, params, jax.tree.map(lambda x: x[0], in_parts), key))
-    sums, _ = jax.lax.scan(part, zeros, (jnp.arange(parts), in_parts))
-    return jax.tree.map(lambda x: x / parts, sums)
+                         jax.eval_shape(loss_and_gradients, params, jax.tree.map(lambda x: x[0], stacked), key))
+    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), stacked))
+    return jax.tree.map(lambda x: x / microbatches, sums)
 
 
 def jit_train_step(model: Model, config: PretrainConfig, mesh: Mesh, warmup_steps: int) -> Callable:
-    """The jitted training step: the state stays in its shardings, and its memory is used again."""
+    """The jitted training step. It keeps the state's shardings and overwrites the state's memory (donation)."""
     return jax.jit(make_train_step(model, config, warmup_steps), donate_argnums=0,
                    out_shardings=(state_shardings(model, config, mesh), None))
 

@@ -1,4 +1,4 @@
-"""A run that begins with another run's parameters: what it takes from that checkpoint, and what is its own.
+"""Fine-tuning from a checkpoint: the settings and parameters that a run takes over from it.
 
 Y rows, X columns, D embed, T = Y X positions.
 """
@@ -18,11 +18,11 @@ SIZES = ("name", "layers", "embed", "heads", "mlp", "init")
 
 
 def adopted(config: FinetuneConfig) -> FinetuneConfig:
-    """The config with what the checkpoint decides: the model's sizes and, where none is named, the store.
+    """The config with the settings of its checkpoint: the model's sizes and, if the config names none, the store.
 
     Raises:
-      UserError: no such checkpoint, or one of another objective; the config decides what the checkpoint brings; or
-        there is neither a checkpoint nor a model.
+      UserError: the checkpoint is missing or of another objective; the config sets what the checkpoint decides; or it
+        names neither a checkpoint nor a model.
     """
     if not config.checkpoint:
         if not config.model.name:
@@ -33,37 +33,37 @@ def adopted(config: FinetuneConfig) -> FinetuneConfig:
         if given:
             raise UserError(f"{name}={given}: the checkpoint brings its own. Leave it out, or leave checkpoint empty "
                             "to train a new model.")
-    record = checkpoint.load_metadata(config.checkpoint)
-    checkpoint.require_objective(record, config.objective, config.checkpoint)
-    sizes = {name: getattr(record.config.model, name) for name in SIZES}
-    data = dataclasses.replace(config.data, store=config.data.store or record.config.data.store)
+    metadata = checkpoint.load_metadata(config.checkpoint)
+    checkpoint.require_objective(metadata, config.objective, config.checkpoint)
+    sizes = {name: getattr(metadata.config.model, name) for name in SIZES}
+    data = dataclasses.replace(config.data, store=config.data.store or metadata.config.data.store)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes), data=data)
 
 
-def parameters(typed: str, model: Model, precision: str, mesh: Mesh, initial: dict[str, Any]) -> dict[str, Any]:
-    """The parameters to begin with: those of the checkpoint `typed`, for another image size its position table
-    resized, and a class head as it is initialized.
+def parameters(path: str, model: Model, precision: str, mesh: Mesh, initial: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that fine-tuning starts from.
+
+    They are the checkpoint's, with its position table resized to the model's image size, and a new class head.
 
     Args:
-      typed: the checkpoint.
-      model: to train, of the checkpoint's sizes but for image size and classes.
+      path: of the checkpoint.
+      model: the model to train. Its sizes are the checkpoint's, except image size and classes.
       precision: of the run.
-      mesh: where it runs.
-      initial: the model's initial parameters, whose places are kept.
+      mesh: devices of the run.
+      initial: the model's initial parameters: the class head, and the sharding of the position table.
     """
-    _, params, record = checkpoint.load_model(typed, mesh, precision)
+    _, params, metadata = checkpoint.load_model(path, mesh, precision)
     side = round(model.dims.T ** 0.5)
     resize = jax.jit(lambda table_TD: resized(table_TD, side), out_shardings=initial["position_embed_TD"].sharding)
-    if side != record.image_size:
+    if side != metadata.image_size:
         params = {**params, "position_embed_TD": resize(params["position_embed_TD"])}
     return {**params, **({"class_head_KD": initial["class_head_KD"]} if model.dims.K else {})}
 
 
 def resized(table_TD: jax.Array, side: int) -> jax.Array:
-    """A position table for side x side pixels: the old one, seen as a picture of D channels, resized linearly.
+    """A position table [side^2, D]: the old one, read as an image of D channels, resized linearly.
 
-    Pixels are squares whose centers are sampled; where the new picture is smaller, each of its pixels averages those
-    that it covers.
+    Pixels are squares, sampled at their centers. In a smaller table each pixel averages the pixels that it covers.
     """
     T, D = table_TD.shape
     old = round(T ** 0.5)

@@ -67,9 +67,10 @@ def losses(precision, tolerance, first_mesh):
         compare(mesh, float(tolerance), one, run(mesh, 8, precision))
 
 
-def masked_fine_tuning():
+def fine_tuning(objective):
+    """Random views, labels, and a class head before the last block."""
     jax.config.update("jax_enable_x64", True)
-    options = {"steps": 10, "job": "finetune", "objective": "masked", "class_layer": 1}
+    options = {"steps": 10, "job": "finetune", "objective": objective, "class_layer": 1}
     one = run(MeshConfig(), 1, "float64", **options)
     assert one[0].shape == (10, 3) and one[0][-1, 0] < one[0][0, 0]
     compare("fsdp x tensor x context", 1e-8, one, run(MeshConfig(1, 2, 2, 2), 8, "float64", **options))
@@ -129,7 +130,7 @@ def bytes_per_device():
 
 
 def main(check, *arguments):
-    checks = (losses, masked_fine_tuning, memory_levers, all_meshes, bytes_per_device)
+    checks = (losses, fine_tuning, memory_levers, all_meshes, bytes_per_device)
     next(each for each in checks if each.__name__ == check)(*arguments)
 
 
