@@ -1,4 +1,4 @@
-"""The back-ends of attention agree."""
+"""Attention back-ends agree, and split their work over devices evenly."""
 
 import jax
 import jax.numpy as jnp
@@ -43,46 +43,12 @@ def test_scores_and_softmax_are_float32_under_bfloat16(backend):
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.04)
 
 
-ON_DEVICES = """
-import jax, jax.numpy as jnp, numpy as np
-from igpt_jax.parallel import sharding
-from igpt_jax.model.attention import attention, splash
-from igpt_jax.model.attention.reference import reference
-from igpt_jax.config import MeshConfig
-
-def check(run, mesh_config, B, T, N, H, dtype, causal, tolerance):
-    # Values and gradients against the reference in float32 on the same inputs, on one device.
-    q, k, v, weight = (jax.random.normal(jax.random.key(i), (B, T, N, H)).astype(dtype) for i in range(4))
-
-    def loss(attend):
-        def f(q, k, v):
-            out = attend(q, k, v)
-            return (out.astype(jnp.float32) * weight).sum(), out
-        return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
-
-    plain = loss(lambda *qkv: reference(*(x.astype(jnp.float32) for x in qkv), causal=causal))
-    (_, expected), gradients = plain(q, k, v)
-    mesh = sharding.make_mesh(mesh_config, jax.devices()[:np.prod([*vars(mesh_config).values()])])
-    with jax.set_mesh(mesh):
-        (_, out), found = loss(run)(q, k, v)
-    assert out.dtype == dtype
-    for one, other in zip((out, *found), (expected, *gradients), strict=True):
-        error = float(jnp.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).max())
-        assert error <= tolerance, (mesh_config, T, H, dtype, error)
-"""
-
-
 def test_split_sequences_equal_the_reference(python):
     """Blocked attention over context, tensor and data axes, causal and not, forward and backward.
 
-    Seen to fail with the trade of halves left out, and with the running maximum not updated.
+    Seen to fail without the zigzag exchange, and with the running maximum not updated.
     """
-    python(ON_DEVICES + """
-for causal in (True, False):
-    for mesh in (MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 2, 2), MeshConfig(2, 1, 1, 3)):
-        run = lambda q, k, v: attention(q, k, v, causal=causal, backend="blocked")
-        check(run, mesh, 4, 144, 4, 8, jnp.float32, causal, 1e-5)
-""")
+    python("attention_on_devices.py", "blocked")
 
 
 def empty_arrays(jaxpr):
@@ -96,11 +62,11 @@ def empty_arrays(jaxpr):
     return found
 
 
-@pytest.mark.parametrize(("parts", "causal"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(("shards", "causal"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "splash"])
-def test_no_back_end_uses_an_empty_array(backend, parts, causal):
+def test_no_back_end_uses_an_empty_array(backend, shards, causal):
     """jaxlib 0.11.2 segfaults over one inside `shard_map`. Seen to fail with `.at[:]` over the full length."""
-    mesh = jax.sharding.AbstractMesh((1, 2 // parts, 1, parts), sharding.AXES,
+    mesh = jax.sharding.AbstractMesh((1, 2 // shards, 1, shards), sharding.AXES,
                                      axis_types=(jax.sharding.AxisType.Auto,) * 4)
     x_BTNH = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.float32)
 
@@ -119,54 +85,29 @@ def test_a_step_on_two_devices_compiles(python):
 
     Seen to fail (exit code -11, jaxlib 0.11.2) with `.at[:]` over the full length in blocked attention.
     """
-    python("""
-import jax
-from igpt_jax.parallel import sharding
-from igpt_jax.config import base_config, parse
-from igpt_jax.planner import compilation
-
-split = "mesh.fsdp=1,mesh.context=2"
-for backend, more in (("reference", "mesh.fsdp=2"), ("blocked", "mesh.fsdp=2"), ("blocked", split),
-                      ("blocked", split + ",objective=masked")):
-    config = parse("plan", base_config("plan", "model=igpt_tiny,model.layers=1,model.embed=32,image_size=8,"
-                                               f"batch_size=2,palette_size=16,model.attention={backend},{more}"))
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        step, shapes, _ = compilation.step_for(config, mesh)
-        step.lower(*shapes).compile({"xla_backend_optimization_level": 0})
-""", devices=2)
+    python("compile_on_two_devices.py", devices=2)
 
 
 def test_splash_equals_the_reference(python):
     """The TPU kernel in interpret mode: float32 to 1e-5, bfloat16 to 2e-2, with and without split sequences and heads.
 
-    Seen to fail with queries not scaled, and with the mask of untraded queries under a context axis.
+    Seen to fail with queries not scaled, and with the mask of queries before the exchange under a context axis.
     """
-    python(ON_DEVICES + """
-def run(q, k, v):
-    return splash.attention(q, k, v, causal=True, interpret=True)
-for H in (64, 96, 128):
-    for T, context in ((1024, 1), (1024, 4), (2304, 1), (2304, 2)):
-        check(run, MeshConfig(1, 1, 2, context), 1, T, 2, H, jnp.float32, True, 1e-5)
-check(run, MeshConfig(1, 1, 2, 4), 1, 1024, 2, 64, jnp.bfloat16, True, 2e-2)
-check(run, MeshConfig(1, 1, 2, 2), 1, 2304, 2, 128, jnp.bfloat16, True, 2e-2)
-full = lambda q, k, v: splash.attention(q, k, v, causal=False, interpret=True)
-check(full, MeshConfig(1, 2, 1, 4), 2, 1024, 2, 64, jnp.float32, False, 1e-5)
-""")
+    python("attention_on_devices.py", "splash_kernel")
 
 
-@pytest.mark.parametrize(("tokens", "parts"), [(64, 1), (1024, 4), (2304, 9), (65536, 16)])
-def test_causal_work_is_the_same_on_every_device(tokens, parts):
-    """Each block of queries meets each block of keys that it may see once, and all devices do as many.
+@pytest.mark.parametrize(("tokens", "shards"), [(64, 1), (1024, 4), (2304, 9), (65536, 16)])
+def test_causal_work_is_the_same_on_every_device(tokens, shards):
+    """Each block of queries meets each block of keys that it may see exactly once, and all devices compute as many.
 
     Seen to fail with the mirror device's half taken from the device itself.
     """
-    block, work = context._schedule(tokens, parts)
-    places = work[:, :, 1:].reshape(-1, 2)
+    block, pairs = context._schedule(tokens, shards)
     blocks = tokens // block
-    assert sorted(map(tuple, places)) == [(query, key) for query in range(blocks) for key in range(query + 1)]
-    assert work.shape[1] * parts == blocks * (blocks + 1) // 2
-    positions = np.concatenate([context.positions(device, parts, tokens) for device in range(parts)])
+    assert sorted(map(tuple, pairs[:, :, 1:].reshape(-1, 2))) == [
+        (query, key) for query in range(blocks) for key in range(query + 1)]
+    assert pairs.shape[1] * shards == blocks * (blocks + 1) // 2
+    positions = np.concatenate([context.positions(device, shards, tokens) for device in range(shards)])
     assert sorted(positions) == list(range(tokens))
 
 

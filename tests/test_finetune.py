@@ -1,4 +1,4 @@
-"""The finetune job as users run it: stopped, moved to other devices, ended early; and what it refuses."""
+"""The finetune job as users run it: stopped and resumed, on other devices, with early stopping, with bad input."""
 
 import json
 import re
@@ -16,27 +16,17 @@ COMMON = [f"--config.steps={STEPS}", "--config.batch_size=16", "--config.log_eve
           "--config.eval_every_steps=6", "--config.checkpoint_every_steps=5"]
 
 
-RUN = """
-import contextlib, io, json
-from igpt_jax.__main__ import main
-for arguments in {commands!r}:
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = main(arguments)
-    print("\\n" + json.dumps([code, said.getvalue()]))
-"""
-
-
 def run_all(*commands, **options):
-    """[(exit code, what it said)] of jobs in one process after the other: importing JAX takes longer than most do."""
-    done = run_job_command(script=RUN.format(commands=commands), **options)
+    """[(exit code, standard error)] of jobs that run one after the other in one process."""
+    done = run_job_command(json.dumps(commands), script="report_jobs.py", **options)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(lines) == len(commands), done.stdout + done.stderr
     return lines
 
 
 def ran(*commands, **options):
-    for code, said in run_all(*commands, **options):
-        assert code == 0, said
+    for code, log in run_all(*commands, **options):
+        assert code == 0, log
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +53,7 @@ def tuned(folder):
     return folder / "straight"
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, tuned):
+def test_a_stopped_run_resumes_bit_for_bit(folder, tuned):
     """SIGTERM in the middle, then the same command: parameters, moments, logged losses and accuracies of the
     undisturbed run, the class head's among them."""
     command = [sys.executable, "-m", "igpt_jax", *finetune(folder, "stopped", "--config.data.reader=tfdata")]
@@ -92,9 +82,9 @@ def test_eight_devices_give_the_losses_of_one(folder, tuned):
     assert abs(result(tuned)["metrics"]["test_accuracy"] - result(folder / "eight")["metrics"]["test_accuracy"]) <= 1e-3
 
 
-def test_a_run_ends_when_patience_does_and_stays_ended(folder):
-    """A learning rate too small to change any held-out accuracy: the second evaluation brings no better one. The same
-    command again trains no further."""
+def test_early_stopping_ends_a_run_for_good(folder):
+    """A learning rate too small to change any held-out accuracy: the second and third evaluation are no better than the
+    first. The same command again trains no further."""
     arguments = finetune(folder, "patient", "--config.optimizer.learning_rate=1e-30", "--config.eval_every_steps=2",
                          "--config.patience=2", "--config.data.augment=none")
     ran(arguments)
@@ -113,12 +103,23 @@ def test_a_run_ends_when_patience_does_and_stays_ended(folder):
                  "--config.data.store={}/store"]),
     ("all", ["--config.data.split=train+held_out", "--config.data.held_out=", "--config.generative_weight=0"])])
 def test_other_ways_to_fine_tune(folder, name, more):
-    """A masked checkpoint with the head before the last block; another resolution; from scratch; on all labels. Other
-    jobs read what they leave from the path alone."""
+    """A masked checkpoint with the head before the last block; another resolution; from scratch; on all labels. The
+    evaluate job reads the checkpoints with no more than their path."""
     ran(finetune(folder, name, "--config.precision=float32", *(each.format(folder) for each in more)),
         ["evaluate", f"--workdir={folder / name}-evaluate", f"--config.checkpoints={folder / name}",
          "--config.data.split=test"])
     assert 0 < result(folder / name)["metrics"]["test_accuracy"] < 1
+
+
+def test_denoising_runs_from_the_command_line(folder):
+    """finetune from scratch, then evaluate and probe. Seen to fail without the objective's row in OBJECTIVES."""
+    ran(finetune(folder, "denoising", "--config.precision=float32", "--config.checkpoint=", *TINY[:4],
+                 f"--config.data.store={folder / 'store'}", "--config.objective=denoising"),
+        ["evaluate", f"--workdir={folder / 'denoising-evaluate'}", f"--config.checkpoints={folder / 'denoising'}"],
+        ["probe", f"--workdir={folder / 'denoising-probe'}", f"--config.checkpoint={folder / 'denoising'}",
+         "--config.objective=denoising", "--config.strengths=(0.01,)", "--config.baselines=False"])
+    nats, = result(folder / "denoising-evaluate")["metrics"]["nats_per_pixel"].values()
+    assert nats == pytest.approx(result(folder / "denoising")["metrics"]["eval/nats_per_pixel"], rel=1e-5)
 
 
 BAD = {
@@ -129,13 +130,13 @@ BAD = {
     "layer": (["--config.model.class_layer=3"], "must be from 0 (the embedding) to 2"),
     "unlabelled": (["--config.data.store={}/unlabelled"], "has no labels"),
     "class": (["--config.data.store={}/nines", "--config.data.test="], "class 4 has no example in split 'train'"),
-    "share": (["--config.masked_share=0.2"], "has no effect on objective=autoregressive"),
+    "share": (["--config.mask_ratio=0.2"], "has no effect on objective=autoregressive"),
     "patience": (["--config.data.held_out=", "--config.patience=3"], "needs evaluations on held-out images"),
 }
 
 
 def test_bad_input_is_one_line(folder):
-    """Also labels that are missing, and a class of which no training image is."""
+    """Missing labels and a class without training images, among others."""
     digits = load_digits()
     images = np.repeat((digits.images * 255 / 16).astype(np.uint8)[..., None], 3, -1)[:300]
     labels = digits.target[:300]
@@ -145,21 +146,21 @@ def test_bad_input_is_one_line(folder):
            f"--config.test_source=npz:{folder / name}.npz", "--config.palette=fit:17"]
           for name in ("unlabelled", "nines")))
     commands = [finetune(folder, "bad", *(each.format(folder) for each in more)) for more, _ in BAD.values()]
-    for (case, (_, message)), (code, said) in zip(BAD.items(), run_all(*commands), strict=True):
-        assert code == 2 and message in said and len(said.splitlines()) == 1, (case, said)
+    for (case, (_, message)), (code, log) in zip(BAD.items(), run_all(*commands), strict=True):
+        assert code == 2 and message in log and len(log.splitlines()) == 1, (case, log)
 
 
-def test_masked_checkpoints_are_not_taken_for_others(folder):
-    """Neither by the sampler nor the probe. The probe that is told votes over masks, alike at any batch size.
-    """
+def test_jobs_refuse_masked_checkpoints_unless_the_config_says_masked(folder):
+    """sample and probe refuse them in one line. With objective=masked, probe votes over masks, with the same result at
+    any batch size."""
     commands = [[job, f"--workdir={folder / job}", f"--config.{key}{folder / 'bert'}"] for job, key in
                 (("sample", "checkpoint="), ("probe", "checkpoint="))]
-    told = [["probe", f"--workdir={folder / f'probe{batch_size}'}", f"--config.checkpoint={folder / 'bert'}",
-             "--config.objective=masked", "--config.strengths=(0.01,)", "--config.baselines=False",
-             f"--config.batch_size={batch_size}"] for batch_size in (64, 100)]
-    *refused, first, second = run_all(*commands, *told)
-    for code, said in refused:
-        assert code == 2 and "trained with objective=masked" in said and len(said.splitlines()) == 1, said
+    masked = [["probe", f"--workdir={folder / f'probe{batch_size}'}", f"--config.checkpoint={folder / 'bert'}",
+               "--config.objective=masked", "--config.strengths=(0.01,)", "--config.baselines=False",
+               f"--config.batch_size={batch_size}"] for batch_size in (64, 100)]
+    *refused, first, second = run_all(*commands, *masked)
+    for code, log in refused:
+        assert code == 2 and "trained with objective=masked" in log and len(log.splitlines()) == 1, log
     assert first[0] == second[0] == 0, (first, second)
     found = [json.loads((folder / f"probe{size}" / "probe.json").read_text()) for size in (64, 100)]
     assert found[0] == found[1] and 0.15 < found[0][2]["test_accuracy"] < 0.8

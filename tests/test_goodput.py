@@ -1,4 +1,4 @@
-"""Where the wall time went: every second of a run is in one phase, lost or down, over crashes too."""
+"""Goodput: every second of a run counts as one phase, as lost or as down, across crashes too."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from igpt_jax.metrics.phases import PhaseTimer, goodput
 
 
 class Clock:
-    """Stands for the wall clock and the monotonic one."""
+    """Replaces the wall clock and the monotonic clock."""
 
     def __init__(self):
         self.now = 1.8e9
@@ -28,8 +28,10 @@ def clock(monkeypatch):
 
 
 def test_each_second_is_in_one_phase(clock):
-    """Phases inside phases, and one that an error leaves. Seen to fail with `enter` that does not add up the phase it
-    leaves, and without the `finally` (what came after the error counted as the save's).
+    """Nested phases, and a phase that an error ends.
+
+    Seen to fail with `enter` that does not add up the phase it leaves, and without the `finally` (the time after the
+    error counted as the save's).
     """
     timer = PhaseTimer("start", clock)
     clock.now += 1
@@ -54,7 +56,7 @@ def test_each_second_is_in_one_phase(clock):
 
 
 def run(workdir, clock, start, stop, down=0.0):
-    """A process that starts `down` seconds later, needs 10 s to start and 2 s for each step, and dies after `stop`."""
+    """A process that starts `down` seconds later, takes 10 s to start and 2 s per step, and dies after step `stop`."""
     clock.now += down
     timer = PhaseTimer("start", clock)
     clock.now += 10
@@ -68,11 +70,12 @@ def run(workdir, clock, start, stop, down=0.0):
 
 @pytest.mark.parametrize("in_a_bucket", [False, True])
 def test_lost_and_down_time_add_up_to_the_wall_time(tmp_path, clock, in_a_bucket, monkeypatch):
-    """Three crashes: after step 7 back to 5; at once after 6, whose line says what the first crash lost, back to 5
-    again; and one before anything is logged. In a bucket no line can be taken back.
+    """Three crashes. After the first, at step 7, the run resumes from 5. After the second, at step 6, it resumes from 5
+    again; the line of step 6 had recorded what the first crash lost. The third comes before anything is logged. In a
+    bucket, lines cannot be removed.
 
-    Seen to fail with the time that a process takes to start counted as down too, with the lost seconds of an undone
-    line forgotten, and with lines that are undone still counted.
+    Seen to fail with the start of a process counted as down too, with the lost seconds of an undone line forgotten, and
+    with undone lines still counted.
     """
     monkeypatch.setattr(storage, "is_local", lambda path: not in_a_bucket)
     monkeypatch.setattr(storage, "LineWriter", Lines)
@@ -89,7 +92,7 @@ def test_lost_and_down_time_add_up_to_the_wall_time(tmp_path, clock, in_a_bucket
 
 
 class Lines:
-    """A line writer whose lines are there at once."""
+    """A line writer that writes at once."""
 
     def __init__(self, path):
         self._path, self.error = path, None

@@ -1,4 +1,4 @@
-"""The sizes of a model, by their letters, and the parameter count that follows from them."""
+"""Sizes of a model by letter, and its parameter count."""
 
 import dataclasses
 import math
@@ -11,15 +11,15 @@ from igpt_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """The sizes of a model, by their letters."""
-    L: int
-    D: int
-    N: int
-    H: int
-    F: int
-    V: int
-    T: int
-    K: int = 0
+    """Sizes of a model."""
+    L: int  # layers
+    D: int  # embed
+    N: int  # heads
+    H: int  # head dim
+    F: int  # MLP hidden
+    V: int  # vocabulary: palette colors
+    T: int  # tokens: pixels
+    K: int = 0  # classes; 0: no class head
 
     @classmethod
     def of(cls, config: ModelConfig, palette_size: int, image_size: int, classes: int = 0) -> "Dims":
@@ -28,8 +28,10 @@ class Dims:
 
     @property
     def parameter_count(self) -> int:
-        """L (12 D^2 + 2 D) + 2 V D + T D + 2 D + K D for an MLP of 4 D: blocks, colors, positions, start and norm,
-        classes. A model that is not causal has no start vector: D fewer.
+        """Parameters of a causal model: L (12 D^2 + 2 D) + 2 V D + T D + 2 D + K D if F = 4 D.
+
+        The terms are blocks, color embedding and head, positions, start vector and final norm, class head. A model that
+        is not causal has no start vector, so D fewer.
         """
         blocks = self.L * (4 * self.D ** 2 + 2 * self.D * self.F + 2 * self.D)
         return blocks + (2 * self.V + self.T + 2 + self.K) * self.D

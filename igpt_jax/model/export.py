@@ -1,15 +1,15 @@
-"""Programs that run where only jax is installed: StableHLO of sampler, losses and features, the weights beside them.
+"""Exports programs that need only jax: StableHLO of sampler, losses and features, and the weights.
 
     folder/sampler.jax     (weights, given int32 [B, P], seeds uint32 [B]) -> tokens int32 [B, T]
     folder/losses.jax      (weights, tokens int32 [B, T]) -> nats per pixel float32 [B]
-    folder/features.jax    (weights, tokens int32 [B, T]) -> features of every layer, float32 [B, L + 1, D]: those that
-                           the probe job fits its linear classifiers on
-    folder/classes.jax     (weights, tokens int32 [B, T]) -> logits float32 [B, K] of a linear probe, where one is given
+    folder/features.jax    (weights, tokens int32 [B, T]) -> features of every layer, float32 [B, L + 1, D], on which
+                           the probe job fits its linear classifiers
+    folder/classes.jax     (weights, tokens int32 [B, T]) -> logits float32 [B, K] of a linear probe, if one is given
     folder/weights.npz     float32 arrays by name
     folder/palette.npy     float32 [V, 3] in [-1, 1]: 8-bit colors are 127.5 (c + 1)
-    folder/run.py          samples pictures with the files above; all that a user's own program needs to do is in it
+    folder/run.py          samples images with the files above; an example for your own program
 
-Any batch size B. One file serves all platforms that it was made for.
+Programs take any batch size B, and run on every platform that they were exported for.
 
 B batch, P given tokens, T tokens, V palette, L layers, D embed, K classes.
 """
@@ -92,12 +92,12 @@ def programs(model: Model, given: int, sampling: Sampling, platforms: Sequence[s
     """The serialized programs, by name.
 
     Args:
-      model: its attention back-end must run on all platforms: `reference` does.
-      given: pixels that the sampler is given of each image.
-      sampling: how it draws.
-      platforms: 'cpu', 'cuda', 'rocm', 'tpu'.
-      probe: weights of a linear probe by their names in `weights`, probe/...
-      layer: the place in the stream that the probe reads.
+      model: its attention back-end must run on all platforms, as `reference` does.
+      given: number of given pixels per image, P.
+      sampling: how the sampler draws colors.
+      platforms: names from 'cpu', 'cuda', 'rocm', 'tpu'.
+      probe: weights of a linear probe by their names in `weights`, probe/...; None: no program `classes`.
+      layer: layer of the stream that the probe reads.
     """
     batch, = jax.export.symbolic_shape("b")
     T = model.dims.T

@@ -1,6 +1,6 @@
-"""What the layers know of an image: features of all of them from one forward pass.
+"""Pooled features of every layer from one forward pass.
 
-B batch, T tokens, D embed, L layers; P = L + 1 places in the residual stream; M views.
+B batch, T tokens, D embed, L layers; P = L + 1 points of the residual stream; M views.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ KINDS = ("normalized", "residual")
 
 def pooled(model: Model, params: dict[str, Any], tokens_BT: jax.Array, kind: str = "normalized",
            hidden_BT: jax.Array | None = None) -> jax.Array:
-    """Features [P, B, D] float32 or wider: the stream before block 0, 1, ... and after the last, averaged.
+    """Features [P, B, D] float32 or wider: the stream before block 0, 1, ... and after the last, averaged over T.
 
     Args:
       model, params: the model.
       tokens_BT: palette indices.
       kind: normalized: after the next norm, as the paper's f^l = mean of n^l (Section 2.2: block l's attention norm;
-        after the last block the final norm). residual: the stream itself, which the author's later answer points at.
-      hidden_BT: pixels whose colors the model does not see; None: it sees all.
+        after the last block the final norm). residual: the stream itself, as a later answer of the author suggests.
+      hidden_BT: pixels whose colors are zeroed in a model that is not causal; None: none.
     """
     gpt = model.bind(params)
 
@@ -39,8 +39,8 @@ def pooled(model: Model, params: dict[str, Any], tokens_BT: jax.Array, kind: str
 def make_feature_step(model: Model, kind: str, views: int = 1, seed: int = 0) -> Callable[..., jax.Array]:
     """(params, tokens_BT, ids_B) -> features [B, M, P, D] float32, for `evaluation.over_split`.
 
-    A model whose objective corrupts pictures is given `views` views of each, since it has never seen a whole one;
-    others see it once, M = 1.
+    A model with a random objective sees M = `views` views of each image, since it was never trained on a whole one.
+    Others see it once, M = 1.
     """
     def feature_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array | None = None) -> jax.Array:
         def look(view: objectives.View) -> jax.Array:

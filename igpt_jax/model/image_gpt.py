@@ -1,4 +1,4 @@
-"""Image GPT as OpenAI released it: a transformer over palette indices in raster order, causal or, as BERT, not.
+"""Image GPT as OpenAI released it: a transformer over palette indices in raster order, causal or, like BERT, not.
 
 Sources: "paper" is Chen et al. 2020, "Generative Pretraining from Pixels"; the released code is the authority on
 the norm (RMS-style, gain only), the activation (x sigmoid(1.702 x)), the start vector and the absence of biases.
@@ -24,7 +24,7 @@ from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
 _POLICIES = jax.checkpoint_policies
-REMAT_POLICIES: Mapping[str, Callable] = {  # what the forward pass keeps of each block, besides its input
+REMAT_POLICIES: Mapping[str, Callable] = {  # activations of a block that the forward pass saves, besides its input
     "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, is_saved),
     "attention": is_saved,
     "offload": _POLICIES.save_and_offload_only_these_names(
@@ -51,7 +51,7 @@ def _standard_deviations(init: str, d: Dims) -> dict[str, float]:
 
 
 class ImageGPT(nnx.Module):
-    """The whole model. Parameters are known by name; their last letters are their dims (see `sharding`)."""
+    """The whole model. The letters at the end of a parameter's name are its dims (see `sharding`)."""
 
     def __init__(self, config: ModelConfig, dims: Dims, causal: bool, key: jax.Array, dtype: Any, parameter_dtype: Any,
                  rounded_late: bool, class_layer: int = -1):
@@ -76,9 +76,10 @@ class ImageGPT(nnx.Module):
         self.config, self.dims, self.causal, self.dtype, self.class_layer = config, dims, causal, dtype, class_layer
 
     def embed(self, tokens_BT: jax.Array, hidden_BT: jax.Array | None = None) -> jax.Array:
-        """[B, T, D]: position t holds its own place, and the color of pixel t - 1 (position 0: the start vector).
+        """The input of the first block, [B, T, D]: at each position a color plus the position's own embedding.
 
-        Where the model is not causal, the color of pixel t itself: of hidden pixels, zeros (released code).
+        In a causal model the color at t is that of pixel t - 1, and the start vector at 0. In other models it is that
+        of pixel t, and zero for hidden pixels (released code).
         """
         T = tokens_BT.shape[1]
         if self.causal:
@@ -91,15 +92,14 @@ class ImageGPT(nnx.Module):
         return constrain((colors_BTD + self._table("position_embed_TD", T)).astype(self.dtype), "BTD")
 
     def embed_one(self, token_B: jax.Array, position: jax.Array) -> jax.Array:
-        """[B, 1, D]: the input at `position` >= 1, where the pixel before it has color `token_B`."""
+        """The input [B, 1, D] of a causal model at `position` >= 1; `token_B` is the color of the pixel before it."""
         x_BD = self._table("token_embed_VD")[token_B] + self._table("position_embed_TD")[position]
         return constrain(x_BD[:, None].astype(self.dtype), "BTD")
 
     def _table(self, name: str, rows: int | None = None) -> jax.Array:
-        """A table (its first `rows`) split like the activations it is added to: looking up split rows would move those.
-
-        It stays in the parameters' dtype: its gradient adds up every pixel of a color, where bfloat16 loses most.
-        """
+        """The first `rows` of an embedding table (None: all), sharded like an activation."""
+        # Gathering from a sharded table would reshard the activations. The table stays in the parameters' dtype: its
+        # gradient sums over every pixel of a color, where bfloat16 would lose most.
         return constrain(getattr(self, name)[...][:rows], name.rsplit("_", 1)[-1])
 
     def scan_blocks(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, extra: Any = None) -> Any:
@@ -110,7 +110,8 @@ class ImageGPT(nnx.Module):
             return body(nnx.merge(graph, layer[0]), carry, layer[1])
 
         if self.config.remat != "none":
-            # Across a loop's turns the compiler merges nothing; without a loop it would keep what is to be made again.
+            # With one block per turn of the loop, XLA cannot merge the recomputation with the forward pass. With
+            # several blocks it could, and would then save the activations after all: `prevent_cse` forbids it.
             step = jax.checkpoint(step, prevent_cse=self.config.unroll > 1, policy=REMAT_POLICIES[self.config.remat])
         return jax.lax.scan(step, carry, (stacked, extra), unroll=self.config.unroll)
 
@@ -121,12 +122,12 @@ class ImageGPT(nnx.Module):
 
     def stream(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None,
                read: Callable[[jax.Array, jax.Array], Any] = lambda x_BTD, gain_D: None) -> tuple[jax.Array, Any]:
-        """The residual stream [B, T, D] after the last block, and what `read` gives of it before each block, [L, ...].
+        """The residual stream [B, T, D] after the last block, and the results of `read` before each block, [L, ...].
 
         Args:
           tokens_BT: int palette indices in raster order.
           key: for dropout; None: no dropout.
-          hidden_BT: pixels whose colors a model that is not causal does not see; None: it sees all.
+          hidden_BT: pixels whose colors are zeroed in a model that is not causal; None: none.
           read: takes the stream before a block and the gain of that block's first norm.
         """
         keys_L = None if key is None else jax.random.split(key, self.dims.L + 1)
@@ -142,31 +143,31 @@ class ImageGPT(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
                  ) -> jax.Array:
-        """Logits [B, T, V] that predict pixel t at t: from the pixels before it; where the model is not causal, from
+        """Logits [B, T, V] of pixel t at position t: from the pixels before it, or, if the model is not causal, from
         all that are not hidden. Arguments as of `stream`."""
         return self.outputs(tokens_BT, key, hidden_BT)[0]
 
     def outputs(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
                 ) -> tuple[jax.Array, jax.Array | None]:
-        """Logits [B, T, V] of the pixels, and [B, K] of the classes (None without a class head), as `stream` is told.
+        """Logits [B, T, V] of the pixels and [B, K] of the classes (None without a class head).
 
-        The class head reads the mean over positions of the normalized stream at `class_layer` (paper, Section
-        2.3: after the last block).
+        Arguments are those of `stream`. The class head reads the mean over positions of the normalized stream at
+        `class_layer` (paper, Section 2.3: after the last block).
         """
-        place = self.class_layer % (self.dims.L + 1)  # -1 is the last
-        if not self.dims.K or place == self.dims.L:
+        layer = self.class_layer % (self.dims.L + 1)  # -1 is the last
+        if not self.dims.K or layer == self.dims.L:
             x_BTD, _ = self.stream(tokens_BT, key, hidden_BT)
             feature_BD = pool(x_BTD, self.final_norm_D[...])
         else:
             x_BTD, features_LBD = self.stream(tokens_BT, key, hidden_BT, read=pool)
-            feature_BD = features_LBD[place]
+            feature_BD = features_LBD[layer]
         classes_BK = feature_BD @ constrain(self.class_head_KD[...], "KD").T if self.dims.K else None
         return self.logits(x_BTD), classes_BK
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Dtypes of stored parameters and of computation."""
+    """Dtypes of the parameters and of computation."""
     parameters: Any
     compute: Any
 
@@ -176,22 +177,21 @@ class Precision:
 
 
 class Model:
-    """ImageGPT as pure functions of a plain dict of arrays: what everything outside this file uses."""
+    """ImageGPT as pure functions of a plain dict of arrays. All other code uses this, not the module."""
 
     def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str,
                  mesh: Mesh | None = None, objective: Objective | None = None, classes: int = 0,
                  class_layer: int = -1):
         """
         Args:
-          config: sizes and choices; attention `auto` becomes the back-end of the mesh's platform.
-          palette_size: colors, the vocabulary.
+          config: sizes and choices. Attention `auto` becomes the back-end of the mesh's platform.
+          palette_size: number of colors, the vocabulary.
           image_size: height and width, pixels.
           precision: a name from `config.PRECISIONS`.
-          mesh: where it will run; None: one device of the default platform.
-          objective: what it is trained for (None: autoregressive); a causal one gives it a start vector and attention
-            to what came before.
-          classes: of its class head; 0: it has none.
-          class_layer: place in the stream that the class head reads, 0 (the embedding) to L; -1: the last.
+          mesh: devices to run on; None: one device of the default platform.
+          objective: decides whether attention is causal; None: autoregressive.
+          classes: outputs of the class head; 0: no class head.
+          class_layer: layer of the stream that the class head reads, 0 (the embedding) to L; -1: the last.
 
         Raises:
           UserError: the heads or tokens do not divide over the mesh, or the attention back-end cannot run there.
@@ -212,7 +212,7 @@ class Model:
     @classmethod
     def of(cls, config: PretrainConfig, palette_size: int, image_size: int, mesh: Mesh, classes: int = 0,
            precision: str = "", attention: str = "") -> "Model":
-        """The model that a training job's config describes; `precision` and `attention` in place of the config's."""
+        """The model that a training job's config describes; `precision` and `attention` override the config's."""
         sizes = dataclasses.replace(config.model, attention=attention) if attention else config.model
         class_layer = config.model.class_layer if config.finetuning else -1
         return cls(sizes, palette_size, image_size, precision or config.precision, mesh, objective_of(config), classes,
@@ -223,7 +223,7 @@ class Model:
                         self._rounded_late, self._class_layer)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Initial parameters; jit it with shardings to make them in place."""
+        """Initial parameters. Jitted with `out_shardings`, each device makes only its own shards."""
         return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
 
     def abstract_parameters(self) -> dict[str, Any]:

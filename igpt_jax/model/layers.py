@@ -1,4 +1,4 @@
-"""Image GPT as OpenAI released it: a transformer over palette indices in raster order, causal or, as BERT, not.
+"""Layers of Image GPT: norm, activation, dropout, products with weights, and one transformer block.
 
 Sources: "paper" is Chen et al. 2020, "Generative Pretraining from Pixels"; the released code is the authority on
 the norm (RMS-style, gain only), the activation (x sigmoid(1.702 x)), the start vector and the absence of biases.
@@ -22,7 +22,7 @@ NORM_EPSILON = 1e-5  # inside the root, as released
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    """x in float32, or as it is where that is wider."""
+    """x in float32, or unchanged if it is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -37,7 +37,7 @@ def norm(x_BTD: jax.Array, gain_D: jax.Array) -> jax.Array:
 def activation(x: jax.Array) -> jax.Array:
     """x sigmoid(1.702 x), computed in float32 or wider and rounded once: bfloat16 would make the factor 1.703.
 
-    The backward pass keeps x alone, and computes the sigmoid again.
+    The backward pass saves x alone and recomputes the sigmoid.
     """
     wide = _wide(x)
     return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
@@ -53,27 +53,29 @@ activation.defvjp(lambda x: (activation(x), x), _activation_backward)
 
 
 def pool(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
-    """The mean [B, D] over positions of the stream, after the norm of this gain if there is one; float32 or wider."""
+    """The mean [B, D] of the stream over positions, after a norm if a gain is given; float32 or wider."""
     wide_BTD = _wide(x_BTD)
     return (wide_BTD if gain_D is None else norm(wide_BTD, gain_D)).mean(axis=1)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share of x and scales the rest up; no effect without a key or rate."""
+    """Zeroes a fraction `rate` of x and scales the rest up; returns x without a key or rate."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def project(x: jax.Array, weight: jax.Array, contracted: int = 1, rounded_late: bool = False) -> jax.Array:
-    """Contracts the last dims of x with the first of the weight, as one plain product of two matrices.
-
-    The same as an einsum over [B, T, ...], which XLA's CPU compiler runs 2.5 times slower in the training step. Where
-    sequences are split over devices, B and T stay apart: as one dim they could not be split both.
+    """Contracts the last dims of x with the first dims of the weight, as one product of two matrices.
 
     Args:
+      x: [B, T, ...].
+      weight: a parameter in the compute dtype.
+      contracted: number of dims to contract.
       rounded_late: see `_product_rounded_late`.
     """
+    # XLA's CPU compiler runs the equal einsum over [B, T, ...] 2.5 times slower in the training step. Where the context
+    # axis splits sequences, B and T must stay apart: merged into one dim, they could not both be sharded.
     if sharding.context_shards() > 1:
         return jnp.tensordot(x, weight, contracted)
     rows, columns = x.shape[:x.ndim - contracted], weight.shape[contracted:]
@@ -83,11 +85,10 @@ def project(x: jax.Array, weight: jax.Array, contracted: int = 1, rounded_late: 
 
 @jax.custom_vjp
 def _product_rounded_late(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
-    """a b, and so its gradients: added up in float32 and then rounded to bfloat16, which other compilers do anyhow.
-
-    XLA's CPU compiler has fast products of bfloat16 only with float32 results, and [M, K] x [K, N] as they lie: others
-    it makes in float32, at half the speed.
-    """
+    """a b in bfloat16, accumulated in float32 and then rounded, as other compilers already do; gradients likewise."""
+    # XLA's CPU compiler has fast bfloat16 products only with float32 results, and only of [M, K] x [K, N] as the arrays
+    # lie in memory. It converts all others to float32 first, at half the speed. So the result is float32 and is rounded
+    # in an operation of its own, and the backward pass transposes its factors itself.
     return _wide_product(a_MK, b_KN).astype(a_MK.dtype)
 
 
@@ -102,8 +103,9 @@ def _product_rounded_late_backward(saved: tuple[jax.Array, jax.Array], d_MN: jax
 
 
 def _transposed(x: jax.Array) -> jax.Array:
-    """The transpose, as an array of its own: XLA would fold it into the product. Its new dim undoes the column-major
-    layout that JAX asks for a transpose, with which the product would be made in float32."""
+    """The transpose, written to memory in row-major order."""
+    # Two things would make XLA compute the product in float32. It folds a transpose into the product that reads it: the
+    # barrier prevents this. And JAX asks for a transpose in column-major layout: the extra dim resets the layout.
     return jax.lax.optimization_barrier(x.T[None])[0]
 
 
@@ -113,8 +115,9 @@ _product_rounded_late.defvjp(lambda a_MK, b_KN: (_product_rounded_late(a_MK, b_K
 
 @jax.custom_vjp
 def read_out(n_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """Logits [B, T, V] in float32 or wider. Their gradient takes part in products as any other activation's does, in
-    the dtype of n: left in float32 it made two float32 products of each step, the slowest on matrix units."""
+    """Logits [B, T, V] in float32 or wider."""
+    # The logits' gradient is rounded to the dtype of n, like that of any other activation. In float32 it would make two
+    # float32 products in each step, which matrix units are slowest at.
     wide = jnp.promote_types(n_BTD.dtype, jnp.float32)
     return jnp.einsum("BTD,VD->BTV", n_BTD, head_VD, preferred_element_type=wide)
 
@@ -155,7 +158,7 @@ class Block(nnx.Module):
                      for name in ("query_DNH", "key_DNH", "value_DNH"))
 
     def after_attention(self, x_BTD: jax.Array, o_BTNH: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """The rest of the block: projects the heads back, adds them, and adds the MLP."""
+        """The rest of the block: projects the heads' outputs, adds them to the stream, and adds the MLP."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         out_BTD = self._project(o_BTNH, "out_NHD", contracted=2)
         x_BTD = constrain(x_BTD + dropout(out_BTD, self.rate, attention_key), "BTD")

@@ -1,4 +1,4 @@
-"""Sampling pixel by pixel with cached keys and values: from nothing, or going on from the first pixels of pictures.
+"""Sampling pixel by pixel with cached keys and values, from nothing or from the first pixels of images.
 
 B batch, T tokens of an image, P given tokens, S cached tokens, N heads, H head dim, V palette, L layers.
 """
@@ -15,21 +15,23 @@ from igpt_jax.model.image_gpt import ImageGPT, Model
 from igpt_jax.model.layers import Block
 from igpt_jax.parallel.sharding import constrain
 
-# The loop runs in segments, each with a cache just long enough for it: a step reads little that is not written yet.
-# Shorter ones read less, and take longer to compile: each is a program of its own.
-SEGMENT, SEGMENTS = 64, 4  # at least so many tokens in a segment; at most so many segments
-NOT_FINITE = -1  # drawn in place of a color where the logits are NaN or infinite
+# A step reads its whole cache, whose length is fixed when the loop is compiled. With one cache for all T positions, an
+# early step would read mostly positions that are not written yet. So the loop runs in segments, and the cache grows
+# before each: with S segments, a step reads about (1 + 1 / S) / 2 of a full cache on average. Each segment compiles as
+# a loop of its own, so more of them take longer to compile for little gain.
+SEGMENT, SEGMENTS = 64, 4  # minimum tokens of a segment; maximum number of segments
+NOT_FINITE = -1  # drawn instead of a color if the logits are NaN or infinite
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a color is drawn from the logits: the k most likely, then temperature, then the share p of what is left."""
-    temperature: float = 1.0  # 0, and what float32 cannot divide by: always the most likely color
+    """How a color is drawn from the logits: top-k, then temperature, then top-p."""
+    temperature: float = 1.0  # 0, or too small a number for float32: always the most likely color
     top_k: int = 0  # 0: all
     top_p: float = 1.0
 
     def draw(self, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-        """Colors [B] int32, NOT_FINITE where the largest logit is not finite; each image draws with its own key."""
+        """Colors [B] int32, each drawn with the image's own key; NOT_FINITE if the largest logit is not finite."""
         logits_BV = logits_BV.astype(jnp.float32)
         largest_B1 = logits_BV.max(axis=-1, keepdims=True)  # NaN where any logit is
         if self.temperature < jnp.finfo(jnp.float32).tiny:
@@ -42,8 +44,9 @@ class Sampling:
         return jnp.where(jnp.isfinite(largest_B1[:, 0]), drawn_B, NOT_FINITE).astype(jnp.int32)
 
     def _kept(self, logits_BV: jax.Array, scaled_BV: jax.Array) -> jax.Array:
-        """Which colors can be drawn [B, V]. Ranks decide, so that equal logits, frequent in bfloat16, count one by one:
-        the most likely color, the first of equals, is always kept, and no more than k are."""
+        """The colors that can be drawn, bool [B, V]: at most `top_k`, and always the most likely one."""
+        # Ranks decide, not values: equal logits are frequent in bfloat16, and a threshold would keep all of them. Of
+        # equal logits the first ranks first.
         order_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True)
         sorted_BV, rank_V = jnp.take_along_axis(scaled_BV, order_BV, axis=-1), jnp.arange(logits_BV.shape[-1])
         kept_BV = rank_V < (self.top_k or logits_BV.shape[-1])
@@ -56,30 +59,31 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
              sampling: Sampling, cache_dtype: Any = None) -> jax.Array:
     """Completes images in raster order.
 
-    A step reads every weight and the written part of the cache once; little else takes time. So weights are cast and
-    laid out layer by layer before the loop (a slice of a stacked array is a copy at every step), and keys and values
-    of a head lie together, as the products read them.
-
     Args:
       model, params: the model.
       given_BP: int32 palette indices of the first P pixels, 0 <= P <= T; P = 0 samples from nothing.
-      keys_B: one PRNG key per image: an image's pixels depend on its own key only, not on the batch around it.
-      sampling: how to draw.
-      cache_dtype: of the cached keys and values; None: that of the computation.
+      keys_B: one PRNG key per image. An image depends on its own key only, not on the other images of the batch.
+      sampling: how to draw colors.
+      cache_dtype: dtype of the cached keys and values; None: that of the computation.
 
     Returns:
-      int32 [B, T]: the given pixels and those drawn after them; NOT_FINITE where the model's logits are not finite.
+      int32 [B, T]: the given pixels, then the drawn ones. They are NOT_FINITE where the logits are not finite.
     """
     B, P = given_BP.shape
     T = model.dims.T
     if P == T:
         return given_BP
-    if B == 1:  # drawn twice: XLA's CPU compiler drops a batch dim of 1, and then copies the whole cache at every step
+    if B == 1:
+        # A single image is drawn twice. XLA's CPU compiler drops a batch dim of 1 and then copies the whole cache at
+        # every step.
         pair = generate(model, params, given_BP.repeat(2, axis=0), keys_B.repeat(2), sampling, cache_dtype)
         return pair[:1]
     gpt = model.bind(params)
     ends = segments(P, T)
     logits_BV, cache = prefill(gpt, given_BP, cache_dtype or model.precision.compute)
+    # A step takes the time to read all weights and the cache once. Weights are cast and sliced layer by layer before
+    # the loop: inside it, each slice of a stacked array would be a copy. The cache is [B, N, S, H]: keys and values of
+    # a head are contiguous, as its products read them.
     blocks = unstacked(gpt)
     tokens_BT = jnp.pad(given_BP, ((0, 0), (0, T - P)))
 
@@ -87,7 +91,7 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)
         return tokens_BT.at[:, position].set(sampling.draw(logits_BV, keys))
 
-    # Pixel `position` is drawn from the logits at hand; fed back in, it gives the logits of the next one.
+    # A step draws the pixel at `position` from the logits of the step before, and computes those of the next pixel.
     def step(position, carry):
         tokens_BT, logits_BV, cache = carry
         tokens_BT = draw(position, tokens_BT, logits_BV)
@@ -100,12 +104,16 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
     return draw(T - 1, tokens_BT, logits_BV)
 
 
-# Of each layer: keys and values, [B, N, S, H].
+# Keys and values of each layer, [B, N, S, H].
 Cache = list[tuple[jax.Array, jax.Array]]
 
 
 def segments(given: int, tokens: int) -> list[int]:
-    """The positions at which the segments end, after `given` pixels; the last is that of the last pixel."""
+    """The positions at which the segments end.
+
+    They are multiples of the segment length greater than `given`, and the last position, whose pixel is drawn after the
+    loop: no logits follow it.
+    """
     length = max(SEGMENT, -(-tokens // SEGMENTS))
     return [*range((given // length + 1) * length, tokens - 1, length), tokens - 1] if given < tokens - 1 else []
 
@@ -121,7 +129,7 @@ def unstacked(gpt: ImageGPT) -> list[Block]:
 
 
 def _with_room(x_BNSH: jax.Array, positions: int) -> jax.Array:
-    """The cache for `positions` positions, those that are new zero."""
+    """The cache, padded with zeros to `positions` positions."""
     return constrain(jnp.pad(x_BNSH, ((0, 0), (0, 0), (0, positions - x_BNSH.shape[2]), (0, 0))), "BNSH")
 
 
@@ -129,23 +137,24 @@ def prefill(gpt: ImageGPT, given_BP: jax.Array, cache_dtype: Any) -> tuple[jax.A
     """Logits [B, V] of pixel P, and the keys and values of the first P + 1 positions."""
     P = given_BP.shape[1]
     granule = granule_for(gpt.config.attention)
-    tokens = min(-(-(P + 1) // granule) * granule, gpt.dims.T)  # what lies after pixel P is not seen by it
+    # The back-end may need a multiple of several tokens. The causal mask hides the padding from position P.
+    tokens = min(-(-(P + 1) // granule) * granule, gpt.dims.T)
 
     def block(block: Block, x_BTD: jax.Array, _):
         q_BTNH, k_BTNH, v_BTNH = block.qkv(x_BTD)
         o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, causal=True, backend=gpt.config.attention)
-        kept = tuple(x[:, :P + 1].transpose(0, 2, 1, 3).astype(cache_dtype) for x in (k_BTNH, v_BTNH))
-        return block.after_attention(x_BTD, o_BTNH), kept
+        keys_and_values = tuple(x[:, :P + 1].transpose(0, 2, 1, 3).astype(cache_dtype) for x in (k_BTNH, v_BTNH))
+        return block.after_attention(x_BTD, o_BTNH), keys_and_values
 
     x_BTD, (k_LBNSH, v_LBNSH) = gpt.scan_blocks(block, gpt.embed(jnp.pad(given_BP, ((0, 0), (0, tokens - P)))))
     return gpt.logits(x_BTD[:, P:P + 1])[:, 0], list(zip(k_LBNSH, v_LBNSH, strict=True))
 
 
 def decode_pixel(gpt: ImageGPT, blocks: list[Block], token_B: jax.Array, position: jax.Array,
-            cache: Cache) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] at `position`, whose input is the color of the pixel before it, and the cache with that position.
+                 cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] at `position`, and the cache with that position written.
 
-    Cached positions after `position` do not count.
+    The input is `token_B`, the color of the pixel before. Later positions of the cache are ignored.
     """
     x_B1D, written = gpt.embed_one(token_B, position), []
     for block, kv_BNSH in zip(blocks, cache, strict=True):
@@ -161,7 +170,7 @@ def _written(x_BNSH: jax.Array, new_B1NH: jax.Array, position: jax.Array) -> jax
 
 
 def _attend(q_B1NH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, position: jax.Array) -> jax.Array:
-    """Attention [B, 1, N, H] of the query at `position` over the cache up to there, the softmax in float32 or wider."""
+    """Attention [B, 1, N, H] of the query at `position` over the cache up to there, softmax in float32 or wider."""
     q_BNH, dtype = q_B1NH[:, 0], q_B1NH.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     scores_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH.astype(dtype), preferred_element_type=wide)

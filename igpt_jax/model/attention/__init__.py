@@ -21,7 +21,7 @@ __all__ = ["NAMES", "attention", "backend_for", "granule_for", "is_saved"]
 log = logging.getLogger(__name__)
 
 CUDNN = "cudnn attention"
-NAMES = (SAVED, CUDNN)  # of what attention gives, for remat policies that go by names
+NAMES = (SAVED, CUDNN)  # names of attention outputs, for remat policies that go by names
 PLATFORMS = {"reference": ("cpu", "gpu", "tpu"), "blocked": ("cpu", "gpu", "tpu"), "splash": ("tpu",),
              "cudnn": ("gpu",)}
 
@@ -51,7 +51,7 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal
 
     if jax.sharding.get_abstract_mesh().empty:
         return on_each_device(q_BTNH, k_BTNH, v_BTNH)
-    # The partitioner cannot split a kernel's loop by itself: each device runs its own sequences and heads.
+    # XLA's partitioner cannot split a kernel's loop, so each device runs the kernel on its own sequences and heads.
     spec = sharding.spec_for("BTNH")
     return jax.shard_map(on_each_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q_BTNH, k_BTNH, v_BTNH)
 
@@ -62,11 +62,9 @@ def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, causal: bool
 
 
 def is_saved(primitive: Any, *avals: Any, **params: Any) -> bool:
-    """A policy for `jax.checkpoint`: keep what attention gives, and what its backward pass needs besides.
-
-    JAX's cuDNN kernel names neither, and from the named output alone the backward pass would run the kernel again: so
-    the kernel itself is kept.
-    """
+    """A policy for `jax.checkpoint`: saves the outputs of attention, and the row sums that its backward pass needs."""
+    # JAX names neither in its cuDNN kernel. With only our name on the output, the backward pass would run the kernel
+    # again for the row sums, so all results of the kernel are saved.
     return primitive.name.startswith("dot_product_attention_fwd") or _by_name(primitive, *avals, **params)
 
 
@@ -74,17 +72,17 @@ _by_name = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def backend_for(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int = 1) -> str:
-    """The back-end that `auto` means, or `backend` itself where it can run.
+    """The back-end that `auto` stands for, or `backend` itself if it can run.
 
     Args:
       backend: a name from `ATTENTION_BACKENDS`.
       platform: 'cpu', 'gpu' or 'tpu'.
-      precision: of the computation; cuDNN takes half types only, and splash's products are not full float32.
+      precision: of the computation; cudnn and splash run in bfloat16 only.
       tokens, head_dim: of the model.
       context: devices that share a sequence.
 
     Raises:
-      UserError: the back-end cannot run here, with those that can.
+      UserError: the back-end cannot run here; the message lists those that can.
     """
     reasons = {name: _refusal(name, platform, precision, tokens, head_dim, context) for name in PLATFORMS}
     refused = {name: why for name, why in reasons.items() if why}
@@ -104,7 +102,7 @@ def backend_for(backend: str, platform: str, precision: str, tokens: int, head_d
 
 
 def _refusal(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int) -> str | None:
-    """Why a back-end cannot run; None where it can."""
+    """Why a back-end cannot run; None if it can."""
     if platform not in PLATFORMS[backend]:
         return f"does not run on {platform}"
     if backend in ("cudnn", "splash") and precision != "bfloat16":
@@ -119,7 +117,8 @@ def _refusal(backend: str, platform: str, precision: str, tokens: int, head_dim:
 
 
 def granule_for(backend: str) -> int:
-    """Attention takes any multiple of this number of tokens under the current mesh."""
-    parts = sharding.context_shards()
-    whole = splash.LANES if backend == "splash" else 2
-    return whole * parts if backend == "splash" or parts > 1 else 1
+    """The number of tokens of a sequence must be a multiple of this, under the current mesh."""
+    shards = sharding.context_shards()
+    if backend == "splash":
+        return splash.LANES * shards
+    return 2 * shards if shards > 1 else 1  # the zigzag exchange splits each shard into two halves

@@ -1,4 +1,4 @@
-"""Attention for CPUs, block by block. B batch, T query tokens, S key tokens, N heads, H head dim."""
+"""Blocked attention for CPUs. B batch, T query tokens, S key tokens, N heads, H head dim."""
 
 import functools
 
@@ -12,16 +12,18 @@ BLOCK = 128  # query tokens per block: 64 to 256 are within noise of each other,
 
 
 def blocked(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, causal: bool) -> jax.Array:
-    """One sequence and head at a time, so that each product is a plain matrix product in cache.
+    """Attention of one sequence and head at a time, so that each product is a plain matrix product in cache.
 
-    A block of queries meets only the keys that it may see, which saves half the work. The backward pass recomputes
-    the weights from the scores and the saved row sums (FlashAttention, Dao et al. 2022, Algorithm 4).
-
-    Keys come before queries in the scores, and what a product needs the other way round is transposed before the loop:
-    XLA's CPU compiler is fast at [M, K] x [K, N] only, and from M = 32 on; at M = 128 it takes twice as long as at
-    1,024 with the same work, and a first factor [K, M] six times as long. What a turn of the loop gives stays float32:
-    of bfloat16, all that other turns gave would be converted there and back.
+    If causal, a block of queries meets only the keys that it may see, which saves half the work. The backward pass
+    recomputes the weights from the scores and the saved row sums (FlashAttention, Dao et al. 2022, Algorithm 4).
     """
+    # The layout follows from what XLA's CPU compiler is fast at: [M, K] x [K, N] as the arrays lie, with a large M. At
+    # M = 128 a product takes twice as long as at M = 1,024 with the same work; with a first factor [K, M] six times as
+    # long. So scores are [S, T], keys before queries: M is then the number of keys, not a block's 128 queries. Arrays
+    # that a product needs transposed are transposed once, before the loop over blocks.
+    #
+    # The loop over heads returns float32. Were its results bfloat16, each turn would convert those of all other turns
+    # to float32 and back.
     return _blocked(q_BTNH, k_BSNH, v_BSNH, causal)
 
 
@@ -31,49 +33,47 @@ def _blocked(q_BTNH, k_BSNH, v_BSNH, causal):
 
 
 def _by_head(x_BTNH):
-    """[B N, T, H] and [B N, H, T] of [B, T, N, H]; bfloat16 as integers, since it would move, and stay, as float32.
-
-    The barrier keeps this two moves, of which neither goes through memory in strides of N H.
-    """
+    """[B, T, N, H] as [B N, T, H] and as [B N, H, T]; bfloat16 arrives as the integers of its bits."""
+    # As bfloat16, XLA's CPU compiler would convert the array to float32 before it is moved, and leave it so.
     bits_BTNH = jax.lax.bitcast_convert_type(x_BTNH, jnp.uint16) if x_BTNH.dtype == jnp.bfloat16 else x_BTNH
     B, T, N, H = x_BTNH.shape
+    # Without the barrier, XLA would merge both transposes into one that reads memory in strides of N H.
     x_TH = jax.lax.optimization_barrier(bits_BTNH.transpose(0, 2, 1, 3).reshape(B * N, T, H))
     return x_TH, x_TH.swapaxes(1, 2)
 
 
 def _together(x_TH, like_BTNH):
-    """The opposite, of values."""
+    """The inverse of `_by_head` for values: [B N, T, H] as [B, T, N, H], in the dtype of `like_BTNH`."""
     B, T, N, H = like_BTNH.shape
     return x_TH.reshape(B, N, T, H).transpose(0, 2, 1, 3).astype(like_BTNH.dtype)
 
 
 def _map_heads(head, dtype, moved, *others):
-    """`head` of each sequence and head in turn; what `_by_head` gave arrives as values of `dtype`."""
+    """`head(*moved, *others)` for each sequence and head in turn; `moved` come from `_by_head` and become `dtype`."""
     def turn(arrays):
         moved, others = arrays
         values = [jax.lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x for x in moved]
         return head(*values, *others)
 
+    # The barrier keeps the bitcast inside the loop. Outside it, the arrays would be float32 after all.
     return jax.lax.map(turn, (jax.lax.optimization_barrier(moved), others))
 
 
 def _product(a, b):
-    """Added up and left in float32 or wider."""
+    """a b, accumulated and returned in float32 or wider."""
     return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _add_to_first(total_SH, part_SH):
-    """Adds `part_SH` to the first rows of `total_SH`.
-
-    A sum over all rows is a plain one: `.at[:]` scatters with an empty index, over which jaxlib 0.11.2 segfaults inside
-    `shard_map`.
-    """
+    """Adds `part_SH` to the first rows of `total_SH`."""
+    # All rows are added without `.at[:]`, which scatters with an empty index: jaxlib 0.11.2 segfaults over one inside
+    # `shard_map`.
     S = len(part_SH)
     return total_SH + part_SH if S == len(total_SH) else total_SH.at[:S].add(part_SH)
 
 
 def _scores(k_SH, q_HT, start, end, causal):
-    """Scores [S, end - start] of a block of queries, over the S keys that it may see, float32 or wider."""
+    """Scores [S, end - start] of queries `start` to `end` over the S keys that they may see, float32 or wider."""
     S = end if causal else len(k_SH)
     scores_ST = _product(k_SH[:S], q_HT[:, start:end]) * k_SH.shape[1] ** -0.5
     if causal:
@@ -95,7 +95,7 @@ def _blocked_forward(q_BTNH, k_BSNH, v_BSNH, causal):
             weights_ST = jnp.exp(scores_ST - largest_T)
             sums_T = weights_ST.sum(0)
             out.append(_product(v_HS[:, :len(scores_ST)], weights_ST.astype(v_HS.dtype)) / sums_T)
-            log_sums.append(largest_T + jnp.log(sums_T))
+            log_sums.append(largest_T + jnp.log(sums_T))  # the backward pass needs this alone to redo the softmax
         return jnp.concatenate(out, 1), jnp.concatenate(log_sums)
 
     (_, q_HT), (k_SH, _), (_, v_HS) = map(_by_head, (q_BTNH, k_BSNH, v_BSNH))
@@ -106,6 +106,8 @@ def _blocked_forward(q_BTNH, k_BSNH, v_BSNH, causal):
 
 def _blocked_backward(causal, saved, dout_BTNH):
     q_BTNH, k_BSNH, v_BSNH, out_BTNH, log_sums = saved
+    # The gradient of a softmax: dscores = weights (dweights - inner), where inner = sum over keys of weights dweights,
+    # which equals the inner product of the output and its gradient.
     inner_BTN = (dout_BTNH.astype(log_sums.dtype) * out_BTNH).sum(-1)
     inner = inner_BTN.swapaxes(1, 2).reshape(log_sums.shape)
 

@@ -1,13 +1,13 @@
-"""The plain formula of attention. B batch, T query tokens, S key tokens, N heads, H head dim."""
+"""Plain softmax attention. B batch, T query tokens, S key tokens, N heads, H head dim."""
 
 import jax
 import jax.numpy as jnp
 
-SAVED = "attention"  # the name under which remat policies know what attention gives
+SAVED = "attention"  # the name by which remat policies recognize the output of attention
 
 
 def reference(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, causal: bool) -> jax.Array:
-    """For any platform; holds all scores [B, N, T, S] at once."""
+    """Softmax attention for any platform; holds all scores [B, N, T, S] at once."""
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=wide) * q_BTNH.shape[-1] ** -0.5
     if causal:
