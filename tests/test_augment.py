@@ -1,4 +1,4 @@
-"""Crops and mirrors: against NumPy's padding, and the same for readers, hosts and resumed runs."""
+"""Crops and mirrors: compared with NumPy's padding, and between readers, hosts and resumed runs."""
 
 import time
 
@@ -29,8 +29,8 @@ def write(path, count, seed, chunk=1, size=8):
 
 
 def test_crop_and_mirror_against_numpy():
-    """Reflect-pad by 4, one of 81 crops, mirrored or not; all of them occur. Seen to fail with edge padding, and with
-    mirrors left out."""
+    """Reflect-pad by 4, one of 81 crops, mirrored or not; all combinations occur. Seen to fail with edge padding, and
+    without mirrors."""
     image = np.arange(256).reshape(16, 16)
     rows, columns = augmentation.crop_and_mirror(5, np.arange(4000), 16)
 
@@ -52,8 +52,8 @@ def batches_of(split, table, **options):
 @pytest.mark.parametrize("augment", ["none", "cifar"])
 @pytest.mark.parametrize("reader", ["resident", "tfdata"])
 def test_readers_hosts_and_resumes_agree(tmp_path, table, augment, reader):
-    """A mixture of two stores in blocks, in windows: each batch against NumPy, from the start and from the middle, and
-    on 1, 2, 4 and 8 simulated hosts; digests of epochs agree. Seen to fail with positions counted from the
+    """A mixture of two stores, with chunks and windows: each batch is compared with NumPy, from the start and from the
+    middle, and on 1, 2, 4 and 8 simulated hosts; digests of epochs agree. Seen to fail with positions counted from the
     host's first row, in either reader."""
     pixels = np.concatenate([write(tmp_path / "a", 30, 1), write(tmp_path / "b", 50, 2, chunk=8)])
     config = DataConfig(store=f"{tmp_path}/a,{tmp_path}/b", weights=(1, 2))
@@ -80,17 +80,17 @@ def test_readers_hosts_and_resumes_agree(tmp_path, table, augment, reader):
     assert digests[0].items() >= digests[1].items() and len(digests[1]) >= 1
     module, ahead = (resident, {}) if reader == "resident" else (pipeline, {"prefetch": 1})
     for hosts in (1, 2, 4, 8):
-        parts = []
+        slices = []
         for host in range(hosts):
             rows = slice(host * 16 // hosts, (host + 1) * 16 // hosts)
             reading = module.batches(split, table, seed=3, batch_size=16, start_step=7, rows=rows, augment=augment,
                                      window=2, **ahead)
-            parts.append(next(reading)[1])
+            slices.append(next(reading)[1])
             reading.close()
-        np.testing.assert_array_equal(np.concatenate(parts), expected(7)[1])
+        np.testing.assert_array_equal(np.concatenate(slices), expected(7)[1])
 
 
-def test_what_does_not_go_together(tmp_path, table):
+def test_invalid_combinations(tmp_path, table):
     write(tmp_path / "a", 30, 1)
     write(tmp_path / "large", 10, 1, size=16)
     write(tmp_path / "tiny", 10, 1, size=4)
@@ -106,7 +106,7 @@ def test_what_does_not_go_together(tmp_path, table):
 
 
 def test_waiting_is_measured(tmp_path, table, monkeypatch):
-    """Of a caller that works 3 of 4 seconds. Seen to fail with the whole time in place of the time in next."""
+    """The caller works for 3 of 4 seconds. Seen to fail with the total time in place of the time in `next`."""
     write(tmp_path, 30, 1)
     batches = batches_of(store.Store.open(tmp_path).split("train"), table, reader="resident")
     clock = [0.0]

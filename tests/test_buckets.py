@@ -15,43 +15,10 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import patience
+from conftest import SCRIPTS, patience
 
 pytestmark = pytest.mark.buckets
 
-# What TensorStore needs of Google Cloud Storage and the emulator lacks: the generation of what is read, listings
-# between two names (else deleting a folder deletes the bucket), and ranges from the end.
-GCS = """
-import sys
-from gcp_storage_emulator.handlers import objects
-download, ls = objects.download, objects.ls
-
-def with_generation(request, response, storage, *args, **kwargs):
-    bucket, name = request.params["bucket_name"], request.params["object_id"]
-    if name in storage.objects.get(bucket, {}):
-        found, header = storage.get_file_obj(bucket, name), request.get_header
-        response["X-Goog-Generation"] = found["generation"]
-        def from_the_start(key, default=None):
-            value = header(key, default)
-            if key == "range" and value and value.startswith("bytes=-"):
-                return f"bytes={max(0, int(found['size']) - int(value[7:]))}-{int(found['size']) - 1}"
-            return value
-        request.get_header = from_the_start
-    return download(request, response, storage, *args, **kwargs)
-
-def between_names(request, response, storage, *args, **kwargs):
-    start, end = (request.query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
-    answer = response.json
-    def filtered(found):
-        items = found.get("items", [])
-        answer({**found, "items": [item for item in items if start <= item["name"] < (end or chr(0x10FFFF))]})
-    response.json = filtered
-    return ls(request, response, storage, *args, **kwargs)
-
-objects.download, objects.ls = with_generation, between_names
-from gcp_storage_emulator.server import create_server
-create_server("127.0.0.1", int(sys.argv[1]), True, "bucket").run()
-"""
 KEYS = ("--config.model.name=igpt_tiny", "--config.model.layers=1", "--config.model.embed=32", "--config.steps=600",
         "--config.batch_size=8", "--config.log_every_steps=5", "--config.checkpoint_every_steps=20",
         "--config.optimizer.warmup_steps=2", "--config.eval_every_steps=0", "--config.data.reader=tfdata",
@@ -69,7 +36,7 @@ def bucket(request):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    command = {"s3": ["-m", "moto.server", "-p", port], "gs": ["-c", GCS, port]}[request.param]
+    command = {"s3": ["-m", "moto.server", "-p", port], "gs": [SCRIPTS / "gcs_emulator.py", port]}[request.param]
     server = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + patience(10)

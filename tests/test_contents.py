@@ -1,4 +1,4 @@
-"""That a source is still what it was, for slices and resumed jobs; and what is told of a folder's classes."""
+"""Detection of changed sources, for slices and resumed jobs; and the log lines on a folder's classes."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def write_npz(file, labels):
     np.savez(file, images=np.arange(4 * 75, dtype=np.uint16).reshape(4, 5, 5, 3).astype(np.uint8), labels=labels)
 
 
-CHANGES = {  # what becomes of the folder `root`: source, change, what the refusal names
+CHANGES = {  # source, a change in the folder `root`, and the error message
     "a class is added": ("folder:{}/p", lambda root: picture(root / "p" / "a" / "0.png"), "only {} has class 'a'"),
     "a class is renamed": ("folder:{}/p", lambda root: (root / "p" / "c").rename(root / "p" / "a"),
                            "only {} has class 'c' and only {} has class 'a'"),
@@ -58,14 +58,14 @@ CHANGES = {  # what becomes of the folder `root`: source, change, what the refus
     "a file is renamed": ("folder:{}/p", lambda root: (root / "p" / "c" / "1.png").rename(root / "p" / "c" / "7.png"),
                           "file 5 is 'c/1.png"),
     "a shard is added": ("tar:{}/*.tar", lambda root: write_tar(root / "0.tar"), "file 1 is 'a.tar, "),
-    "labels are mended": ("npz:{}/*.npz", lambda root: write_npz(root / "b.npz", np.array([0, 1, 2, 1])),
+    "labels are fixed": ("npz:{}/*.npz", lambda root: write_npz(root / "b.npz", np.array([0, 1, 2, 1])),
                           "file 2 is 'b.npz, "),
 }
 
 
 @pytest.fixture(params=CHANGES)
 def changing(request, tmp_path):
-    """A source, how it changes, and the words that tell of it."""
+    """A source, a function that changes it, and a pattern of the error message."""
     class_folders(tmp_path / "p")
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar")
@@ -75,7 +75,7 @@ def changing(request, tmp_path):
 
 
 def test_slices_of_a_source_that_changed(changing, tmp_path):
-    """The refusal names the first difference. Slices without a summary merge as before. Seen to fail (merged, with
+    """The error names the first difference. Slices without a summary merge as before. Seen to fail (merged, with
     labels of two numberings) without _check_same_contents."""
     source, change, message = changing
     merged = tmp_path / "merged"
@@ -90,7 +90,7 @@ def test_slices_of_a_source_that_changed(changing, tmp_path):
         manifest = json.loads(file.read_text())
         del manifest["contents"]
         file.write_text(json.dumps(manifest))
-    if "class" in message:  # older versions noted these
+    if "class" in message:  # older versions stored these
         with pytest.raises(UserError, match=message):
             run(merged, shard="merge")
     else:
@@ -116,8 +116,8 @@ def interrupt(monkeypatch, workdir, **keys):
 
 
 def test_a_source_that_changed_while_its_job_was_interrupted(changing, tmp_path, monkeypatch):
-    """It is refused with the first difference; without the progress it starts over. Seen to fail (pictures twice, and
-    wrong labels) without _check_contents."""
+    """It fails with the first difference; without the progress it starts over. Seen to fail (duplicates and wrong
+    labels) without _check_contents."""
     source, change, message = changing
     interrupt(monkeypatch, tmp_path / "store", source=source)
     change()
@@ -130,7 +130,7 @@ def test_a_source_that_changed_while_its_job_was_interrupted(changing, tmp_path,
     assert (tmp_path / "store" / "manifest.json").read_text() == (tmp_path / "new" / "manifest.json").read_text()
 
 
-def test_progress_without_a_summary_is_taken_up(tmp_path, monkeypatch, capsys):
+def test_progress_without_a_summary_is_resumed(tmp_path, monkeypatch, capsys):
     """As older versions wrote it."""
     keys = {"source": f"folder:{class_folders(tmp_path / 'p')}"}
     interrupt(monkeypatch, tmp_path / "store", **keys)
@@ -140,7 +140,7 @@ def test_progress_without_a_summary_is_taken_up(tmp_path, monkeypatch, capsys):
     del record["notes"]["contents"]
     np.savez(file, record=np.frombuffer(json.dumps(record).encode(), np.uint8), **saved)
     assert run(tmp_path / "store", **keys)["examples"] == 9
-    assert "goes on after 2 train images" in capsys.readouterr().err
+    assert "resuming after 2 train images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("others", "words"), [
@@ -151,7 +151,7 @@ def test_progress_without_a_summary_is_taken_up(tmp_path, monkeypatch, capsys):
     ([], "only one has|8 files after file 0"),
 ])
 def test_the_first_difference_of_large_sources(others, words):
-    """Marks are as many at any size, and tell where it lies; both ways round."""
+    """The number of marks is bounded at any size, and they locate the difference in either direction."""
     one, other = (contents.summarize(entries) for entries in ([f"{i:05d}" for i in range(3000)], others))
     assert len(one["marks"]) < contents.MARKS and json.loads(json.dumps(one)) == one
     found = contents.difference(one, other, ("one", "other"))
@@ -171,13 +171,13 @@ def test_a_digest_does_not_depend_on_where_the_files_lie_nor_on_the_unicode_form
 
 
 def classes_of(root, capsys, workdir, **keys):
-    """The stored class names, and what was said."""
+    """The stored class names, and the log."""
     run(workdir, source=f"folder:{root}", **keys)
     return store.load_manifest(prepare.storage.path(workdir))["class_names"], capsys.readouterr().err
 
 
 def test_of_two_paths_to_a_folder_the_first_by_name_is_taken(tmp_path, capsys, monkeypatch):
-    """In whatever order the disk gives them, and it is told. Seen to fail without `sorted` in storage.listing."""
+    """In whatever order the disk lists them, and it is logged. Seen to fail without `sorted` in storage.listing."""
     root = class_folders(tmp_path / "p", "bd")
     (root / "c").symlink_to("b")
     (root / "a").symlink_to("d")
@@ -191,7 +191,7 @@ def test_of_two_paths_to_a_folder_the_first_by_name_is_taken(tmp_path, capsys, m
 
     for i in range(2):
         names, said = classes_of(root, capsys, tmp_path / f"store{i}")
-        assert names == ["a", "b"] and "passes over c (the same folder as b), d (the same folder as a)" in said
+        assert names == ["a", "b"] and "skipping c (the same folder as b), d (the same folder as a)" in said
         assert "train: 2 classes: a, b" in said
         monkeypatch.setattr(os, "walk", backwards)
 
@@ -205,13 +205,13 @@ def test_one_name_in_two_unicode_forms_is_one_class(tmp_path, capsys):
     picture(test / "two\nlines" / "0.png")
     with pytest.raises(UserError, match=r"lack: 'two\\nlines'"):
         run(tmp_path / "other", source=f"folder:{root}", test_source=f"folder:{test}")
-    assert names == ["a", nfc] and "differ in their Unicode form alone are one class" in said
+    assert names == ["a", nfc] and "differ only in Unicode form are one class" in said
     opened = store.Store.open(tmp_path / "store")
     assert opened.split("train").labels(np.arange(9)).tolist() == [0] * 3 + [1] * 6
     assert opened.split("test").labels(np.arange(6)).tolist() == [0] * 3 + [1] * 3
 
 
-def test_folders_named_like_splits_are_told(tmp_path, capsys):
+def test_folders_named_like_splits_are_reported(tmp_path, capsys):
     for name in ("train2017", "val2017"):
         class_folders(tmp_path / "p" / name, "ab")
     _, said = classes_of(tmp_path / "p", capsys, tmp_path / "store")
@@ -222,13 +222,13 @@ def test_folders_named_like_splits_are_told(tmp_path, capsys):
 
 
 def test_a_workdir_among_the_pictures_is_no_class(tmp_path, capsys):
-    """By its config.json, whoever is at work there; that of something else makes no workdir."""
+    """It is recognized by its config.json; a config.json of something else does not count."""
     root = class_folders(tmp_path / "p", "ab")
     picture(root / "runs" / "one" / "figures" / "palette.png")
     (root / "runs" / "one" / "config.json").write_text('{"job": "prepare"}')
     (root / "b" / "config.json").write_text('{"job": "clown"}')
     names, said = classes_of(root, capsys, tmp_path / "store")
-    assert names == ["a", "b"] and "passes over the workdirs of jobs: runs/one" in said
+    assert names == ["a", "b"] and "skipping the workdirs of jobs: runs/one" in said
     (root / "config.json").write_text('{"job": "prepare"}')
     with pytest.raises(UserError, match="is the workdir of a job"):
         run(tmp_path / "other", source=f"folder:{root}")

@@ -1,4 +1,4 @@
-"""From any picture to a square of RGB: each rule of images.py, and each reason for quarantine."""
+"""Decoding of pictures: each rule of images.py, and each reason for quarantine."""
 
 import io
 import os
@@ -46,7 +46,7 @@ def palette_image():
     (encoded(palette_image()), RED, BLUE),
     (encoded(palette_image(), transparency=1), RED, WHITE),
     (encoded(Image.fromarray(np.repeat(np.uint16([[0x12FF, 0xFE01]]), 4, 1).repeat(8, 0))), (0x12,) * 3, (0xFE,) * 3),
-], ids=["rgb", "webp", "grey", "bits", "rgba", "half transparent", "grey alpha", "palette", "palette transparent",
+], ids=["rgb", "webp", "gray", "bits", "rgba", "half transparent", "gray alpha", "palette", "palette transparent",
         "16 bit"])
 def test_modes(data, left, right):
     """Seen to fail: 16 bit, without the high byte; transparent ones, with image.convert("RGB") alone."""
@@ -86,8 +86,8 @@ def png(header, rows, *chunks):
      struct.pack(">3H", 258, 4, 5), (WHITE, (1, 0, 0), (1, 0, 0), 0)),
 ], ids=["1 bit", "1 bit, 0", "2 bit", "4 bit", "8 bit", "16 bit", "rgb", "16 bit rgb"])
 def test_png_transparent_color(depth, row, key, wanted):
-    """The tRNS chunk of grey and RGB names one color in the picture's own depth. Seen to fail with Pillow's own."""
-    data = png((4, 4, depth, images.GREY if len(key) == 2 else images.RGB), [row] * 4, chunk(b"tRNS", key))
+    """The tRNS chunk of gray and RGB names one color in the picture's own depth. Seen to fail with Pillow's own."""
+    data = png((4, 4, depth, images.GRAY if len(key) == 2 else images.RGB), [row] * 4, chunk(b"tRNS", key))
     wanted = [np.broadcast_to(color, 3) for color in wanted]
     np.testing.assert_array_equal(images.decode(data, 4), np.broadcast_to(wanted, (4, 4, 3)))
 
@@ -95,7 +95,7 @@ def test_png_transparent_color(depth, row, key, wanted):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(16, 24), (16, 25), (23, 16)])
 def test_exif_rotation(orientation, size):
-    """Against Pillow's rotation of the whole picture. Seen to fail for 2 to 8 without the turn, and for odd
+    """Compared with Pillow's rotation of the whole picture. Seen to fail for 2 to 8 without the turn, and for odd
     differences with the crop before it."""
     from PIL import ImageOps
 
@@ -116,25 +116,25 @@ LONG = zlib.compress(b" " * 3_000_000)
     chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b" " * 2_000_000),
     chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG), chunk(b"iCCP", b"profile\0\0" + LONG),
     chunk(b"zTXt", b"damaged\0\7")], ids=lambda extra: extra[4:16].split(bytes(1))[0].decode())
-def test_png_texts_and_profiles_are_passed_over(extra):
+def test_png_texts_and_profiles_are_dropped(extra):
     """Pillow refuses texts above 1 MB, and takes a text named like one of its fields for that field. Seen to fail with
-    all chunks kept."""
-    data = png((8, 8, 8, images.GREY), [bytes(range(8))] * 8, extra)
+    no chunk dropped."""
+    data = png((8, 8, 8, images.GRAY), [bytes(range(8))] * 8, extra)
     assert images.decode(data, 8)[0, :, 0].tolist() == list(range(8))
     after = data.replace(extra, b"").replace(chunk(b"IEND", b""), extra + chunk(b"IEND", b""))
     assert images.decode(after, 8)[0, :, 0].tolist() == list(range(8))
 
 
 def test_png_orientation_in_xmp():
-    """Seen to fail with every text passed over."""
+    """Seen to fail with every text dropped."""
     text = b'XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation="2"/>'
-    data = png((8, 8, 8, images.GREY), [bytes(range(8))] * 8, chunk(b"iTXt", text))
+    data = png((8, 8, 8, images.GRAY), [bytes(range(8))] * 8, chunk(b"iTXt", text))
     assert images.decode(data, 8)[0, :, 0].tolist() == list(range(8))[::-1]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "nothing", "large"])
-def test_what_is_no_file_is_never_opened(tmp_path, kind, monkeypatch):
-    """Seen to fail (pipe: waits without end) with read_bytes alone."""
+def test_other_than_regular_files_are_never_opened(tmp_path, kind, monkeypatch):
+    """Seen to fail (pipe: blocks forever) with read_bytes alone."""
     file = tmp_path / "x.jpg"
     if kind == "pipe":
         os.mkfifo(file)
@@ -154,21 +154,21 @@ def test_what_is_no_file_is_never_opened(tmp_path, kind, monkeypatch):
         images.read(epath.Path(file))
 
 
-def test_the_centred_square_is_reduced_by_its_mean():
+def test_the_centered_square_is_reduced_by_its_mean():
     """Seen to fail with the corner in place of the center."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     means = pixels[:, 8:40].reshape(8, 4, 8, 4, 3).astype(float).mean((1, 3))
     np.testing.assert_allclose(images.decode(encoded(Image.fromarray(pixels)), 8), means, atol=1)
 
 
-def test_damaged_exif_is_as_none():
+def test_damaged_exif_is_ignored():
     good = images.decode(encoded(halves("RGB", RED, BLUE)), 8)
     damaged = encoded(halves("RGB", RED, BLUE), exif=b"Exif\0\0II*\0\xff\xff")
     np.testing.assert_array_equal(images.decode(damaged, 8), good)
 
 
 def bomb(width, height):
-    """A PNG of a few hundred bytes that says it has width x height pixels."""
+    """A PNG of a few hundred bytes whose header claims width x height pixels."""
     return png((width, height, 8, images.RGB), [bytes(999)])
 
 

@@ -11,8 +11,8 @@ from igpt_jax.data.order import Component
 
 
 def test_golden_ids():
-    """Written down when the format was fixed: a change here changes what every interrupted run reads next. Seen to
-    fail with 11 rounds."""
+    """Recorded when the format was fixed: a change here changes the order of every interrupted run. Seen to fail with
+    11 rounds."""
     assert order.batch(0, 0, 8, 1000).tolist() == [857, 306, 46, 217, 330, 992, 893, 107]
     assert order.batch(1, 10**9, 6, 10**6).tolist() == [340974, 368425, 698575, 907489, 664390, 989128]
     assert order.batch(7, 3, 4, 2**40).tolist() == [510588732437, 75850835074, 280102948094, 412989529908]
@@ -48,8 +48,8 @@ def test_a_seek_is_instant():
 
 @pytest.mark.parametrize("n", [3, 5, 16])
 def test_positions_are_uniform(n):
-    """Chi-square of where each element lands, over 1,000 seeds and over 1,000 epochs, within 5 standard deviations.
-    Seen to fail with 2 rounds."""
+    """Chi-square of the positions of each element, over 1,000 seeds and over 1,000 epochs, within 5 standard
+    deviations. Seen to fail with 2 rounds."""
     runs, index = 1000, np.tile(np.arange(n), 1000)
     over_epochs = order.permute(index, n, 9, np.repeat(np.arange(runs), n))
     over_seeds = np.concatenate([order.permute(np.arange(n), n, seed, 0) for seed in range(runs)])
@@ -60,8 +60,8 @@ def test_positions_are_uniform(n):
         assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
 
 
-def test_neighbours_are_independent():
-    """Consecutive places of one epoch are uncorrelated. Seen to fail with the identity as round function."""
+def test_neighbors_are_independent():
+    """Consecutive positions of one epoch are uncorrelated. Seen to fail with the identity as round function."""
     ids = order.permute(np.arange(20_000), 20_000, seed=4, epoch=0).astype(float)
     assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 0.03
     assert abs(np.corrcoef(ids, np.arange(20_000))[0, 1]) < 0.03
@@ -72,24 +72,24 @@ def test_impossible_n():
         order.permute(0, 0, 0, 0)
 
 
-@pytest.mark.parametrize(("n", "block", "window"), [(50, 8, 2), (50, 7, 3), (64, 8, 3), (5, 8, 1), (1000, 64, 4),
+@pytest.mark.parametrize(("n", "chunk", "window"), [(50, 8, 2), (50, 7, 3), (64, 8, 3), (5, 8, 1), (1000, 64, 4),
                                                     (17, 1, 3)])
-def test_blocks_keep_epochs_exact(n, block, window):
-    """Whatever the last block lacks and wherever it lands. Seen to fail (without end) with `slot >= short` in start."""
-    data = (Component(n, block=block),)
+def test_chunks_keep_epochs_exact(n, chunk, window):
+    """For any size and slot of the last chunk. Seen to fail (in an endless loop) with `slot >= short` in start."""
+    data = (Component(n, chunk=chunk),)
     for seed in range(4):
         epochs = np.concatenate([order.batch(seed, step, 10, data, window) for step in range(n)]).reshape(-1, n)
         np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), epochs.shape))
         assert len({tuple(epoch) for epoch in epochs[:4]}) == 4
 
 
-def test_a_window_opens_each_block_once():
-    """Of 64 blocks of 16, at most 2 x window are open in a stretch of one window, and each is opened about once. Seen
-    to fail with window=0, which opens all."""
-    n, block, window = 1024, 16, 4
-    ids = np.concatenate([order.batch(2, step, 64, (Component(n, block=block),), window) for step in range(n // 64)])
-    opened = [len(set(part // block)) for part in ids.reshape(-1, window * block)]
-    assert opened == [window] * (n // (window * block))
+def test_a_window_reads_each_chunk_once():
+    """Of 64 chunks of 16 examples, the examples of one window touch exactly `window` chunks. Seen to fail with
+    window=0, which touches all."""
+    n, chunk, window = 1024, 16, 4
+    ids = np.concatenate([order.batch(2, step, 64, (Component(n, chunk=chunk),), window) for step in range(n // 64)])
+    touched = [len(set(some_ids // chunk)) for some_ids in ids.reshape(-1, window * chunk)]
+    assert touched == [window] * (n // (window * chunk))
     assert (np.diff(ids) == 1).mean() < 0.1
 
 
@@ -114,10 +114,10 @@ def test_mixtures():
         np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), epochs.shape))
     assert not np.array_equal(ids[owner == 0][:30], ids[owner == 1][:30] - 30)
     np.testing.assert_array_equal(order.batch(1, 299, 12, data), ids[-12:])
-    assert order.given_before(25, data) == [int((owner[:25] == i).sum()) for i in range(3)]
+    assert order.read_before(25, data) == [int((owner[:25] == i).sum()) for i in range(3)]
 
 
-def test_a_seek_in_blocks_and_mixtures_is_instant():
+def test_a_seek_in_chunks_and_mixtures_is_instant():
     data = (Component(1_281_167, 1, 64), Component(10**8, 3, 64))
     start = time.perf_counter()
     ids = order.batch(0, 10**9, 128, data, window=1024)

@@ -9,11 +9,12 @@ from conftest import patience
 
 from igpt_jax import storage
 from igpt_jax.config import UserError
-from igpt_jax.data import palette
+from igpt_jax.data import color_sample, palette
+from igpt_jax.data.order import Component
 
 
 def brute_force(colors_PC, palette_VC):
-    """Nearest palette entries by float64 squared distance, the lowest of equals."""
+    """Nearest palette entries by float64 squared distance; ties go to the lowest."""
     scaled_P1C = colors_PC[:, None] / 127.5 - 1
     distance_PV = ((scaled_P1C - palette_VC.astype(np.float64)) ** 2).sum(-1)
     return distance_PV.argmin(1)
@@ -28,7 +29,7 @@ def random_palette(colors, seed=0):
 
 
 def palette_with_ties():
-    """Twice the same entry, and entries mirrored at an 8-bit color: exact and near ties over whole planes."""
+    """Each entry twice, and entries mirrored at an 8-bit color: exact and near ties over whole planes."""
     some_VC = palette.decode(np.arange(40), random_palette(40)) / np.float32(127.5) - 1
     pair_VC = np.float32([[51, 51, 51], [51, 51, 153], [153, 51, 51]]) / np.float32(127.5) - 1
     return np.concatenate([some_VC, some_VC[::-1], pair_VC]).astype(np.float32)
@@ -37,20 +38,20 @@ def palette_with_ties():
 @pytest.mark.parametrize("palette_VC", [random_palette(2), random_palette(512), palette_with_ties()],
                          ids=["2", "512", "ties"])
 def test_lookup_table_equals_brute_force(palette_VC):
-    """On random colors, the cube's corners, edges and all grays. Seen to fail with a quarter of the bound in
+    """For random colors, the cube's corners and edges, and all grays. Seen to fail with a quarter of the bound in
     build_lookup_table, and with `<=` for `<` between candidates (ties)."""
     table = palette.build_lookup_table(palette_VC)
     assert table.dtype == np.uint16 and table.shape == (2**24,)
     edges = np.array(list(itertools.product((0, 1, 7, 8, 127, 128, 254, 255), repeat=3))) @ [2**16, 2**8, 1]
     planted = np.concatenate([edges, np.arange(256) * 0x010101, [0x333366, 0x663333, 0x663366]])
     index_P = np.concatenate([np.random.default_rng(1).integers(2**24, size=40_000), planted])
-    for some_P in np.array_split(index_P, 8):
-        np.testing.assert_array_equal(table[some_P], brute_force(colors_of(some_P), palette_VC))
+    for slice_P in np.array_split(index_P, 8):
+        np.testing.assert_array_equal(table[slice_P], brute_force(colors_of(slice_P), palette_VC))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(patience(400))
-def test_lookup_table_equals_brute_force_on_every_colour():
+def test_lookup_table_equals_brute_force_on_every_color():
     palette_VC = random_palette(512, seed=3)
     table = palette.build_lookup_table(palette_VC)
     for start in range(0, 2**24, 2**14):
@@ -98,14 +99,29 @@ def test_decode_rounds_half_to_even_like_the_release():
     assert palette.decode(np.arange(3), palette_VC).tolist() == [[128] * 3, [241, 212, 177], [50, 125, 197]]
 
 
-def test_psnr():
-    """One of three channels off by 10: 20 log10(255) - 10 log10(100 / 3). Seen to fail with sum for mean."""
-    palette_VC = np.float32([[-1, -1, -1], [1, 1, 1]])
-    table = palette.build_lookup_table(palette_VC)
-    black = np.zeros((2, 4, 4, 3), np.uint8)
-    assert palette.psnr(black, table, palette_VC) == np.inf
-    black[..., 0] = 10
-    assert palette.psnr(black, table, palette_VC) == pytest.approx(20 * np.log10(255) - 10 * np.log10(100 / 3))
+class Images:
+    """The parts of a store's split that `color_sample` reads."""
+
+    def __init__(self, images_BYXC):
+        self.read, self.count = images_BYXC.__getitem__, len(images_BYXC)
+        self.components = (Component(self.count),)
+
+
+def report(images_BYXC, palette_VC):
+    return color_sample.report(Images(images_BYXC), palette_VC, seed=0)
+
+
+def test_report(tmp_path, monkeypatch):
+    """One of three channels off by 10: 20 log10(255) - 10 log10(100 / 3) dB. Half of the pixels black, half white:
+    ln 2 nats. Seen to fail with sum for mean."""
+    monkeypatch.setenv(palette.CACHE_VARIABLE, str(tmp_path))
+    palette_VC = np.float32([[-1, -1, -1], [0, 0, 0], [1, 1, 1]])
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    assert report(pixels, palette_VC) == color_sample.Report(3, 1, None, 2, 1.0, 0.0)
+    pixels[..., 0] = 10
+    assert report(pixels, palette_VC).psnr_db == pytest.approx(20 * np.log10(255) - 10 * np.log10(100 / 3))
+    pixels[1] = 255
+    assert report(pixels, palette_VC).entropy_nats == pytest.approx(np.log(2))
 
 
 def test_fit_is_seeded_sorted_and_better_than_chance():
@@ -118,12 +134,11 @@ def test_fit_is_seeded_sorted_and_better_than_chance():
     luma_V = palette_VC @ np.float32([0.299, 0.587, 0.114])
     assert (np.diff(luma_V) >= 0).all()
     images_BYXC = pixels_PC.reshape(1, 50, 100, 3)
-    fitted, chance = (palette.psnr(images_BYXC, palette.build_lookup_table(some), some)
-                      for some in (palette_VC, random_palette(32)))
+    fitted, chance = (report(images_BYXC, each_VC).psnr_db for each_VC in (palette_VC, random_palette(32)))
     assert fitted > chance + 3
 
 
-def test_fit_with_a_colour_each_is_exact():
+def test_fit_with_a_color_each_is_exact():
     pixels_PC = np.repeat(np.arange(0, 255, 15, dtype=np.uint8)[:, None], 3, axis=1)[[3, 1, 2, *range(17)]]
     palette_VC = palette.fit(pixels_PC, 17, seed=0)
     np.testing.assert_array_equal(palette.decode(np.arange(17), palette_VC)[:, 0], np.arange(0, 255, 15))

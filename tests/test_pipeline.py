@@ -1,4 +1,4 @@
-"""Batches for training: the two readers agree, start anywhere, serve any number of hosts, and clean up."""
+"""Batches for training: both readers agree, start at any step, serve any number of hosts, and clean up."""
 
 import gc
 import os
@@ -60,8 +60,8 @@ def take(split, table, count, **options):
 @pytest.mark.parametrize("reader", ["resident", "tfdata"])
 @pytest.mark.parametrize("start_step", [0, 10**9])
 def test_readers_follow_the_order(split, images, table, reader, start_step):
-    """Against encode of the very images, across epochs. Seen to fail with red and blue swapped in pipeline.quantize,
-    and with `step + 1` in resident.batches."""
+    """Compared with the encoded images, across epochs. Seen to fail with red and blue swapped in palette.encode, and
+    with `step + 1` in resident.batches."""
     for i, batch in enumerate(take(split, table, 5, reader=reader, start_step=start_step)):
         ids = order.batch(3, start_step + i, 16, COUNT)
         assert batch.step == start_step + i and batch.tokens.dtype == np.int32
@@ -102,7 +102,7 @@ def test_closing_ends_the_threads(split, table):
 
 
 def test_a_damaged_image_stops_the_reader(path, images, table):
-    """The store's own message comes through TensorFlow. Seen to fail where TensorFlow's error is passed on."""
+    """The store's error passes through TensorFlow. Seen to fail where TensorFlow's error is raised."""
     shard = path / "train" / "images" / "c" / "0" / "0" / "0" / "0"
     damaged = bytearray(shard.read_bytes())
     damaged[damaged.find(images[order.batch(3, 1, 16, COUNT)[2]].tobytes())] ^= 1
@@ -125,32 +125,6 @@ def test_auto_is_resident_until_it_does_not_fit(split, table, monkeypatch):
 
 
 def test_readers_agree_on_eight_devices_and_residence_needs_no_tensorflow(path, python):
-    """One process of its own: 8 devices, batch over two mesh axes, replicated over the third; TensorFlow absent for
-    the resident reader. Seen to fail with `import tensorflow` in resident.py."""
-    python(f"""
-import sys
-sys.modules["tensorflow"] = None
-import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from igpt_jax import data
-from igpt_jax.data import batches, palette
-from igpt_jax.data import batches, store
-mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-split = store.Store.open({str(path)!r}).split("train")
-table = palette.build_lookup_table(store.Store.open({str(path)!r}).palette)
-options = dict(seed=2, batch_size=16, start_step=11, sharding=sharding, prefetch=2)
-def take(reader):
-    batches = data.train_batches(split, table, reader=reader, **options)
-    with jax.transfer_guard("disallow"):
-        taken = [next(batches) for _ in range(4)]
-    batches.close()
-    return taken
-resident = take("resident")
-del sys.modules["tensorflow"]
-for one, other in zip(resident, take("tfdata"), strict=True):
-    assert one.tokens.sharding.is_equivalent_to(sharding, 2) and other.tokens.sharding.is_equivalent_to(sharding, 2)
-    np.testing.assert_array_equal(one.ids, other.ids)
-    np.testing.assert_array_equal(one.tokens, other.tokens)
-    np.testing.assert_array_equal(one.tokens, store.tokens_of(split, table, one.ids))
-""")
+    """In a process of its own: 8 devices, the batch split over two mesh axes and replicated over the third; TensorFlow
+    cannot be imported for the resident reader. Seen to fail with `import tensorflow` in resident.py."""
+    python("readers_agree.py", path)

@@ -29,14 +29,15 @@ def random_images(*shape):
 
 
 def test_digits(tmp_path):
-    """Its defaults: 17 grey levels, which the palette holds exactly; a tenth held out."""
+    """Its defaults: 17 gray levels, which the palette reproduces exactly; a tenth held out."""
     metrics = prepare.run(PrepareConfig(), str(tmp_path))
     assert metrics["examples"] == 1797 and metrics["quarantined"] == 0 and metrics["images_per_second"] > 0
     opened = store.Store.open(tmp_path)
     train, held_out = opened.split("train"), opened.split("held_out")
     assert (train.count, held_out.count, opened.classes, len(opened.palette)) == (1617, 180, 10, 17)
     images = train.read(np.arange(train.count))
-    assert palette.psnr(images, palette.build_lookup_table(opened.palette), opened.palette) == np.inf
+    tokens = palette.encode(images, palette.lookup_table(opened.palette))
+    np.testing.assert_array_equal(palette.decode(tokens, opened.palette).reshape(images.shape), images)
     for figure in ("palette.png", "before_after.png"):
         assert np.asarray(Image.open(tmp_path / "figures" / figure)).std() > 0
 
@@ -56,14 +57,14 @@ def test_held_out_rule(tmp_path):
         np.testing.assert_array_equal(split.labels(np.arange(split.count)), np.flatnonzero(chosen))
 
 
-def test_several_files_grey_and_a_test_split(tmp_path):
-    grey = random_images(7, 6, 6)
-    for i, part in enumerate((grey[:4], grey[4:])):
-        save(tmp_path / f"part_{i}.npz", images=part)
+def test_several_files_gray_and_a_test_split(tmp_path):
+    gray = random_images(7, 6, 6)
+    for i, some_images in enumerate((gray[:4], gray[4:])):
+        save(tmp_path / f"part_{i}.npz", images=some_images)
     run(tmp_path / "store", source=f"npz:{tmp_path}/part_*.npz", held_out=0.0, image_size=3,
         test_source=save(tmp_path / "test.npz", images=random_images(2, 9, 9, 3), labels=np.array([1, 0])))
     opened = store.Store.open(tmp_path / "store")
-    means = grey.reshape(7, 3, 2, 3, 2).astype(float).mean((2, 4))
+    means = gray.reshape(7, 3, 2, 3, 2).astype(float).mean((2, 4))
     train = opened.split("train").read(np.arange(7))
     np.testing.assert_allclose(train, np.repeat(means[..., None], 3, -1), atol=1)
     assert opened.split("test").count == 2 and opened.split("test").labels(np.arange(2)).tolist() == [1, 0]
@@ -100,8 +101,8 @@ def test_imported_palette(tmp_path):
 
 
 def test_prepare_again(tmp_path):
-    """Complete: nothing is done, or another config is refused. Without its manifest: it starts over. Same input, same
-    store."""
+    """A complete store is left alone, and another config is rejected. Without a manifest it starts over, and the same
+    input gives the same store."""
     run(tmp_path)
     manifest = (tmp_path / "manifest.json").read_text()
     assert run(tmp_path)["examples"] == 1797
@@ -115,16 +116,16 @@ def test_prepare_again(tmp_path):
 @pytest.mark.parametrize(("keys", "message"), [
     ({"source": "digit"}, "Did you mean 'digits'"),
     ({"source": "digits:3"}, "Write digits, digits:train or digits:test"),
-    ({"source": "synthetic:many"}, "whole number"),
-    ({"source": "synthetic:²"}, "whole number"),
-    ({"source": f"synthetic:{10**30}"}, "whole number"),
+    ({"source": "synthetic:many"}, "positive integer"),
+    ({"source": "synthetic:²"}, "positive integer"),
+    ({"source": f"synthetic:{10**30}"}, "positive integer"),
     ({"source": "synthetic:9", "image_size": 20_000}, "256 pixels or less"),
     ({"chunk": 10**9}, "exceed a shard of 64 MiB. Set it to 349,525 or less"),
     ({"source": "npz"}, "needs a path"),
     ({"source": "npz:/nowhere/*.npz"}, "matches nothing"),
     ({"image_size": 28}, "never enlarged"),
     ({"palette": "fit:18"}, "only 17 distinct colors"),
-    ({"palette": "fit:some"}, "whole number"),
+    ({"palette": "fit:some"}, "must be an integer"),
     ({"palette": "/nowhere.npy"}, "does not exist"),
     ({"held_out": 0.9999}, "leaves none"),
 ])
@@ -136,7 +137,7 @@ def test_bad_config(tmp_path, keys, message):
 
 
 @pytest.mark.parametrize(("arrays", "message"), [
-    ({"pictures": np.zeros(3)}, "needs an array `images`; it holds pictures"),
+    ({"pictures": np.zeros(3)}, "needs an array `images`; it has pictures"),
     ({"images": np.zeros((2, 4, 4, 3), np.float32)}, "float32"),
     ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, r"\[2, 4, 4, 4\]"),
     ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, "empty"),
@@ -169,7 +170,7 @@ def test_files_that_do_not_go_together(tmp_path):
         run(tmp_path / "store", source=f"npz:{tmp_path}/?.npz")
     run(tmp_path / "store", source=f"npz:{tmp_path}/?.npz", image_size=4)
     save(tmp_path / "b.npz", images=random_images(2, 8, 8, 3), labels=np.arange(2))
-    with pytest.raises(UserError, match="Both or neither"):
+    with pytest.raises(UserError, match="both or neither"):
         run(tmp_path / "other", source=f"npz:{tmp_path}/?.npz")
 
 
@@ -196,7 +197,7 @@ def messy(tmp_path):
 
 
 def test_quarantine(messy, tmp_path):
-    """Above the cap the job is refused, and says which; below it, what is bad is listed and the rest is whole."""
+    """Above the cap the job fails and names an image; below it, bad images are listed and the others are stored."""
     keys = {"source": f"folder:{messy}", "image_size": 8, "held_out": 0.2}
     with pytest.raises(UserError, match="3 of 33 images .* max_quarantined=0.001") as raised:
         run(tmp_path / "store", **keys)
@@ -227,9 +228,9 @@ def test_the_test_images_have_the_classes_of_the_training_images(messy, tmp_path
         run(tmp_path / "other", **keys)
 
 
-def test_labels_for_a_part_of_one_group(tmp_path, monkeypatch):
-    """Whether or not the first image has one. Seen to fail (an unlabelled store) with the first image's alone looked
-    at."""
+def test_labels_for_only_some_images_of_a_group(tmp_path, monkeypatch):
+    """Whether or not the first image has one. Seen to fail (an unlabeled store) where only the first image's label
+    is checked."""
     image = random_images(8, 8, 3)
     monkeypatch.setattr(sources.synthetic.Synthetic, "items", lambda source, start: iter([
         sources.Item("first", None, image), sources.Item("second", 1, image)]))
@@ -244,7 +245,7 @@ def stop_after(monkeypatch, groups):
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
-def test_an_interrupted_job_goes_on(tmp_path, monkeypatch, chunk):
+def test_an_interrupted_job_resumes(tmp_path, monkeypatch, chunk):
     """Across shards, train and test: the same store as without a stop, file by file. Seen to fail with progress saved
     before the group is counted, and with pending rows left out of it."""
     monkeypatch.setattr(writer, "SHARD_BYTES", 192 * 100)
@@ -262,7 +263,7 @@ def test_an_interrupted_job_goes_on(tmp_path, monkeypatch, chunk):
     assert cut == whole and not (tmp_path / "cut" / "progress.npz").exists()
 
 
-def test_progress_of_another_config_or_damaged_is_not_taken_up(tmp_path, monkeypatch, capsys):
+def test_progress_that_is_damaged_or_of_another_config_is_not_used(tmp_path, monkeypatch, capsys):
     keys = {"source": "synthetic:300", "image_size": 8}
     for change in ({"seed": 5}, {}):
         with monkeypatch.context() as patch:
@@ -278,12 +279,12 @@ def test_progress_of_another_config_or_damaged_is_not_taken_up(tmp_path, monkeyp
         run(whole, **{**keys, **change})
         assert (tmp_path / "cut" / "manifest.json").read_text() == (whole / "manifest.json").read_text()
         (tmp_path / "cut" / "manifest.json").unlink()
-    assert "starts over" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
 
 
 def test_slices_are_merged(tmp_path):
-    """Every image once with its own label, whole slices held against their checksums; the palette is fit to all.
-    Seen to fail with the parts in the order of names (slice-10 before slice-2)."""
+    """Every image once with its own label, slices verified against their checksums, and the palette fit to all.
+    Seen to fail with the slices in the order of names (slice-10 before slice-2)."""
     images, labels = random_images(121, 8, 8, 3), np.arange(121)
     source = save(tmp_path / "a.npz", images=images, labels=labels)
     whole = tmp_path / "whole"
@@ -313,7 +314,7 @@ def test_slices_that_do_not_merge(tmp_path):
     run(tmp_path / "m" / "1", source="synthetic:90", image_size=8, shard="1/3", seed=7)
     with pytest.raises(UserError, match="another config: .*seed"):
         run(tmp_path / "m", shard="merge")
-    with pytest.raises(UserError, match="holds a finished slice"):
+    with pytest.raises(UserError, match="has a finished slice"):
         run(tmp_path / "m" / "0", shard="merge")
     for shard in ("3/3", "1", "a/b", "0/0"):
         with pytest.raises(UserError, match="shard="):
@@ -330,7 +331,7 @@ def test_slices_that_do_not_merge(tmp_path):
 
 
 def test_a_palette_alone(tmp_path):
-    """For a store that is there; its files stay as they are."""
+    """For an existing store, whose files do not change."""
     run(tmp_path / "store", source="synthetic:200", image_size=8)
     before = (tmp_path / "store" / "manifest.json").read_text()
     run(tmp_path / "palette", source=f"store:{tmp_path}/store", palette="fit:33")

@@ -1,4 +1,4 @@
-"""Folders, tar shards and TFDS: what they give, in slices and from the middle, and what they refuse."""
+"""Folders, tar shards and archives: their images, in slices and from the middle, and their errors."""
 
 import io
 import os
@@ -19,8 +19,8 @@ def png(value, size=8):
     return data.getvalue()
 
 
-def given(text, start=0, shard=(0, 1)):
-    """(name, label, red) of each image; red is the reason where it goes to quarantine."""
+def rows_of(text, start=0, shard=(0, 1)):
+    """(name, label, red) of each image; for an image in quarantine, the reason in place of red."""
     found = []
     for name, label, content in sources.open_source(text, 8, 0, shard).items(start):
         try:
@@ -44,15 +44,15 @@ def folder(tmp_path):
 
 
 def test_folder(folder):
-    """A PNG named .jpeg counts by its content. Seen to fail with labels from the deepest folder."""
-    assert given(f"folder:{folder}") == [("cat/deep/er/a.jpeg", 0, 1), ("cat/z.png", 0, 2), ("owl/b.PNG", 1, 3)]
+    """A PNG named .jpeg is decoded by its content. Seen to fail with labels from the deepest folder."""
+    assert rows_of(f"folder:{folder}") == [("cat/deep/er/a.jpeg", 0, 1), ("cat/z.png", 0, 2), ("owl/b.PNG", 1, 3)]
     source = sources.open_source(f"folder:{folder}", 8, 0)
     assert source.class_names == ("cat", "owl") and source.skipped == {".db": 1, ".gif": 1, ".txt": 1}
-    assert given(f"folder:{folder / 'owl'}") == [("b.PNG", None, 3)]
+    assert rows_of(f"folder:{folder / 'owl'}") == [("b.PNG", None, 3)]
 
 
 def test_links_are_followed_once(folder, tmp_path):
-    """Seen to fail (without end) without the folders seen before."""
+    """Seen to fail (in an endless loop) without the set of folders seen."""
     (folder / "owl" / "loop").symlink_to(folder)
     (folder / "dog").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
@@ -63,7 +63,7 @@ def test_links_are_followed_once(folder, tmp_path):
         ("cat/deep/er/a.jpeg", 0), ("cat/z.png", 0), ("dog/d.png", 1), ("owl/b.PNG", 2), ("owl/nowhere.png", 2)]
 
 
-def test_folder_that_does_not_do(folder, tmp_path):
+def test_unusable_folders(folder, tmp_path):
     (folder / "lone.png").write_bytes(png(5))
     for text, message in ((f"folder:{folder}", "both in class folders"), ("folder", "needs a path"),
                           (f"folder:{folder}/nowhere", "not a folder"), (f"folder:{folder}/empty", "no images")):
@@ -96,9 +96,9 @@ def shards(tmp_path):
 def test_tar(shards):
     """Keys, labels of both kinds, whole files to a slice. Seen to fail with the offset of the header for the data."""
     rows = [("web-0.tar:a/1.png", 4, 1), ("web-0.tar:2.jpg", 5, 2), ("web-1.tar:3.webp", 6, 3)]
-    assert given(shards) == rows
-    assert given(shards, start=1) == rows[1:]
-    assert given(shards, shard=(0, 2)) == rows[:2] and given(shards, shard=(1, 2)) == rows[2:]
+    assert rows_of(shards) == rows
+    assert rows_of(shards, start=1) == rows[1:]
+    assert rows_of(shards, shard=(0, 2)) == rows[:2] and rows_of(shards, shard=(1, 2)) == rows[2:]
     assert sources.open_source(shards, 8, 0).skipped == {".txt": 1}
 
 
@@ -119,7 +119,7 @@ def test_tar_labels_in_json(tmp_path, labels, wanted):
     """Seen to fail: without a label (all refused), and "3"."""
     write_tar(tmp_path / "a.tar", [member for i, text in enumerate(labels) for member in (
         (f"{i:02}.jpg", png(1)), (f"{i:02}.json", text), (f"{i:02}.txt", b"a caption"))])
-    for (_, label, value), expected in zip(given(f"tar:{tmp_path}/a.tar"), wanted, strict=True):
+    for (_, label, value), expected in zip(rows_of(f"tar:{tmp_path}/a.tar"), wanted, strict=True):
         assert expected in value if isinstance(expected, str) else (label, value) == (expected, 1)
 
 
@@ -128,24 +128,24 @@ def test_tar_labels_in_cls(tmp_path):
     write_tar(tmp_path / "a.tar", [("1.JPG", png(1)), ("1.CLS", b"007"), ("README", b""), ("2.png", png(2)),
                                    ("2.cls", b"\xef\xbb\xbf1\r\n"), ("3.png", png(3)), ("3.cls", b"-1"),
                                    ("4.png", png(4)), ("4.cls", b"\xc2\xb2")])
-    assert [label for _, label, _ in given(f"tar:{tmp_path}/a.tar")] == [7, 1, None, None]
+    assert [label for _, label, _ in rows_of(f"tar:{tmp_path}/a.tar")] == [7, 1, None, None]
     assert sources.open_source(f"tar:{tmp_path}/a.tar", 8, 0).skipped == {"no ending": 1}
 
 
 @pytest.mark.parametrize("name", ["tar", "npz"])
 def test_a_pipe_among_the_files_is_refused(tmp_path, name):
-    """Seen to fail: waits without end."""
+    """Seen to fail: it blocks forever."""
     os.mkfifo(tmp_path / "x")
     with pytest.raises(UserError, match="x is not a regular file"):
         sources.open_source(f"{name}:{tmp_path}/*", 8, 0)
 
 
-def test_what_is_no_regular_file_goes_to_quarantine(folder):
-    """A pipe, a device and a folder with a picture's name. Seen to fail (a pipe waits without end) with read_bytes."""
+def test_other_than_regular_files_go_to_quarantine(folder):
+    """A pipe, a device and a folder with a picture's name. Seen to fail (the pipe blocks forever) with read_bytes."""
     os.mkfifo(folder / "cat" / "pipe.jpg")
     (folder / "cat" / "device.png").symlink_to("/dev/zero")
     (folder / "cat" / "x.jpg").mkdir()
-    rows = {name: value for name, _, value in given(f"folder:{folder}")}
+    rows = {name: value for name, _, value in rows_of(f"folder:{folder}")}
     assert rows.pop("cat/pipe.jpg") == rows.pop("cat/device.png") == "not a regular file" and len(rows) == 3
 
 
@@ -159,18 +159,18 @@ def test_a_source_without_one_good_picture(tmp_path):
 
 
 def test_tar_that_reaches_out(tmp_path):
-    """Nothing is written, all is named. Seen to fail (a picture) without _problem."""
+    """Nothing is written, and every member is reported. Seen to fail (a picture) without _problem."""
     write_tar(tmp_path / "bad.tar", [("../up.png", png(1)), ("/abs.png", png(2)), ("sym.png", "SYMTYPE"),
                                      ("hard.png", "LNKTYPE"), ("device.png", "CHRTYPE"),
                                      ("fifo.png", "FIFOTYPE"), ("good.png", png(9)), ("good.cls", b"1"),
                                      ("lone.cls", b"1"), ("word.png", png(3)), ("word.cls", b"cat"),
                                      ("good.jpg", png(8))])
-    rows = {name.partition(":")[2]: value for name, _, value in given(f"tar:{tmp_path}/bad.tar")}
+    rows = {name.partition(":")[2]: value for name, _, value in rows_of(f"tar:{tmp_path}/bad.tar")}
     assert rows.pop("good.png") == 9
     assert rows == {"../up.png": "its path leads out of the archive", "/abs.png": "its path leads out of the archive",
                     "sym.png": "a link", "hard.png": "a link", "device.png": "not a regular file",
-                    "fifo.png": "not a regular file", "lone": "no picture beside its label",
-                    "word.png": "its .cls holds no class number from 0 to 2^31 - 1",
+                    "fifo.png": "not a regular file", "lone": "a label without a picture",
+                    "word.png": "its .cls has no class number from 0 to 2^31 - 1",
                     "good.jpg": "a second picture of one key"}
     assert {file.name for file in tmp_path.iterdir()} == {"bad.tar"}
 
@@ -178,7 +178,7 @@ def test_tar_that_reaches_out(tmp_path):
 @pytest.mark.parametrize(("damage", "message"), [("cut", "not a readable"), ("header", "damaged header at byte"),
                                                  ("gzip", "gunzip"), ("empty", "no pictures|not a readable")])
 def test_damaged_tar(tmp_path, damage, message):
-    """Seen to fail (header: one picture of three, without a word) without the check of what follows the last member."""
+    """Seen to fail (header: one picture of three, silently) without the check of the bytes after the last member."""
     file = tmp_path / "a.tar"
     write_tar(file, [(f"{i}.png", png(i, 64)) for i in range(3)])
     data = bytearray(file.read_bytes())
@@ -199,8 +199,8 @@ def test_damaged_tar(tmp_path, damage, message):
 
 @pytest.mark.parametrize("text", ["digits", "synthetic:2500"])
 def test_slices_and_starts(text):
-    """Slices together are the whole, and a start in the middle gives the rest. Seen to fail with a slice's last image
-    left out."""
+    """The slices together are the whole source, and a start in the middle gives the rest. Seen to fail with
+    a slice's last image left out."""
     def rows(start=0, shard=(0, 1)):
         return [(item.name, item.label, item.content.tobytes())
                 for item in sources.open_source(text, 8, 0, shard).items(start)]
@@ -213,8 +213,8 @@ def test_slices_and_starts(text):
 def test_npz_is_read_from_the_middle(tmp_path):
     """Across files. Seen to fail with the second file's images counted from the first's."""
     values = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
-    for name, part in (("a", slice(0, 13)), ("b", slice(13, 30))):
-        np.savez(tmp_path / f"{name}.npz", images=values[part], labels=np.arange(30)[part])
+    for name, some_rows in (("a", slice(0, 13)), ("b", slice(13, 30))):
+        np.savez(tmp_path / f"{name}.npz", images=values[some_rows], labels=np.arange(30)[some_rows])
     source = sources.open_source(f"npz:{tmp_path}/?.npz", 8, 0, (1, 2))
     items = list(source.items(3))
     assert [item.label for item in items] == list(range(18, 30)) and items[0].name == "b.npz[5]"

@@ -1,4 +1,4 @@
-"""The pixel store: what comes back, what is refused, and that damage is never silent."""
+"""The pixel store: reading, writing, errors, and detection of all damage."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ def write(path, splits):
     writer = store.Writer(storage.path(path), 8)
     for split, (images, labels) in splits.items():
         for start in range(0, max(1, len(images)), 7):
-            part = slice(start, start + 7)
-            writer.add(split, images[part], None if labels is None else labels[part])
+            some_rows = slice(start, start + 7)
+            writer.add(split, images[some_rows], None if labels is None else labels[some_rows])
     return writer.finish(PALETTE_VC, **FIELDS)
 
 
 @pytest.fixture
 def images():
     images = random_images(50)
-    images[3] = 0  # black is a picture, not a missing one
+    images[3] = 0  # a black image, which is not a missing one
     return images
 
 
@@ -44,7 +44,7 @@ def path(tmp_path, images):
 
 
 def test_what_is_written_comes_back(path, images):
-    """Seen to fail where chunks of zeros are not stored, and without the split's start taken off the ids."""
+    """Seen to fail where chunks of zeros are not stored, and without subtracting the split's start from the ids."""
     opened = store.Store.open(path)
     train, both = opened.split("train"), opened.split("train+held_out")
     ids = np.array([29, 3, 3, 0, 17])
@@ -101,9 +101,10 @@ def test_fingerprint_is_of_the_content(path, tmp_path_factory, images):
     assert other[0] != fingerprints(splits)[0] and other[1] == fingerprints(splits)[1]
 
 
-def flip(file, place):
+def flip(file, offset):
+    """Changes one bit of the byte at `offset`."""
     data = bytearray(file.read_bytes())
-    data[place] ^= 1
+    data[offset] ^= 1
     file.write_bytes(data)
 
 
@@ -146,11 +147,11 @@ def test_another_palette_is_refused(path):
         store.Store.open(path)
 
 
-def test_what_is_not_a_store(path, tmp_path_factory):
+def test_folders_that_are_not_a_store(path, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    for typed, message in [("", "data.store"), (empty / "nowhere", "does not exist"), (empty, "not a pixel store")]:
+    for folder, message in [("", "data.store"), (empty / "nowhere", "does not exist"), (empty, "not a pixel store")]:
         with pytest.raises(UserError, match=message):
-            store.Store.open(typed)
+            store.Store.open(folder)
     for text in ("not JSON", "[]", '{"format": 99}', '{"format": 1}'):
         (empty / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"manifest\.json"):
@@ -160,7 +161,7 @@ def test_what_is_not_a_store(path, tmp_path_factory):
         store.Store.open(path)
 
 
-def test_splits_that_are_not_there(path, images, tmp_path_factory):
+def test_missing_splits(path, images, tmp_path_factory):
     opened = store.Store.open(path)
     with pytest.raises(UserError, match="Did you mean 'train'"):
         opened.split("trian")
@@ -168,10 +169,10 @@ def test_splits_that_are_not_there(path, images, tmp_path_factory):
         opened.split("train+test")
     with pytest.raises(UserError, match="8 pixels"):
         data.open_split(str(path), "train", 16)
-    unlabelled = tmp_path_factory.mktemp("unlabelled")
-    write(unlabelled, {"train": (images, None)})
+    unlabeled = tmp_path_factory.mktemp("unlabeled")
+    write(unlabeled, {"train": (images, None)})
     with pytest.raises(UserError, match="no labels"):
-        store.Store.open(unlabelled).split("train").labels(np.array([0]))
+        store.Store.open(unlabeled).split("train").labels(np.array([0]))
 
 
 @pytest.mark.parametrize(("splits", "asked", "fix"), [
@@ -180,14 +181,14 @@ def test_splits_that_are_not_there(path, images, tmp_path_factory):
     (["train", "test"], "held_out", "--config.held_out=0.1, or name another split. .*--config.data.held_out="),
     ([], "train", r"quarantined.json says why"),
 ])
-def test_a_missing_split_says_how_to_go_on(tmp_path, images, splits, asked, fix):
+def test_the_error_of_a_missing_split_names_a_fix(tmp_path, images, splits, asked, fix):
     write(tmp_path, dict.fromkeys(splits, (images, None)))
     with pytest.raises(UserError, match=f"split '{asked}' is not in .*{fix}"):
         store.Store.open(tmp_path).split(asked)
 
 
-def test_hidden_files_do_not_condemn_a_store(path, tmp_path_factory):
-    """Those of the system: before and after it is written, in its manifest (of older versions) and then gone."""
+def test_hidden_files_are_ignored(path, tmp_path_factory):
+    """The system's hidden files may exist before or after writing, or be listed in an old manifest and be gone."""
     for name in (".DS_Store", "train/.nfs0001", "train/images/.DS_Store", "train/.snapshot/images/c"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text("x")
@@ -208,7 +209,7 @@ def test_hidden_files_do_not_condemn_a_store(path, tmp_path_factory):
     ([0, 2_000_000_000], "class 1 has no example in split 'train', whose 2 labels run from 0 to 2000000000"),
     ([5, 5], "all the same"), ([1, 2], "class 0 has no example"), ([0, 1], ""),
 ])
-def test_a_gap_in_the_labels_is_refused_before_anything_is_counted(tmp_path, labels, message):
+def test_a_gap_in_the_labels_fails_before_labels_are_counted(tmp_path, labels, message):
     """Seen to fail (16 GB) with numpy.bincount."""
     opened = store.Store(tmp_path, write(tmp_path, {"train": (random_images(2), np.array(labels, np.int32))}))
     if not message:
@@ -257,7 +258,7 @@ def test_writing_again_replaces_an_interrupted_store(tmp_path, images):
     ("metadata", "train/images/zarr.json differs from its SHA-256"),
     ("manifest", "its fingerprint differs"),
 ])
-def test_files_are_held_against_the_manifest(path, damage, message):
+def test_files_are_checked_against_the_manifest(path, damage, message):
     """When the store is opened. Seen to fail without check_files, and (manifest) without fingerprint_of."""
     shard = path / "train" / "images" / "c" / "0" / "0" / "0" / "0"
     if damage == "extra":
@@ -277,7 +278,7 @@ def test_files_are_held_against_the_manifest(path, damage, message):
 
 
 def test_stage(path, tmp_path_factory):
-    """A copy on this disk, made once, whole or not at all. Seen to fail without the comparison in stage._copy."""
+    """A copy on this disk, made once, complete or not at all. Seen to fail without the comparison in staging._copy."""
     here = tmp_path_factory.mktemp("here")
     where = staging.stage(str(path), str(here))
     opened, original = store.Store.open(where), store.Store.open(path)
@@ -285,7 +286,7 @@ def test_stage(path, tmp_path_factory):
     copied, read = (which.split("train").read(np.arange(30)) for which in (opened, original))
     np.testing.assert_array_equal(copied, read)
     flip(path / "train" / "images" / "c" / "0" / "0" / "0" / "0", 50)
-    assert staging.stage(str(path), str(here)) == where  # it is there
+    assert staging.stage(str(path), str(here)) == where  # already copied
     with pytest.raises(UserError, match="train/images/c/0/0/0/0 differs from its SHA-256"):
         staging.stage(str(path), str(here / "again"))
     assert not list((here / "again").glob("*/manifest.json"))

@@ -24,22 +24,22 @@ __all__ = ["Batch", "Batches", "count_classes", "open_data", "open_split", "proc
            "train_batches"]
 
 RESIDENT_BYTES = 256 * 2**20
-WINDOW = 1024  # blocks; of 64 images of 32x32 they take 192 MiB in the store's cache
+WINDOW = 1024  # chunks; with 64 images of 32x32 each they take 192 MiB of the store's cache
 
 
 def open_data(config: DataConfig, image_size: int = 0):
-    """What `data.store` names: a Store, a Mixture of several, or Records.
+    """Opens `data.store`: a Store, a Mixture of several stores, or Records.
 
     Args:
-      config: the job's.
-      image_size: of the config; 0: the store's.
+      config: the job's keys of training data.
+      image_size: that the config asks for, pixels; 0: the store's.
 
     Raises:
-      UserError: missing, damaged, of another size, or they do not go together.
+      UserError: a store is missing, damaged or of another size, or the stores cannot be mixed.
     """
     if config.store.startswith("tfds:"):
         if config.stage:
-            raise UserError("data.stage copies pixel stores; a TFDS data set is read where it is. Leave it empty.")
+            raise UserError("data.stage copies pixel stores; TFDS data sets are read in place. Leave data.stage empty.")
         from igpt_jax.data.records import Records  # TensorFlow
 
         return Records(config.store, image_size)
@@ -59,28 +59,42 @@ def open_data(config: DataConfig, image_size: int = 0):
 
 
 def open_split(names: str, split: str, image_size: int) -> Split:
-    """A split of what `names` names as `data.store` does, for a model of `image_size`. Raises UserError."""
-    return open_data(DataConfig(store=names, split=split, held_out=""), image_size).split(split)
+    """Opens a split for a model of `image_size`.
+
+    Args:
+      names: a value of `data.store`.
+      split: the split, or several joined with +.
+      image_size: pixels.
+
+    Raises:
+      UserError: as `open_data` and `Store.split`.
+    """
+    data = open_data(DataConfig(store=names, split=split, held_out=""), image_size)
+    try:
+        return data.split(split)
+    except UserError as error:
+        raise UserError(f"{error}{'' if split == 'train' else ' Or choose here: --config.data.split=train'}") from None
 
 
 def count_classes(store, split) -> int:
-    """The number of classes in a store, all of which a split to learn them from must have.
+    """The number of classes of a store, for training a classifier on `split`.
 
     Raises:
-      UserError: no labels, a single class, or a class without examples in the split.
+      UserError: the split has no labels, a single class, or a class without examples; or the stores of a mixture number
+        their classes differently.
     """
     if len(names := getattr(store, "class_names", ())) > 1:
         number = next((i for i, pair in enumerate(zip(*names[:2], strict=False)) if pair[0] != pair[1]), None)
-        what = (f"{len(names[0]):,} and {len(names[1]):,} classes" if number is None else
-                f"class {number} is {names[0][number]!r} and {names[1][number]!r}")
-        raise UserError(f"the stores {store.path} number their classes differently: {what}. Prepare them from sources "
-                        "of the same classes.")
-    if hasattr(split, "pictures"):  # of TFDS: reading all labels would be reading all pictures
+        difference = (f"{len(names[0]):,} and {len(names[1]):,} classes" if number is None else
+                      f"class {number} is {names[0][number]!r} and {names[1][number]!r}")
+        raise UserError(f"the stores {store.path} number their classes differently: {difference}. Prepare them "
+                        "from sources with the same classes.")
+    if hasattr(split, "pictures"):  # TFDS: reading all labels would mean reading all pictures
         found = range(store.classes)
     else:
-        found = np.unique(split.labels(np.arange(split.count)))  # a count of each label could take any memory
+        found = np.unique(split.labels(np.arange(split.count)))  # bincount would need memory up to the largest label
     if len(found) < 2:
-        raise UserError(f"the labels of split {split.name!r} are all the same: there is nothing to classify.")
+        raise UserError(f"the labels of split {split.name!r} are all the same. Use a store with two or more classes.")
     if len(found) < store.classes:
         missing = next((i for i, label in enumerate(found) if i != label), len(found))
         raise UserError(f"class {missing} has no example in split {split.name!r}, whose {len(found):,} labels run from "
@@ -90,7 +104,7 @@ def count_classes(store, split) -> int:
 
 
 class Mixture:
-    """Several stores as one, whose training batches take `weights` images of each in turn. Interface as of Store."""
+    """Several stores read as one; training batches take `weights` images of each store in turn. Interface of Store."""
 
     def __init__(self, stores: list[Store], weights: tuple[int, ...]):
         self._stores, self._weights = stores, weights
@@ -101,7 +115,7 @@ class Mixture:
         self.palette = stores[0].palette if same else None
 
     def split(self, names: str) -> Split:
-        """The split of each store that has it, mixed. Raises UserError where none has."""
+        """The split `names` of every store that has it, mixed. Raises UserError where no store has it."""
         pairs, missing = [], None
         for store, weight in zip(self._stores, self._weights, strict=True):
             try:
@@ -114,13 +128,13 @@ class Mixture:
 
 
 class Batch(NamedTuple):
-    """One step's examples.
+    """The examples of one step.
 
     Attributes:
       step: from 0.
-      ids: of the global batch in the split, int64 [B]; the same on every process.
+      ids: of the global batch's examples in the split, int64 [B]; the same on every process.
       tokens: int32 [B, T], sharded.
-      labels: int32 [B], sharded; None where they were not asked for.
+      labels: int32 [B], sharded; None if not requested.
     """
     step: int
     ids: np.ndarray
@@ -129,7 +143,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Iterator of Batch, without end. It keeps a checker of epochs and knows how long it kept the caller waiting."""
+    """Endless iterator of Batch. It checks that epochs are exact and measures how long the caller waits for data."""
 
     def __init__(self, batches: Iterator[Batch], checker: EpochChecker):
         self._batches, self._checker = batches, checker
@@ -147,48 +161,49 @@ class Batches:
 
     @property
     def epochs(self) -> list[tuple[int, int, int]]:
-        """(component, epoch, digest) of each whole epoch given, all found exact."""
+        """(component, epoch, digest) of each full epoch read; all were found exact."""
         return self._checker.epochs
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: the share of time that the caller waited here. Over all: epochs proved exact."""
+        """The fraction of time since the last call that the caller waited, and the number of exact epochs so far."""
         now = time.perf_counter()
         fraction = self._waited / max(now - self._since, 1e-9)
         self._waited, self._since = 0.0, now
         return {"input/wait_fraction": fraction, "input/exact_epochs": len(self.epochs)}
 
     def close(self) -> None:
-        """Ends reading."""
+        """Stops reading."""
         self._batches.close()
 
 
 def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, batch_size: int, start_step: int,
                   sharding: NamedSharding, prefetch: int, augment: str = "none", window: int = 0,
-                  labelled: bool = False) -> Batches:
-    """Batches from `start_step` on. Both readers give the same ids and tokens.
+                  labeled: bool = False) -> Batches:
+    """Training batches from `start_step` on. Both readers return the same ids and tokens.
 
     Args:
       split: to train on.
-      table: lookup table of the palette, uint16 [2^24].
-      reader: `tfdata`, `resident`, or `auto`: resident where the tokens take at most 256 MiB.
+      table: the palette's lookup table, uint16 [2^24].
+      reader: `tfdata`, `resident`, or `auto`: resident if the tokens take at most 256 MiB.
       seed: of the order.
-      batch_size: B, images over all processes; must divide over the sharding.
-      start_step: a seek costs nothing.
+      batch_size: B, images over all processes; must be divisible by the shards of the batch dim.
+      start_step: any step; seeking is free.
       sharding: of tokens [B, T]; each process reads only the rows that its devices hold.
       prefetch: batches that tfdata reads ahead.
-      augment: of augment.AUGMENTATIONS.
-      window: blocks shuffled together where the store has blocks; 0: WINDOW.
-      labelled: give labels too.
+      augment: one of augmentation.AUGMENTATIONS.
+      window: chunks whose examples are shuffled together, in stores with several images per chunk; 0: WINDOW.
+      labeled: whether to return labels.
 
     Raises:
-      UserError: TensorFlow is needed and not installed, or the augment does not suit the split; while iterating, an
-        image is damaged on disk.
+      UserError: TensorFlow is needed and not installed, or the augment cannot be used with the split; while iterating:
+        an image is damaged on disk.
     """
     if augment == "imagenet" and not hasattr(split, "pictures"):
-        raise UserError("data.augment=imagenet crops whole pictures: set data.store=tfds:NAME, or data.augment=cifar.")
+        raise UserError("data.augment=imagenet crops whole pictures, which a pixel store does not have. Set "
+                        "data.store=tfds:NAME, or data.augment=cifar.")
     if augment == "cifar" and split.image_size <= augmentation.PAD:
-        raise UserError(f"data.augment=cifar pads by {augmentation.PAD} pixels: images of {split.image_size} are too "
-                        "small.")
+        raise UserError(f"data.augment=cifar pads by {augmentation.PAD} pixels: images of {split.image_size} pixels "
+                        "are too small. Set data.augment=none.")
     options = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "augment": augment,
                "window": window or WINDOW, "rows": process_rows(sharding, batch_size)}
     if _reader_for(split, reader, augment) == "resident":
@@ -197,21 +212,21 @@ def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, ba
         from igpt_jax.data import pipeline  # TensorFlow: 5 seconds and 665 MiB
 
         read = pipeline.batches(split, table, prefetch=prefetch, **options)
-    given = _on_devices(read, sharding, batch_size, start_step, _labels_of(split) if labelled else None)
-    return Batches(given, EpochChecker(seed, start_step * batch_size, split.components, options["window"]))
+    placed = _on_devices(read, sharding, batch_size, start_step, _labels_of(split) if labeled else None)
+    return Batches(placed, EpochChecker(seed, start_step * batch_size, split.components, options["window"]))
 
 
 def _reader_for(split: Split, reader: str, augment: str = "none") -> str:
     size = 2 * split.count * split.image_size**2
     if augment == "imagenet":
         if reader == "resident":
-            raise UserError("data.augment=imagenet decodes anew each time: set data.reader=tfdata.")
+            raise UserError("data.augment=imagenet decodes each picture anew. Set data.reader=tfdata.")
         return "tfdata"
     if reader == "auto" and size <= RESIDENT_BYTES:
         return "resident"
     if reader != "resident" and importlib.util.find_spec("tensorflow") is None:
-        raise UserError(f"data.reader={reader}: {size / 2**20:,.0f} MiB of tokens are streamed by TensorFlow, which is "
-                        "not installed. Run `pip install tensorflow-cpu`, or set data.reader=resident.")
+        raise UserError(f"data.reader={reader}: {size / 2**20:,.0f} MiB of tokens need TensorFlow, which is not "
+                        "installed. Run `pip install tensorflow-cpu`, or set data.reader=resident.")
     return "tfdata" if reader == "auto" else reader
 
 
@@ -225,5 +240,5 @@ def _on_devices(read: Iterator[tuple[np.ndarray, np.ndarray]], sharding: NamedSh
 
 
 def _labels_of(split: Split) -> Callable[[np.ndarray], np.ndarray]:
-    """From ids to labels: a pixel store's are kept in memory, those of TFDS read again beside the pictures."""
+    """A function from ids to labels. Labels of a pixel store are kept in memory; those of TFDS are read again."""
     return split.labels if hasattr(split, "pictures") else split.labels(np.arange(split.count)).__getitem__

@@ -1,4 +1,4 @@
-"""The colors of a split: an unbiased sample to fit a palette on, and how well a palette holds them.
+"""Samples the colors of a split to fit a palette on, and measures how well a palette reproduces a split.
 
 Dimensions: B images, P pixels, V palette, C channels.
 """
@@ -13,44 +13,45 @@ from igpt_jax.data.store import Split
 
 SAMPLE_IMAGES = 2**14
 READ_AT_ONCE = 1024
-SAMPLE_EPOCH = 2**40  # of an order that no run reads, nor the choice of held-out images (epoch 0)
+# The sample is the start of an epoch that no run reaches. Epoch 0 would repeat the choice of held-out images.
+SAMPLE_EPOCH = 2**40
 
 
 def sample_ids(split: Split, seed: int, count: int = SAMPLE_IMAGES) -> np.ndarray:
-    """At most `count` images, each as likely as any other; whole blocks of the store, which are quick to read."""
+    """Ids of at most `count` images, each equally likely. They fill whole chunks, which are fast to read."""
     (component,) = split.components
-    places = np.arange(min(count, split.count))
-    epoch = np.full(len(places), SAMPLE_EPOCH, np.uint64)
-    return order.ordered(places, epoch, component, seed, window=1)
+    index = np.arange(min(count, split.count))
+    epoch = np.full(len(index), SAMPLE_EPOCH, np.uint64)
+    return order.ordered(index, epoch, component, seed, window=1)
 
 
 def sample_pixels(split: Split, seed: int) -> np.ndarray:
-    """Pixels uint8 [P, 3]: all of a small split, else at least 2 palette.FIT_PIXELS; each pixel is as likely."""
+    """A sample of pixels, each equally likely, uint8 [P, 3]: at least 2 palette.FIT_PIXELS, or all of a small split."""
     ids, rng = sample_ids(split, seed), np.random.default_rng(seed)
     per_image = -(-2 * palette.FIT_PIXELS // len(ids))
-    chosen = []
+    sampled = []
     for images in _read(split, ids):
         pixels_BPC = images.reshape(len(images), -1, 3)
         if per_image < pixels_BPC.shape[1]:
-            places = rng.integers(pixels_BPC.shape[1], size=(len(images), per_image))
-            pixels_BPC = np.take_along_axis(pixels_BPC, places[..., None], axis=1)
-        chosen.append(pixels_BPC.reshape(-1, 3))
-    return np.concatenate(chosen)
+            chosen_BP = rng.integers(pixels_BPC.shape[1], size=(len(images), per_image))
+            pixels_BPC = np.take_along_axis(pixels_BPC, chosen_BP[..., None], axis=1)
+        sampled.append(pixels_BPC.reshape(-1, 3))
+    return np.concatenate(sampled)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How well a palette holds a split.
+    """How well a palette reproduces a split; the content of palette.json.
 
     Attributes:
-      colours: V.
-      used: of them, by these images.
-      psnr_db: 10 log10(255^2 / mean squared error over all pixels and channels of these images); None: exact.
-      images: looked at.
-      most_used: share of the pixels that have the most frequent color.
-      entropy_nats: of the colors' frequencies; a model that knows nothing else gets this loss.
+      colours: V, the palette's length.
+      used: colors that occur in the measured images.
+      psnr_db: 10 log10(255^2 / mean squared error over all pixels and channels of these images), dB; None: exact.
+      images: number of images measured.
+      most_used: fraction of the pixels that have the most frequent color.
+      entropy_nats: entropy of the color frequencies, nats: the loss of a model that knows only these frequencies.
     """
-    colours: int  # the name in palette.json
+    colours: int  # this spelling is part of palette.json's format
     used: int
     psnr_db: float | None
     images: int

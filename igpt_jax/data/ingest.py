@@ -1,4 +1,4 @@
-"""From sources into a store's splits: decoded by all cores in bounded memory, quarantined by rule, taken up again.
+"""Decodes the images of sources into a store's splits, on all cores, in bounded memory, and resumably.
 
 Dimensions: B images of a group; Y rows, X columns, C channels.
 """
@@ -21,62 +21,68 @@ from igpt_jax.data.sources.base import Item, Source
 from igpt_jax.data.sources.contents import on_one_line
 from igpt_jax.data.store import Writer
 
-GROUP = 64  # images that one thread decodes at a time
+GROUP = 64  # images per task of a decoding thread
 SAVE_SECONDS = 60.0
 HELD_OUT_RULE = ("train image i of n, in the source's order (each slice's own), is held out if "
                  "order.permute(i, n, seed, 0) < round(h n)")
 
 
 class Quarantine:
-    """Images that cannot be used, each with its reason; more than a share of all is refused.
+    """The list of unusable images with their reasons. Too many of them end the job.
 
     Args:
-      inputs: how many images there are.
-      share: of them that may be bad.
-      entries: of an interrupted job.
+      inputs: number of all images.
+      share: the largest fraction of them that may be unusable.
+      entries: from an interrupted job.
     """
 
     def __init__(self, inputs: int, share: float, entries: Sequence[Mapping[str, str]] = ()):
         self.entries, self._inputs, self._share = [dict(entry) for entry in entries], inputs, share
 
     def add(self, split: str, name: str, reason: str) -> None:
+        """Adds an image to the list."""
         self.entries.append({"split": split, "name": name, "reason": reason})
 
     def check(self) -> None:
-        """Raises UserError where there are too many."""
+        """Raises UserError if too many images are unusable."""
         if len(self.entries) > self._share * self._inputs:
             raise UserError(f"{len(self.entries)} of {self._inputs:,} images cannot be used, more than max_quarantined="
-                            f"{self._share:g} allows; {self._first()} mend or remove them, or raise "
+                            f"{self._share:g} allows; {self._first()} Fix or remove them, or raise "
                             "--config.max_quarantined.")
 
     def check_some_left(self, split: str, count: int) -> None:
-        """Raises UserError where all `count` images of a split are in quarantine."""
+        """Raises UserError if all `count` images of a split are in quarantine."""
         if sum(entry["split"] == split for entry in self.entries) >= count:
-            raise UserError(f"none of the {count:,} {split} images can be used; {self._first()} mend them, or give "
+            raise UserError(f"none of the {count:,} {split} images can be used; {self._first()} Fix them, or give "
                             "another source.")
 
     def _first(self) -> str:
         first = self.entries[0]
-        return f"the first: {first['name']}: {first['reason']}. quarantined.json lists them:"
+        return f"the first: {first['name']}: {first['reason']}. quarantined.json lists them all."
 
 
 def ingest(sources: Mapping[str, Source], writer: Writer, quarantine: Quarantine, *, image_size: int, held_out: float,
            seed: int, workers: int, notes: Mapping[str, Any], done: Mapping[str, int],
            stopping: Callable[[], bool]) -> bool:
-    """Reads all images of `sources` into `writer`; the share `held_out` of train goes to that split.
+    """Reads all images of `sources` into `writer`; the fraction `held_out` of train goes to the split of that name.
 
     Args:
-      sources: split -> where it comes from.
-      workers: threads.
-      notes: what to save beside the progress, each minute; `done` and `quarantined` are added.
-      done: split -> images that an interrupted job has read of it.
-      stopping: whether to save and end early.
+      sources: split -> its source.
+      writer: of the store.
+      quarantine: receives the unusable images.
+      image_size: of the store, pixels.
+      held_out: fraction of the training images.
+      seed: chooses the held-out images.
+      workers: decoding threads; 0: one per core.
+      notes: JSON to save with the progress once a minute; `done` and `quarantined` are added.
+      done: split -> number of images that an interrupted job has read.
+      stopping: returns whether to save and stop early.
 
     Returns:
-      Whether all is read; False where it stopped early.
+      Whether all images are read; False if it stopped early.
 
     Raises:
-      UserError: too many bad images, or labels for a part of them.
+      UserError: too many images are unusable, some have labels and others none, or a source has changed.
     """
     done, saved = {split: done.get(split, 0) for split in sources}, time.monotonic()
 
@@ -91,8 +97,8 @@ def ingest(sources: Mapping[str, Source], writer: Writer, quarantine: Quarantine
             for group in _decoded(source.items(done[split]), image_size, workers):
                 ids = np.arange(done[split], done[split] + len(group))
                 out = order.permute(ids, source.count, seed, 0) < chosen
-                for name, part in (("held_out", out), (split, ~out)) if chosen else ((split, ~out),):
-                    _add(writer, name, [pair for pair, wanted in zip(group, part, strict=True) if wanted], relabel)
+                for name, mask in (("held_out", out), (split, ~out)) if chosen else ((split, ~out),):
+                    _add(writer, name, [pair for pair, wanted in zip(group, mask, strict=True) if wanted], relabel)
                 for item, result in group:
                     if isinstance(result, images.Unusable):
                         quarantine.add(split, item.name, str(result))
@@ -106,8 +112,8 @@ def ingest(sources: Mapping[str, Source], writer: Writer, quarantine: Quarantine
                     save()
                     saved = time.monotonic()
         if done[split] != source.count:
-            raise UserError(f"the source of {split} gave {done[split]:,} images of {source.count:,}: it is damaged, or "
-                            "changed meanwhile. Restore it and run again.")
+            raise UserError(f"the source of {split} gave {done[split]:,} of {source.count:,} images: it is damaged, or "
+                            "changed in the meantime. Restore it and run the same command again.")
     return True
 
 
@@ -115,10 +121,10 @@ Decoded = tuple[Item, "np.ndarray | images.Unusable"]
 
 
 def _decoded(items: Iterator[Item], image_size: int, workers: int) -> Iterator[list[Decoded]]:
-    """Yields groups in order. As many groups as twice the threads are in memory."""
+    """Yields groups in order. At most two groups per thread, and one more, are in memory."""
     workers = workers or os.cpu_count() or 1
     groups = iter(lambda: list(itertools.islice(items, GROUP)), [])
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # Pillow decodes without Python's lock
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # Pillow releases Python's lock
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for group in groups:
@@ -153,22 +159,22 @@ def _add(writer: Writer, split: str, group: list[Decoded], relabel: Callable[[in
     labels = [item.label for item, _ in good if item.label is not None]
     try:
         if len(labels) not in (0, len(good)):
-            raise ValueError("some of them")
+            raise ValueError("some images have no labels")
         labels_B = np.array([relabel(label) for label in labels], np.int32) if labels else None
         writer.add(split, np.stack([image for _, image in good]), labels_B)
     except ValueError:
-        raise UserError(f"images of {split} near {good[0][0].name}: some have labels and others none. All or none "
-                        "must.") from None
+        raise UserError(f"images of {split} near {good[0][0].name}: some have labels and others none. Give "
+                        "labels to all or none.") from None
 
 
 def _relabelling(train: Source, source: Source, split: str) -> Callable[[int], int]:
-    """From a source's class numbers to those of the training images, by the classes' names where both have some."""
+    """A function from a source's class numbers to those of the training images, by class name if both have names."""
     if not train.class_names or not source.class_names or train.class_names == source.class_names:
         return lambda label: label
     number = {name: i for i, name in enumerate(train.class_names)}
     unknown = sorted(set(source.class_names) - number.keys())
     if unknown:
         raise UserError(f"the {split} images have classes that the training images lack: {on_one_line(unknown[:5])}. "
-                        "Name the folders alike.")
+                        "Give the folders the same names.")
     numbers = [number[name] for name in source.class_names]
     return lambda label: numbers[label]

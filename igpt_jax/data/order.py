@@ -1,15 +1,21 @@
-"""Which examples a step trains on, as a function of (seed, step): no state, no files, no hosts. NumPy only.
+"""Computes which examples a step trains on, from (seed, step) alone. NumPy only.
 
-Each epoch is an exact permutation of the examples, by a keyed bijection of [0, n): a balanced Feistel network over the
-smallest power of four that holds n, walked until it lands below n (Black and Rogaway, "Ciphers with Arbitrary Finite
-Domains", 2002). A seek to any step costs the same as the next one. Hosts take slices of the same global batch, so any
-number of them trains on the same examples, and a run may go on with another number.
+**Keyed bijection.** Each epoch is an exact permutation of the examples. A shuffled list of ids would take memory and
+time in proportion to n at every start, and a checkpoint would have to hold a position in it. A keyed bijection of
+[0, n) computes the id at any position by itself, so a seek to any step is as fast as the next step and there is no
+state to save. The bijection is a balanced Feistel network with cycle-walking (Black and Rogaway, "Ciphers with
+Arbitrary Finite Domains", 2002).
 
-Where small reads are slow, whole blocks of neighbors are permuted, and then the examples within a window of blocks:
-each block is read about once an epoch, and an epoch is an exact permutation still. Several components are mixed by a
-weighted round-robin; each has epochs of its own.
+**Hosts.** All hosts compute the same global batch and read slices of it. A run can therefore resume on a different
+number of hosts and read the same examples.
 
-Dimensions: B examples of a batch.
+**Windows of chunks.** Where small reads are slow, a store keeps several images in one chunk. Whole chunks are permuted
+first, and then the examples within a window of chunks. Each chunk is read about once per epoch, and an epoch is still
+an exact permutation.
+
+**Mixtures.** Several components are mixed by a weighted round-robin. Each component has its own epochs.
+
+Dimensions: B examples of a batch, W positions of one round-robin period.
 """
 
 import dataclasses
@@ -21,7 +27,7 @@ import numpy as np
 ROUNDS = 12
 MASK = 2**64 - 1
 
-# Independent streams of one seed. Seeds are below 2^32, so they never meet.
+# Added to a seed, these give independent streams. Seeds are below 2^32, so two streams never share a seed.
 AUGMENT_STREAM, WINDOW_STREAM, COMPONENT_STREAM = 2**32, 2**33, 2**34
 
 
@@ -30,107 +36,116 @@ class Component:
     """Examples with an order of their own.
 
     Attributes:
-      count: how many.
-      weight: of each sum(weights) examples of the mixture, this many come from here.
-      block: neighbors that are best read together; 1: reads are random.
+      count: number of examples.
+      weight: examples taken from this component out of every sum(weights) of the mixture.
+      chunk: neighboring examples that are stored, and best read, together; 1: any order is equally fast.
     """
     count: int
     weight: int = 1
-    block: int = 1
+    chunk: int = 1
 
 
 def batch(seed: int, step: int, batch_size: int, data: int | Sequence[Component], window: int = 0) -> np.ndarray:
     """The example ids of one global batch, int64 [batch_size].
 
-    The run reads epoch after epoch, each in its own order, and batches are cut from that one sequence: a batch may
-    begin in one epoch and end in the next, and nothing is dropped.
+    The run reads epoch after epoch, each in its own order. Batches are cut from that one sequence: a batch may begin in
+    one epoch and end in the next, and no example is dropped.
 
     Args:
       seed: of the data order, in [0, 2^32).
       step: from 0.
       batch_size: examples over all hosts.
-      data: the components; ids of the second follow on those of the first. A number: one component of that many.
-      window: blocks that are shuffled together; 0: any example may follow on any other.
+      data: the components, whose ids are numbered one after the other; an int: one component of that many examples.
+      window: chunks whose examples are shuffled together; 0: any example may follow any other.
     """
     position_B = np.uint64(step * batch_size) + np.arange(batch_size, dtype=np.uint64)
     if isinstance(data, int):
         data = (Component(data),)
-    owner_B, place_B = _round_robin(position_B, tuple(component.weight for component in data))
+    owner_B, index_B = _round_robin(position_B, tuple(component.weight for component in data))
     ids_B, first = np.empty(batch_size, np.int64), 0
     for i, component in enumerate(data):
         mine = owner_B == i
-        epoch, index = np.divmod(place_B[mine], np.uint64(component.count))
+        epoch, index = np.divmod(index_B[mine], np.uint64(component.count))
         ids_B[mine] = first + ordered(index, epoch, component, seed + i * COMPONENT_STREAM, window)
         first += component.count
     return ids_B
 
 
 def _round_robin(position_B: np.ndarray, weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """For each position of the mixture its component, and the position in that component's own sequence."""
+    """For each position of the mixture: its component, and its position in that component's own sequence."""
     if len(weights) == 1:
         return np.zeros(len(position_B), np.int64), position_B
     owner_W, rank_W = _period(weights)
-    period, place = np.divmod(position_B, np.uint64(len(owner_W)))
-    owner_B = owner_W[place]
-    return owner_B, period * np.array(weights, np.uint64)[owner_B] + rank_W[place]
+    period_B, offset_B = np.divmod(position_B, np.uint64(len(owner_W)))
+    owner_B = owner_W[offset_B]
+    return owner_B, period_B * np.array(weights, np.uint64)[owner_B] + rank_W[offset_B]
 
 
-def given_before(position: int, data: Sequence[Component]) -> list[int]:
-    """How many examples of each component come before `position` in the mixture."""
+def read_before(position: int, data: Sequence[Component]) -> list[int]:
+    """The number of examples of each component before `position` in the mixture."""
     weights = tuple(component.weight for component in data)
     owner_W, _ = _period(weights)
-    period, place = divmod(position, len(owner_W))
-    inside = np.bincount(owner_W[:place], minlength=len(data))
+    period, offset = divmod(position, len(owner_W))
+    inside = np.bincount(owner_W[:offset], minlength=len(data))
     return [period * weight + int(count) for weight, count in zip(weights, inside, strict=True)]
 
 
 @functools.cache
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """One period of sum(weights) places, each component spread evenly: its owner, and how many of its own precede."""
+    """One round-robin period: the component of each of its sum(weights) positions, and the rank within that component.
+
+    The k-th of a component's w examples is due at (k + 1/2) / w of the period. Sorting by due time spreads each
+    component evenly, so that a batch of any size has nearly the weights' proportions.
+    """
     owner = np.repeat(np.arange(len(weights)), weights)
     rank = np.concatenate([np.arange(weight, dtype=np.uint64) for weight in weights])
     due = (rank + 0.5) / np.array(weights)[owner]
-    by_time = np.argsort(due, kind="stable")
-    return owner[by_time], rank[by_time]
+    by_due_time = np.argsort(due, kind="stable")
+    return owner[by_due_time], rank[by_due_time]
 
 
 def ordered(index: np.ndarray, epoch: np.ndarray, component: Component, seed: int, window: int) -> np.ndarray:
-    """The examples of one component at places `index` of epochs `epoch`, int64; `batch` explains window.
+    """The examples of one component at positions `index` of epochs `epoch`, int64; `batch` explains `window`.
 
-    Slots are the places of blocks. The last block may be short: where it lands, later slots begin earlier.
+    An epoch is a row of slots, and a permutation of the chunks fills each slot with one chunk. A window is `window`
+    neighboring slots. A second permutation, one per epoch and window, shuffles the positions within each window. A
+    reader whose cache holds one window therefore reads every chunk once, although the examples come in random order.
     """
-    n, block = component.count, component.block
-    if window == 0 or block == 1:
+    n, chunk = component.count, component.chunk
+    if window == 0 or chunk == 1:
         return permute(index, n, seed, epoch)
-    blocks = -(-n // block)
-    missing = blocks * block - n
-    index, short = index.astype(np.int64), unpermute(np.full(index.shape, blocks - 1), blocks, seed, epoch)
+    chunks = -(-n // chunk)
+    # The last chunk may lack some examples. The slot that it falls into is shorter by these, and later slots start
+    # earlier, so that the slots cover [0, n) without a gap.
+    missing = chunks * chunk - n
+    index, short_slot = index.astype(np.int64), unpermute(np.full(index.shape, chunks - 1), chunks, seed, epoch)
 
     def start(slot: np.ndarray) -> np.ndarray:
-        return slot * block - np.where(slot > short, missing, 0)
+        return slot * chunk - np.where(slot > short_slot, missing, 0)
 
-    def slot_at(place: np.ndarray) -> np.ndarray:
-        return np.where(place < start(short + 1), place, place + missing) // block
+    def slot_at(position: np.ndarray) -> np.ndarray:
+        return np.where(position < start(short_slot + 1), position, position + missing) // chunk
 
     number = slot_at(index) // window
-    low, high = start(number * window), start(np.minimum((number + 1) * window, blocks))
-    place = np.empty_like(index)
+    low, high = start(number * window), start(np.minimum((number + 1) * window, chunks))
+    shuffled = np.empty_like(index)
+    # `permute` takes one n. There are few sizes: whole windows, the last one, and the one with the short slot.
     for size in np.unique(high - low):
         same = high - low == size
-        key = epoch[same] * np.uint64(-(-blocks // window)) + number[same].astype(np.uint64)
-        place[same] = low[same] + permute((index - low)[same], int(size), seed + WINDOW_STREAM, key)
-    slot = slot_at(place)
-    return permute(slot, blocks, seed, epoch) * block + place - start(slot)
+        key = epoch[same] * np.uint64(-(-chunks // window)) + number[same].astype(np.uint64)
+        shuffled[same] = low[same] + permute((index - low)[same], int(size), seed + WINDOW_STREAM, key)
+    slot = slot_at(shuffled)
+    return permute(slot, chunks, seed, epoch) * chunk + shuffled - start(slot)
 
 
 def permute(index: np.ndarray | int, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
-    """Where the order of (seed, epoch) puts `index`: for each epoch a bijection of [0, n).
+    """The example at position `index` of an epoch: for each (seed, epoch) a bijection of [0, n).
 
     Args:
       index: in [0, n).
       n: at most 2^62.
-      seed: any integer; its lowest 64 bits count.
-      epoch: from 0; one for all, or one for each index.
+      seed: any integer; its lowest 64 bits are used.
+      epoch: from 0; one for all indices, or one for each.
 
     Returns:
       int64, of index's shape.
@@ -139,45 +154,53 @@ def permute(index: np.ndarray | int, n: int, seed: int, epoch: np.ndarray | int)
 
 
 def unpermute(index: np.ndarray | int, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
-    """The inverse of `permute`."""
+    """The inverse of `permute`: the position of example `index`."""
+    # A Feistel network is inverted by the same network with the round keys reversed and the halves swapped.
     def inverse(value: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
         return _swapped(_feistel(_swapped(value, half_bits), half_bits, keys[::-1]), half_bits)
     return _walk(index, n, seed, epoch, inverse)
 
 
 def digest(ids: np.ndarray) -> int:
-    """A number in [0, 2^64) that any order of the same ids shares, and other ids practically never do.
+    """A number in [0, 2^64) that is the same for any order of the ids; other ids practically never have the same.
 
-    The sum of a hash of each, so that digests of parts add up, modulo 2^64.
+    It is the sum of each id's hash, modulo 2^64, so the digest of a whole is the sum of its parts' digests.
     """
     return int(_mix(np.asarray(ids).astype(np.uint64)).sum(dtype=np.uint64))
 
 
 def draws(seed: int, position_B: np.ndarray, count: int) -> np.ndarray:
-    """`count` random numbers for each position in the run's sequence of examples, uint64 [B, count]."""
+    """`count` random numbers for each position in the run's sequence of examples, uint64 [B, count].
+
+    The numbers depend on the position, not on the batch or the host, so that augmentation is the same on any of these.
+    """
     return _round_keys(seed + AUGMENT_STREAM, np.asarray(position_B, np.uint64), count).T
 
 
 def _walk(index, n, seed, epoch, network) -> np.ndarray:
+    """Applies `network`, a bijection of [0, 4^half_bits), as a bijection of [0, n)."""
     if not 1 <= n <= 2**62:
         raise ValueError(f"n={n} must lie in [1, 2^62]")
     index = np.asarray(index, np.uint64)
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     keys = _round_keys(seed, np.broadcast_to(np.asarray(epoch, np.uint64), index.shape).reshape(-1), ROUNDS)
     value = network(index.reshape(-1), half_bits, keys)
+    # Cycle-walking: a value outside [0, n) goes through the network again until it falls inside. This is a bijection
+    # too: each index moves along its own cycle of the network to the next element below n. The domain is the smallest
+    # power of four that holds n, so it has at most 4n elements, and a walk takes at most four passes on average.
     while (outside := np.flatnonzero(value >= n)).size:
         value[outside] = network(value[outside], half_bits, keys[:, outside])
     return value.reshape(index.shape).astype(np.int64)
 
 
 def _round_keys(seed: int, epoch: np.ndarray, rounds: int) -> np.ndarray:
-    """uint64 [rounds, len(epoch)]."""
+    """The keys of each round and epoch, uint64 [rounds, len(epoch)]."""
     key = _mix(_mix(np.array([seed & MASK], np.uint64)) ^ epoch)
     return _mix(key + np.arange(1, rounds + 1, dtype=np.uint64)[:, None])
 
 
 def _feistel(value: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """One pass of the network, a bijection of [0, 4^half_bits) whatever the round function is."""
+    """One pass of the network: a bijection of [0, 4^half_bits), because each round can be undone."""
     left, right = value >> half_bits, value & ((np.uint64(1) << half_bits) - np.uint64(1))
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) >> (np.uint64(64) - half_bits))
@@ -185,11 +208,12 @@ def _feistel(value: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.nd
 
 
 def _swapped(value: np.ndarray, half_bits: np.uint64) -> np.ndarray:
+    """`value` with its upper and lower half_bits exchanged."""
     return (value & ((np.uint64(1) << half_bits) - np.uint64(1))) << half_bits | value >> half_bits
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood, 2014; constants: Stafford's variant 13), uint64, modulo 2^64."""
+    """splitmix64's finalizer (Steele, Lea and Flood, 2014; constants: Stafford's variant 13), uint64, modulo 2^64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
-"""Palettes: the colors that are the model's vocabulary. Fit, load, exact lookup, encode, decode. NumPy only.
+"""Palettes, the colors that are the model's vocabulary: fit, load, exact lookup, encode, decode. NumPy only.
 
 A palette is float32 [V, 3] in [-1, 1]; an 8-bit channel p stands for p / 127.5 - 1 (paper, Section 3.2; scale as in
-OpenAI's released code). A pixel's token is the index of its nearest color by squared distance, the lowest of equals.
+OpenAI's released code). A pixel's token is the index of its nearest color by squared distance; ties go to the lowest.
 
 Shapes in names: B batch, T tokens, V palette, P pixels; Y rows, X columns, C channels; in the lookup table's
 construction also G groups of 8x8x8 colors, K candidate colors of a group.
@@ -13,23 +13,25 @@ import io
 import os
 
 import numpy as np
+from etils import epath
 
 from igpt_jax import storage
 from igpt_jax.config import UserError
 
-FIT_PIXELS, FIT_ROUNDS = 2**17, 30  # seconds; twice the pixels and thrice the rounds gain 0.07 dB on CIFAR-10
-LARGEST = 2**12  # the lookup table is built from all pairs of colors: 128 MiB of them here
+# A fit takes seconds. Twice the pixels and three times the rounds gain only 0.07 dB on CIFAR-10.
+FIT_PIXELS, FIT_ROUNDS = 2**17, 30
+LARGEST = 2**12  # colors; building the lookup table takes a matrix of all pairs, 128 MiB at this size
 CACHE_VARIABLE = "IGPT_CACHE"
 
 
 def fit(pixels_PC: np.ndarray, colors: int, seed: int) -> np.ndarray:
-    """A palette of `colors` centers found by k-means, from dark to light.
+    """Fits a palette of `colors` colors by k-means, sorted from dark to light.
 
-    The centers are sorted by luma (0.299 R + 0.587 G + 0.114 B), equals by R, G and B. One seed gives one palette:
-    k-means runs on one thread, as its threads would add up in any order.
+    The colors are sorted by luma (0.299 R + 0.587 G + 0.114 B), then by R, G and B. The same seed gives the same
+    palette.
 
     Args:
-      pixels_PC: uint8 [P, 3]; of more than 2^17, a seeded sample is used.
+      pixels_PC: uint8 [P, 3]; if there are more than 2^17, a seeded sample is used.
       colors: V, the length of the palette.
       seed: chooses the sample and the starting centers.
 
@@ -37,9 +39,9 @@ def fit(pixels_PC: np.ndarray, colors: int, seed: int) -> np.ndarray:
       float32 [V, 3] in [-1, 1].
 
     Raises:
-      UserError: more colors asked for than the pixels have.
+      UserError: `colors` is out of range, or larger than the number of distinct colors.
     """
-    from sklearn.cluster import KMeans  # imports for a second, and few callers fit
+    from sklearn.cluster import KMeans  # takes a second to import, and few callers fit
     from threadpoolctl import threadpool_limits
 
     if len(pixels_PC) > FIT_PIXELS:
@@ -54,7 +56,7 @@ def fit(pixels_PC: np.ndarray, colors: int, seed: int) -> np.ndarray:
     if colors == len(index_P):
         centers_VC = distinct_PC
     else:
-        with threadpool_limits(limits=1):
+        with threadpool_limits(limits=1):  # several threads would add up in a random order, and so give other palettes
             means = KMeans(colors, n_init=1, max_iter=FIT_ROUNDS, random_state=seed % 2**32)
             centers_VC = means.fit(distinct_PC.astype(np.float32), sample_weight=count_P).cluster_centers_
     palette_VC = np.clip(centers_VC, -1, 1).astype(np.float32)
@@ -66,22 +68,29 @@ def load(path: str | os.PathLike) -> np.ndarray:
     """The palette in an .npy file, float32 [V, 3]; OpenAI's kmeans_centers.npy is one.
 
     Raises:
-      UserError: not readable, or not floats [V, 3] in [-1, 1] with 2 <= V <= 65536.
+      UserError: not readable, or not floats [V, 3] in [-1, 1] with 2 <= V <= LARGEST.
     """
     data = storage.read(storage.path(path))
     try:
         palette_VC = np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # NumPy parses the header as Python: a damaged one raises SyntaxError and more
+    except Exception as error:  # NumPy parses the header as Python: damaged ones raise SyntaxError and others
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"palette {path}: not a plain .npy array ({reason}). Save it with numpy.save.") from None
     rule = f"palette {path}: a palette is floats [V, 3] in [-1, 1] with 2 <= V <= {LARGEST}"
     if not (isinstance(palette_VC, np.ndarray) and palette_VC.dtype.kind == "f" and palette_VC.ndim == 2
             and palette_VC.shape[1] == 3 and 2 <= len(palette_VC) <= LARGEST):
         shape = f"{palette_VC.dtype} {list(palette_VC.shape)}" if isinstance(palette_VC, np.ndarray) else "an archive"
-        raise UserError(f"{rule}; this is {shape}.")
+        raise UserError(f"{rule}; this is {shape}. Save such an array with numpy.save.")
     if not (np.abs(palette_VC) <= 1).all():  # not(...): a NaN compares false
-        raise UserError(f"{rule}; this has values outside. Colors 0..255 become x / 127.5 - 1.")
+        raise UserError(f"{rule}; this has values outside. Convert colors 0..255 with x / 127.5 - 1.")
     return np.ascontiguousarray(palette_VC, np.float32)
+
+
+def save(path: epath.Path, palette_VC: np.ndarray) -> None:
+    """Writes a palette as an .npy file."""
+    array = io.BytesIO()
+    np.save(array, palette_VC)
+    storage.publish(path, array.getvalue())
 
 
 def digest(palette_VC: np.ndarray) -> str:
@@ -91,27 +100,21 @@ def digest(palette_VC: np.ndarray) -> str:
 
 def encode(images_BYXC: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Tokens uint16 [B, Y*X] of images uint8 [B, Y, X, 3], row by row (paper, Section 2.1)."""
-    return table.take(_index(images_BYXC).reshape(len(images_BYXC), -1))  # unlike table[...] without Python's lock
+    # Unlike table[...], `take` releases Python's lock while it runs.
+    return table.take(_index(images_BYXC).reshape(len(images_BYXC), -1))
 
 
 def decode(tokens: np.ndarray, palette_VC: np.ndarray) -> np.ndarray:
-    """Colors uint8 [..., 3] of tokens [...]: 127.5 (c + 1), rounded half to even as in OpenAI's released code."""
+    """Colors uint8 [..., 3] of tokens [...]: 127.5 (c + 1), rounded half to even, as in OpenAI's released code."""
     colors_VC = np.clip(np.rint(127.5 * (palette_VC.astype(np.float64) + 1)), 0, 255).astype(np.uint8)
     return colors_VC[tokens]
-
-
-def psnr(images_BYXC: np.ndarray, table: np.ndarray, palette_VC: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of images after encode and decode, in dB, over all pixels pooled; inf if equal."""
-    decoded_BTC = decode(encode(images_BYXC, table), palette_VC).astype(np.float64)
-    error = np.mean((decoded_BTC - images_BYXC.reshape(decoded_BTC.shape)) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def lookup_table(palette_VC: np.ndarray) -> np.ndarray:
     """The token of every 8-bit color: uint16 [2^24], indexed by R << 16 | G << 8 | B.
 
-    Equal, on every color, to the argmin over float64 squared distances. Built once per palette and kept as 32 MiB
-    under $IGPT_CACHE (~/.cache/igpt_jax where unset); a damaged file there is built again.
+    It equals the argmin over float64 squared distances for every color. It is built once per palette and cached in a
+    file of 32 MiB in $IGPT_CACHE (default: ~/.cache/igpt_jax). A damaged file is built again.
     """
     folder = storage.path(os.environ.get(CACHE_VARIABLE) or "~/.cache/igpt_jax")
     file = folder / f"lookup-{digest(palette_VC)}.bin"
@@ -122,7 +125,7 @@ def lookup_table(palette_VC: np.ndarray) -> np.ndarray:
             return np.frombuffer(table, "<u2")
     table = build_lookup_table(palette_VC)
     data = table.astype("<u2").tobytes()
-    with contextlib.suppress(OSError):  # a home that cannot be written costs the next run two seconds
+    with contextlib.suppress(OSError):  # without a writable cache the next run builds it again, in two seconds
         storage.publish(file, data + hashlib.sha256(data).digest())
     return table
 
@@ -130,10 +133,11 @@ def lookup_table(palette_VC: np.ndarray) -> np.ndarray:
 def build_lookup_table(palette_VC: np.ndarray) -> np.ndarray:
     """`lookup_table` without its cache.
 
-    The colors fall into 32^3 groups of 8x8x8. Within a group's box the difference of a color's squared distance to
-    palette entries u and v is linear, so v is nowhere nearer than u if
-    d_v(center) - d_u(center) > half_width * sum |gradient|, gradient = 2 (c_u - c_v). With u the entry nearest to
-    the center this leaves few candidates, which are compared exactly.
+    Comparing 2^24 colors with all V entries would take minutes. Instead the colors are divided into 32^3 groups of
+    8x8x8, and most entries are excluded for a whole group at once. For palette entries u and v, the difference d_v -
+    d_u of the squared distances is linear in the color. Within a group's box, v is therefore nowhere nearer than u if
+    d_v(center) - d_u(center) > half_width * sum |gradient|, with gradient = 2 (c_u - c_v). With u as the entry nearest
+    to the center, few candidates are left; these are compared exactly.
     """
     palette_VC = palette_VC.astype(np.float64)
     # Squared distance along one channel, from each of its 256 values to each palette entry.
@@ -148,12 +152,12 @@ def build_lookup_table(palette_VC: np.ndarray) -> np.ndarray:
         center_GV = (red_GV[r] + green_GV[:, None] + blue_GV[None]).reshape(32 * 32, -1)
         nearest_G = center_GV.argmin(1)
         excess_GV = center_GV - center_GV[np.arange(len(nearest_G)), nearest_G, None]
-        # 1e-9 is far above float64's rounding of distances up to 12: equals stay candidates.
+        # 1e-9 is far above float64's rounding error of distances up to 12, so ties remain candidates.
         candidate_GV = excess_GV <= 2 * half_width * l1_VV[nearest_G] + 1e-9
         count_G = candidate_GV.sum(1)
         for count in np.unique(count_G):
             group_G = np.flatnonzero(count_G == count)
-            token_GK = np.nonzero(candidate_GV[group_G])[1].reshape(-1, count)  # ascending: the first of equals wins
+            token_GK = np.nonzero(candidate_GV[group_G])[1].reshape(-1, count)  # ascending: ties go to the lowest
             green_G, blue_G = np.divmod(group_G, 32)
             best = _nearest_candidate(channel_CPV, r, green_G, blue_G, token_GK)
             table_RGB[r][:, green_G, :, blue_G, :] = best
@@ -172,7 +176,7 @@ def _nearest_candidate(channel_CPV, red, green_G, blue_G, token_GK) -> np.ndarra
         return best
     distance = red_GPK[:, :, None, None, 0] + green_GPK[:, None, :, None, 0] + blue_GPK[:, None, None, :, 0]
     for k in range(1, token_GK.shape[1]):
-        # The sum's order is the brute force's: (R + G) + B, to the last bit.
+        # Summed in the order of the brute force, (R + G) + B, so that near ties are equal to the last bit.
         other = red_GPK[:, :, None, None, k] + green_GPK[:, None, :, None, k] + blue_GPK[:, None, None, :, k]
         nearer = other < distance
         np.copyto(best, token_GK[:, k, None, None, None].astype(np.uint16), where=nearer)

@@ -1,9 +1,9 @@
-"""Large sets: tf.data reads batches, crops, quantizes them and keeps some ready.
+"""The tf.data reader for large splits: reads, crops and quantizes batches ahead of the training step.
 
-tf.data decides nothing here: which images a step reads comes from `order`, so the pipeline has no state to save and
-starts at any step. TensorFlow is imported on the CPU only; accelerators are JAX's.
+`order` decides which images a step reads, so the pipeline has no state to save and can start at any step. TensorFlow
+uses the CPU only and leaves accelerators to JAX.
 
-Dimensions: B batch of all processes, R its rows that this process reads, T tokens; Y rows, X columns, C channels.
+Dimensions: B global batch, R its rows that this process reads, T tokens.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import tensorflow as tf
 
 from igpt_jax.data import augmentation, order, palette
 
-STEPS_AT_ONCE = 16  # whose order is worked out together: NumPy's calls cost more than the numbers
+STEPS_AT_ONCE = 16  # whose ids are computed together, because the calls of NumPy cost more than the arithmetic
 
 for kind in ("GPU", "TPU"):
-    with contextlib.suppress(RuntimeError):  # the caller has started TensorFlow, with the devices that it wants
+    with contextlib.suppress(RuntimeError):  # the caller has already started TensorFlow with its own choice of devices
         tf.config.set_visible_devices([], kind)
 
 
@@ -28,10 +28,10 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
 
     Args:
       split: of a pixel store, or records.RecordSplit.
-      rows: of the global batch, those that this process needs.
+      rows: of the global batch, those that this process's devices hold.
       prefetch: batches read ahead.
-      augment: of augment.AUGMENTATIONS.
-      window: `order.batch`'s.
+      augment: one of augmentation.AUGMENTATIONS.
+      window: as of `order.batch`.
 
     Raises:
       UserError: an image is damaged or missing on disk.
@@ -40,23 +40,26 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
 
     @functools.lru_cache(maxsize=4)
     def ids_of(group: int) -> np.ndarray:
-        """The ids of STEPS_AT_ONCE steps, [STEPS_AT_ONCE, B]: batches are cut from one sequence, in any size."""
+        """The ids of STEPS_AT_ONCE steps, [STEPS_AT_ONCE, B].
+
+        They are those of one large batch, because batches of any size are cut from the same sequence.
+        """
         ids = order.batch(seed, group, STEPS_AT_ONCE * batch_size, split.components, window)
         return ids.reshape(STEPS_AT_ONCE, batch_size)
 
     def ids_at(step: int) -> np.ndarray:
-        group, place = divmod(step, STEPS_AT_ONCE)
-        return ids_of(group)[place]
+        group, row = divmod(step, STEPS_AT_ONCE)
+        return ids_of(group)[row]
 
     def read(step: np.int64) -> np.ndarray:
         try:
             return tokens_at(int(step)).astype(np.int32)
-        except Exception as error:  # TensorFlow keeps only its text
+        except Exception as error:  # TensorFlow passes on only its text; the caller needs the exception
             failures.append(error)
             raise
 
     def tokens_at(step: int) -> np.ndarray:
-        """Tokens uint16 [R, T] of this process's rows; crops depend on their positions in the run's sequence."""
+        """Tokens uint16 [R, T] of this process's rows. Crops depend on the rows' positions in the run's sequence."""
         ids_R, position_R = ids_at(step)[rows], step * batch_size + np.arange(rows.start, rows.stop)
         crops = (augmentation.unit_draws(seed, position_R, 3),) if augment == "imagenet" else ()
         tokens_RT = palette.encode(split.read(ids_R, *crops), table)
@@ -66,7 +69,7 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
 
     with tf.device("cpu"):
         dataset = tf.data.Dataset.range(start_step, tf.int64.max)
-        # NumPy's look-up needs a third of the time of TensorFlow's gather, and lets go of Python's lock.
+        # NumPy's lookup takes a third of the time of TensorFlow's gather, and releases Python's lock.
         dataset = dataset.map(lambda step: tf.numpy_function(read, [step], tf.int32),
                               num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         iterator = dataset.prefetch(prefetch).as_numpy_iterator()
@@ -78,4 +81,4 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
             raise failures[0] from None
         raise
     finally:
-        del iterator, dataset  # ends tf.data's threads
+        del iterator, dataset  # tf.data's threads end with them

@@ -1,7 +1,7 @@
-"""Data sets of TFDS in ArrayRecord files, read by index: pictures of their own sizes, decoded and cropped as needed.
+"""Reads TFDS data sets in ArrayRecord files by index, and decodes and crops their pictures as needed.
 
-Same interface as a pixel store's, and the same pixels: `images.decode` makes them in both. There is no quarantine
-here: a picture that cannot be used ends the run, and the message names it.
+The interface is that of a pixel store, and so are the pixels, because both use `images.decode`. There is no quarantine
+here: an unusable picture ends the run with an error that names it.
 
 Dimensions: B batch; Y rows, X columns, C channels.
 """
@@ -9,7 +9,6 @@ Dimensions: B batch; Y rows, X columns, C channels.
 import concurrent.futures
 import functools
 import hashlib
-import json
 import os
 
 import numpy as np
@@ -19,32 +18,33 @@ from igpt_jax.config import UserError, nearest
 from igpt_jax.data import augmentation, images, order
 from igpt_jax.data.order import Component
 from igpt_jax.data.sources.tfds import class_names_of, keys_of, open_builder, unreadable
+from igpt_jax.storage.hashes import json_digest
 
 
 class Records:
-    """`tfds:NAME[@SPLIT]` as a store with the splits train, held_out and those of TFDS itself.
+    """`tfds:NAME[@SPLIT]` as a store with the splits train, held_out and TFDS's own.
 
-    Held out are the paper's shares of the training images: 0.04 for ImageNet, else 0.1; which, by the rule of the
-    prepare job with seed 0.
+    held_out has the paper's fraction of the training images: 0.04 for ImageNet, else 0.1. The rule that chooses them is
+    the prepare job's, with seed 0.
 
     Args:
-      typed: with `tfds:`.
+      path: `tfds:NAME[@SPLIT]`.
       image_size: Y and X of the images read, pixels.
 
     Raises:
-      UserError: no such data set, or not in ArrayRecord files.
+      UserError: the data set does not exist, or is not in ArrayRecord files.
     """
-    palette = None  # JPEGs have none: the config names one
+    palette = None  # the config has to name one
 
-    def __init__(self, typed: str, image_size: int):
+    def __init__(self, path: str, image_size: int):
         if not image_size:
-            raise UserError(f"data.store={typed} holds pictures of any size. Set image_size to the model's.")
-        self._builder, self._train = open_builder(typed.removeprefix("tfds:"))
+            raise UserError(f"data.store={path} has pictures of any size. Set image_size to the model's.")
+        self._builder, self._train = open_builder(path.removeprefix("tfds:"))
         file_format = self._builder.info.file_format
         if file_format is None or file_format.value != "array_record":
-            raise UserError(f"data.store={typed} is stored as {file_format and file_format.value}, which cannot be "
+            raise UserError(f"data.store={path} is stored as {file_format and file_format.value}, which cannot be "
                             'read by index. Prepare it in TFDS with file_format="array_record".')
-        self.path, self.image_size = typed, image_size
+        self.path, self.image_size = path, image_size
         self._held_out = 0.04 if "imagenet" in self._builder.name else 0.1
         self.classes = len(class_names_of(self._builder))
 
@@ -52,7 +52,7 @@ class Records:
         """`train`, `held_out`, a split of TFDS's own, or several joined with +.
 
         Raises:
-          UserError: no such split, or an empty one.
+          UserError: a split does not exist or is empty.
         """
         rows = []
         for name in names.split("+"):
@@ -73,7 +73,10 @@ class Records:
 
 
 class RecordSplit:
-    """Pictures of one split or several joined, by id in [0, count). Attributes as of store.Split."""
+    """Pictures of one split or several joined, by id in [0, count). Attributes as of store.Split.
+
+    `rows` lists, for each split of TFDS, the indices of its examples that belong to this split.
+    """
 
     def __init__(self, builder, name: str, rows: list[tuple[str, np.ndarray]], image_size: int):
         import tensorflow_datasets as tfds
@@ -84,41 +87,44 @@ class RecordSplit:
         self._image, self._label = keys_of(builder)
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         self._rows = [(builder.as_data_source(split=own, deserialize_method=raw), ids) for own, ids in rows]
-        for source, ids in self._rows:  # a damaged ArrayRecord file says that it has no records
+        for source, ids in self._rows:  # a damaged ArrayRecord file reads as if it had no records
             if len(source) <= ids[-1]:
-                raise UserError(f"{builder.info.full_name}: its files hold {len(source):,} records, and its record "
-                                f"says {ids[-1] + 1:,} or more. Prepare it again in TFDS.")
+                raise UserError(f"{builder.info.full_name}: its files have {len(source):,} records; its metadata say "
+                                f"{ids[-1] + 1:,} or more. Prepare it again in TFDS.")
         self._starts = np.cumsum([0, *(len(ids) for _, ids in rows)])
         self._names, self._path = [own for own, _ in rows], builder.info.full_name
         contents = [builder.info.full_name, [[own, hashlib.sha256(ids.tobytes()).hexdigest()] for own, ids in rows],
                     [[split.name, split.shard_lengths, split.num_bytes] for split in builder.info.splits.values()],
                     images.RESIZE_RULE]
-        self.fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        self.fingerprint = json_digest(contents, length=64)
         self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def _examples(self, ids: np.ndarray) -> list[tuple[str, tf.train.Features]]:
-        """Name and features of each id's example."""
+        """Name and features of the example of each id."""
         owner = np.searchsorted(self._starts, ids, side="right") - 1
         found: list = [None] * len(ids)
         for i in np.unique(owner):
-            place = np.flatnonzero(owner == i)
+            mine = np.flatnonzero(owner == i)
             source, rows = self._rows[i]
-            wanted = rows[ids[place] - self._starts[i]].tolist()
+            wanted = rows[ids[mine] - self._starts[i]].tolist()
             try:
                 records = source.__getitems__(wanted)
-                for at, row, record in zip(place, wanted, records, strict=True):
-                    found[at] = f"{self._names[i]}[{row}]", tf.train.Example.FromString(record).features
+                for position, row, record in zip(mine, wanted, records, strict=True):
+                    found[position] = f"{self._names[i]}[{row}]", tf.train.Example.FromString(record).features
             except Exception as error:
                 more = f" and {len(wanted) - 1:,} more" if len(wanted) > 1 else ""
                 raise unreadable(f"{self._path}: {self._names[i]}[{wanted[0]}]{more}", error) from None
         return found
 
     def pictures(self, ids: np.ndarray) -> list[tuple[str, bytes]]:
-        """Name and encoded picture of each id."""
+        """Name and encoded content of the picture of each id."""
         return [(name, features.feature[self._image].bytes_list.value[0]) for name, features in self._examples(ids)]
 
     def read(self, ids: np.ndarray, draws_B3: np.ndarray | None = None) -> np.ndarray:
-        """Images uint8 [B, Y, X, 3] of ids [B]: the largest centered squares, or windows by augment.unit_draws.
+        """Images uint8 [B, Y, X, 3] of ids [B].
+
+        Args:
+          draws_B3: random crops, from augmentation.unit_draws; None: the largest centered squares.
 
         Raises:
           UserError: a picture cannot be used.
@@ -129,20 +135,20 @@ class RecordSplit:
                 return images.decode(picture[1], self.image_size, window)
             except images.Unusable as reason:
                 raise UserError(f"tfds:{self._path}: {picture[0]}: {reason}. Leave it out when you build the data "
-                                "set in TFDS, or run prepare, which sets such pictures aside.") from None
+                                "set in TFDS, or run prepare, which leaves such pictures out.") from None
 
         draws = [None] * len(ids) if draws_B3 is None else draws_B3
         return np.stack(list(self._threads.map(one, self.pictures(ids), draws)))
 
     @property
-    def labelled(self) -> bool:
-        """Whether all its images have labels."""
+    def labeled(self) -> bool:
+        """Whether all images have labels."""
         return bool(self._label)
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
-        """Labels int32 [B] of ids [B]. Raises UserError where there are none."""
+        """Labels int32 [B] of ids [B]. Raises UserError if there are none."""
         labels_B = [features.feature[self._label].int64_list.value[0] for _, features in self._examples(ids)
                     ] if self._label else [-1]
-        if min(labels_B) < 0:  # TFDS marks examples without a label, as those of a test split, with -1
-            raise UserError(f"split {self.name!r} has no labels. Use a labelled data set.")
+        if min(labels_B) < 0:  # TFDS's mark of an unlabeled example
+            raise UserError(f"split {self.name!r} has no labels. Use a labeled data set.")
         return np.array(labels_B, np.int32)

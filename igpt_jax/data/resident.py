@@ -1,6 +1,6 @@
-"""Arrays onto devices; and small sets, whose tokens are all kept in memory. No TensorFlow.
+"""The in-memory reader for small splits, and placement of batches on devices. No TensorFlow.
 
-Dimensions: B batch of all processes, R its rows that this process reads, T tokens, I images of the split.
+Dimensions: B global batch, R its rows that this process reads, T tokens, I images of the split.
 """
 
 import itertools
@@ -20,22 +20,27 @@ def load_tokens(split: Split, table: np.ndarray) -> np.ndarray:
     """All tokens of a split, uint16 [I, T]."""
     starts = range(0, split.count, READ_AT_ONCE)
     ids = (np.arange(start, min(start + READ_AT_ONCE, split.count)) for start in starts)
-    return np.concatenate([tokens_of(split, table, some) for some in ids])
+    return np.concatenate([tokens_of(split, table, some_ids) for some_ids in ids])
 
 
 def process_rows(sharding: NamedSharding, count: int) -> slice:
-    """The rows, of a global array of `count`, that this process's devices hold; all between, if they have gaps."""
+    """The rows of a global array of `count` that this process's devices hold, with any rows that lie between these."""
     indices = sharding.addressable_devices_indices_map((count,)).values()
     bounds = [index[0].indices(count) for index in indices]
     return slice(min(start for start, *_ in bounds), max(stop for _, stop, _ in bounds))
 
 
 def put(rows: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
-    """The global array [count, ...] whose `process_rows` this process gives. The transfer is explicit.
+    """Places a global array [count, ...] on the devices, from the `process_rows` of each process.
 
     Args:
-      rows: any dtype; its first dim is split by `sharding`, the others are whole.
+      rows: this process's rows, any dtype. `sharding` splits the first dim; the other dims stay whole.
+      sharding: of the global array.
+      count: rows of the global array.
     """
+    # jax.make_array_from_process_local_data cannot replace this. It rejects rows with gaps between them, which a host
+    # has where its chips form a block of the torus. And it counts as an implicit transfer, which the training loop
+    # disallows.
     first, shape = process_rows(sharding, count).start, (count, *rows.shape[1:])
     shards, devices = [], []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -49,8 +54,8 @@ def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, star
             augment: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each step from start_step, the global batch's ids int64 [B] and tokens int32 [R, T] of its `rows`.
 
-    The tokens lie in the memory of each process. On the device the gather would save nothing, as ids have to get there
-    in place of tokens, and it stands in line behind the training step.
+    The tokens stay in each process's memory. Gathering them on the device would save nothing: the ids would have to be
+    transferred instead, and the gather would wait behind the training step.
     """
     tokens_IT = load_tokens(split, table)
     for step in itertools.count(start_step):

@@ -1,8 +1,7 @@
-"""A copy of a pixel store on this machine's own disk, made once and checked byte by byte."""
+"""Copies a pixel store to a local disk, once, and verifies every byte."""
 
 import concurrent.futures
 import fcntl
-import hashlib
 import os
 
 from etils import epath
@@ -15,19 +14,20 @@ COPIERS = 8  # threads; each holds one file
 
 
 def stage(source: str, folder: str) -> str:
-    """Copies the store `source` to `folder`/FINGERPRINT, unless it is there, and returns that path.
+    """Copies the store `source` to `folder`/FINGERPRINT, unless it is there already, and returns that path.
 
-    Several processes of a machine may call it at once: one copies, the others wait.
+    Several processes of a machine may call this at once: one copies, the others wait.
 
     Raises:
-      UserError: no store, a file that differs from its manifest, or `folder` cannot hold it.
+      UserError: `source` is not a store, a file differs from the manifest, or `folder` is not local or cannot hold it.
     """
     where = storage.path(source)
     manifest = store.load_manifest(where)
     if manifest is None:
-        raise UserError(f"data.stage: {source} is not a finished pixel store. Give a workdir of the prepare job.")
+        raise UserError(f"data.stage: {source} is not a finished pixel store. Set data.store to a workdir of the "
+                        "prepare job.")
     if not storage.is_local(storage.path(folder)):
-        raise UserError(f"data.stage={folder} must be a folder of this machine.")
+        raise UserError(f"data.stage={folder} must be a folder of this machine. Give a local path.")
     target = storage.path(folder) / manifest["fingerprint"]
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -36,21 +36,20 @@ def stage(source: str, folder: str) -> str:
             if not (target / store.MANIFEST).exists():
                 _copy(where, target, manifest)
     except OSError as error:
-        raise UserError(f"data.stage={folder}: {error.strerror or error}. Give a folder with room for the store, or "
-                        "none.") from None
+        raise UserError(f"data.stage={folder}: {error.strerror or error}. Give a folder with space for the store, or "
+                        "leave data.stage empty.") from None
     return os.fspath(target)
 
 
 def _copy(where: epath.Path, target: epath.Path, manifest: dict) -> None:
     def copy(name: str) -> None:
         data = storage.read(where / name)
-        if [len(data), hashlib.sha256(data).hexdigest()] != manifest["files"][name]:
-            raise UserError(f"pixel store {where}: {name} differs from its SHA-256. Restore the store from a copy, or "
-                            "prepare it again.")
+        if store.size_and_hash(data) != manifest["files"][name]:
+            raise store.damaged(where, name, "differs from its SHA-256")
         storage.publish(target / name, data)
 
     with concurrent.futures.ThreadPoolExecutor(COPIERS) as pool:
         for _ in pool.map(copy, store.files_in(manifest)):
             pass
-    for name in (store.PALETTE, store.MANIFEST):  # the manifest last: it says that all is there
+    for name in (store.PALETTE, store.MANIFEST):  # the manifest last: it marks a complete copy
         storage.publish(target / name, storage.read(where / name))

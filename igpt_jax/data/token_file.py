@@ -1,6 +1,6 @@
-"""Files of tokens, as OpenAI published them: imagenet_teX.npy and the like, whole numbers [n, T], one image a row.
+"""Reads .npy files of tokens, such as OpenAI's imagenet_teX.npy: integers [n, T], one image per row.
 
-B batch, T tokens of an image.
+Dimensions: B batch, T tokens of an image.
 """
 
 import functools
@@ -13,51 +13,53 @@ import numpy as np
 from igpt_jax import storage
 from igpt_jax.config import UserError
 
-ROWS_HASHED = 4096  # at a time
+ROWS_AT_ONCE = 4096  # hashed at once
 
 
 class TokenFile:
-    """Images as palette indices, by id in [0, count). A local file stays on disk and is read row by row.
+    """Images as palette indices, by id in [0, count). A local file stays on disk, and rows are read as needed.
 
     Args:
-      path: an .npy file; nothing pickled is read.
+      path: an .npy file; pickled data are never read.
       image_size: of the model, pixels.
-      colors: of the model's palette.
+      colors: V, the length of the model's palette.
 
     Raises:
-      UserError: not readable, or not whole numbers [n, image_size^2].
+      UserError: not readable, or not integers [n, image_size^2].
     """
 
     def __init__(self, path: str, image_size: int, colors: int):
-        self._path, self._colours = path, colors
+        self._path, self._colors = path, colors
         file = storage.path(path)
         try:
             local = storage.is_local(file) and file.exists()
             self._rows_BT = (np.load(os.fspath(file), mmap_mode="r", allow_pickle=False) if local else
                              np.load(io.BytesIO(storage.read(file)), allow_pickle=False))
         except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"tokens {path}: not a plain .npy array ({str(error).splitlines()[0]}).") from None
+            raise UserError(f"tokens {path}: not a plain .npy array ({str(error).splitlines()[0]}). "
+                            "Save it with numpy.save.") from None
         tokens, rows = image_size**2, self._rows_BT
         if not (isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.dtype.kind in "iu"
                 and rows.shape[1] == tokens and len(rows)):
             shape = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
-            raise UserError(f"tokens {path} must be whole numbers [n, {tokens}], {image_size}x{image_size} pixels "
-                            f"a row; this is {shape}. OpenAI's are called {{imagenet,cifar10}}_{{tr,va,te}}X.npy.")
+            raise UserError(f"tokens {path} must be integers [n, {tokens}], one image of {image_size}x{image_size} "
+                            f"pixels per row; this is {shape}. OpenAI's files are called "
+                            "{imagenet,cifar10}_{tr,va,te}X.npy.")
         self.count = len(rows)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows, as of a split of a store."""
+        """SHA-256 of all rows, in place of a split's fingerprint."""
         digest = hashlib.sha256(f"{self._rows_BT.dtype} {self._rows_BT.shape}".encode())
-        for start in range(0, len(self._rows_BT), ROWS_HASHED):
-            digest.update(np.ascontiguousarray(self._rows_BT[start:start + ROWS_HASHED]))
+        for start in range(0, len(self._rows_BT), ROWS_AT_ONCE):
+            digest.update(np.ascontiguousarray(self._rows_BT[start:start + ROWS_AT_ONCE]))
         return digest.hexdigest()
 
     def tokens(self, ids: np.ndarray) -> np.ndarray:
-        """int32 [B, T]. Raises UserError, naming a row, where a token is no color of the palette."""
+        """Tokens int32 [B, T] of ids [B]. Raises UserError if a token is not in the palette."""
         tokens_BT = self._rows_BT[ids]
-        bad = np.flatnonzero(((tokens_BT < 0) | (tokens_BT >= self._colours)).any(axis=1))
+        bad = np.flatnonzero(((tokens_BT < 0) | (tokens_BT >= self._colors)).any(axis=1))
         if bad.size:
-            raise UserError(f"tokens {self._path}: row {ids[bad[0]]} has a token outside 0..{self._colours - 1}, the "
-                            "colors of the checkpoint's palette. They must be of one palette.")
+            raise UserError(f"tokens {self._path}: row {ids[bad[0]]} has a token outside 0..{self._colors - 1}, the "
+                            "colors of the checkpoint's palette. Use a checkpoint with the file's palette.")
         return tokens_BT.astype(np.int32)

@@ -1,7 +1,8 @@
-"""Makes a pixel store: images from any source, resized, split, and a palette fit to them or imported.
+"""Makes a pixel store: reads images from any source, resizes and splits them, and fits or imports a palette.
 
-The store is the workdir; `data.store` of the other jobs names it. An interrupted job goes on where it was; a complete
-store is left as it is. Large sources are prepared in slices, as an array job of n, and then merged:
+The store is the workdir; `data.store` of the other jobs names it. The same command resumes an interrupted job, and
+leaves a complete store as it is. Large sources are prepared in slices, for example by an array job of N tasks, and then
+merged:
 
     python -m igpt_jax prepare --config.shard=I/N --workdir=DIR/slice-I ...   (each I from 0 to N-1)
     python -m igpt_jax prepare --config.shard=merge --workdir=DIR
@@ -10,7 +11,6 @@ store is left as it is. Large sources are prepared in slices, as an array job of
 import contextlib
 import dataclasses
 import errno
-import io
 import json
 import re
 import time
@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from igpt_jax import storage
-from igpt_jax.config import PrepareConfig, UserError, stated
+from igpt_jax.config import PrepareConfig, UserError, key_attributes
 from igpt_jax.data import color_sample, images, ingest, palette, sources, store
 from igpt_jax.data.sources import contents
 from igpt_jax.data.store import Split, Writer
@@ -31,21 +31,21 @@ from igpt_jax.metrics.logging import say
 from igpt_jax.runtime.exits import Preempted
 from igpt_jax.runtime.signals import StopSignal
 
-SHOWN = 12  # images in before_after.png, and class names in a line
+SHOWN = 12  # images in before_after.png, and class names in a log line
 
 
 def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
     """Writes the store.
 
     Returns:
-      Metrics: examples, quarantined, images_per_second (0 where nothing was read).
+      Metrics: examples, quarantined, images_per_second (0 if nothing was read).
 
     Raises:
-      UserError: the source, the palette or the workdir do not do.
-      Preempted: asked to stop; what is read is saved.
+      UserError: the source, the palette or the workdir cannot be used.
+      Preempted: a signal asked the job to stop; its progress is saved.
     """
     if jax.process_count() > 1:
-        raise UserError(f"prepare runs as one process, not as {jax.process_count()}. Start it by itself.")
+        raise UserError(f"prepare runs as one process, not as {jax.process_count()}. Start a single process.")
     path = storage.path(workdir)
     with _full_disk(path):
         if config.source.startswith("store:"):
@@ -54,7 +54,7 @@ def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
 
 
 def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
-    resume = stated(config.job, "resume")
+    resume = key_attributes(config.job, "resume")
     asked = {name: value for name, value in dataclasses.asdict(config).items() if resume[name] == "same"}
     if manifest := store.load_manifest(path) or store.load_manifest(path, store.SLICE):
         _check_same(manifest["config"], asked, path)
@@ -65,7 +65,7 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     given, size = _open_sources(config)
     train = given["train"]
     if round(config.held_out * train.count) == train.count:
-        raise UserError(f"held_out={config.held_out} leaves none of the {train.count} images to train on. Lower it.")
+        raise UserError(f"held_out={config.held_out} leaves none of the {train.count} images for training. Lower it.")
 
     writer = Writer(path, size, config.chunk or (1 if storage.is_local(path) else 64))
     notes = {"config": asked, "inputs": {split: source.count for split, source in given.items()},
@@ -74,11 +74,11 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     if resumed and resumed["config"] == asked:
         _check_contents(resumed, notes, path)
     if resumed and any(resumed[name] != notes[name] for name in ("config", "inputs")):
-        say(f"{path} holds an interrupted job of another config or source: starts over")
+        say(f"{path} has an interrupted job of another config or source: starting over")
         writer, resumed = Writer(path, size, writer.chunk), None
     done, bad = (resumed["done"], resumed["quarantined"]) if resumed else ({}, [])
     if done:
-        say("goes on after " + ", ".join(f"{number:,} {split} images" for split, number in done.items()))
+        say("resuming after " + ", ".join(f"{number:,} {split} images" for split, number in done.items()))
 
     inputs = sum(notes["inputs"].values())
     quarantine = ingest.Quarantine(inputs, config.max_quarantined, bad)
@@ -92,7 +92,7 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         if quarantine.entries:
             storage.publish(path / "quarantined.json", json.dumps(quarantine.entries, indent=1) + "\n")
     if not finished:
-        raise Preempted(f"stopped; what was read of {inputs:,} images is saved.")
+        raise Preempted(f"stopped; the progress on {inputs:,} images is saved.")
     seconds = time.perf_counter() - start
     if not config.shard:
         quarantine.check_some_left("train", train.count)
@@ -104,21 +104,21 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
               "skipped": {split: dict(source.skipped) for split, source in given.items() if source.skipped}}
     chosen = None if config.shard else _choose(writer.split("train"), imported, count, config.seed, path)
     manifest = writer.finish(chosen, **fields)
-    _tell(manifest, path)
+    _log_result(manifest, path)
     return _metrics(manifest, seconds, sum(done.values()))
 
 
 def _open_sources(config: PrepareConfig) -> tuple[dict[str, sources.Source], int]:
-    """The sources of train and test, and the images' size. Tells what the user must know of them."""
+    """Opens the sources of train and test; returns them and the images' size. Logs what they skip and their classes."""
     train = sources.open_source(config.source, config.image_size, config.seed, config.slice)
     given, size = {"train": train}, config.image_size or max(train.sizes)
-    if config.test_source:  # made-up test images must not be the training images again
+    if config.test_source:  # another seed, so that synthetic test images differ from the training images
         given["test"] = sources.open_source(config.test_source, size, config.seed + 1, config.slice)
     for split, source in given.items():
         for notice in source.notices:
             say(notice)
         for kind, files in source.skipped.items():
-            say(f"passes over {files:,} files that are not named as pictures: {kind}")
+            say(f"skipping {files:,} files that are not named like pictures: {kind}")
         if names := source.class_names:
             shown = names if len(names) <= SHOWN else (*names[:SHOWN - 2], "...", names[-1])
             plural = "es" if len(names) > 1 else ""
@@ -127,7 +127,7 @@ def _open_sources(config: PrepareConfig) -> tuple[dict[str, sources.Source], int
 
 
 def _check_contents(resumed: Mapping[str, Any], notes: Mapping[str, Any], path: epath.Path) -> None:
-    """Raises UserError where a source is not what it was when the interrupted job began."""
+    """Raises UserError if a source has changed since the interrupted job started."""
     for split, now in notes["contents"].items():
         then = resumed.get("contents", {}).get(split, {})
         if differs := contents.difference(then, now, ("the interrupted job", "the source now")):
@@ -136,7 +136,7 @@ def _check_contents(resumed: Mapping[str, Any], notes: Mapping[str, Any], path: 
 
 
 def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
-    """Joins the slices in the workdir's folders: a manifest that names their parts. No pixel is copied."""
+    """Joins the slices in the workdir's folders by a manifest that lists their arrays. No pixel is copied."""
     if manifest := store.load_manifest(path):
         _check_same(manifest["config"], {"palette": config.palette, "shard": "merge"}, path)
         say(f"{path} is complete already: nothing to do.")
@@ -144,7 +144,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     slices = {folder.name: manifest for folder in storage.children(path) if folder.is_dir()
               and (manifest := store.load_manifest(folder, store.SLICE))}
     if not slices:
-        raise UserError(f"shard=merge: no folder in {path} holds a finished slice. Prepare shard=i/n there first.")
+        raise UserError(f"shard=merge: no folder in {path} has a finished slice. Prepare shard=i/n there first.")
     first = next(iter(slices.values()))
     imported, count = _palette_for(config.palette, first["source"])
     by_number: dict[int, str] = {}
@@ -164,7 +164,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     for number in range(n):
         name = by_number[number]
         manifest = slices[name]
-        say(f"verifies {name}")
+        say(f"verifying {name}")
         store.verify(path / name, manifest)
         files |= {f"{name}/{file}": known for file, known in manifest["files"].items()}
         quarantined += [{**entry, "slice": name} for entry in manifest["quarantined"]]
@@ -175,7 +175,8 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
             joined["parts"] += [{**part, "folder": f"{name}/{part['folder']}"} for part in content["parts"]]
     for split, content in splits.items():
         if len({part["labels_sha256"] is None for part in content["parts"] if part["count"]}) > 1:
-            raise UserError(f"{path}: some slices have labels for {split} and others none. All or none must.")
+            raise UserError(f"{path}: some slices have labels for {split} and others none. Prepare all with "
+                            "labels, or none.")
     fields = {name: first[name] for name in ("image_size", "chunk", "source", "seed", "resize", "held_out",
                                              "class_names")}
     fields |= {"splits": splits, "quarantined": quarantined, "skipped": skipped,
@@ -185,12 +186,12 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         ingest.Quarantine(0, 1, quarantined).check_some_left("train", 0)
     train = store.split_of(path, "train", splits, fields["image_size"], fields["chunk"])
     manifest = store.publish_manifest(path, _choose(train, imported, count, first["seed"], path), fields, files)
-    _tell(manifest, path)
+    _log_result(manifest, path)
     return _metrics(manifest, seconds=None)
 
 
 def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], path: epath.Path) -> None:
-    """Raises UserError where two slices' manifests are of different contents of the source."""
+    """Raises UserError if the source changed between two slices, according to their manifests."""
     names = tuple(f"slice {manifest['config']['shard']}" for manifest in (one, other))
     try:
         known = [manifest.get("contents", {"train": {"classes": list(map(contents.nfc, manifest["class_names"]))}})
@@ -207,13 +208,11 @@ def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], path:
 
 
 def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
-    """A palette for a store that is there: palette.npy in the workdir, for the `palette` of other jobs."""
+    """Makes a palette for an existing store: palette.npy in the workdir, for the key `palette` of other jobs."""
     opened = store.Store.open(config.source.removeprefix("store:"))
     chosen = _choose(opened.split("train"), *_palette_for(config.palette, config.source), config.seed, path)
-    array = io.BytesIO()
-    np.save(array, chosen)
-    storage.publish(path / store.PALETTE, array.getvalue())
-    say(f"{path / store.PALETTE} is ready: --config.palette={path / store.PALETTE}")
+    palette.save(path / store.PALETTE, chosen)
+    say(f"the palette is ready: --config.palette={path / store.PALETTE}")
     return _metrics(opened.manifest, seconds=None)
 
 
@@ -223,40 +222,45 @@ def _metrics(manifest: dict[str, Any], seconds: float | None, earlier: int = 0) 
             "images_per_second": (examples + bad - earlier) / seconds if seconds else 0.0}
 
 
-def _tell(manifest: dict[str, Any], path: epath.Path) -> None:
+def _log_result(manifest: dict[str, Any], path: epath.Path) -> None:
     counts = ", ".join(f"{split['count']:,} {name}" for name, split in manifest["splits"].items())
     bad = f", {len(manifest['quarantined'])} in quarantine (quarantined.json)" if manifest["quarantined"] else ""
     say(f"{path}: {counts} images of {manifest['image_size']}x{manifest['image_size']}{bad}")
     images = sum(split["count"] for split in manifest["splits"].values())
     if manifest["classes"] > images and not manifest["class_names"]:
-        say(f"the labels run to {manifest['classes'] - 1}, with {images:,} images: to probe or finetune, "
-                      "number the classes 0, 1, 2, ... without a gap")
+        say(f"the labels run to {manifest['classes'] - 1}, with {images:,} images: to probe or finetune, number the "
+            "classes 0, 1, 2, ... without a gap")
 
 
 def _check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: epath.Path) -> None:
     differences = [f"{name}={asked[name]!r} (there: {stored.get(name)!r})"
                    for name in asked if stored.get(name) != asked[name]]
     if differences:
-        raise UserError(f"workdir {path} holds a pixel store of another config: {', '.join(differences)}. "
+        raise UserError(f"workdir {path} has a pixel store of another config: {', '.join(differences)}. "
                         "Give another --workdir.")
 
 
-def _palette_for(typed: str, source: str) -> tuple[np.ndarray | None, int]:
-    """The imported palette, or None and the number of colors to fit."""
-    text = typed or ("fit:17" if source.startswith("digits") else "fit:512")
+def _palette_for(text: str, source: str) -> tuple[np.ndarray | None, int]:
+    """The imported palette and 0, or None and the number of colors to fit.
+
+    Args:
+      text: the config's `palette`.
+      source: of the training images; decides the default.
+    """
+    text = text or ("fit:17" if source.startswith("digits") else "fit:512")
     if not text.startswith("fit:"):
         return palette.load(text), 0
     count = text.removeprefix("fit:")
     if not (re.fullmatch(r"\d{1,6}", count) and 2 <= int(count) <= palette.LARGEST):
-        raise UserError(f"palette={text!r}: fit:K takes a whole number of 2 to {palette.LARGEST} colors.")
+        raise UserError(f"palette={text!r}: the K of fit:K must be an integer from 2 to {palette.LARGEST}.")
     return None, int(count)
 
 
 def _choose(split: Split, imported: np.ndarray | None, count: int, seed: int, path: epath.Path) -> np.ndarray:
-    """The palette [V, 3], imported or fit to a split; palette.json and pictures tell how well it holds the split."""
+    """The palette [V, 3], imported or fit to a split. Writes palette.json and figures, which show its quality."""
     palette_VC = imported
     if palette_VC is None:
-        say(f"fits a palette of {count} colors")
+        say(f"fitting a palette of {count} colors")
         palette_VC = palette.fit(color_sample.sample_pixels(split, seed), count, seed)
     report = color_sample.report(split, palette_VC, seed)
     storage.publish(path / "palette.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
@@ -267,7 +271,7 @@ def _choose(split: Split, imported: np.ndarray | None, count: int, seed: int, pa
 
 
 def _draw(folder: epath.Path, palette_VC: np.ndarray, images_BYXC: np.ndarray) -> None:
-    """palette.png: a square for each color. before_after.png: images above, the same in the palette below."""
+    """Draws palette.png, a square per color, and before_after.png, images above and their quantized versions below."""
     colors_V1XC = palette.decode(np.arange(len(palette_VC)), palette_VC)[:, None, None, :]
     columns = int(np.ceil(np.sqrt(2 * len(palette_VC))))
     save_png(folder / "palette.png", image_grid(colors_V1XC, columns, scale=16, gap=0))
@@ -279,11 +283,11 @@ def _draw(folder: epath.Path, palette_VC: np.ndarray, images_BYXC: np.ndarray) -
 
 @contextlib.contextmanager
 def _full_disk(path: epath.Path) -> Iterator[None]:
-    """Tells of a full disk in one line. TensorStore raises ValueError with the system's words."""
+    """Turns the error of a full disk into a UserError. TensorStore raises ValueError with the system's message."""
     try:
         yield
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise UserError(f"no space is left for {path}. Make room and run the same command: it goes on from what it "
-                            "last saved.") from None
+            raise UserError(f"no space is left for {path}. Free disk space and run the same command: it resumes from "
+                            "its last save.") from None
         raise

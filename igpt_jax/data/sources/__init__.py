@@ -1,4 +1,4 @@
-"""Where images come from. A source is one file here and one row of SOURCES; `images` says what becomes of each."""
+"""Sources of images. Each kind is one file here and one row of SOURCES."""
 
 from igpt_jax.config import UserError, nearest
 from igpt_jax.data.sources import contents
@@ -17,28 +17,28 @@ SOURCES: dict[str, type[Source]] = {"digits": Digits, "synthetic": Synthetic, "n
 
 
 def open_source(text: str, image_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Source:
-    """The source that a config's `source` or `test_source` names: NAME or NAME:ARGUMENT.
+    """Opens a source.
 
     Args:
-      text: as typed.
-      image_size: of the config; 0: the source's own, where its images have one.
-      seed: of pictures that are made up.
-      shard: (i, n): the i-th of n slices of the source, from 0.
+      text: the config's `source` or `test_source`: NAME or NAME:ARGUMENT.
+      image_size: of the config, pixels; 0: the source's own, if its images have one size.
+      seed: of synthetic pictures.
+      shard: (i, n): slice i of n of the source, from 0.
 
     Raises:
-      UserError: unknown, missing, empty or unreadable; image_size is needed, or larger than the images.
+      UserError: the source is unknown, missing, empty or unreadable; or image_size is missing or too large.
     """
     name, _, argument = text.partition(":")
     if name not in SOURCES:
         raise UserError(f"source {text!r} is not known. {nearest(name, list(SOURCES))}")
     source = SOURCES[name](argument, image_size, seed, shard)
-    source.class_names = tuple(map(contents.nfc, source.class_names))  # compared with those of another source
+    source.class_names = tuple(map(contents.nfc, source.class_names))  # names from two sources are compared
     if not source.count:
         raise UserError(f"source {text!r} has no images" + (f" in slice {shard[0]}/{shard[1]}. Use fewer slices."
                                                             if shard[1] > 1 else ". Check the path."))
     if source.sizes and image_size > min(source.sizes):
-        raise UserError(f"image_size={image_size}: {text!r} has images of {min(source.sizes)} pixels, which are "
+        raise UserError(f"image_size={image_size}: {text!r} has images of {min(source.sizes)} pixels. Images are "
                         f"never enlarged. Set image_size to {min(source.sizes)} or less.")
     if not source.sizes and not image_size:
-        raise UserError(f"source {text!r} holds pictures of any size. Set image_size to that of the stored squares.")
+        raise UserError(f"source {text!r} has pictures of any size. Set image_size to the size of the stored squares.")
     return source

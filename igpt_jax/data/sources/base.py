@@ -1,4 +1,4 @@
-"""What a source is."""
+"""The interface of a source of images, and helpers that several sources use."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ class Item(NamedTuple):
 
     Attributes:
       name: for the quarantine list.
-      label: its class; None where unlabelled.
+      label: its class number; None: unlabeled.
       content: an encoded picture, a function that reads one, or a square uint8 array [Y, X] or [Y, X, 3].
     """
     name: str
@@ -25,15 +25,15 @@ class Item(NamedTuple):
 
 
 class Source(Protocol):
-    """Images in a fixed order; those of one slice.
+    """The images of one slice of a source, in a fixed order.
 
     Attributes:
-      count: how many.
-      sizes: their own heights and widths, pixels, where all are square and known; else empty.
-      class_names: of the labels, where they have names.
-      skipped: what was passed over for its kind and is no image: kind -> how many.
-      notices: lines to tell the user.
-      contents: the summary of the whole source, not of the slice alone (contents.summarize); empty: it cannot change.
+      count: number of images.
+      sizes: the images' heights and widths, pixels, if all are square and known; else empty.
+      class_names: names of the classes by label; empty: they have none.
+      skipped: files that were skipped because they are not images: kind -> count.
+      notices: lines to log for the user.
+      contents: summary of the whole source, not only of the slice (contents.summarize); empty: it cannot change.
     """
     count: int
     sizes: set[int]
@@ -45,17 +45,17 @@ class Source(Protocol):
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]): ...
 
     def items(self, start: int) -> Iterator[Item]:
-        """Yields the images from `start` on. Raises images.Unusable never: that is for decoding."""
+        """Yields the slice's images from number `start` on. Damaged pictures raise only when they are decoded."""
 
 
 def files_of(name: str, argument: str) -> list[epath.Path]:
-    """The files that the path or glob given to source `name` stands for.
+    """The files that match the path or glob `argument` of source `name`.
 
     Raises:
-      UserError: no path, no file, or something that is no regular file: opening a pipe could wait without end.
+      UserError: no path, no match, or a match that is not a regular file. Opening a pipe could block forever.
     """
     if not argument:
-        raise UserError(f"source {name!r} needs a path: {name}:PATH, or a glob of several files.")
+        raise UserError(f"source {name!r} needs a path: {name}:PATH, or a glob that matches several files.")
     files = storage.matching(argument)
     for file in files:
         if storage.is_local(file) and not os.path.isfile(file):
@@ -64,6 +64,6 @@ def files_of(name: str, argument: str) -> list[epath.Path]:
 
 
 def slice_of(count: int, shard: tuple[int, int]) -> range:
-    """The indices of [0, count) that belong to slice i of n: contiguous, sizes differ by one at most."""
+    """The indices in [0, count) of slice i of n, where `shard` is (i, n). Slices differ by at most one in size."""
     i, n = shard
     return range(i * count // n, (i + 1) * count // n)

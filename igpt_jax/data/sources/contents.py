@@ -1,7 +1,8 @@
-"""What a source holds, in a few kilobytes. Slices and resumed jobs compare it, to know whether the source is the same.
+"""Summarizes the contents of a source in a few kilobytes, and finds the first difference between two summaries.
 
-A summary is a JSON object: the class names, the number of files, the SHA-256 of their names and sizes in order, and
-*marks*. A mark is the digest up to a file and that file's name; marks locate the first difference.
+Slices and resumed jobs compare summaries to detect that their source has changed. A summary is a JSON object: the class
+names, the number of files, the SHA-256 of their names and sizes in order, and *marks*. A mark is the digest up to a
+file, with that file's name. Marks locate the first difference.
 """
 
 import concurrent.futures
@@ -13,17 +14,17 @@ from typing import Any
 
 from etils import epath
 
-MARKS = 512  # at most; a source of fewer files has one for each
-STATS = 32  # threads; in a bucket each file's size is a request
+MARKS = 512  # the most marks of a summary; a source of fewer files has one for each file
+STATS = 32  # threads; in a bucket each file's size takes a request
 
 
 def nfc(name: str) -> str:
-    """`name` in the Unicode form by which names are compared: macOS writes an accent as a character of its own."""
+    """`name` in Unicode's form NFC, in which names are compared. macOS writes an accent as a separate character."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def on_one_line(names: Iterable[str]) -> str:
-    """Names, of which any may hold a newline."""
+    """Names in a comma list, quoted if they contain newlines or other control characters."""
     return ", ".join(name if name.isprintable() else repr(name) for name in names)
 
 
@@ -31,8 +32,8 @@ def summarize(entries: Iterable[str], class_names: Sequence[str] = ()) -> dict[s
     """The summary of a source.
 
     Args:
-      entries: a line for each file, in the source's order: its name, and its size where that is known.
-      class_names: in the order of their numbers.
+      entries: a line for each file, in the source's order: its name, and its size if known.
+      class_names: by class number.
     """
     running, marks, stride, count = hashlib.sha256(), [], 1, 0
     for count, entry in enumerate(map(nfc, entries), 1):
@@ -40,6 +41,7 @@ def summarize(entries: Iterable[str], class_names: Sequence[str] = ()) -> dict[s
         running.update(len(data).to_bytes(8, "little") + data)
         if count % stride == 0:
             marks.append(f"{running.hexdigest()[:16]} {entry}")
+            # The number of files is not known in advance. When the marks are full, every second one is dropped.
             if len(marks) == MARKS:
                 marks, stride = marks[1::2], 2 * stride
     return {"classes": list(class_names), "count": count, "sha256": running.hexdigest(), "stride": stride,
@@ -47,11 +49,11 @@ def summarize(entries: Iterable[str], class_names: Sequence[str] = ()) -> dict[s
 
 
 def of_files(files: Sequence[epath.Path], more: Sequence[Any] = ()) -> dict[str, Any]:
-    """The summary of files, by their names below the folder that holds all of them, and by their sizes.
+    """The summary of files, by their sizes and their names relative to the folder that contains all of them.
 
     Args:
       files: in the source's order.
-      more: something else to compare of each.
+      more: something else to compare for each file.
     """
     names = [os.fspath(file) for file in files]
     above = len(os.path.commonprefix(names).rpartition("/")[0])
@@ -62,12 +64,12 @@ def of_files(files: Sequence[epath.Path], more: Sequence[Any] = ()) -> dict[str,
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any], whose: tuple[str, str]) -> str:
-    """The first difference between two summaries, in words; empty where there is none.
+    """The first difference between two summaries, in words; empty if there is none.
 
-    What a summary lacks, as those of older versions do, is not compared.
+    Fields that a summary lacks, such as those of older versions, are not compared.
 
     Args:
-      whose: what to call the two.
+      whose: names for the two sources.
     """
     if "classes" in one and "classes" in other and one["classes"] != other["classes"]:
         return _of_classes((one["classes"], other["classes"]), whose)
@@ -76,7 +78,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any], whose: tuple[st
     counts = "" if one["count"] == other["count"] else (f"{whose[0]} has {one['count']:,} files and {whose[1]} "
                                                         f"{other['count']:,}; ")
     stride, shorter = max(one["stride"], other["stride"]), min(one["count"], other["count"])
-    same = 0  # files that are proved the same
+    same = 0  # leading files that are known to be equal
     while same + stride <= shorter and _mark(one, same + stride) == _mark(other, same + stride):
         same += stride
     if stride > 1:
@@ -89,11 +91,12 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any], whose: tuple[st
 
 
 def _mark(summary: Mapping[str, Any], count: int) -> str:
-    """The mark after `count` files; "" before the first."""
+    """The mark after `count` files; "" if `count` is 0."""
     return summary["marks"][count // summary["stride"] - 1] if count else ""
 
 
 def _of_classes(names: tuple[Sequence[str], Sequence[str]], whose: tuple[str, str]) -> str:
+    """`difference` between two lists of class names."""
     sets = [set(mine) for mine in names]
     lone = [sorted(mine - others) for mine, others in (sets, sets[::-1])]
     if any(lone):

@@ -1,4 +1,4 @@
-"""Tar shards in the manner of webdataset. Nothing is unpacked to disk."""
+"""Tar shards in webdataset's format. Nothing is unpacked to disk."""
 
 import collections
 import contextlib
@@ -17,12 +17,20 @@ from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source, files_of, slice_of
 
 LABEL_SUFFIXES = (".cls", ".json")
-LABEL_KEYS = ("label", "cls")  # of .json
-LOOKED_AT = 16  # samples that tell whether the shards are labelled
+LABEL_KEYS = ("label", "cls")  # in .json
+PROBED = 16  # first samples that decide whether the shards are labeled
 
 
 class _Sample(NamedTuple):
-    """The members of one key: each (offset of its data, bytes). `problem`: why it cannot be used."""
+    """The members of one key, found in the headers.
+
+    Attributes:
+      file: the tar file.
+      name: of the picture, for the quarantine list.
+      picture: offset of its data and size, bytes; None: there is none.
+      label: suffix, offset and size of the member with the label; None: there is none.
+      problem: why the sample cannot be used; empty: it can.
+    """
     file: epath.Path
     name: str
     picture: tuple[int, int] | None
@@ -31,13 +39,14 @@ class _Sample(NamedTuple):
 
 
 class Tar(Source):
-    """`tar:PATTERN`: uncompressed tar files (a glob), sorted by name; a slice takes whole files.
+    """`tar:PATTERN`: uncompressed tar files (a glob), sorted by name. A slice takes whole files.
 
-    Members that share their path up to the first dot of the file name are one sample: a picture (.jpg, .jpeg, .png or
-    .webp) and its class, as a number in `.cls` or under "label" or "cls" of `.json`. Shards whose first samples have
-    no class, as img2dataset's, are unlabelled. Other members are counted and told. Absolute paths, `..`, links and
-    devices go to quarantine, and so does a sample that has a class where the others have none, or none where they
-    have one.
+    - Members that share their path up to the first dot of the file name are one sample: a picture (.jpg, .jpeg, .png or
+      .webp) and its class number, in `.cls` or under "label" or "cls" of `.json`.
+    - Shards whose first samples have no class, such as img2dataset's, are unlabeled.
+    - Other members are counted and reported.
+    - Absolute paths, `..`, links and devices go to quarantine. So do samples without a class in labeled shards, and
+      samples with a class in unlabeled ones.
     """
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):
@@ -48,11 +57,11 @@ class Tar(Source):
         for i in slice_of(len(files), shard):
             self._samples += self._index(files[i])
         good = [sample for sample in self._samples if not sample.problem]
-        described = itertools.islice((sample for sample in good if sample.label), LOOKED_AT)
+        described = itertools.islice((sample for sample in good if sample.label), PROBED)
         self._labelled = any(_label_of(sample) is not None for sample in described)
         lone = next((sample for sample in good if not sample.label), None)
         if self._labelled and lone:
-            raise UserError(f"{lone.file}: {lone.name} has no .cls or .json, and others have. All or none must.")
+            raise UserError(f"{lone.file}: {lone.name} has no .cls or .json, and others have. Label all or none.")
         self.count, self.sizes, self.skipped = len(self._samples), set(), dict(sorted(self._skipped.items()))
 
     def items(self, start: int) -> Iterator[Item]:
@@ -94,21 +103,24 @@ class Tar(Source):
             try:
                 with tarfile.open(fileobj=stream, mode="r:") as archive:
                     for member in archive:
-                        archive.members = []  # tarfile keeps all of them otherwise
+                        archive.members = []  # tarfile would keep all of them in memory
                         self._add(found, file, member)
+                    # At a damaged header tarfile ends without an error, as it does at the block of zeros after the
+                    # last.
                     stream.seek(archive.offset)
-                    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # where tarfile would end without a word
+                    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
                         raise tarfile.ReadError(f"damaged header at byte {archive.offset:,}")
                     end = stream.seek(0, 2)
             except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-                raise UserError(f"{file} is not a readable, uncompressed tar file ({error}). Restore it from a copy; "
-                                "unpack a .tar.gz with gunzip.") from None
+                raise UserError(f"{file} is not a readable, uncompressed tar file ({error}). Restore it from a copy, "
+                                "or unpack a .tar.gz with gunzip.") from None
         samples = [self._whole(sample, end) for sample in found.values()]
         if not samples:
-            raise UserError(f"{file} holds no pictures. Leave it out of the pattern.")
+            raise UserError(f"{file} has no pictures. Leave it out of the pattern.")
         return samples
 
     def _add(self, found: dict[str, _Sample], file: epath.Path, member: tarfile.TarInfo) -> None:
+        """Adds a member to its sample in `found`, or counts it as skipped."""
         if member.isdir():
             return
         folder, slash, base = member.name.rpartition("/")
@@ -122,27 +134,29 @@ class Tar(Source):
             kind = "hidden" if not stem else "no ending" if suffix == "." else suffix
             self._skipped[kind] += 1
             return
-        place = member.offset_data, member.size
+        extent = member.offset_data, member.size
         sample = found.setdefault(key, _Sample(file, key, None, None))
         if suffix in images.SUFFIXES:
             if sample.picture:
                 found[f"{member.name} {len(found)}"] = _Sample(file, member.name, None, None, "a second picture of "
                                                                "one key")
                 return
-            found[key] = sample._replace(name=member.name, picture=place)
+            found[key] = sample._replace(name=member.name, picture=extent)
         elif not sample.label or suffix == ".cls":
-            found[key] = sample._replace(label=(suffix, *place))
+            found[key] = sample._replace(label=(suffix, *extent))
 
     def _whole(self, sample: _Sample, end: int) -> _Sample:
+        """`sample`, with its problem where it has no picture or the file ends early, at byte `end`."""
         if not sample.problem and sample.picture is None:
-            return sample._replace(problem="no picture beside its label")
-        places = [sample.picture, sample.label and sample.label[1:]]
-        if any(place and sum(place) > end for place in places):
+            return sample._replace(problem="a label without a picture")
+        extents = [sample.picture, sample.label and sample.label[1:]]
+        if any(extent and sum(extent) > end for extent in extents):
             return sample._replace(problem="the tar file ends before it")
         return sample
 
 
 def _problem(member: tarfile.TarInfo) -> str:
+    """Why a member cannot be used; empty if it can."""
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "its path leads out of the archive"
     if member.issym() or member.islnk():
@@ -158,16 +172,16 @@ def _read(stream: Any, offset: int, size: int) -> bytes:
 
 
 def _label_of(sample: _Sample) -> int | None:
-    """The sample's class; None where it has none, or no readable one."""
+    """The sample's class; None if it has none or it cannot be read."""
     with sample.file.open("rb") as stream, contextlib.suppress(images.Unusable):
         return _label_in(sample, stream)
 
 
 def _label_in(sample: _Sample, stream: Any) -> int | None:
-    """The class that a sample's .cls or .json gives; None where the .json gives none.
+    """The class number in a sample's .cls or .json; None if the .json has none.
 
     Raises:
-      images.Unusable: it gives something that is no class number.
+      images.Unusable: the value is not a class number.
     """
     suffix, offset, size = sample.label
     try:
@@ -184,4 +198,4 @@ def _label_in(sample: _Sample, stream: Any) -> int | None:
             return int(value)
     except (ValueError, RecursionError):
         pass
-    raise images.Unusable(f"its {suffix} holds no class number from 0 to 2^31 - 1")
+    raise images.Unusable(f"its {suffix} has no class number from 0 to 2^31 - 1")

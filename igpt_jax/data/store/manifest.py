@@ -1,8 +1,7 @@
-"""The manifest of a pixel store: what it lists, its fingerprint, and hashes of the files."""
+"""Writes, reads and checks the manifest of a pixel store: its fields, its fingerprint, and the hashes of its files."""
 
 import concurrent.futures
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from etils import epath
 from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.data import palette
+from igpt_jax.storage.hashes import json_digest
 
 FORMAT = 2
 SPLITS = ("train", "held_out", "test")
@@ -22,7 +22,7 @@ PALETTE = "palette.npy"
 PROGRESS = "progress.npz"
 HASHERS = 4  # threads; each holds one file
 
-# The manifest's fields that say what the images are, not where they came from; the fingerprint covers these.
+# The fields that the fingerprint covers: those that determine the images, but not where they came from.
 IDENTITY = ("format", "image_size", "chunk", "resize", "seed", "held_out", "classes", "palette", "splits")
 PART_FIELDS = ("folder", "count", "sha256", "labels_sha256")
 
@@ -36,9 +36,7 @@ def publish_manifest(path: epath.Path, palette_VC: np.ndarray | None, fields: Ma
       files: the arrays' files: name -> [bytes, SHA-256].
     """
     if palette_VC is not None:
-        array = io.BytesIO()
-        np.save(array, palette_VC)
-        storage.publish(path / PALETTE, array.getvalue())
+        palette.save(path / PALETTE, palette_VC)
     manifest = {"format": FORMAT, "palette": "" if palette_VC is None else palette.digest(palette_VC),
                 "quarantined": [], "skipped": {}, "class_names": [], **fields}
     manifest |= {"fingerprint": fingerprint_of(manifest), "files": files}
@@ -49,22 +47,28 @@ def publish_manifest(path: epath.Path, palette_VC: np.ndarray | None, fields: Ma
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of the manifest's IDENTITY, hexadecimal."""
     identity = {name: manifest[name] for name in IDENTITY}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return json_digest(identity, length=64)
 
 
-def hashed(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, list]:
-    names = sorted(_files_of(path, splits))
-    with concurrent.futures.ThreadPoolExecutor(HASHERS) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest(path / name), names), strict=True))
+def damaged(path: epath.Path, name: str, problem: str) -> UserError:
+    """The error for a file of the store in `path` that is not as it was written."""
+    return UserError(f"pixel store {path}: {name} {problem}. Restore the store from a copy, or prepare it again.")
 
 
-def _digest(file: epath.Path) -> list:
-    data = storage.read(file)
+def size_and_hash(data: bytes) -> list:
+    """[bytes, SHA-256] of a file's content, as the manifest lists them."""
     return [len(data), hashlib.sha256(data).hexdigest()]
 
 
+def hashed(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, list]:
+    """The arrays' files of a store, read from disk: name -> [bytes, SHA-256]."""
+    names = sorted(_files_of(path, splits))
+    with concurrent.futures.ThreadPoolExecutor(HASHERS) as pool:
+        return dict(zip(names, pool.map(lambda name: size_and_hash(storage.read(path / name)), names), strict=True))
+
+
 def _files_of(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, int]:
-    """The files of all arrays, as paths from the store's folder -> bytes. Hidden ones are the system's: left out."""
+    """The files of all arrays: path relative to the store -> bytes. The system's hidden files are left out."""
     folders = sorted({part["folder"] for split in splits.values() for part in split["parts"]})
     found: dict[str, int] = {}
     for folder in folders:
@@ -77,10 +81,10 @@ def load_manifest(path: epath.Path, name: str = MANIFEST) -> dict[str, Any] | No
     """The manifest of the store in `path`; None where there is no manifest.
 
     Args:
-      name: SLICE for that of a slice.
+      name: SLICE to read a slice's.
 
     Raises:
-      UserError: it is no manifest, of another format, or not as it was written.
+      UserError: it is not a manifest, has another format, or was changed after it was written.
     """
     file = path / name
     if not file.exists():
@@ -103,28 +107,25 @@ def load_manifest(path: epath.Path, name: str = MANIFEST) -> dict[str, Any] | No
 
 
 def files_in(manifest: Mapping[str, Any]) -> dict[str, list]:
-    """The arrays' files of a manifest: name -> [bytes, SHA-256], without hidden ones, which older versions noted."""
+    """The arrays' files of a manifest: name -> [bytes, SHA-256], without hidden ones, which older versions listed."""
     return {name: known for name, known in manifest["files"].items() if not name.rpartition("/")[2].startswith(".")}
 
 
 def check_files(path: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """Holds the store's files against its manifest: names and sizes, and the SHA-256 of the arrays' metadata.
+    """Checks the names and sizes of the store's files, and the SHA-256 of the arrays' metadata, against the manifest.
 
-    Data are held against their crc32c when they are read; `verify` holds all files against their SHA-256.
+    Images and labels are checked against their crc32c when they are read; `verify` checks every file's SHA-256.
 
     Raises:
       UserError: names the first file that is missing, extra, or of another size or content.
     """
-    def refuse(name: str, what: str) -> None:
-        raise UserError(f"pixel store {path}: {name} {what}. Restore the store from a copy, or prepare it again.")
-
-    known, there = files_in(manifest), _files_of(path, manifest["splits"])
-    for name in sorted(known.keys() | there.keys()):
-        if name not in there:
-            refuse(name, "is missing")
+    known, found = files_in(manifest), _files_of(path, manifest["splits"])
+    for name in sorted(known.keys() | found.keys()):
+        if name not in found:
+            raise damaged(path, name, "is missing")
         if name not in known:
             raise UserError(f"pixel store {path}: {name} is not in its manifest. Move that file out of the store.")
-        if there[name] != known[name][0]:
-            refuse(name, f"has {there[name]:,} bytes, not {known[name][0]:,}")
-        if name.endswith("zarr.json") and _digest(path / name) != known[name]:
-            refuse(name, "differs from its SHA-256")
+        if found[name] != known[name][0]:
+            raise damaged(path, name, f"has {found[name]:,} bytes, not {known[name][0]:,}")
+        if name.endswith("zarr.json") and size_and_hash(storage.read(path / name)) != known[name]:
+            raise damaged(path, name, "differs from its SHA-256")

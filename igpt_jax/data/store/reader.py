@@ -1,8 +1,6 @@
-"""Reads a pixel store: splits, images and labels by id, each with its checksum."""
+"""Reads images and labels of a pixel store by id, and verifies their checksums."""
 
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +15,9 @@ from igpt_jax.data import palette
 from igpt_jax.data.order import Component
 from igpt_jax.data.store.arrays import array_spec
 from igpt_jax.data.store.manifest import MANIFEST, PALETTE, SLICE, SPLITS, check_files, load_manifest
+from igpt_jax.storage.hashes import json_digest
 
-CACHE_BYTES = 256 * 2**20  # holds the shards' indices, 16 bytes an inner chunk, and for chunk > 1 the chunks
+CACHE_BYTES = 256 * 2**20  # for the shards' indices (16 bytes per inner chunk) and, where chunk > 1, the chunks
 
 
 class Store:
@@ -29,7 +28,7 @@ class Store:
       manifest: its manifest.json.
       palette: its palette, float32 [V, 3].
       image_size: Y and X, pixels.
-      classes: number of label values; 0 where unlabelled.
+      classes: number of label values; 0 where unlabeled.
       fingerprint: SHA-256 that changes with any image, label, split or the palette.
     """
 
@@ -39,13 +38,13 @@ class Store:
         self.image_size, self.classes = manifest["image_size"], manifest["classes"]
         self.fingerprint = manifest["fingerprint"]
         if palette.digest(self.palette) != manifest["palette"]:
-            raise UserError(f"{path / PALETTE} is not the palette that the manifest names. Restore it from a copy, "
+            raise UserError(f"{path / PALETTE} is not the palette that the manifest lists. Restore it from a copy, "
                             "or prepare the store again.")
         check_files(path, manifest)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Store":
-        """Opens the store in a workdir of prepare.
+        """Opens the store in a workdir of the prepare job.
 
         Raises:
           UserError: missing, incomplete, damaged, or not a pixel store.
@@ -67,13 +66,13 @@ class Store:
         """A split, or several joined with +: `train`, `train+held_out`.
 
         Raises:
-          UserError: a split that the store does not have, or an empty one.
+          UserError: the store does not have a split, or it is empty.
         """
         return split_of(self.path, names, self.manifest["splits"], self.image_size, self.manifest["chunk"])
 
 
 def split_of(path: epath.Path, names: str, known: Mapping[str, Any], image_size: int, chunk: int) -> "Split":
-    """The splits `names`, joined with +, of a store whose manifest has `known` as its splits."""
+    """The splits `names`, joined with +, of a store whose manifest lists the splits `known`."""
     parts, contents = [], []
     for name in names.split("+"):
         if name not in known:
@@ -83,32 +82,31 @@ def split_of(path: epath.Path, names: str, known: Mapping[str, Any], image_size:
                             "larger held_out. To train without a held-out split: --config.data.held_out=")
         for part in known[name]["parts"]:
             if part["count"]:
-                labelled = part["labels_sha256"] is not None
-                parts.append(_Part(path, part["folder"], part["count"], labelled, image_size))
+                labeled = part["labels_sha256"] is not None
+                parts.append(_Part(path, part["folder"], part["count"], labeled, image_size))
         contents.append(known[name])
-    fingerprint = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-    return Split(names, image_size, fingerprint, parts, chunk)
+    return Split(names, image_size, json_digest(contents, length=64), parts, chunk)
 
 
 def _without(name: str, known: list[str]) -> str:
-    """How to go on without a split."""
+    """What a user can do about a missing split."""
     if not known:
         return "None of the images could be used: quarantined.json says why."
-    there = f"It has {', '.join(known)}."
+    available = f"It has {', '.join(known)}."
     if name == "test":
         instead = ", or use --config.data.test=held_out" if "held_out" in known else ""
-        return f"{there} Make one with prepare --config.test_source=...{instead}"
+        return f"{available} Make one with prepare --config.test_source=...{instead}"
     if name == "held_out":
-        return (f"{there} Make one with prepare --config.held_out=0.1, or name another split. To train without: "
+        return (f"{available} Make one with prepare --config.held_out=0.1, or name another split. To train without: "
                 "--config.data.held_out=")
     return nearest(name, known)
 
 
 class _Part:
-    """The arrays of one split on disk, opened when they are first read."""
+    """The arrays of one folder of a store, opened when they are first read."""
 
-    def __init__(self, path: epath.Path, folder: str, count: int, labelled: bool, image_size: int):
-        self.path, self.folder, self.count, self.labelled, self._size = path, folder, count, labelled, image_size
+    def __init__(self, path: epath.Path, folder: str, count: int, labeled: bool, image_size: int):
+        self.path, self.folder, self.count, self.labeled, self._size = path, folder, count, labeled, image_size
 
     @functools.cached_property
     def images(self) -> tensorstore.TensorStore:
@@ -130,11 +128,11 @@ class _Part:
         return array
 
     def start(self, kind: str, ids: np.ndarray) -> tensorstore.Future:
-        """Begins to read the images or labels of ids; `finish` waits for them."""
+        """Starts to read the images or labels of ids; `finish` waits for them."""
         return getattr(self, kind)[ids].read()
 
     def finish(self, kind: str, ids: np.ndarray, reading: tensorstore.Future) -> np.ndarray:
-        """What `start` reads. Names the damaged entry: TensorStore names the file and the fault."""
+        """The rows that `start` reads. Errors name the damaged entry; TensorStore's errors name only the file."""
         try:
             return reading.result()
         except ValueError as error:
@@ -149,11 +147,12 @@ class _Part:
 
 @functools.cache
 def _context() -> tensorstore.Context:
-    """One cache for all arrays of the process."""
+    """One cache shared by all arrays of the process."""
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
 def _first_bad(array: tensorstore.TensorStore, ids: np.ndarray) -> int:
+    """The first id that cannot be read, found by reading one at a time."""
     for i in ids:
         try:
             array[int(i)].read().result()
@@ -166,40 +165,40 @@ class Split:
     """Images and labels of one split or several joined, by id in [0, count).
 
     Attributes:
-      name: as asked for, such as `train+held_out`.
+      name: as requested, such as `train+held_out`.
       count: number of images.
       image_size: Y and X, pixels.
-      fingerprint: SHA-256 of its images' and labels' checksums.
-      components: what `order` orders: one, with its count and the images per inner chunk; several in a mixture.
+      fingerprint: SHA-256 of the checksums of its images and labels.
+      components: for `order`: one component with the count and the images per chunk; several in a mixture.
     """
 
     def __init__(self, name: str, image_size: int, fingerprint: str, parts: Sequence[_Part], chunk: int = 1):
         self.name, self.image_size, self.fingerprint, self._parts = name, image_size, fingerprint, list(parts)
         self._starts = np.cumsum([0, *(part.count for part in parts)])
         self.count = int(self._starts[-1])
-        self.components: tuple[Component, ...] = (Component(self.count, block=chunk),)
+        self.components: tuple[Component, ...] = (Component(self.count, chunk=chunk),)
 
     @classmethod
     def mixed(cls, splits: Sequence["Split"], weights: Sequence[int]) -> "Split":
-        """One split of several, trained on in the proportions `weights`; ids of the second follow on the first's."""
+        """Several splits as one, mixed in the proportions `weights`. Ids are numbered one split after the other."""
         first = splits[0]
-        contents = json.dumps([[split.fingerprint for split in splits], list(weights)])
-        joined = cls(first.name, first.image_size, hashlib.sha256(contents.encode()).hexdigest(),
+        contents = [[split.fingerprint for split in splits], list(weights)]
+        joined = cls(first.name, first.image_size, json_digest(contents, length=64),
                      [part for split in splits for part in split._parts])
-        joined.components = tuple(Component(split.count, weight, split.components[0].block)
+        joined.components = tuple(Component(split.count, weight, split.components[0].chunk)
                                   for split, weight in zip(splits, weights, strict=True))
         return joined
 
     @property
-    def labelled(self) -> bool:
-        """Whether all its images have labels."""
-        return all(part.labelled for part in self._parts)
+    def labeled(self) -> bool:
+        """Whether all images have labels."""
+        return all(part.labeled for part in self._parts)
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Images uint8 [B, Y, X, 3] of ids [B].
 
         Raises:
-          UserError: an image is damaged or missing on disk; names its split, entry and file.
+          UserError: names the split, entry and file of an image that is damaged or missing on disk.
         """
         images_BYXC = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
         return self._gather("images", ids, images_BYXC)
@@ -211,8 +210,8 @@ class Split:
           UserError: the split has no labels, or one is damaged on disk.
         """
         for part in self._parts:
-            if not part.labelled:
-                raise UserError(f"split {part.folder!r} of {part.path} has no labels. Prepare it from a labelled "
+            if not part.labeled:
+                raise UserError(f"split {part.folder!r} of {part.path} has no labels. Prepare it from a labeled "
                                 "source.")
         return self._gather("labels", ids, np.empty(len(ids), np.int32))
 
@@ -222,15 +221,15 @@ class Split:
             raise IndexError(f"ids must lie in [0, {self.count})")
         owner = np.searchsorted(self._starts, ids, side="right") - 1
         reading = []
-        for i in np.unique(owner):  # all parts at once: in a bucket each read waits
-            place = np.flatnonzero(owner == i)
-            local = ids[place] - self._starts[i]
-            reading.append((self._parts[i], place, local, self._parts[i].start(kind, local)))
-        for part, place, local, future in reading:
-            rows[place] = part.finish(kind, local, future)
+        for i in np.unique(owner):  # start all reads before waiting for any: in a bucket each has a latency
+            mine = np.flatnonzero(owner == i)
+            local_ids = ids[mine] - self._starts[i]
+            reading.append((self._parts[i], mine, local_ids, self._parts[i].start(kind, local_ids)))
+        for part, mine, local_ids, future in reading:
+            rows[mine] = part.finish(kind, local_ids, future)
         return rows
 
 
 def tokens_of(split: Split, table: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Tokens uint16 [B, T] of ids [B], with a lookup table of `palette.lookup_table`."""
+    """Tokens uint16 [B, T] of ids [B], by a table of `palette.lookup_table`."""
     return palette.encode(split.read(ids), table)

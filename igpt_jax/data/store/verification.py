@@ -1,16 +1,15 @@
-"""Verification of a whole pixel store against its checksums."""
+"""Verifies a whole pixel store against its checksums."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from igpt_jax.config import UserError
-from igpt_jax.data.store.manifest import check_files, files_in, hashed
+from igpt_jax.data.store.manifest import check_files, damaged, files_in, hashed
 
 
 def verify(path: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """`check_files`, and reads all files and holds them against their SHA-256.
+    """Reads all files of a store and compares them with their SHA-256, after `check_files`.
 
     Raises:
       UserError: names the first file that differs.
@@ -19,5 +18,4 @@ def verify(path: epath.Path, manifest: Mapping[str, Any]) -> None:
     found = hashed(path, manifest["splits"])
     for name, known in files_in(manifest).items():
         if found[name] != known:
-            raise UserError(f"pixel store {path}: {name} differs from its SHA-256. Restore the store from a copy, or "
-                            "prepare it again.")
+            raise damaged(path, name, "differs from its SHA-256")

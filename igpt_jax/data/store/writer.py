@@ -1,4 +1,4 @@
-"""Writes a pixel store shard by shard; a stopped job resumes where it was."""
+"""Writes a pixel store shard by shard; an interrupted writer can resume."""
 
 import hashlib
 import io
@@ -21,16 +21,16 @@ from igpt_jax.data.store.reader import Split, split_of
 SHARD_BYTES = 64 * 2**20
 LABELS_PER_CHUNK = 2**16
 
-
+# zarr's codecs
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC32C = {"name": "crc32c"}
 
 
 class _Appended:
-    """An array that grows by whole shards.
+    """An array on disk that grows by whole shards.
 
-    Its SHA-256 is that of the concatenated SHA-256 digests of its shards' rows: unlike one over all rows, it can be
-    taken up again.
+    Its SHA-256 is that of the concatenated SHA-256 digests of its shards' rows. A SHA-256 over all rows could not be
+    resumed, because hashlib's state cannot be saved.
     """
 
     def __init__(self, path: epath.Path, rows_per_shard: int, chunk: int, dtype: str, codecs: list[dict]):
@@ -41,18 +41,20 @@ class _Appended:
         self.count = self._written = 0
 
     def append(self, rows: np.ndarray) -> None:
+        """Adds rows; full shards are written."""
         self._pending.append(rows)
         self.count += len(rows)
         while self.count - self._written >= self._rows:
             self._write(self._rows)
 
     def state(self) -> tuple[dict[str, Any], np.ndarray]:
-        """What `restore` needs: a JSON object, and the rows not yet written."""
+        """The state that `restore` needs: a JSON object, and the rows not yet written."""
         pending = [np.concatenate(self._pending)] if self._pending else []
         self._pending = pending
         return {"written": self._written, "digests": self._digests}, pending[0] if pending else np.empty(0, self._dtype)
 
     def restore(self, state: Mapping[str, Any], pending: np.ndarray) -> None:
+        """Continues an array whose `state` was saved."""
         self._written, self._digests = state["written"], list(state["digests"])
         self._pending = [pending] if len(pending) else []
         self.count = self._written + len(pending)
@@ -60,10 +62,10 @@ class _Appended:
             self._array = tensorstore.open(array_spec(self._path), open=True).result()
 
     def finish(self) -> str:
-        """Writes what is pending and returns the SHA-256, hexadecimal."""
+        """Writes the pending rows and returns the array's SHA-256, hexadecimal."""
         if self.count > self._written:
             self._write(self.count - self._written)
-        if self._array is not None:  # an interrupted job may have written more than its progress tells
+        if self._array is not None:  # an interrupted job may have written shards after its last save
             self._array = self._array.resize(exclusive_max=[self.count, *self._array.shape[1:]]).result()
         return hashlib.sha256("".join(self._digests).encode()).hexdigest()
 
@@ -72,7 +74,7 @@ class _Appended:
         now, later = rows[:count], rows[count:]
         self._pending = [later.copy()] if len(later) else []
         start, stop = self._written, self._written + count
-        if self._array is None:  # a split that fits into one shard gets one of its own size
+        if self._array is None:  # the first shard sets the shard size: a small split gets a shard of its own size
             size = -(-count // self.chunk) * self.chunk
             self._array = create_array(self._path, [size, *rows.shape[1:]], self._dtype, self._codecs)
         free = [None] * (rows.ndim - 1)
@@ -83,15 +85,15 @@ class _Appended:
 
 
 class Writer:
-    """Writes a new store, image by image, in bounded memory: one shard per split. It can be interrupted.
+    """Writes a new store in bounded memory, one shard per split. It can be interrupted and resumed.
 
     Args:
-      path: the store's folder. What an interrupted Writer left there is replaced, unless `resume` takes it up.
+      path: the store's folder. Files of an interrupted Writer are replaced, unless `resume` continues them.
       image_size: Y and X, pixels.
-      chunk: images per inner chunk: 1 for local disks, some 64 for buckets, where small reads are slow.
+      chunk: images per inner chunk: 1 for local disks, about 64 for buckets, where small reads are slow.
 
     Raises:
-      UserError: the folder holds other files where the store's arrays belong, or `chunk` is too large.
+      UserError: the folder has other files where the store's arrays belong, or `chunk` is too large.
     """
 
     def __init__(self, path: epath.Path, image_size: int, chunk: int = 1):
@@ -99,24 +101,29 @@ class Writer:
         self._arrays: dict[str, _Appended] = {}
         self._classes = 0
         most = max(1, SHARD_BYTES // (3 * image_size**2))
-        if chunk > most:  # TensorStore takes the memory of a whole chunk, and aborts where there is none
+        if chunk > most:  # TensorStore allocates a whole chunk, and aborts the process if it cannot
             raise UserError(f"chunk={chunk}: {chunk:,} images of {image_size}x{image_size} exceed a shard of "
                             f"{SHARD_BYTES >> 20} MiB. Set it to {most:,} or less, or to 0.")
         for split in SPLITS:
             for name in ("images", "labels"):
                 array = path / split / name
+                # TensorStore would empty a folder that it creates an array in.
                 if array.exists() and storage.listing(array) and not (array / "zarr.json").exists():
                     raise UserError(f"workdir {path}: {split}/{name} holds files that are not a pixel store's. "
                                     "Give an empty --workdir.")
 
     def add(self, split: str, images_BYXC: np.ndarray, labels_B: np.ndarray | None) -> None:
-        """Appends images uint8 [B, Y, X, 3] and labels int32 [B] (None: unlabelled, then always) to a split."""
+        """Appends images uint8 [B, Y, X, 3] and labels int32 [B] to a split.
+
+        Args:
+          labels_B: None: unlabeled; then all images of the split must be.
+        """
         size = self._image_size
         if images_BYXC.shape[1:] != (size, size, 3) or images_BYXC.dtype != np.uint8:
             raise ValueError(f"images {images_BYXC.dtype} {images_BYXC.shape} are not uint8 [B, {size}, {size}, 3]")
         images, labels = f"{split}/images", f"{split}/labels"
         if images in self._arrays and (labels_B is not None) != (labels in self._arrays):
-            raise ValueError(f"split {split} mixes labelled and unlabelled images")
+            raise ValueError(f"split {split} mixes labeled and unlabeled images")
         for name in (images,) if labels_B is None else (images, labels):
             if name not in self._arrays:
                 self._arrays[name] = self._array(name)
@@ -126,6 +133,7 @@ class Writer:
             self._classes = max(self._classes, int(labels_B.max()) + 1)
 
     def _array(self, name: str) -> _Appended:
+        """A new array of SPLIT/images or SPLIT/labels."""
         if name.endswith("/labels"):
             return _Appended(self._path / name, LABELS_PER_CHUNK, 1, "int32", [LITTLE, CRC32C])
         size = self._image_size
@@ -136,7 +144,7 @@ class Writer:
                          [{"name": "sharding_indexed", "configuration": sharded}])
 
     def save(self, notes: Mapping[str, Any]) -> None:
-        """Writes progress.npz, from which `resume` goes on; `notes` (JSON) come back from there."""
+        """Writes progress.npz for `resume`, which returns `notes` (JSON)."""
         states = {name: array.state() for name, array in self._arrays.items()}
         record = {"notes": notes, "classes": self._classes, "image_size": self._image_size, "chunk": self.chunk,
                   "arrays": {name: state for name, (state, _) in states.items()}}
@@ -146,7 +154,7 @@ class Writer:
         storage.publish(self._path / PROGRESS, data.getvalue())
 
     def resume(self) -> dict[str, Any] | None:
-        """Takes up what an interrupted Writer has saved, and returns its notes; None where there is nothing to."""
+        """Continues what an interrupted Writer saved, and returns its notes; None if nothing usable was saved."""
         file = self._path / PROGRESS
         if not file.exists():
             return None
@@ -158,13 +166,13 @@ class Writer:
             arrays = {name: self._array(name) for name in record["arrays"]}
             for name, array in arrays.items():
                 array.restore(record["arrays"][name], saved[name])
-        except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError):  # damaged: from the beginning, then
+        except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError):  # damaged: start over
             return None
         self._arrays, self._classes = arrays, record["classes"]
         return record["notes"]
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """Writes what is pending. Returns the splits as the manifest has them."""
+        """Writes the pending rows. Returns the splits as they stand in the manifest."""
         splits = {}
         for name in [name for name in self._arrays if name.endswith("/images")]:
             split, labels = name.partition("/")[0], self._arrays.get(name.replace("images", "labels"))
@@ -174,7 +182,7 @@ class Writer:
         return splits
 
     def split(self, name: str) -> Split:
-        """A split of what is written, after `close`."""
+        """A split for reading, after writing the pending rows."""
         return split_of(self._path, name, self.close(), self._image_size, self.chunk)
 
     def finish(self, palette_VC: np.ndarray | None, *, source: str, resize: str, seed: int, held_out: Mapping[str, Any],
@@ -182,11 +190,11 @@ class Writer:
         """Writes the palette and, last, the manifest, which it returns.
 
         Args:
-          palette_VC: float32 [V, 3]; None: of a slice.
-          source: of the training images, as the user named it.
+          palette_VC: float32 [V, 3]; None: the store is a slice.
+          source: of the training images, as in the config.
           resize: the rule by which images were resized.
           seed: of the held-out images and the palette.
-          held_out: the share held out and its rule.
+          held_out: the fraction held out, and the rule.
           config: of the prepare job.
           more: further fields of the manifest.
         """
