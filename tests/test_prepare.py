@@ -1,5 +1,6 @@
 """The prepare job: sources, resizing, the held-out rule, starting again, and bad input."""
 
+import hashlib
 import json
 import subprocess
 
@@ -10,7 +11,7 @@ from PIL import Image
 from igpt_jax import storage
 from igpt_jax.config import PrepareConfig, UserError
 from igpt_jax.data import images as rules
-from igpt_jax.data import order, palette, sources, store
+from igpt_jax.data import ingest, order, palette, sources, store
 from igpt_jax.data.store import writer
 from igpt_jax.jobs import prepare
 
@@ -77,6 +78,11 @@ def test_resize_takes_the_mean_of_an_area():
     images = random_images(3, 64, 64, 3)
     means = images.reshape(3, 16, 4, 16, 4, 3).astype(float).mean((2, 4))
     np.testing.assert_allclose([rules.shrink(image, 16) for image in images], means, atol=1)
+
+
+def test_rules_that_fingerprints_cover():
+    """Another spelling would give every store a new fingerprint. Seen to fail with "centered" in RESIZE_RULE."""
+    assert hashlib.sha256((rules.RESIZE_RULE + ingest.HELD_OUT_RULE).encode()).hexdigest()[:16] == "efe1c035d23af0ff"
 
 
 def test_synthetic_is_seeded_and_differs_in_test(tmp_path):

@@ -23,6 +23,7 @@ from igpt_jax.data.store import Writer
 
 GROUP = 64  # images per task of a decoding thread
 SAVE_SECONDS = 60.0
+# Every fingerprint covers this text, so not even its spelling may change.
 HELD_OUT_RULE = ("train image i of n, in the source's order (each slice's own), is held out if "
                  "order.permute(i, n, seed, 0) < round(h n)")
 

@@ -63,19 +63,19 @@ def of_files(files: Sequence[epath.Path], more: Sequence[Any] = ()) -> dict[str,
                          for name, size, *rest in zip(names, sizes, *([more] if more else []), strict=True))
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any], whose: tuple[str, str]) -> str:
+def difference(one: Mapping[str, Any], other: Mapping[str, Any], owners: tuple[str, str]) -> str:
     """The first difference between two summaries, in words; empty if there is none.
 
     Fields that a summary lacks, such as those of older versions, are not compared.
 
     Args:
-      whose: names for the two sources.
+      owners: names for the two sources.
     """
     if "classes" in one and "classes" in other and one["classes"] != other["classes"]:
-        return _of_classes((one["classes"], other["classes"]), whose)
+        return _of_classes((one["classes"], other["classes"]), owners)
     if one.get("sha256", "") == other.get("sha256", "") or not ("sha256" in one and "sha256" in other):
         return ""
-    counts = "" if one["count"] == other["count"] else (f"{whose[0]} has {one['count']:,} files and {whose[1]} "
+    counts = "" if one["count"] == other["count"] else (f"{owners[0]} has {one['count']:,} files and {owners[1]} "
                                                         f"{other['count']:,}; ")
     stride, shorter = max(one["stride"], other["stride"]), min(one["count"], other["count"])
     same = 0  # leading files that are known to be equal
@@ -86,8 +86,8 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any], whose: tuple[st
         return f"{counts}the first difference lies among the {stride:,} files after file {same:,}{after}"
     names = [_mark(summary, same + 1)[17:] if same < summary["count"] else "" for summary in (one, other)]
     if not all(names):
-        return f"{counts}only {whose[names.index('') ^ 1]} has {''.join(names)!r}"
-    return f"{counts}file {same + 1:,} is {names[0]!r} in {whose[0]} and {names[1]!r} in {whose[1]}"
+        return f"{counts}only {owners[names.index('') ^ 1]} has {''.join(names)!r}"
+    return f"{counts}file {same + 1:,} is {names[0]!r} in {owners[0]} and {names[1]!r} in {owners[1]}"
 
 
 def _mark(summary: Mapping[str, Any], count: int) -> str:
@@ -95,10 +95,10 @@ def _mark(summary: Mapping[str, Any], count: int) -> str:
     return summary["marks"][count // summary["stride"] - 1] if count else ""
 
 
-def _of_classes(names: tuple[Sequence[str], Sequence[str]], whose: tuple[str, str]) -> str:
+def _of_classes(names: tuple[Sequence[str], Sequence[str]], owners: tuple[str, str]) -> str:
     """`difference` between two lists of class names."""
     sets = [set(mine) for mine in names]
     lone = [sorted(mine - others) for mine, others in (sets, sets[::-1])]
     if any(lone):
-        return " and ".join(f"only {who} has class {mine[0]!r}" for who, mine in zip(whose, lone, strict=True) if mine)
-    return f"the order of the classes differs between {whose[0]} and {whose[1]}"
+        return " and ".join(f"only {who} has class {mine[0]!r}" for who, mine in zip(owners, lone, strict=True) if mine)
+    return f"the order of the classes differs between {owners[0]} and {owners[1]}"
