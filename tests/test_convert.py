@@ -11,14 +11,14 @@ import types
 
 import numpy as np
 import pytest
-from test_weights import change, float32, make_palette, run  # noqa: F401 (a fixture for all tests)
+from weights_files import change, float32, make_palette, run  # noqa: F401 (a fixture for all tests)
 
 from igpt_jax import checkpoint
 from igpt_jax.config import EvaluateConfig, ExportConfig, MeshConfig, SampleConfig, UserError
 from igpt_jax.jobs import convert, evaluate, sample
 from igpt_jax.parallel import sharding
 from igpt_jax.runtime.exits import Ended
-from igpt_jax.weights import huggingface, names, open_weights, ours
+from igpt_jax.weights import frameworks, huggingface, names, open_weights, ours
 
 KINDS = ("huggingface", "openai", "orbax")
 ENTRY = {"huggingface": "config.json", "openai": "model.index", "orbax": "checkpoints/0/_CHECKPOINT_METADATA"}
@@ -296,6 +296,18 @@ from igpt_jax.weights import openai
 openai._tensorflow()
 """, devices=1)
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("importing")] == order
+
+
+def test_transformers_is_not_asked_where_it_would_end_the_process(monkeypatch):
+    """TensorFlow is there, and triton not yet. Seen to fail with installed packages alone counted."""
+    monkeypatch.setattr(frameworks.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    assert not frameworks.has_transformers()
+    frameworks.triton_first()  # would now end the process too
+    assert "triton" not in sys.modules
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    assert frameworks.has_transformers()
 
 
 # Exported programs.
