@@ -1,9 +1,9 @@
-"""Attention back-ends side by side, forward and forward + backward, against jax.nn.dot_product_attention.
+"""Compares attention back-ends with jax.nn.dot_product_attention, forward and forward + backward.
 
     python benchmarks/attention.py [--shape 4,1024,8,32] [--dtype float32] [--rounds 15] [--json FILE]
 
-Each round runs every candidate once, in turn, so that a noisy machine is noisy for all. Prints medians, the ratio to
-XLA's attention and the largest difference from the reference's values.
+Each round runs every candidate once, so that a noisy machine is noisy for all. Prints medians, the ratio to XLA's
+attention and the largest difference from the reference's values.
 """
 
 import argparse
@@ -24,7 +24,7 @@ XLA = "jax.nn.dot_product_attention"
 
 
 def candidates(platform: str, dtype: str, tokens: int, head_dim: int) -> dict:
-    """name -> attention(q, k, v), causal: XLA's, and our back-ends that can run here."""
+    """Causal attention(q, k, v) by name: XLA's, and those of our back-ends that run here."""
     found = {XLA: functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")}
     for name in ATTENTION_BACKENDS[1:]:
         try:
@@ -36,7 +36,7 @@ def candidates(platform: str, dtype: str, tokens: int, head_dim: int) -> dict:
 
 
 def forward_backward(attend):
-    """q, k, v, weight -> gradients of the weighted sum of the values."""
+    """Makes a function (q, k, v, weight) -> gradients of the weighted sum of the result."""
     return jax.grad(lambda q, k, v, weight: (attend(q, k, v) * weight).sum().astype(jnp.float32), argnums=(0, 1, 2))
 
 

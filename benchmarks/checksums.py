@@ -1,8 +1,8 @@
-"""What checking costs:  python benchmarks/checksums.py [--gib=1]
+"""Measures the cost of checksums and saves:  python benchmarks/checksums.py [--gib=1]
 
-Checksums of a state on the devices, the time that `save` holds up training, and the whole way to the disk and back,
-hashes included, in MB/s. Prints a table; medians of --rounds. CPU seconds are those of all threads: where other work
-has the cores, they tell more than the seconds that passed.
+Times the checksums of a state on the devices, the part of a save that blocks training, a whole save, and a restore
+with its checks. Prints a table of medians over --rounds. CPU seconds are those of all threads; on a busy machine they
+are a better measure than the time that passed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the state")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     import jax
@@ -32,18 +32,18 @@ def main() -> None:
     from igpt_jax.parallel import checksums, sharding
     from igpt_jax.training.steps import abstract_state, init_state
 
-    # An igpt_s of as many layers as make the state, parameters and two moments in float32, as large as asked.
+    # An igpt_s with as many layers as make its state (parameters and two moments, float32) --gib large.
     layers = max(1, round(given.gib * 2**30 / (3 * 4 * 12 * 512**2)))
     config = parse("pretrain", base_config("pretrain", f"model=igpt_s,model.layers={layers},keep_newest=1"))
     mesh = sharding.make_mesh(config.mesh)
     built = Model(config.model, 512, 8, config.precision, mesh)
     abstract = abstract_state(built, config, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = jax.jit(lambda key: init_state(built, config, key), out_shardings=places)(jax.random.key(0))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.jit(lambda key: init_state(built, config, key), out_shardings=shardings)(jax.random.key(0))
     jax.block_until_ready(state)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     record = checkpoint.Metadata(config, np.zeros((512, 3), np.float32), 8, "none", 0)
-    took = {"checksums": [], "save, training held up": [], "save, whole": [], "restore and compare": []}
+    took = {"checksums": [], "save, training blocked": [], "save, whole": [], "restore and compare": []}
 
     def timed(name: str, run):
         start, cpu = time.perf_counter(), time.process_time()
@@ -59,7 +59,7 @@ def main() -> None:
                 timed("checksums", lambda: checksums.of_tree(state))
 
                 def save(step: int = step):
-                    timed("save, training held up",
+                    timed("save, training blocked",
                           lambda: checkpoints.save(state, dataclasses.replace(record, steps_done=step)))
                     checkpoints.wait()
 

@@ -1,8 +1,8 @@
-"""Two files of figures held against each other, row by row:  python benchmarks/compare.py BEFORE.json AFTER.json
+"""Compares two files of figures row by row:  python benchmarks/compare.py BEFORE.json AFTER.json
 
-Takes what `--json` of train_step.py and attention.py writes. A row's name is all its texts. Prints seconds before and
-after and their ratio; exit code 1 where a row takes more than --slower times as long (default 1.05), 2 where the files
-cannot be compared: other hardware, other sizes, or no row in both.
+Reads what `--json` of train_step.py and attention.py writes, and prints seconds before and after, and their ratio.
+Exit code 1: a row takes more than --slower times as long (default 1.05). Exit code 2: the files cannot be compared,
+because hardware or sizes differ, or no row is in both.
 """
 
 import argparse
@@ -15,7 +15,7 @@ MEASURED = {"rows", "load", "product_flops", "peak_bytes", "peak_mib", "jax", "t
 
 
 def rows_by_name(figures: dict[str, Any]) -> dict[str, float]:
-    """Seconds by the texts of a row."""
+    """Seconds by the name of a row, which is all its texts."""
     return {" ".join(value for value in row.values() if isinstance(value, str)): row["seconds"]
             for row in figures["rows"]}
 
@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=pathlib.Path)
     parser.add_argument("after", type=pathlib.Path)
-    parser.add_argument("--slower", type=float, default=1.05, help="the ratio of seconds that fails")
+    parser.add_argument("--slower", type=float, default=1.05, help="largest ratio of seconds that passes")
     arguments = parser.parse_args()
     try:
         before, after = (json.loads(file.read_text()) for file in (arguments.before, arguments.after))
@@ -36,7 +36,7 @@ def main() -> int:
                  if key not in MEASURED and before.get(key) != after.get(key)]
     names = [name for name in mine if name in others]
     if differing or not names:
-        print(f"compare: the files are not of the same thing: {'; '.join(differing) or 'no row is in both'}.",
+        print(f"compare: the files measure different things: {'; '.join(differing) or 'no row is in both'}.",
               file=sys.stderr)
         return 2
     width = max(map(len, names))

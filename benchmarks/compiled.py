@@ -1,11 +1,10 @@
-"""What the compiler made of a training step:
+"""Shows what decides the speed of a compiled training step, without running it:
 
     python benchmarks/compiled.py TOPOLOGY [--config KEY=VALUE,...] [--json FILE]
 
-For a topology of `plan` (cpu:1, v5e:4x4, h200:8; a TPU's compiler is the extra `plan`, a GPU's comes with jax[cuda13])
-and the plan job's settings, compiles the very step of `pretrain` and tells what decides its speed: the dtypes of matrix
-products, what is computed again, what is moved only to lie otherwise, which collectives run beside other work, and how
-much of the state is updated in place. Nothing runs, so no figure here is a time.
+Compiles the training step of `pretrain` for a topology of `plan` (cpu:1, v5e:4x4, h200:8) with the plan job's settings.
+TPUs need the extra `plan`, GPUs jax[cuda13]. It reports the dtypes of matrix products, recomputation, transposes and
+copies, how many of the collectives' bytes overlap with computation, and how much of the state is updated in place.
 """
 
 import argparse
@@ -34,15 +33,15 @@ WORTH_COUNTING = 4096  # bytes that an instruction moves
 
 
 def evidence(config: PlanConfig) -> dict[str, Any]:
-    """The figures of one step. Bytes are of one device; FLOPs and counts of instructions too, each as often as it runs.
+    """The figures of one step. Bytes, FLOPs and numbers of instructions are of one device and count every iteration.
 
     Returns:
       products: matrix products as written, by the dtypes of both sides.
       recomputed: executed FLOPs over those of the same step without remat.
-      memory_bytes: read and written; rearranged_bytes: by transposes and copies that stand alone, among them.
-      instructions: fusions, transposes, copies and all others that move more than 4 KiB, by opcode.
-      overlapped_bytes, waiting_bytes: sent by collectives that run beside computation, and by those that it waits for.
-      updated_in_place: bytes of the state whose memory the new state takes, over all of it.
+      memory_bytes: read and written; rearranged_bytes: the part of it by transposes and copies outside fusions.
+      instructions: number of fusions, transposes, copies and others that move at least 4 KiB, by opcode.
+      overlapped_bytes, waiting_bytes: sent by collectives that overlap with computation, and by exposed ones.
+      updated_in_place: fraction of the state's bytes whose memory the new state takes.
     """
     target = topology.parse(config.topology)
     mesh = sharding.make_mesh(config.mesh, targets.devices_for(target))
@@ -68,7 +67,7 @@ def evidence(config: PlanConfig) -> dict[str, Any]:
     return {"products": dict(products), "recomputed": flops.count(traced.jaxpr, model.causal) / saved,
             "memory_bytes": moved.memory_bytes, "rearranged_bytes": rearranged, "instructions": counts,
             "overlapped_bytes": overlapped, "waiting_bytes": waiting,
-            "updated_in_place": min(1.0, memory.alias_size_in_bytes / state)}  # a TPU's arrays are padded
+            "updated_in_place": min(1.0, memory.alias_size_in_bytes / state)}  # TPUs pad arrays
 
 
 def _without_remat(config: PlanConfig) -> dict[str, Any]:
@@ -77,8 +76,10 @@ def _without_remat(config: PlanConfig) -> dict[str, Any]:
 
 
 def instructions(module: dict[str, hlo.Computation]) -> tuple[dict[str, int], float]:
-    """How many instructions of each opcode run, those inside fusions and those that move next to nothing not counted;
-    and the bytes that rearrangements move."""
+    """The number of instructions by opcode, and the bytes that transposes and copies move.
+
+    Instructions inside fusions, and those that move less than WORTH_COUNTING bytes, do not count.
+    """
     counts, moved = collections.Counter(), 0.0
     for computation, instruction, times in hlo.executed(module, module["ENTRY"], 1.0):
         size = program.memory_bytes_of(module, computation, instruction)
@@ -89,7 +90,7 @@ def instructions(module: dict[str, hlo.Computation]) -> tuple[dict[str, int], fl
 
 
 def overlap(module: dict[str, hlo.Computation], mesh_shape: dict[str, int]) -> tuple[float, float]:
-    """Bytes sent by collectives with computation between their start and their end, and by all others."""
+    """Bytes sent by collectives with computation between their start and their end, and by all others (exposed)."""
     sent = {True: 0.0, False: 0.0}
     for send in program.sends(module, mesh_shape):
         sent[send.spread or _computes_until_done(send.computation, send.instruction)] += send.bytes
@@ -97,7 +98,7 @@ def overlap(module: dict[str, hlo.Computation], mesh_shape: dict[str, int]) -> t
 
 
 def _computes_until_done(computation: hlo.Computation, start: hlo.Instruction) -> bool:
-    """Whether something is computed, in the order of the schedule, between a start and its done."""
+    """Whether something is computed between a start and its done, in the order of the schedule."""
     order = list(computation.values())
     for each in order[order.index(start) + 1:]:
         if start.name in each.operands:
@@ -110,7 +111,7 @@ def _computes_until_done(computation: hlo.Computation, start: hlo.Instruction) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("topology")
-    parser.add_argument("--config", default="", help="of the plan job: model=igpt_s,batch_size=128,mesh.fsdp=8")
+    parser.add_argument("--config", default="", help="settings of plan: model=igpt_s,batch_size=128,mesh.fsdp=8")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     arguments = parser.parse_args()
     settings = ",".join(filter(None, [arguments.config, f"topology={arguments.topology}"]))
@@ -120,12 +121,12 @@ def main() -> None:
     print(f"{arguments.topology}, {settings}, jax {jax.__version__}")
     wide = {dtypes: count for dtypes, count in found["products"].items() if dtypes != "bf16 x bf16"}
     print(f"matrix products   {sum(found['products'].values())} written, not bfloat16 x bfloat16: {wide or 'none'}")
-    print(f"recomputed        {found['recomputed'] - 1:.1%} of the FLOPs once more")
+    print(f"recomputed        {found['recomputed'] - 1:.1%} of the FLOPs")
     print(f"memory            {found['memory_bytes'] / 1e9:.2f} GB moved, {found['rearranged_bytes'] / 1e9:.2f} GB of "
-          "it by transposes and copies alone")
+          "it by transposes and copies")
     sent = found["overlapped_bytes"] + found["waiting_bytes"]
-    print(f"collectives       {sent / 1e9:.2f} GB sent, {found['overlapped_bytes'] / sent if sent else 1:.0%} beside "
-          "computation")
+    print(f"collectives       {sent / 1e9:.2f} GB sent, {found['overlapped_bytes'] / sent if sent else 1:.0%} "
+          "overlapped with computation")
     print(f"state             {found['updated_in_place']:.1%} of its bytes updated in place")
     print("instructions      " + ", ".join(f"{count} {name}" for name, count in found["instructions"].items()))
     if arguments.json:

@@ -1,10 +1,10 @@
-"""Images per second of the input pipelines, beside TensorFlow's bare JPEG decoder and Hugging Face's image processor.
+"""Measures the input pipelines, TensorFlow's bare JPEG decoder and Hugging Face's image processor in images per second.
 
     python benchmarks/data.py --store=runs/cifar10 [--output=data.json]
 
-`--store` is a pixel store; without it one of made-up 32x32 pictures is written to a temporary folder. JPEGs are made
-up too, 256 to 384 pixels a side, and written by TFDS to ArrayRecord files. All rows run in one process, in turn, three
-rounds; each figure is the median of its rounds. The last column is the share of the row's limit where it has one.
+`--store` is a pixel store; the default is one of synthetic 32x32 pictures in a temporary folder. JPEGs are synthetic
+too, 256 to 384 pixels a side, in ArrayRecord files written by TFDS. All rows run in one process, in turns, for three
+rounds; each figure is a median. The last column is the share of the row's limit, if it has one.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PICTURES, SHORTEST, LONGEST = 256, 256, 384
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):
-    """Made-up JPEGs with the detail of photographs: about 40 KB each."""
+    """Synthetic JPEGs with the detail of photographs, about 40 KB each."""
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
@@ -57,7 +57,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
 
 
 def rate(batches: Iterator, images: int) -> tuple[float, float]:
-    """Images per second, and CPU seconds of all threads per image, of batches of `images`, after a few of them."""
+    """Images per second and CPU seconds per image (all threads), in batches of `images`, after a warm-up."""
     for _ in range(8):
         next(batches)
     count, start, cpu = 0, time.perf_counter(), time.process_time()
@@ -71,7 +71,7 @@ def rate(batches: Iterator, images: int) -> tuple[float, float]:
 
 
 def bare_decode(split, batch_size: int) -> Iterator:
-    """tf.image's decoder on the very files, whole pictures, and nothing else."""
+    """tf.image's decoder on the same files, whole pictures, and nothing else."""
     files = tf.data.Dataset.from_tensor_slices([data for _, data in split.pictures(np.arange(split.count))]).repeat()
     decoded = files.map(lambda one: tf.shape(tf.image.decode_jpeg(one, channels=3, dct_method="INTEGER_ACCURATE")),
                         num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -79,7 +79,7 @@ def bare_decode(split, batch_size: int) -> Iterator:
 
 
 def read_and_decode(split, batch_size: int) -> Iterator:
-    """The same, each batch's records read from the files first, in order."""
+    """The same, but each batch's records are first read from the files, in order."""
     def read(step: np.int64) -> np.ndarray:
         ids = (step * batch_size + np.arange(batch_size)) % split.count
         return np.array([data for _, data in split.pictures(ids)], object)
@@ -94,7 +94,7 @@ def read_and_decode(split, batch_size: int) -> Iterator:
 
 
 def hugging_face(split, palette_VC: np.ndarray, batch_size: int) -> Iterator:
-    """ImageGPTImageProcessor with the same palette on the same images, none of them resized."""
+    """ImageGPTImageProcessor with the same palette on the same images, without resizing."""
     from transformers import ImageGPTImageProcessor
 
     processor = ImageGPTImageProcessor(clusters=palette_VC, do_resize=False)
@@ -104,7 +104,7 @@ def hugging_face(split, palette_VC: np.ndarray, batch_size: int) -> Iterator:
 
 
 def rows(folder: str, store: str) -> dict[str, tuple[Callable[[], tuple[float, float]], str]]:
-    """Each row's name, how to measure it, and the row that is its limit."""
+    """Rows by name: how to measure each, and the row that is its limit."""
     if not store:
         store = f"{folder}/store"
         prepare.run(PrepareConfig(source="synthetic:20000", image_size=32), store)
@@ -121,8 +121,8 @@ def rows(folder: str, store: str) -> dict[str, tuple[Callable[[], tuple[float, f
     def resident(augment: str) -> tuple[float, float]:
         batches = data.train_batches(split, table, reader="resident", seed=0, batch_size=128, start_step=0,
                                      sharding=sharding, prefetch=4, augment=augment)
-        waited = iter(lambda: next(batches).tokens.block_until_ready(), None)
-        return rate(waited, 128)
+        on_device = iter(lambda: next(batches).tokens.block_until_ready(), None)
+        return rate(on_device, 128)
 
     size = split.image_size
     found = {f"store {size}x{size}, tf.data, batches of {batch_size}, {augment}":
@@ -141,7 +141,7 @@ def rows(folder: str, store: str) -> dict[str, tuple[Callable[[], tuple[float, f
         found["Hugging Face ImageGPTImageProcessor, batches of 32"] = (
             lambda: rate(hugging_face(split, opened.palette, 32), 32), "")
     except ImportError:
-        print("transformers is not installed: its row is left out", file=sys.stderr)
+        print("transformers is not installed, so its row is missing", file=sys.stderr)
     return found
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     print(f"{'':64} {'images/s':>10} {'CPU us/image':>13}")
     for name, (_, limit) in table.items():
         speed, cpu = (statistics.median(values) for values in zip(*rates[name], strict=True))
-        # Of rounds side by side, since the machine's other load changes from round to round.
+        # Compare rows within each round: other load on the machine changes from round to round.
         share = limit and statistics.median(mine[0] / other[0] for mine, other in
                                             zip(rates[name], rates[limit], strict=True))
         print(f"{name:64} {speed:10,.0f} {cpu * 1e6:13,.1f}" + (f"  {share:.0%} of {limit}" if limit else ""))

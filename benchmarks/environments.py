@@ -1,8 +1,8 @@
-"""Fresh environments: what each installs, whether quickstart and tests run there. Writes docs/environments.md.
+"""Tests fresh environments: installs, runs the quickstart and tests, and writes docs/environments.md.
 
     python benchmarks/environments.py [NAME ...] [--all] [--folder FOLDER]
 
-Each environment works on a copy of the commit at HEAD. Rows of environments that are not named stay as they were.
+Each environment works on a copy of the commit at HEAD. Rows of other environments stay as they are.
 """
 
 import argparse
@@ -46,13 +46,13 @@ missing, the tests that need it are skipped.
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What is installed: by the constraints with torch, the newest of everything, or a GPU image's packages."""
+    """An environment: packages at the constraints, the newest ones, or those of a GPU image."""
     python: str
     constrained: bool = False
     gpu_image: bool = False
 
     def installs(self) -> tuple[list[str], list[str]]:
-        """Arguments of pip for quickstart and for the tests."""
+        """pip's arguments for the quickstart, and for the tests."""
         limits = [f"--constraint={name}" for name in ("constraints.txt", "constraints-torch.txt")]
         if self.constrained:
             return ([*limits, "--editable", "."], [*limits, "--editable", ".[test,huggingface]"])
@@ -66,6 +66,7 @@ class Environment:
         return [*GPU_IMAGE, *(each for each in ours if re.split(r"[=<>]", each)[0] not in pinned)], test
 
     def tests(self, tree: pathlib.Path) -> list[str]:
+        """The test files that run in it."""
         groups = [name for name in FILES if not (self.gpu_image and name in ("pipeline", "records"))]  # TensorFlow's
         return sorted({str(file.relative_to(tree)) for name in groups for file in tree.glob(f"tests/test_{name}*.py")})
 
@@ -75,20 +76,21 @@ ENVIRONMENTS = {"3.11, constraints.txt": Environment("3.11", constrained=True), 
 
 
 def interpreter(version: str) -> str:
-    """A Python of this version that runs: on PATH, or among pyenv's."""
+    """A working Python of this version, from PATH or pyenv."""
     pyenv = sorted(glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python")))
     for python in filter(None, [shutil.which(f"python{version}"), *pyenv]):
         if subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0:
             return python
-    sys.exit(f"environments.py: no Python {version} was found. Install it, or name other environments.")
+    sys.exit(f"environments.py: Python {version} was not found. Install it, or name other environments.")
 
 
 def megabytes(folder: pathlib.Path) -> float:
+    """The size of all files in a folder."""
     return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_symlink()) / 1e6
 
 
 def measure(environment: Environment, folder: pathlib.Path, every_test: bool) -> dict:
-    """One row of the table."""
+    """Measures one environment; returns its row of the table."""
     tree, venv = folder / "tree", folder / "venv"
     tree.mkdir()
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
@@ -116,15 +118,15 @@ def measure(environment: Environment, folder: pathlib.Path, every_test: bool) ->
             run("quickstart", "launch/quickstart.sh", python, "runs/quickstart")
     versions = json.loads(run("versions", python, "-c", VERSIONS))
     row["versions"] = {name: versions[name] for name in ("python", *SHOWN) if name in versions}
-    said = run("tests", python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", MARKS,
+    output = run("tests", python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", MARKS,
                *([] if every_test else environment.tests(tree)))
-    row["tests"] = said.strip().splitlines()[-1].strip("= ")
+    row["tests"] = output.strip().splitlines()[-1].strip("= ")
     row["files"] = "all" if every_test else len(environment.tests(tree))
     return row
 
 
 def page(rows: dict[str, dict]) -> str:
-    """The document, from the rows that were measured."""
+    """The text of docs/environments.md."""
     lines = [ABOUT, "| environment | date | install | with the test extra | quickstart | tests |",
              "|---|---|---|---|---|---|"]
     for name, row in rows.items():
@@ -145,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {'; '.join(ENVIRONMENTS)}; none: all")
     parser.add_argument("--all", action="store_true", help="all fast tests, an hour each")
-    parser.add_argument("--folder", help="for the environments, which are removed after; default: the system's")
+    parser.add_argument("--folder", help="for the temporary environments; default: the system's")
     arguments = parser.parse_args()
     if wrong := set(arguments.names) - set(ENVIRONMENTS):
         parser.error(f"{', '.join(sorted(wrong))} is not one of: {'; '.join(ENVIRONMENTS)}")

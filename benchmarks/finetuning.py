@@ -1,10 +1,10 @@
-"""What pretraining and the joint loss are worth: fine-tuning, three ways, and masked pretraining, at equal steps.
+"""Measures the gain of pretraining and of the joint loss: fine-tuning in three ways, and masked pretraining.
 
     python benchmarks/finetuning.py --store=runs/cifar16 --checkpoint=runs/cifar16_tiny [--steps 300] [--batch 64]
         [--workdir runs/finetuning] [--figure FILE.png]
 
-Runs the jobs one after the other; a run that is there already is not repeated. Prints a Markdown table, writes it as
-JSON into the workdir, and draws held-out accuracy and masked loss over steps.
+All runs have the same number of steps. A finished run is not repeated. Prints a Markdown table, writes it as JSON into
+the workdir, and draws held-out accuracy and masked loss over steps.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def main() -> None:
 
 
 def draw(path: str, curves: dict[str, list[dict]], masked: list[dict]) -> None:
+    """Draws accuracy of the fine-tuned runs, and loss of the masked one, over steps."""
     figure = matplotlib.figure.Figure(figsize=(10, 4), dpi=130, layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for label, lines in curves.items():

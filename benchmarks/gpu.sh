@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All that is measured on a GPU, in slices of under nine minutes:
+# Runs all benchmarks of a GPU, in slices of under nine minutes:
 #   benchmarks/gpu.sh SLICE [PYTHON [FOLDER]]      SLICE: kernels, steps, flags, sampling, peers, or all
-# Each figure is a file in FOLDER (default benchmarks/results/gpu); one that is there is not measured again, so that a
-# slice which was cut off goes on. TINY=1: tiny shapes, on any device, to try this file.
-# The slice `peers` and half of `sampling` need torch and transformers. Where some candidates of a file fail, the
-# figures of the others are kept, and the log beside them.
+# Each figure is a file in FOLDER (default benchmarks/results/gpu). Existing ones are not measured again, so that
+# rerunning an interrupted slice resumes it. TINY=1 tries this file with tiny shapes on any device.
+# The slice `peers` and half of `sampling` need torch and transformers. If some candidates of a file fail, the figures
+# of the others are saved, with a log.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 slice=${1:?"SLICE: kernels, steps, flags, sampling, peers, or all"}
@@ -18,7 +18,7 @@ mkdir -p "$folder"
 theirs=16
 "$python" -c 'import torch, transformers' 2>/dev/null || theirs=0
 
-# measure NAME FILE.py ARGUMENTS...: writes FOLDER/NAME.json; where that fails, FOLDER/NAME.log is left.
+# measure NAME FILE.py ARGUMENTS...: writes FOLDER/NAME.json, and FOLDER/NAME.log if something fails.
 measure() {
   local name=$1 left=$((limit - SECONDS))
   [ -s "$folder/$name.json" ] && return
@@ -38,7 +38,7 @@ measure() {
   [ -s "$folder/.$name.json" ] && mv "$folder/.$name.json" "$folder/$name.json"
 }
 
-# model side batch remat: what one H200 holds.
+# model side batch remat, as one H200 holds.
 steps="igpt_s 32 128 attention
 igpt_s 32 128 dots
 igpt_s 32 128 none
@@ -79,7 +79,7 @@ run_slice() {
         measure "step_${model}_${side}_$remat" train_step.py --model "$model" --side "$side" --batch "$batch" --remat "$remat" \
           --only "ours, bfloat16, 1 " --rounds 10
       done <<<"$steps"
-      # XLA's own attention beside cuDNN's.
+      # XLA's own attention, to compare with cuDNN's.
       read -r model side batch remat <<<"$steps"
       measure "step_${model}_${side}_xla_attention" train_step.py --model "$model" --side "$side" --batch "$batch" \
         --remat "$remat" --attention reference --only "ours, bfloat16, 1 " --rounds 10 ;;

@@ -1,4 +1,4 @@
-"""PyTorch's candidates for train_step.py: Hugging Face's ImageGPT, a plain GPT of the same shape, a matrix product."""
+"""PyTorch candidates of train_step.py: Hugging Face's ImageGPT, a plain GPT of the same shape, a matrix product."""
 
 import functools
 import importlib.util
@@ -15,18 +15,19 @@ from igpt_jax.config import ModelConfig
 
 
 def device_for(on_gpu: bool) -> str:
-    """PyTorch's name of the device that JAX has."""
+    """PyTorch's name for the device that JAX uses. Raises RuntimeError if PyTorch uses another one."""
     if on_gpu != torch.cuda.is_available():
-        raise RuntimeError(f"JAX runs on the {'GPU' if on_gpu else 'CPU'} and PyTorch does not: they must agree.")
+        raise RuntimeError(f"JAX runs on the {'GPU' if on_gpu else 'CPU'} and PyTorch does not. Install both for the "
+                           "same device.")
     return "cuda" if on_gpu else "cpu"
 
 
 class PlainGPT(nn.Module):
-    """What a good PyTorch GPT looks like: joined projections, scaled_dot_product_attention, no dropout, no biases."""
+    """A fast PyTorch GPT: joined projections, scaled_dot_product_attention, no dropout, no biases."""
 
     def __init__(self, layers: int, embed: int, heads: int, tokens: int, colors: int):
         super().__init__()
-        self.colors, self.places = nn.Embedding(colors + 1, embed), nn.Embedding(tokens, embed)
+        self.colors, self.positions = nn.Embedding(colors + 1, embed), nn.Embedding(tokens, embed)
         self.blocks = nn.ModuleList(nn.ModuleDict({
             "norm1": nn.LayerNorm(embed, bias=False), "qkv": nn.Linear(embed, 3 * embed, bias=False),
             "out": nn.Linear(embed, embed, bias=False), "norm2": nn.LayerNorm(embed, bias=False),
@@ -36,11 +37,11 @@ class PlainGPT(nn.Module):
         self.heads = heads
 
     def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
-        x = self.colors(x_BT) + self.places.weight
+        x = self.colors(x_BT) + self.positions.weight
         B, T, D = x.shape
         for block in self.blocks:
-            q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2)
-                       for part in block["qkv"](block["norm1"](x)).split(D, dim=2))
+            q, k, v = (each.view(B, T, self.heads, -1).transpose(1, 2)
+                       for each in block["qkv"](block["norm1"](x)).split(D, dim=2))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + block["out"](attended.transpose(1, 2).reshape(B, T, D))
             x = x + block["down"](F.gelu(block["up"](block["norm2"](x)), approximate="tanh"))
@@ -69,6 +70,7 @@ def hugging_face(shape: ModelConfig, tokens: int, colors: int) -> nn.Module:
 
 def step(make: Callable[[], nn.Module], on_gpu: bool, rate: float, colors: int, tokens_BT: np.ndarray, bfloat16: bool,
          compiled: bool) -> Candidate:
+    """A training step: forward, backward and Adam."""
     device = device_for(on_gpu)
     model = make().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
@@ -110,7 +112,7 @@ def product(on_gpu: bool, side: int) -> Candidate:
 
 def candidates(shape: ModelConfig, on_gpu: bool, side: int, rate: float, colors: int, tokens_BT: np.ndarray
                ) -> dict[str, Callable[[], Candidate]]:
-    """What makes each, by name; `side` is that of the matrices."""
+    """Functions that make the candidates, by name; `side` is that of the matrices."""
     tokens = tokens_BT.shape[1]
     models = {"plain GPT": functools.partial(PlainGPT, shape.layers, shape.embed, shape.heads, tokens, colors)}
     if importlib.util.find_spec("transformers"):

@@ -1,12 +1,14 @@
-"""What probing costs: the solver beside scikit-learn's LogisticRegression, and features of all layers beside one.
+"""Measures probing: the solver against scikit-learn's LogisticRegression, features of all layers against those of one.
 
     python benchmarks/probe.py solver [--examples 10000] [--dims 512] [--classes 10] [--layers 25] [--json FILE]
     python benchmarks/probe.py features [--layers 24] [--embed 64] [--size 16] [--rounds 25] [--json FILE]
 
-solver: features of each layer are synthetic and correlated, as a network's are. scikit-learn solves in float32 and in
-float64, to a tolerance at which its objective is no lower than ours. Prints seconds, their ratio, and how the optima
-differ. features: the same batch through both programs in turn; prints the median seconds of each, by the clock and of
-CPU time, which other jobs on the machine disturb less, and of the pairs' ratio.
+solver: the features of each layer are synthetic and correlated, like a network's. scikit-learn solves in float32 and in
+float64, to a tolerance at which its objective is no lower than ours. Prints seconds, their ratio, and the differences
+of the optima.
+
+features: both programs take turns on the same batch. Prints medians of wall time, of CPU time, which other jobs on the
+machine disturb less, and of the ratio in each round.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from igpt_jax.model.layers import norm
 
 
 def synthetic(examples: int, dims: int, classes: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [E, D] whose principal deviations fall off exponentially, and labels that depend on them with noise."""
+    """Features float32 [E, D] whose principal deviations decay exponentially, and noisy labels that depend on them."""
     random = np.random.default_rng(layer)
     mix_DD = random.normal(size=(dims, dims)) * np.exp(-np.arange(dims) * 8 / dims)[:, None]
     x_ED = random.normal(size=(examples, dims)) @ mix_DD / dims ** 0.5 + 0.05 * random.normal(size=(examples, dims))
@@ -37,33 +39,34 @@ def synthetic(examples: int, dims: int, classes: int, layer: int) -> tuple[np.nd
 
 
 def objective(x_ED: np.ndarray, labels_E: np.ndarray, weights_DK: np.ndarray, biases_K: np.ndarray,
-              strength: float) -> float:
-    """Mean cross entropy + strength / 2 |weights|^2 in float64."""
+              l2: float) -> float:
+    """Mean cross entropy + l2 / 2 |weights|^2 in float64."""
     logits_EK = x_ED.astype(np.float64) @ weights_DK.astype(np.float64) + biases_K
     logits_EK -= logits_EK.max(axis=1, keepdims=True)
     entropy = np.log(np.exp(logits_EK).sum(axis=1)) - logits_EK[np.arange(len(labels_E)), labels_E]
-    return float(entropy.mean() + strength / 2 * np.square(weights_DK, dtype=np.float64).sum())
+    return float(entropy.mean() + l2 / 2 * np.square(weights_DK, dtype=np.float64).sum())
 
 
 def solver(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    strength, classes = arguments.strength, arguments.classes
+    """Rows of one layer each: seconds of both solvers, and how their optima differ."""
+    l2, classes = arguments.l2, arguments.classes
     rows = []
     for layer in range(arguments.layers):
         x_ED, labels_E = synthetic(arguments.examples, arguments.dims, classes, layer)
         if layer == 0:
-            linear_probe.fit(x_ED, labels_E, classes, (strength,))  # compiles
+            linear_probe.fit(x_ED, labels_E, classes, (l2,))  # compiles
         start = time.perf_counter()
-        (probe,) = linear_probe.fit(x_ED, labels_E, classes, (strength,))
+        (probe,) = linear_probe.fit(x_ED, labels_E, classes, (l2,))
         row = {"layer": layer, "ours_seconds": time.perf_counter() - start}
         standard_ED = (x_ED - probe.mean_D) / probe.deviation_D
-        ours = objective(standard_ED, labels_E, probe.weights_DK, probe.biases_K, strength)
+        ours = objective(standard_ED, labels_E, probe.weights_DK, probe.biases_K, l2)
         for dtype in (np.float32, np.float64):
             start = time.perf_counter()
-            theirs = LogisticRegression(C=1 / (strength * len(x_ED)), tol=arguments.tolerance, max_iter=5000).fit(
+            theirs = LogisticRegression(C=1 / (l2 * len(x_ED)), tol=arguments.tolerance, max_iter=5000).fit(
                 standard_ED.astype(dtype), labels_E)
             name = f"sklearn_{np.dtype(dtype).name}"
             row[f"{name}_seconds"] = time.perf_counter() - start
-            value = objective(standard_ED, labels_E, theirs.coef_.T, theirs.intercept_, strength)
+            value = objective(standard_ED, labels_E, theirs.coef_.T, theirs.intercept_, l2)
             row[f"{name}_objective_above_ours"] = value / ours - 1
             row[f"{name}_same_predictions"] = float((theirs.predict(standard_ED) == probe.predict(x_ED)).mean())
         rows.append(row)
@@ -75,13 +78,14 @@ def solver(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def features(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one round each: seconds for features of all layers, and of the last one."""
     config = ModelConfig("igpt_tiny", layers=arguments.layers, embed=arguments.embed, heads=arguments.heads)
     model = Model(config, 512, arguments.size, "float32")
     params = jax.jit(model.init)(jax.random.key(0))
     tokens_BT = jax.random.randint(jax.random.key(1), (arguments.batch, model.dims.T), 0, 512)
 
     def last_layer(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
-        """f^L alone: the same forward pass, whose scan gives nothing but the stream."""
+        """Features of the last layer alone: the same forward pass, whose scan returns no features."""
         gpt = model.bind(params)
 
         def block(block, x_BTD, _):
@@ -120,7 +124,7 @@ def main() -> None:
         for name, default in numbers.items():
             part.add_argument(f"--{name}", type=int, default=default)
         part.add_argument("--json", help="file for the figures")
-    parts.choices["solver"].add_argument("--strength", type=float, default=1e-3)
+    parts.choices["solver"].add_argument("--l2", type=float, default=1e-3, help="penalty")
     parts.choices["solver"].add_argument("--tolerance", type=float, default=1e-5, help="of scikit-learn's gradient")
     arguments = parser.parse_args()
     rows = arguments.function(arguments)

@@ -1,14 +1,15 @@
-"""Sampling: how near to the speed of memory, and how far from transformers' `generate`, in one run.
+"""Measures sampling against the memory bandwidth, and against transformers' `generate`, in one run.
 
     python benchmarks/sampling.py [--size igpt_s] [--side 16] [--batch 8] [--precision float32] [--cache float32]
         [--rounds 3] [--theirs 32] [--json FILE]
 
-Bytes per pixel drawn = weights read (blocks and head, in the compute dtype) + keys and values written so far
-(2 x layers x batch x width x pixels so far, in the cache's dtype): what a step must read, not what it does read.
-Share = those bytes / time / bandwidth. The bandwidth is that of a sum over 1 GiB of float32, measured between the
-rounds. --theirs: pixels that transformers draws of each image (0: none); its steps only grow dearer after those.
+A step must read all weights (blocks and head, in the compute dtype) and the keys and values of the pixels so far
+(2 x layers x batch x width x pixels, in the cache's dtype). The share of the bandwidth is those bytes / time /
+bandwidth. The bandwidth is that of a sum over 1 GiB of float32, measured between the rounds.
 
-Then the cost of one step with the cache of each segment, at 1,024 and 4,096 pixels (--lengths).
+--theirs limits how many pixels of each image transformers draws (0: none). Its later steps only take longer.
+
+Then it measures one step with the cache of each segment, at 1,024 and 4,096 pixels (--lengths).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +30,19 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.model.sampling import Sampling, generate
 from igpt_jax.runtime.precision import set_precision
 
-COLOURS = 512
-STEPS = 32  # in a row, for the cost of a step
+COLORS = 512
+STEPS = 32  # consecutive steps that are timed together
 
 
 def bandwidth(array: jax.Array, read: Callable) -> float:
-    """Bytes a second of a sum over `array`."""
+    """Bytes per second of a sum over `array`."""
     start = time.perf_counter()
     read(array).block_until_ready()
     return array.nbytes / (time.perf_counter() - start)
 
 
 def step_bytes(d: Dims, batch: int, pixels: float, weight_bytes: int, cache_bytes: int) -> float:
-    """What a step must read with `pixels` cached."""
+    """Bytes that a step must read with `pixels` pixels cached."""
     weights = d.L * (4 * d.D**2 + 2 * d.D * d.F) + d.V * d.D
     return weights * weight_bytes + 2 * d.L * batch * d.D * pixels * cache_bytes
 
@@ -81,7 +83,7 @@ def theirs(d: Dims, batch: int, pixels: int, precision: str) -> Callable:
 
 
 def step_cost(model: Model, params: dict, batch: int, cached: int, cache: str) -> float:
-    """Median seconds of a step with a cache of `cached` positions, all of them written."""
+    """Median seconds of a step with a cache of `cached` positions, all filled."""
     d = model.dims
 
     def run(params):
@@ -104,6 +106,62 @@ def step_cost(model: Model, params: dict, batch: int, cached: int, cache: str) -
     return statistics.median(times)
 
 
+def make_model(size: str, side: int, precision: str) -> tuple[Model, dict]:
+    model = Model(ModelConfig(size), COLORS, side, precision)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def whole_images(options: argparse.Namespace, cache: str) -> dict[str, Any]:
+    """Measures and prints the speed of whole images, ours and transformers'."""
+    batch = options.batch
+    model, params = make_model(options.size, options.side, options.precision)
+    d = model.dims
+    array, read = jnp.ones(2**28, jnp.float32), jax.jit(jnp.sum)
+    bandwidth(array, read)  # compiles
+    run = ours(model, params, batch, cache)
+    their_run = options.theirs and theirs(d, batch, options.theirs, options.precision)
+    speeds, seconds, their_seconds = [], [], []
+    for _ in range(options.rounds):  # in turns, so that a noisy machine is noisy for all
+        speeds.append(bandwidth(array, read))
+        seconds.append(run())
+        speeds.append(bandwidth(array, read))
+        if their_run:
+            their_seconds.append(their_run())
+    median, speed = statistics.median(seconds), statistics.median(speeds)
+    weight_bytes, cache_bytes = (jnp.dtype(dtype).itemsize for dtype in (options.precision, cache))
+    reached = step_bytes(d, batch, d.T / 2, weight_bytes, cache_bytes) * d.T / median
+    figures = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "size": options.size, "pixels": d.T,
+               "batch": batch, "precision": options.precision, "cache": cache, "bandwidth": speed, "seconds": median,
+               "pixels_per_second": batch * d.T / median, "images_per_second": batch / median,
+               "bytes_per_second": reached, "share_of_bandwidth": reached / speed}
+    print(f"{figures['device']}, {options.size}, {d.T} pixels, batch {batch}, {options.precision}, cache {cache}, "
+          f"jax {jax.__version__}, median of {options.rounds}")
+    print(f"memory: {speed / 1e9:.1f} GB/s read ({', '.join(f'{each / 1e9:.1f}' for each in speeds)})")
+    print(f"ours:   {median:.2f} s, {figures['pixels_per_second']:.1f} pixels/s, {figures['images_per_second']:.3g} "
+          f"images/s; {reached / 1e9:.2f} GB/s, {figures['share_of_bandwidth']:.0%} of memory's")
+    if their_run:
+        figures["transformers_pixels_per_second"] = batch * options.theirs / statistics.median(their_seconds)
+        figures["times_faster"] = figures["pixels_per_second"] / figures["transformers_pixels_per_second"]
+        print(f"transformers generate, the first {options.theirs} pixels: "
+              f"{figures['transformers_pixels_per_second']:.1f} pixels/s; ours is {figures['times_faster']:.1f} x")
+    return figures
+
+
+def single_steps(options: argparse.Namespace, cache: str) -> list[dict[str, float]]:
+    """Measures and prints the cost of a step with the cache of each segment."""
+    weight_bytes, cache_bytes = (jnp.dtype(dtype).itemsize for dtype in (options.precision, cache))
+    rows = []
+    for pixels in map(int, filter(None, options.lengths.split(","))):
+        model, params = make_model(options.size, round(pixels ** 0.5), options.precision)
+        for end in sampling.segments(0, pixels):
+            cost = step_cost(model, params, options.lengths_batch, end + 1, cache)
+            gigabytes = step_bytes(model.dims, options.lengths_batch, end + 1, weight_bytes, cache_bytes) / 1e9
+            rows.append({"pixels": pixels, "cached": end + 1, "seconds": cost, "gigabytes": gigabytes})
+            print(f"{pixels:5} pixels, batch {options.lengths_batch}, {end + 1:5} cached: {cost * 1e3:7.1f} ms per "
+                  f"step, {gigabytes:.2f} GB, {gigabytes / cost:.1f} GB/s")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="igpt_s", help="row of the model table")
@@ -116,56 +174,12 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,4096", help="pixels of an image, for the cost of a step")
     parser.add_argument("--lengths_batch", type=int, default=2)
     parser.add_argument("--json", help="file for the figures")
-    arguments = parser.parse_args()
-    set_precision(arguments.precision)
-    batch, cache = arguments.batch, arguments.cache or arguments.precision
-    weight_bytes, cache_bytes = (jnp.dtype(dtype).itemsize for dtype in (arguments.precision, cache))
-
-    def make(side: int) -> tuple[Model, dict]:
-        model = Model(ModelConfig(arguments.size), COLOURS, side, arguments.precision)
-        return model, jax.jit(model.init)(jax.random.key(0))
-
-    model, params = make(arguments.side)
-    d = model.dims
-    array, read = jnp.ones(2**28, jnp.float32), jax.jit(jnp.sum)
-    bandwidth(array, read)
-    run = ours(model, params, batch, cache)
-    their_run = arguments.theirs and theirs(d, batch, arguments.theirs, arguments.precision)
-    speeds, seconds, their_seconds = [], [], []
-    for _ in range(arguments.rounds):  # in turn, so that a noisy machine is noisy for all
-        speeds.append(bandwidth(array, read))
-        seconds.append(run())
-        speeds.append(bandwidth(array, read))
-        if their_run:
-            their_seconds.append(their_run())
-    median, speed = statistics.median(seconds), statistics.median(speeds)
-    reached = step_bytes(d, batch, d.T / 2, weight_bytes, cache_bytes) * d.T / median
-    figures = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "size": arguments.size, "pixels": d.T,
-               "batch": batch, "precision": arguments.precision, "cache": cache, "bandwidth": speed,
-               "seconds": median, "pixels_per_second": batch * d.T / median, "images_per_second": batch / median,
-               "bytes_per_second": reached, "share_of_bandwidth": reached / speed}
-    print(f"{figures['device']}, {arguments.size}, {d.T} pixels, batch {batch}, {arguments.precision}, cache {cache}, "
-          f"jax {jax.__version__}, median of {arguments.rounds}")
-    print(f"memory: {speed / 1e9:.1f} GB/s read ({', '.join(f'{each / 1e9:.1f}' for each in speeds)})")
-    print(f"ours:   {median:.2f} s, {figures['pixels_per_second']:.1f} pixels/s, {figures['images_per_second']:.3g} "
-          f"images/s; {reached / 1e9:.2f} GB/s, {figures['share_of_bandwidth']:.0%} of memory's")
-    if their_run:
-        figures["transformers_pixels_per_second"] = batch * arguments.theirs / statistics.median(their_seconds)
-        figures["times_faster"] = figures["pixels_per_second"] / figures["transformers_pixels_per_second"]
-        print(f"transformers generate, the first {arguments.theirs} pixels: "
-              f"{figures['transformers_pixels_per_second']:.1f} pixels/s; ours is {figures['times_faster']:.1f} x")
-
-    figures["steps"] = []
-    for pixels in map(int, filter(None, arguments.lengths.split(","))):
-        model, params = make(round(pixels ** 0.5))
-        for end in sampling.segments(0, pixels):
-            cost = step_cost(model, params, arguments.lengths_batch, end + 1, cache)
-            gigabytes = step_bytes(model.dims, arguments.lengths_batch, end + 1, weight_bytes, cache_bytes) / 1e9
-            figures["steps"].append({"pixels": pixels, "cached": end + 1, "seconds": cost, "gigabytes": gigabytes})
-            print(f"{pixels:5} pixels, batch {arguments.lengths_batch}, {end + 1:5} cached: {cost * 1e3:7.1f} ms a "
-                  f"step, {gigabytes:.2f} GB, {gigabytes / cost:.1f} GB/s")
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(figures, indent=1))
+    options = parser.parse_args()
+    set_precision(options.precision)
+    cache = options.cache or options.precision
+    figures = {**whole_images(options, cache), "steps": single_steps(options, cache)}
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

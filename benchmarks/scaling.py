@@ -1,11 +1,11 @@
-"""The table of docs/scaling.md: every size at every resolution on one slice of each kind, compiled and not run.
+"""Makes the tables of docs/scaling.md: every size and resolution, compiled for one slice of each kind, not run.
 
     python benchmarks/scaling.py [--python cuda/bin/python] [--only TEXT] [--missing] [--out docs/scaling.json]
 
-A cell takes the setting that `plan` estimates to be the fastest, compiles it, and where it does not fit compiles the
-least changed one that should. Cells are written as they are done and verdicts are kept under $IGPT_CACHE: started
-again, it goes on. Without --python (an environment with jax[cuda13]) the GPU cells are left as they are. Puts
-the tables into the page beside the JSON file.
+A cell compiles the setting that `plan` estimates to be the fastest. If that does not fit, it also compiles the smallest
+change that should. Each finished cell is written to the JSON file, and verdicts are cached under $IGPT_CACHE, so that
+rerunning resumes. Without --python (an environment with jax[cuda13]), GPU cells keep their results. The tables go into
+the page with the JSON file's name.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SLICES = {
     "igpt_xl": ("v4:4x4x8", "v5e:16x16", "v5p:4x4x8", "v6e:8x16", "h100:8", "h200:8"),
 }
 IMAGE_SIZES = (32, 48, 64)
-# iGPT-XL beyond the paper: title -> what is set. The batch is 64, or what the mesh needs, for as many images in all.
+# iGPT-XL beyond the paper: settings by title. The batch is 64 or what the mesh needs; the total of images is the same.
 LARGE = {
     "128x128 on v5e:16x16": "image_size=128,topology=v5e:16x16",
     "128x128 on v5e:16x16, fsdp alone": "image_size=128,topology=v5e:16x16,batch_size=256,steps=500000,mesh.fsdp=256",
@@ -52,11 +52,11 @@ WEAK = {16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16", 4096: "16x16
 
 
 def cells() -> dict[str, tuple[str, bool]]:
-    """Title -> (settings, whether the mesh, accumulate and remat are to be chosen)."""
+    """Cells by title: settings, and whether to choose mesh, accumulation and remat."""
     paper = {"igpt_xl": "batch_size=64,steps=2000000"}
     xl = f"model=igpt_xl,{paper['igpt_xl']},model.remat=full"
     found = {f"igpt_xl {title}": (f"{xl},{settings}", "mesh." not in settings) for title, settings in LARGE.items()}
-    for model in reversed(SLICES):  # what is hardest to fit first
+    for model in reversed(SLICES):  # the hardest to fit first
         for where in SLICES[model]:
             for size in IMAGE_SIZES:
                 found[f"{model} {size}x{size} on {where}"] = (
@@ -70,7 +70,7 @@ def cells() -> dict[str, tuple[str, bool]]:
 
 
 def plan(settings: str, choose: bool, python: str) -> dict:
-    """One cell: at most two compiles."""
+    """Computes one cell, with at most two compiles."""
     config = parse("plan", base_config("plan", settings))
     target = topology.parse(config.topology)
     if target.platform == "gpu":
@@ -118,7 +118,7 @@ def weak_points(known: dict[str, dict]) -> list[tuple[int, float, float | None]]
 
 
 def tables(known: dict[str, dict]) -> str:
-    """Markdown of all known cells."""
+    """The tables of all known cells, as Markdown."""
     lines = [HEADER, *(row(title, known[title]) for title in cells() if title in known and "weak" not in title)]
     lines += ["", "| chips | GiB sent per chip, by formula | as compiled | GiB/device | s/step | MFU |",
               "|---|---|---|---|---|---|"]
@@ -132,7 +132,7 @@ def tables(known: dict[str, dict]) -> str:
 
 
 def draw(known: dict[str, dict], path: pathlib.Path) -> None:
-    """The weak scaling curve."""
+    """Draws the weak scaling curve."""
     import matplotlib.figure
 
     points = weak_points(known)

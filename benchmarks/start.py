@@ -1,8 +1,8 @@
-"""How long a run takes to start:  python benchmarks/start.py [--rounds 3] [--json FILE]
+"""Measures how long a run takes to start:  python benchmarks/start.py [--rounds 3] [--json FILE]
 
-The quickstart's model on its digits, resident, from the start of the process to the line of its first step: with an
-empty compilation cache (cold) and with the one that this left (warm). And the list of jobs, and importing JAX and the
-job, in seconds; and the most memory that the process held until then. Medians.
+Times the quickstart's model from the start of the process to the line of its first step, with an empty compilation
+cache (cold) and with the one that this left (warm). Also times the list of jobs and the imports of a job, and measures
+the peak memory of those imports. Prints medians.
 """
 
 import argparse
@@ -24,24 +24,24 @@ PEAK = "next(line.split()[1] for line in open('/proc/self/status') if line.start
 
 
 def first_step(store: pathlib.Path, cache: pathlib.Path) -> float:
-    """Seconds from the start of a run to its first logged step, by which the step has been compiled and run."""
+    """Seconds from the start of a run to its first logged step."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, *PRETRAIN, f"--workdir={workdir}/run", f"--config.data.store={store}"]
         start = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
                               env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}) as run:
-            said = []
+            lines = []
             for line in run.stderr:
-                said.append(line)
+                lines.append(line)
                 if line.startswith("step 1/"):
                     seconds = time.perf_counter() - start
                     run.kill()
                     return seconds
-    raise RuntimeError("the run ended before its first step:\n" + "".join(said))
+    raise RuntimeError("the run ended before its first step:\n" + "".join(lines))
 
 
 def python(*arguments: str) -> tuple[float, str]:
-    """Seconds that a Python program takes, and what it prints."""
+    """Seconds that a Python program takes, and its output."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     return time.perf_counter() - start, done.stdout
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     arguments = parser.parse_args()
     rows: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as typed:
-        folder = pathlib.Path(typed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
         subprocess.run([sys.executable, "-m", "igpt_jax", "prepare", f"--workdir={folder}/store"], cwd=ROOT, check=True,
                        capture_output=True)
         for round_ in range(arguments.rounds):

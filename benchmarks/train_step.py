@@ -1,14 +1,15 @@
-"""A training step of ours beside PyTorch's: Hugging Face's ImageGPT, and a plain GPT of the same shape, at their best.
+"""Compares our training step with PyTorch's: Hugging Face's ImageGPT, and a plain GPT of the same shape.
 
     python benchmarks/train_step.py [--model 6x256x8] [--side 32] [--batch 4] [--only PATTERN] [--json FILE]
 
-A step is forward, backward and Adam on a batch already in memory. Candidates take turns, each in a process of its own;
-figures are medians. Without PyTorch ours are measured alone. FLOP/s are model FLOPs (causal half,
-`train_flops_per_image`), the same for all, over the time; their share is of the fastest matrix product measured in the
-same run, and MFU of the peak that the maker states. On a CPU ours also runs split over fake devices, one for each core
-where the batch divides: small steps use two cores better so than one device with two threads does. On a GPU bfloat16
-alone is run, and the memory of one of ours alone (--only) is held against what its compiler planned; start it with
-XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch runs beside.
+A step is forward, backward and Adam on a batch in memory. Candidates take turns, each in a process of its own, and
+figures are medians. Without PyTorch, only ours are measured.
+
+- FLOP/s are model FLOPs (`train_flops_per_image`, causal half), the same for all, over the time. Their share is of the
+  fastest matrix product measured in the same run, and MFU is of the vendor's peak.
+- On a CPU, ours also runs on one fake device per core, if the batch divides: small steps then use the cores better.
+- On a GPU, only bfloat16 is run. With a single candidate (--only), its memory is compared with the compiler's plan. Set
+  XLA_PYTHON_CLIENT_PREALLOCATE=false if PyTorch shares the GPU.
 """
 
 import argparse
@@ -38,12 +39,12 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.training.steps import abstract_state, init_state, jit_train_step
 
-COLOURS, RATE = 512, 1e-3
+COLORS, RATE = 512, 1e-3
 
 
 def device() -> tuple[str, str]:
-    """JAX's platform and device. A process of its own asks, since JAX keeps hold of a device once it was asked."""
-    if "BENCHMARK_DEVICE" not in os.environ:  # candidates' processes inherit it
+    """JAX's platform and device. A child process asks, because JAX holds a GPU from its first use on."""
+    if "BENCHMARK_DEVICE" not in os.environ:  # the candidates' processes inherit it
         script = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind, sep=chr(10))"
         os.environ["BENCHMARK_DEVICE"] = subprocess.run([sys.executable, "-c", script], check=True, text=True,
                                                         stdout=subprocess.PIPE).stdout.strip()
@@ -53,10 +54,11 @@ def device() -> tuple[str, str]:
 
 PLATFORM, DEVICE = device()
 ON_GPU = PLATFORM == "gpu"
-PRODUCT = 8192 if ON_GPU else 2048  # side of the matrices whose product is the limit
+PRODUCT = 8192 if ON_GPU else 2048  # side of the matrices whose product counts as the limit
 
 
 def ours(shape: ModelConfig, side: int, batch: int, axis: str, precision: str, devices: int) -> Candidate:
+    """Our training step, with its peak and planned memory as facts."""
     if not ON_GPU:
         jax.config.update("jax_num_cpu_devices", devices)
     tokens_BT = batch_of(side, batch)
@@ -64,11 +66,11 @@ def ours(shape: ModelConfig, side: int, batch: int, axis: str, precision: str, d
                             optimizer=OptimizerConfig(learning_rate=RATE, warmup_steps=1),
                             mesh=MeshConfig(**{"data": 1, "fsdp": 1, axis: devices}))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    model = Model(config.model, COLOURS, side, precision, mesh)
+    model = Model(config.model, COLORS, side, precision, mesh)
     key = jax.random.key(0)
     with jax.set_mesh(mesh):
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
-        state = jax.jit(lambda key: init_state(model, config, key), out_shardings=places)(key)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
+        state = jax.jit(lambda key: init_state(model, config, key), out_shardings=shardings)(key)
         tokens = jax.device_put(tokens_BT, sharding.batch_sharding(mesh))
         step = jit_train_step(model, config, mesh, 1).lower(state, tokens, key).compile()
 
@@ -89,7 +91,8 @@ def ours(shape: ModelConfig, side: int, batch: int, axis: str, precision: str, d
 
 
 def batch_of(side: int, batch: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(COLOURS, size=(batch, side**2)).astype(np.int32)
+    """Random tokens [B, T]."""
+    return np.random.default_rng(0).integers(COLORS, size=(batch, side**2)).astype(np.int32)
 
 
 def jax_product() -> Candidate:
@@ -105,18 +108,18 @@ def jax_product() -> Candidate:
 
 
 def candidates(shape: ModelConfig, side: int, batch: int, axis: str) -> dict[str, Callable[[], Candidate]]:
-    """What makes each, by name."""
+    """Functions that make the candidates, by name."""
     makers: dict[str, Callable[[], Candidate]] = {"jax's product": jax_product}
     for precision in ("bfloat16",) if ON_GPU else ("float32", "bfloat16"):
         for devices in (1,) if ON_GPU else sorted({1, math.gcd(batch, os.cpu_count())}):
             makers[f"ours, {precision}, {devices} device{'s' * (devices > 1)}"] = functools.partial(
                 ours, shape, side, batch, axis, precision, devices)
     if not importlib.util.find_spec("torch"):
-        print("PyTorch is not installed: ours alone", file=sys.stderr)
+        print("PyTorch is not installed: measuring ours alone", file=sys.stderr)
         return makers
     import peers
 
-    return makers | peers.candidates(shape, ON_GPU, PRODUCT, RATE, COLOURS, batch_of(side, batch))
+    return makers | peers.candidates(shape, ON_GPU, PRODUCT, RATE, COLORS, batch_of(side, batch))
 
 
 def main() -> int:
@@ -125,12 +128,12 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=32, help="height and width, pixels")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--attention", default="auto", help="our back-end")
-    parser.add_argument("--remat", default="attention", help="what ours computes again")
-    parser.add_argument("--unroll", type=int, default=1, help="blocks in each turn of our loop; their number: no loop")
+    parser.add_argument("--remat", default="attention", help="our remat policy")
+    parser.add_argument("--unroll", type=int, default=1, help="blocks per iteration of our loop; all: no loop")
     parser.add_argument("--axis", default="data", choices=("data", "fsdp", "tensor"),
-                        help="what ours is split over where it has several devices")
+                        help="mesh axis that ours is split over if it has several devices")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="", help="candidates whose names match this regular expression")
+    parser.add_argument("--only", default="", help="regular expression: only candidates whose names match")
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
     choices = {"attention": arguments.attention, "remat": arguments.remat, "unroll": arguments.unroll}
@@ -140,7 +143,7 @@ def main() -> int:
         layers, embed, heads = map(int, arguments.model.split("x"))
         shape = ModelConfig("igpt_tiny", layers=layers, embed=embed, heads=heads, **choices)
     T = arguments.side**2
-    flops = arguments.batch * train_flops_per_image(shape.layers, shape.embed, shape.mlp, COLOURS, T)
+    flops = arguments.batch * train_flops_per_image(shape.layers, shape.embed, shape.mlp, COLORS, T)
 
     makers = candidates(shape, arguments.side, arguments.batch, arguments.axis)
     chosen = {name: make for name, make in makers.items() if re.search(arguments.only, name)}
@@ -166,11 +169,11 @@ def main() -> int:
     best = {peer: min((row["seconds"] for row in figures["rows"] if row["name"].startswith(peer)), default=None)
             for peer in ("Hugging Face", "plain GPT")}
     for row in figures["rows"]:
-        said = [f"{row['name']:42} {row['seconds'] * 1e3:9.1f} ms {row['flops'] / 1e9:10,.1f} GFLOP/s"]
-        said += [f"{row['share_of_product']:4.0%}"] if limit else []
-        said += [f"MFU {row['mfu']:.1%}"] if chip else []
-        said += [f"{best[peer] / row['seconds']:5.2f} x {peer}'s best" for peer in best if best[peer]]
-        print(" ".join(said))
+        cells = [f"{row['name']:42} {row['seconds'] * 1e3:9.1f} ms {row['flops'] / 1e9:10,.1f} GFLOP/s"]
+        cells += [f"{row['share_of_product']:4.0%}"] if limit else []
+        cells += [f"MFU {row['mfu']:.1%}"] if chip else []
+        cells += [f"{best[peer] / row['seconds']:5.2f} x {peer}'s best" for peer in best if best[peer]]
+        print(" ".join(cells))
         if row.get("peak_bytes"):
             print(f"    memory: {row['peak_bytes'] / 2**30:.2f} GiB, {row['planned_bytes'] / 2**30:.2f} planned")
     if arguments.json:

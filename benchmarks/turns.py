@@ -1,5 +1,8 @@
-"""Candidates that take turns, each in a process of its own: a noisy machine is noisy for all, and what one keeps of
-memory and threads is in no other's way."""
+"""Runs candidates in turns, each in a process of its own.
+
+Taking turns makes a noisy machine noisy for all. Separate processes keep the memory and threads of one candidate away
+from the others.
+"""
 
 import dataclasses
 import multiprocessing
@@ -15,14 +18,14 @@ TURN, FACTS = "turn", "facts"
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """`seconds()` of one go; `rest()` gives memory back until the next turn; `facts()` are told at the end."""
+    """`seconds()` runs it once, `rest()` frees memory until the next turn, `facts()` are read at the end."""
     seconds: Callable[[], float]
     rest: Callable[[], None] = lambda: None
     facts: Callable[[], dict[str, Any]] = dict
 
 
 def _play(pipe: Connection, make: Callable[[], Candidate]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks gets it too, and ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process gets it too, and ends this one
     try:
         candidate = make()
         candidate.seconds()  # compiles
@@ -33,10 +36,10 @@ def _play(pipe: Connection, make: Callable[[], Candidate]) -> None:
             if asked == FACTS:
                 pipe.send(candidate.facts())
                 continue
-            candidate.seconds()  # takes memory again
+            candidate.seconds()  # allocates memory again
             pipe.send(candidate.seconds())
             candidate.rest()
-    except EOFError:  # nobody asks any more
+    except EOFError:  # the parent has closed the pipe
         pass
     except BaseException:
         traceback.print_exc()
@@ -44,6 +47,8 @@ def _play(pipe: Connection, make: Callable[[], Candidate]) -> None:
 
 
 class _Player:
+    """A candidate's process, seen from the parent."""
+
     def __init__(self, make: Callable[[], Candidate]):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -59,9 +64,10 @@ class _Player:
 
 def take_turns(makers: dict[str, Callable[[], Candidate]], rounds: int
                ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Seconds of each round and facts, by name, of those that did not fail; what `makers` hold must be picklable.
+    """Runs all candidates. Returns seconds of each round, and facts, by name, of those that did not fail.
 
-    Each first has a go that compiles, and in each turn one before the one that counts.
+    Each candidate first runs once to compile, and each turn runs it twice, of which the second counts. `makers` must be
+    picklable.
     """
     players, seconds, facts = {}, {}, {}
 

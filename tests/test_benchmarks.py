@@ -1,4 +1,4 @@
-"""The benchmarks' own files: figures held against each other, and the GPU's slices tried on tiny shapes."""
+"""Tests of the benchmarks: comparing figures, and the slices of gpu.sh on tiny shapes."""
 
 import json
 import os
@@ -21,13 +21,13 @@ def figures(seconds, **more):
     return {"device": "a", "tokens": 64, "rows": [{"name": "ours", "seconds": seconds}], **more}
 
 
-def test_compare_tells_what_became_slower_and_what_cannot_be_compared(tmp_path):
-    """Seen to fail with the ratio turned round."""
+def test_compare_finds_slower_rows_and_refuses_other_hardware(tmp_path):
+    """Seen to fail with the ratio inverted."""
     assert compare(tmp_path, figures(1.0), figures(1.04, jax="0.11"))[0] == 0
-    code, said = compare(tmp_path, figures(1.0), figures(1.2))
-    assert code == 1 and "1.20  SLOWER" in said
-    code, said = compare(tmp_path, figures(1.0), figures(1.0, device="b"))
-    assert code == 2 and said.count("\n") == 1 and "device='b' (before: 'a')" in said
+    code, output = compare(tmp_path, figures(1.0), figures(1.2))
+    assert code == 1 and "1.20  SLOWER" in output
+    code, output = compare(tmp_path, figures(1.0), figures(1.0, device="b"))
+    assert code == 2 and output.count("\n") == 1 and "device='b' (before: 'a')" in output
     assert compare(tmp_path, figures(1.0), {"rows": [{"name": "theirs", "seconds": 1.0}]})[0] == 2
     assert compare(tmp_path, figures(1.0), [])[0] == 2
 
@@ -41,25 +41,25 @@ exit 1
 """
 
 
-@pytest.mark.parametrize(("has_torch", "slice_", "kept", "says"), [
+@pytest.mark.parametrize(("has_torch", "slice_", "files", "message"), [
     (0, "peers", {"peers_2x32x2_8.json", "peers_2x32x2_8.log"}, "exit code 1: plain GPT: failed"),
     (1, "peers", set(), "pip install '.[huggingface]'"),
     (1, "kernels", {"kernel_1x64x2x16.json", "kernel_1x64x2x16.log"}, "exit code 1")])
-def test_a_failed_candidate_loses_no_figures(tmp_path, has_torch, slice_, kept, says):
-    """Seen to fail with the figures moved only where all candidates came through."""
+def test_a_failed_candidate_loses_no_figures(tmp_path, has_torch, slice_, files, message):
+    """Seen to fail with the figures moved only if no candidate failed."""
     python = tmp_path / "python"
     python.write_text(STAND_IN.format(has_torch=has_torch))
     python.chmod(0o755)
     done = subprocess.run([ROOT / "benchmarks/gpu.sh", slice_, python, tmp_path / "out"], text=True,
                           capture_output=True, env={**os.environ, "TINY": "1"})
-    assert done.returncode == 1 and says in done.stdout, done.stdout + done.stderr
-    assert {file.name for file in (tmp_path / "out").iterdir()} == kept
+    assert done.returncode == 1 and message in done.stdout, done.stdout + done.stderr
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slice_", ["kernels", "steps", "flags", "sampling", "peers"])
 def test_gpu_slices(tmp_path, slice_):
-    """On tiny shapes and the CPU each writes its files; a second run measures nothing again."""
+    """On tiny shapes and the CPU, each writes its files, and a second run measures nothing again."""
     def run(*arguments, **more):
         return subprocess.run([ROOT / "benchmarks/gpu.sh", *arguments], capture_output=True, text=True,
                               env={**os.environ, "TINY": "1", **more})

@@ -71,7 +71,7 @@ def test_the_readmes_commands_run(tmp_path):
 
     Seen to fail with a README that prepares no test split, which the probe needs.
     """
-    from test_weights import make_huggingface
+    from weights_files import make_huggingface
 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     random = np.random.default_rng(0)
