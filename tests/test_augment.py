@@ -96,7 +96,7 @@ def test_invalid_combinations(tmp_path, table):
     write(tmp_path / "tiny", 10, 1, size=4)
     for options, message in (({"store": f"{tmp_path}/a,{tmp_path}/large"}, "8, 16 pixels"),
                              ({"store": f"{tmp_path}/a,{tmp_path}/a", "weights": (1,)}, "one weight for each"),
-                             ({"store": f"{tmp_path}/a", "weights": (0,)}, "whole numbers"),
+                             ({"store": f"{tmp_path}/a", "weights": (0,)}, "must be integers"),
                              ({"store": f"{tmp_path}/a", "augment": "flip"}, "not known")):
         with pytest.raises(UserError, match=message):
             data.open_data(DataConfig(**options))
