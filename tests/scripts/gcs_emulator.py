@@ -6,7 +6,6 @@ TensorStore needs some features of Google Cloud Storage that the emulator lacks.
 import sys
 
 from gcp_storage_emulator.handlers import objects
-from gcp_storage_emulator.server import create_server
 
 download, ls = objects.download, objects.ls
 
@@ -42,4 +41,7 @@ def list_between_names(request, response, storage, *args, **kwargs):
 
 
 objects.download, objects.ls = download_with_generation, list_between_names
+# The server's table of handlers is built when it is imported, so it is imported after the handlers are replaced.
+from gcp_storage_emulator.server import create_server  # noqa: E402
+
 create_server("127.0.0.1", int(sys.argv[1]), True, "bucket").run()
