@@ -1,4 +1,4 @@
-"""Measures checkpoints exactly, over a whole split.
+"""Measures the exact loss of checkpoints over a whole split.
 
     python -m igpt_jax evaluate --config=configs/evaluate.py --workdir=runs/evaluate \
         --config.checkpoints=runs/pretrain --config.data.store=runs/digits

@@ -1,9 +1,9 @@
-"""Fine-tunes a checkpoint on a labelled store: L_GEN + L_CLF, both of weight 1 (paper, Section 2.3).
+"""Fine-tunes a checkpoint on a labeled store: L_GEN + L_CLF, each with weight 1 (paper, Section 2.3).
 
     python -m igpt_jax finetune --config=configs/finetune.py --workdir=runs/finetune --config.checkpoint=runs/pretrain \
         --config.data.augment=cifar --config.eval_every_steps=200 --config.patience=5
 
-Then once more on all labels, for as many steps as were best (`best_step` in result.json; paper, Section 3.1):
+Then train again on all labels, for `best_step` steps (from result.json; paper, Section 3.1):
 
     python -m igpt_jax finetune --config=configs/finetune.py --workdir=runs/finetune_all \
         --config.checkpoint=runs/pretrain --config.data.augment=cifar --config.data.split=train+held_out \

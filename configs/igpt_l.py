@@ -2,7 +2,7 @@
 
     python -m igpt_jax pretrain --config=configs/igpt_l.py --workdir=DIR --config.data.store=STORE
 
-STORE: ImageNet at 32x32, with OpenAI's 512 colours and 4% of the training images held out.
+STORE: ImageNet at 32x32, with OpenAI's 512 colors and 4% of the training images held out.
 Paper (Sections 3.3 and 3.4): batch 128, 1M steps, Adam (0.9, 0.95), one epoch of warm-up, then cosine to 0, float32,
 no weight decay, dropout or clipping. The learning rate 0.001 is quoted second-hand.
 Figures: 2.0466 nats per pixel on the ImageNet test split (OpenAI's released checkpoint); linear probes 60.3% on

@@ -2,7 +2,7 @@
 
     python -m igpt_jax pretrain --config=configs/igpt_l_48.py --workdir=DIR --config.data.store=STORE
 
-STORE: ImageNet at 48x48, with OpenAI's 512 colours and 4% of the training images held out.
+STORE: ImageNet at 48x48, with OpenAI's 512 colors and 4% of the training images held out.
 Paper (Sections 3.3 and 3.4): as iGPT-L at 32x32: batch 128, 1M steps.
 Figures: linear probe 65.2% on ImageNet; fine-tuned 72.6%.
 Ours: the learning rate of iGPT-L at 32x32. The 0.01 that is quoted second-hand for this run is higher than those of

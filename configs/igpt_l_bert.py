@@ -2,7 +2,7 @@
 
     python -m igpt_jax pretrain --config=configs/igpt_l_bert.py --workdir=DIR --config.data.store=STORE
 
-STORE: ImageNet at 32x32, with OpenAI's 512 colours and 4% of the training images held out.
+STORE: ImageNet at 32x32, with OpenAI's 512 colors and 4% of the training images held out.
 Paper (Sections 2.1 and A.1): 15% hidden (20% did as well, 25% and more worse); else as iGPT-L.
 Figures: linear probe on CIFAR-10 over 1 point and on ImageNet 6 points below the autoregressive model's; fine-tuned
 98.6% on CIFAR-10 and 66.5% on ImageNet, where the autoregressive model reaches 99.0% and 66.3%.

@@ -3,7 +3,7 @@
     python -m igpt_jax probe --config=configs/imagenet_probe.py --workdir=DIR --config.checkpoint=CHECKPOINT \
         --config.data.store=STORE
 
-STORE: ImageNet at the model's resolution, labelled, 4% of the training images held out.
+STORE: ImageNet at the model's resolution, labeled, 4% of the training images held out.
 Paper (Section 3.4): momentum 0.9, learning rates tried from 30 down, 1M iterations, cosine; XL also on five layers
 (--config.concatenate=5).
 Figures: S 41.9%, M 54.5%, L 60.3%, L at 48x48 65.2%, XL at 64x64 68.7%, on five layers 72.0%.

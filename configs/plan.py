@@ -1,4 +1,4 @@
-"""Plans the paper's run of a size for a topology that need not be there.
+"""Plans the paper's run of a size for a topology, without its devices.
 
     python -m igpt_jax plan --config=configs/plan.py:model=igpt_xl,image_size=64 --workdir=runs/plan \
         --config.topology=v5e:16x16

@@ -4,7 +4,7 @@
     python -m igpt_jax pretrain --config=configs/pretrain.py:model=igpt_tiny,steps=500,batch_size=64 \
         --workdir=runs/pretrain --config.data.store=runs/digits
 
-Masked (BERT): objective=masked after the colon, too.
+For the masked (BERT) objective, add objective=masked after the colon.
 """
 
 from igpt_jax.config import base_config

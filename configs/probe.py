@@ -1,4 +1,4 @@
-"""Probes every layer of a checkpoint: a linear classifier each, chosen on the held-out split, reported on the test one.
+"""Fits a linear probe to every layer of a checkpoint; chooses on the held-out split and reports test accuracy.
 
     python -m igpt_jax probe --config=configs/probe.py --workdir=runs/probe --config.checkpoint=runs/pretrain
 

@@ -1,4 +1,4 @@
-"""One HTML page from workdirs.
+"""Makes one HTML page of the results in workdirs.
 
     python -m igpt_jax report --config=configs/report.py --workdir=runs/report --config.workdirs='runs/quickstart/*'
 """

@@ -1,4 +1,4 @@
-"""Holds every byte of checkpoints, or of a pixel store, against its checksums.
+"""Checks every byte of checkpoints, or of a pixel store, against checksums.
 
     python -m igpt_jax verify --config=configs/verify.py --workdir=runs/verify --config.path=runs/pretrain
 """

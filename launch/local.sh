@@ -3,8 +3,8 @@
 #
 #   launch/local.sh 2 pretrain --config=configs/pretrain.py --workdir=runs/two --config.data.store=runs/digits
 #
-# Each process sees one GPU where there are GPUs. SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 let all save and stop at
-# one step (exit code 75). When one fails the others are stopped; the first failure's exit code is returned. Needs bash 5.1.
+# Each process sees one GPU where there are GPUs. SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 make all save and stop at
+# the same step (exit code 75). When one fails the others are stopped; the first failure's exit code is returned. Needs bash 5.1.
 set -uo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -18,7 +18,7 @@ echo "$count processes: $python -m igpt_jax $*" >&2
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 label() {
-  trap '' INT TERM HUP USR1 USR2  # Ctrl-C must not end the labelling before the processes have reported
+  trap '' INT TERM HUP USR1 USR2  # Ctrl-C must not end sed before the processes have reported
   sed -u "s/^/[$1] /"
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From real handwritten digits to a trained, measured and sampled iGPT:  launch/quickstart.sh [PYTHON [FOLDER]]
-# Run again, it goes on where it was.
+# Rerunning resumes.
 set -euo pipefail
 python=${1:-python3}
 folder=${2:-runs/quickstart}
@@ -23,13 +23,13 @@ loss=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["metri
   "$folder/pretrain/result.json")
 cat <<END
 
-Reached     $(printf %.3f "$loss") nats per pixel on held-out digits; guessing among 17 greys costs ln 17 = 2.833
-Pictures    $folder/pretrain/figures/loss.png           the loss over the steps
-            $folder/probe/figures/accuracy_by_layer.png   how much each layer knows of the ten classes
-            $folder/finetune/result.json                test_accuracy: the same model, trained to classify as well
-            $folder/sample/figures/samples.png          digits that nobody wrote
-            $folder/sample/figures/completions.png      held-out digits: whole, upper half, four completions
-All of it   $folder/report/report.html               one page, for any browser
+Result      $(printf %.3f "$loss") nats per pixel on held-out digits; uniform guessing among 17 gray levels gives ln 17 = 2.833
+Figures     $folder/pretrain/figures/loss.png           loss curves
+            $folder/probe/figures/accuracy_by_layer.png   linear-probe accuracy of each layer
+            $folder/sample/figures/samples.png          generated digits
+            $folder/sample/figures/completions.png      held-out digits: the whole image, its upper half, four completions
+Fine-tuned  $folder/finetune/result.json                test_accuracy of the fine-tuned classifier
+Report      $folder/report/report.html               all results on one page; open it in a browser
 Curves      tensorboard --logdir $folder/pretrain/tensorboard   (pip install tensorboard)
 Try next    $python -m igpt_jax sample --workdir=$folder/cool --config.checkpoint=$folder/pretrain --config.temperature=0.7
             $python -m igpt_jax pretrain --help          every setting, with its unit

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's Figures 2 and 3 in small: three sizes on CIFAR-10 at 16x16, three checkpoints of each, every layer probed.
 #   launch/reproduce.sh [PYTHON [FOLDER]]
-# About two hours on two CPU cores. Run again, it goes on where it was. LIMIT=10000 probes on the first
+# About two hours on two CPU cores. Rerunning resumes. LIMIT=10000 probes on the first
 # 10,000 images of each split only. Where the images are (default: TFDS downloads them):
 #   SOURCE=npz:cifar10_train.npz TEST_SOURCE=npz:cifar10_test.npz PALETTE=kmeans_centers.npy launch/reproduce.sh
 set -euo pipefail

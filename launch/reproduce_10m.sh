@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # igpt_10m on CIFAR-10 at 32x32 on one GPU: 16 epochs from memory, its test loss, samples and the report.
 #   launch/reproduce_10m.sh [PYTHON [FOLDER]]
-# Stops after SLICE_SECONDS (520) with exit code 75, saved: run again, it goes on. Where the images are (default: TFDS
+# Stops after SLICE_SECONDS (520) with a checkpoint and exit code 75; rerunning resumes. Where the images are (default: TFDS
 # downloads them):
 #   SOURCE=npz:cifar10_train.npz TEST_SOURCE=npz:cifar10_test.npz PALETTE=kmeans_centers.npy launch/reproduce_10m.sh
 set -euo pipefail
@@ -10,7 +10,7 @@ folder=${2:-runs/10m}
 job() {
   left=$((${SLICE_SECONDS:-520} - SECONDS))
   if ((left <= 0)); then exit 75; fi
-  # In the foreground, where Ctrl-C reaches the job too. 143: told to stop before it had begun.
+  # In the foreground, where Ctrl-C reaches the job too. 143: SIGTERM came before it had started.
   timeout --foreground --preserve-status "$left" "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}" ||
     { code=$?; exit $((code == 143 ? 75 : code)); }
 }

@@ -4,11 +4,11 @@
 #   export NAME=igpt-l ZONE=us-west4-a TYPE=v5litepod-16        and SLICES=2, QUEUE="--spot", RUNTIME=..., EXTRAS=tpu,gcs
 #   launch/tpu_vm.sh create                                     queues for the machines, waits, installs this checkout
 #   launch/tpu_vm.sh run pretrain --config=configs/igpt_l.py --workdir=gs://BUCKET/igpt_l --config.data.store=gs://...
-#   launch/tpu_vm.sh stop                                       SIGTERM: all save and stop
+#   launch/tpu_vm.sh stop                                       sends SIGTERM: all processes save and stop
 #   launch/tpu_vm.sh delete
 #
-# The workers find each other through the metadata server. `run` goes on by itself after exit codes 76 and 134; after a
-# stop (75) or a preemption (delete, create) the same `run` goes on. DRY_RUN=1 shows the commands.
+# The workers find each other through the metadata server. `run` resumes by itself after exit codes 76 and 134. After
+# a stop (75), or a preemption (delete, create), the same `run` command resumes. DRY_RUN=1 shows the commands.
 set -euo pipefail
 
 usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -62,7 +62,7 @@ launch/install.sh .venv/bin/pip ${EXTRAS:-tpu,gcs}"
       code=0
       everywhere ssh "$NAME" --command="$command" || code=$?
       [[ $code == 76 || $code == 134 ]] || exit "$code"
-      echo "exit code $code: goes on" >&2
+      echo "exit code $code: resuming" >&2
       sleep 10
     done
     ;;

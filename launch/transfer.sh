@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's transfer in small: pretrained on one set of images, probed on the classes of another, which it never saw.
 #   launch/transfer.sh [PYTHON [FOLDER]]
-# About an hour on two CPU cores. Run again, it goes on where it was. LIMIT=10000 probes on the first 10,000 images of
+# About an hour on two CPU cores. Rerunning resumes. LIMIT=10000 probes on the first 10,000 images of
 # each split only. Where the images are (default: TFDS downloads them):
 #   SOURCE=npz:tinyimagenet.npz PROBED=npz:cifar10_train.npz PROBED_TEST=npz:cifar10_test.npz PALETTE=kmeans_centers.npy \
 #     launch/transfer.sh

@@ -85,7 +85,7 @@ def test_a_classifier_comes_back_whole_with_its_logits(tmp_path):
     model = FinetuneModelConfig(class_layer=1, **{name: getattr(record.config.model, name) for name in transfer.SIZES})
     params = ours.parameters(open_weights("orbax", f"{tmp_path}/a"), lambda shape, name: np.empty(shape, np.float32))
     ours.save(f"{tmp_path}/middle", params, dataclasses.replace(record, config=FinetuneConfig(model=model)))
-    with pytest.raises(UserError, match="its class head reads place 1"):
+    with pytest.raises(UserError, match="its class head reads layer 1"):
         run(tmp_path / "d", f"orbax:{tmp_path}/middle", f"huggingface:{tmp_path}/none", head="classes")
 
 

@@ -48,7 +48,7 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
     palette_VC = _palette_for(config, source)
     _refuse_non_square(config.convert_from, source)
     head = {"pixels": huggingface.PIXELS, "classes": huggingface.CLASSES}[config.head]
-    _refuse_what_has_no_place(config, source, target_kind)
+    _refuse_unsupported(config, source, target_kind)
 
     certificate = {"from": f"{source_kind}:{source_path}", "to": f"{target_kind}:{target_path}"}
     target = Target(target_kind, target_path, source.steps_done, workdir)
@@ -94,31 +94,32 @@ def _palette_for(config: ConvertConfig, source: Weights) -> Any:
     return palette_VC
 
 
-def _refuse_non_square(typed: str, source: Weights) -> None:
+def _refuse_non_square(given: str, source: Weights) -> None:
     if round(source.sizes["T"] ** 0.5) ** 2 != source.sizes["T"]:
-        raise UserError(f"{typed} has {source.sizes['T']} positions, which are no square image.")
+        raise UserError(f"{given} has {source.sizes['T']} positions, which is not a square number. Convert a "
+                        "model of square images.")
 
 
-def _refuse_what_has_no_place(config: ConvertConfig, source: Weights, target: str) -> None:
-    """A model that the target's kind of file cannot tell from another, or a head that it needs and is not there."""
-    typed = config.convert_from
+def _refuse_unsupported(config: ConvertConfig, source: Weights, target: str) -> None:
+    """Refuses models that the target's format cannot represent, and missing heads that it needs."""
+    given = config.convert_from
     if target == "huggingface" and masked(source):
-        raise UserError(f"{typed} is a masked (BERT) model; transformers' ImageGPT is always causal and would load it "
+        raise UserError(f"{given} is a masked (BERT) model; transformers' ImageGPT is always causal and would load it "
                         "as another model. Convert it to openai:PREFIX or orbax:DIR.")
     if target == "export" and masked(source):
-        raise UserError(f"{typed} is a masked (BERT) model, which cannot draw one pixel after the other, as an "
+        raise UserError(f"{given} is a masked (BERT) model, which cannot draw one pixel after the other, as an "
                         "exported sampler does. Convert it to openai:PREFIX or orbax:DIR.")
     if target not in ("huggingface", "openai"):
         return
     with_classes = config.head == "classes" if target == "huggingface" else "class_head_KD" in source.names
     if with_classes and "class_head_KD" not in source.names:
-        raise UserError(f"head=classes: {typed} holds no class head. Leave head=pixels.")
+        raise UserError(f"head=classes: {given} holds no class head. Leave head=pixels.")
     if with_classes and ours.class_layer_of(source) not in (-1, source.sizes["L"]):
-        raise UserError(f"{typed}: its class head reads place {ours.class_layer_of(source)} of the stream, "
+        raise UserError(f"{given}: its class head reads layer {ours.class_layer_of(source)}, "
                         f"{target}'s reads the last. Only orbax:DIR can hold it.")
     if "head_VD" not in source.names and not (target == "huggingface" and with_classes):
         fix = "Set --config.head=classes." if target == "huggingface" else "Convert it to orbax:DIR."
-        raise UserError(f"{typed} holds no head for pixels. {fix}")
+        raise UserError(f"{given} holds no head for pixels. {fix}")
 
 
 def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig) -> None:
@@ -140,7 +141,7 @@ def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig
 
 
 def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of a probe by their exported names, and the place that it reads."""
+    """The arrays of a probe by their exported names, and the layer that it reads."""
     probe, layer, kind = load_probe(config.probe)
     if kind != "normalized" or layer > model.dims.L or len(probe.mean_D) != model.dims.D:
         raise UserError(f"export.probe={config.probe} reads {len(probe.mean_D)} {kind} features of layer {layer}; the "
@@ -150,7 +151,7 @@ def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray
 
 
 def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:
-    """What the exported program gives for images of random colors, beside what the source's own framework does."""
+    """Compares the loss of the exported program with the source framework's, on images of random colors."""
     tokens_BT, _ = fixed_images(source)
     losses = jax.export.deserialize(bytearray((folder / "losses.jax").read_bytes()))
     with np.load(folder / "weights.npz") as file:
@@ -185,6 +186,6 @@ def _difference(certificate: dict[str, Any], source: Weights, transformers: bool
 
 
 def _compared(certificate: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the certificate tells of each head whose logits were compared."""
+    """The certificate's entry of each head whose logits were compared."""
     heads = (certificate.get(name, {}) for name in ("logits", "class_logits"))
     return [head for head in heads if head.get("compared")]

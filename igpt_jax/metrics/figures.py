@@ -1,9 +1,9 @@
 """Figures of runs and of finished jobs, as PNG.
 
-All that is drawn with Matplotlib, here and for reports, is `drawn` with its own defaults, whatever the user has set;
-a drawing that fails is told in one line and never fails a job.
+Every function that uses Matplotlib, here and for reports, is decorated with `drawn`: it runs with Matplotlib's
+defaults, whatever the user has set. A figure that cannot be drawn costs one line on stderr, never the job.
 
-N pictures, Y rows, X columns, C channels, V palette.
+N images, Y rows, X columns, C channels, V palette.
 """
 
 import contextlib
@@ -24,32 +24,38 @@ from igpt_jax.metrics.logging import say
 from igpt_jax.parallel.topology import GIB
 
 Points = Sequence[tuple[float, float | None]]
-CURVES = 10  # in one figure, at most: as many as there are colors
-LONGEST_LABEL = 40  # characters: two columns of a legend
+CURVES = 10  # most curves in one figure: Matplotlib's default cycle has 10 colors
+LONGEST_LABEL = 40  # characters that fit one of a legend's two columns
 
 
-# Matplotlib. Its object interface needs neither pyplot nor a display; it is imported where something is drawn.
+# Matplotlib. Its object interface needs neither pyplot nor a display. It is imported on first use: that takes a while,
+# and most runs draw nothing until they end.
 
 def drawn(**settings: Any) -> Callable[[Callable], Callable]:
-    """Decorates what draws: it runs with Matplotlib's defaults and `settings`. Where it fails, a line says so, and it
-    returns None."""
+    """Decorates a function that draws: it runs with Matplotlib's defaults and `settings`.
+
+    If the function raises, a line on stderr says so, and the decorated function returns None.
+    """
     def decorate(draw: Callable) -> Callable:
         @functools.wraps(draw)
         def harmless(*arguments: Any, **named: Any) -> Any:
             try:
                 with _defaults(settings):
                     return draw(*arguments, **named)
-            except Exception as error:  # whatever it is, a picture is not worth a run
+            except Exception as error:  # of any kind: no figure is worth a run
                 what = draw.__name__.replace("_", " ")
-                say(f"The picture {what!r} cannot be drawn: {' '.join(str(error).split())}. The job goes on without.")
+                why = " ".join(str(error).split())
+                say(f"The figure {what!r} cannot be drawn: {why}. The job continues without it.")
         return harmless
     return decorate
 
 
 @contextlib.contextmanager
 def _defaults(settings: Mapping[str, Any]) -> Iterator[None]:
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of the user's settings, and of its font cache
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here: the import would fail
+    # Matplotlib warns about faults in the user's matplotlibrc and about rebuilding its font cache.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # A notebook sets MPLBACKEND for its child processes. Importing Matplotlib fails if that backend is not installed.
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
     finally:
@@ -57,22 +63,22 @@ def _defaults(settings: Mapping[str, Any]) -> Iterator[None]:
             os.environ["MPLBACKEND"] = backend
     with warnings.catch_warnings(action="ignore"), matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"text.parse_math": False, **settings})  # names may hold any number of $
+        matplotlib.rcParams.update({"text.parse_math": False, **settings})  # names may contain $
         yield
 
 
 def label(text: str, longest: int = LONGEST_LABEL) -> str:
-    """`text` as Matplotlib can show it: characters without a glyph as escapes, long ones cut in the middle."""
+    """`text` as Matplotlib can show it: characters without a glyph become escapes; long text is cut in the middle."""
     glyphs = _glyphs()
     text = "".join(char if ord(char) in glyphs else char.encode("unicode_escape").decode() for char in text)
     if len(text) > longest:
         text = f"{text[:longest // 2 - 1]}…{text[-longest // 2:]}"
-    return f"\u200b{text}" if text.startswith("_") else text  # legends leave out what begins with _
+    return f"\u200b{text}" if text.startswith("_") else text  # legends omit labels that begin with _
 
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """The characters that Matplotlib's own font has."""
+    """The characters of Matplotlib's default font."""
     import matplotlib.font_manager
 
     return frozenset(matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans")).get_charmap())
@@ -102,11 +108,11 @@ def _save(path: storage.Path, figure: Any) -> None:
 
 @drawn()
 def loss_curve(path: storage.Path, metrics: Sequence[Mapping[str, float | None]], palette_size: int) -> None:
-    """Draws training and held-out loss over steps, with the loss of guessing, ln V, as a dashed line.
+    """Draws training and held-out loss over steps, and the loss of uniform guessing, ln V, as a dashed line.
 
     Args:
       path: of the PNG.
-      metrics: what `load_metrics` gives; reads `train/nats_per_pixel` and `eval/nats_per_pixel`.
+      metrics: from `load_metrics`; reads `train/nats_per_pixel` and `eval/nats_per_pixel`.
       palette_size: V, colors.
     """
     figure = _new()
@@ -127,7 +133,7 @@ def loss_curve(path: storage.Path, metrics: Sequence[Mapping[str, float | None]]
 
 @drawn()
 def loss_over_steps(path: storage.Path, runs: Mapping[str, Points]) -> None:
-    """Draws nats per pixel of checkpoints over their steps, a line for each run.
+    """Draws checkpoints' nats per pixel over their steps, one line per run.
 
     Args:
       path: of the PNG.
@@ -147,12 +153,12 @@ def loss_over_steps(path: storage.Path, runs: Mapping[str, Points]) -> None:
 @drawn()
 def accuracy_over_loss(path: storage.Path, runs: Mapping[str, Sequence[Mapping[str, Any]]],
                        test_count: int) -> None:
-    """Draws the accuracy of the best layer's probe over the loss, which falls to the right (the paper's Figure 3).
+    """Draws the best layer's probe accuracy over the loss, which falls to the right (the paper's Figure 3).
 
     Args:
       path: of the PNG.
       runs: rows with `nats_per_pixel`, `steps`, `probe_accuracy` and its interval, by name of the run.
-      test_count: examples that the accuracies count.
+      test_count: test images that each accuracy is measured on.
     """
     figure = _new()
     axes = figure.subplots()
@@ -179,8 +185,8 @@ def accuracy_by_layer(path: storage.Path, curves: Mapping[str, Sequence[Mapping[
     Args:
       path: of the PNG.
       curves: rows with `layer`, `test_accuracy` and its interval, by name of the checkpoint.
-      others: accuracy by name.
-      test_count: examples counted.
+      others: accuracy of each baseline, by name; at most two.
+      test_count: test images that each accuracy is measured on.
     """
     figure = _new()
     axes = figure.subplots()
@@ -194,12 +200,12 @@ def accuracy_by_layer(path: storage.Path, curves: Mapping[str, Sequence[Mapping[
                      label=label(f"{name}: {100 * accuracy:.1f} %"))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _plain(axes, "layer (0: the embedding)", f"accuracy on {test_count:,} test images, %")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # nothing is drawn over
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # outside, where it hides no curve
     _save(path, figure)
 
 
 def _some(axes: Any, curves: Mapping[str, Any], what: str) -> list[tuple[str, Any]]:
-    """All curves; of more than CURVES those at even distances, and then a title that says so."""
+    """All curves; if there are more than CURVES, an evenly spaced selection, and a title that says so."""
     shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
     if len(shown) < len(curves):
         axes.set_title(f"{len(shown)} of {len(curves)} {what}", fontsize=10)
@@ -211,21 +217,21 @@ def _finite(value: float | None) -> bool:
 
 
 def _spreads(rows: Sequence[Mapping[str, Any]], accuracy: str, interval: str) -> list[list[float]]:
-    """Distances of the lower and the upper ends of intervals from the accuracies, per cent."""
+    """Distances of the intervals' lower and upper ends from the accuracies, in percentage points."""
     return [[100 * abs(row[interval][end] - row[accuracy]) for row in rows] for end in (0, 1)]
 
 
 @drawn()
 def scaling_curve(path: storage.Path, title: str, curve: Sequence[tuple[int, float, float]],
-                   compiled: tuple[int, float, float], usable_bytes: int) -> None:
-    """Draws seconds a step and GiB a device over device counts as a PNG.
+                  compiled: tuple[int, float, float], usable_bytes: int) -> None:
+    """Draws seconds per step and GiB per device over the number of devices.
 
     Args:
       path: of the PNG.
       title: of the figure.
-      curve: (devices, seconds, bytes) by estimate, the best mesh at each count.
-      compiled: the same of what was compiled.
-      usable_bytes: of a device's memory, drawn as a line.
+      curve: (devices, seconds per step, bytes per device), estimated for the best mesh at each number of devices.
+      compiled: the same for the step that was compiled.
+      usable_bytes: memory of a device, drawn as a dashed line.
     """
     import matplotlib.ticker
 
@@ -250,13 +256,16 @@ def scaling_curve(path: storage.Path, title: str, curve: Sequence[tuple[int, flo
     _save(path, figure)
 
 
-# Pictures.
+# Images.
 
 def image_grid(images_NYXC: np.ndarray, columns: int, scale: int = 4, gap: int = 2) -> Image.Image:
-    """The images in rows of `columns`, each pixel drawn as a sharp square of `scale` pixels, white gaps between.
+    """Arranges images in rows, with white gaps between them.
 
     Args:
       images_NYXC: uint8, RGB.
+      columns: images per row.
+      scale: side of the sharp square that each pixel becomes, in pixels.
+      gap: width of the gaps, in pixels.
     """
     big = images_NYXC.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = big.shape
@@ -269,7 +278,7 @@ def image_grid(images_NYXC: np.ndarray, columns: int, scale: int = 4, gap: int =
 
 
 def save_png(path: storage.Path, image: Image.Image) -> None:
-    """Writes a Pillow image as PNG, to a local path or a bucket."""
+    """Writes a Pillow image as a PNG file, to a local path or a bucket."""
     png = io.BytesIO()
     image.save(png, format="PNG")
     storage.publish(path, png.getvalue())
@@ -277,16 +286,16 @@ def save_png(path: storage.Path, image: Image.Image) -> None:
 
 @drawn()
 def loss_maps(path: storage.Path, images_NYXC: np.ndarray, nats_NYX: np.ndarray) -> None:
-    """Draws each picture with the nats of its pixels as a heat map to its right.
+    """Draws each image with its per-pixel loss as a heat map to its right.
 
     Args:
       path: of the PNG.
       images_NYXC: uint8, RGB.
-      nats_NYX: of each pixel, given those before it.
+      nats_NYX: nats of each pixel, given the pixels before it.
     """
     from matplotlib import cm, colormaps, colors
 
-    scale = colors.Normalize(0, np.nanquantile(nats_NYX, 0.995))  # one freak pixel must not dim all others
+    scale = colors.Normalize(0, np.nanquantile(nats_NYX, 0.995))  # so that one outlier does not darken the rest
     heat_NYXC = np.uint8(255 * colormaps["magma"](scale(nats_NYX).clip(0, 1))[..., :3])
     pairs = np.stack([images_NYXC, heat_NYXC], axis=1).reshape(-1, *images_NYXC.shape[1:])
     grid = np.asarray(image_grid(pairs, 2 * min(4, len(images_NYXC)), scale=max(1, 96 // images_NYXC.shape[2]), gap=6))
@@ -300,7 +309,7 @@ def loss_maps(path: storage.Path, images_NYXC: np.ndarray, nats_NYX: np.ndarray)
 
 @drawn()
 def loss_by_position(path: storage.Path, nats_YX: np.ndarray, by_class: Mapping[str, float]) -> None:
-    """Draws mean nats by place in the picture, and beside it by class, where there are any.
+    """Draws mean nats by position in the image and, if there are classes, by class in a second panel.
 
     Args:
       path: of the PNG.
@@ -308,12 +317,12 @@ def loss_by_position(path: storage.Path, nats_YX: np.ndarray, by_class: Mapping[
       by_class: mean nats per pixel by name of the class.
     """
     figure = _new(10 if by_class else 5.2, 4.2)
-    places, *others = np.atleast_1d(figure.subplots(1, 2 if by_class else 1))
-    image = places.imshow(nats_YX, cmap="magma", interpolation="none", vmax=np.nanquantile(nats_YX, 0.99))
-    figure.colorbar(image, ax=places, label="nats per pixel", extend="max")  # the first pixel is far above all others
-    places.set_xlabel("column")
-    places.set_ylabel("row")
-    for axes in others:
+    by_position, *by_name = np.atleast_1d(figure.subplots(1, 2 if by_class else 1))
+    image = by_position.imshow(nats_YX, cmap="magma", interpolation="none", vmax=np.nanquantile(nats_YX, 0.99))
+    figure.colorbar(image, ax=by_position, label="nats per pixel", extend="max")  # the first pixel is off the scale
+    by_position.set_xlabel("column")
+    by_position.set_ylabel("row")
+    for axes in by_name:
         names = sorted(by_class, key=by_class.__getitem__, reverse=True)
         axes.barh([label(name) for name in names], [by_class[name] for name in names], color="tab:blue", height=0.7)
         axes.bar_label(axes.containers[0], fmt="%.3f", padding=3, fontsize=8)

@@ -45,7 +45,7 @@ def open_writers(config: PretrainConfig, workdir: str) -> list[Writer]:
 
 
 class Harmless:
-    """A back-end from which training never suffers: its first failure is told in a line and is its end."""
+    """A back-end that cannot harm training: its first failure is reported in one line and turns it off."""
 
     def __init__(self, name: str, open_backend: Callable[[], Writer]):
         self._name, self._backend = name, None
@@ -67,9 +67,9 @@ class Harmless:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # of any kind: no back-end is worth a run
             self._backend = None
-            say(f"{self._name} is off for this run: {' '.join(str(error).split())}. metrics.jsonl goes on.")
+            say(f"{self._name} is off for this run: {' '.join(str(error).split())}. metrics.jsonl continues.")
 
 
 # TensorBoard.
@@ -139,8 +139,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """One W&B run per workdir, whatever the restarts; W&B's own process does the sending.
 
-    `step` is a metric of its own, by which all others are drawn: W&B's own step counts only up, and a run that goes on
-    from a checkpoint does some steps again. W&B's files lie in the workdir; where that is in a bucket, in ./wandb.
+    `step` is a metric of its own, by which all others are drawn: W&B's own step only increases, and a run that resumes
+    from a checkpoint repeats some steps. W&B's files lie in the workdir; where that is in a bucket, in ./wandb.
     """
 
     def __init__(self, config: PretrainConfig, folder: storage.Path):

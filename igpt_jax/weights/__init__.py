@@ -1,4 +1,4 @@
-"""Weights in and out: OpenAI's TF1 checkpoints, Hugging Face folders and our own, each seen as our parameters."""
+"""Reads and writes weights: OpenAI's TF1 checkpoints, Hugging Face folders and our checkpoints, under our names."""
 
 from collections.abc import Iterable
 
@@ -11,16 +11,16 @@ from igpt_jax.weights.ours import OurWeights
 KINDS = {"openai": OpenAIWeights, "huggingface": HuggingFaceWeights, "orbax": OurWeights}
 
 
-def kind_and_path(key: str, typed: str, kinds: Iterable[str] = KINDS) -> tuple[str, str]:
-    """('openai', PATH) of `openai:PATH`, the value of a config key. Raises UserError."""
-    kind, colon, path = typed.partition(":")
+def kind_and_path(key: str, value: str, kinds: Iterable[str] = KINDS) -> tuple[str, str]:
+    """Splits the value of a config key: `openai:PATH` gives ('openai', PATH). Raises UserError."""
+    kind, colon, path = value.partition(":")
     if not (colon and path):
-        raise UserError(f"{key}={typed!r} must read {' or '.join(f'{kind}:PATH' for kind in kinds)}.")
+        raise UserError(f"{key}={value!r} must read {' or '.join(f'{kind}:PATH' for kind in kinds)}.")
     if kind not in kinds:
-        raise UserError(f"{key}={typed!r} is not known. {nearest(kind, list(kinds))}")
+        raise UserError(f"{key}={value!r} is not known. {nearest(kind, list(kinds))}")
     return kind, path
 
 
 def open_weights(kind: str, path: str) -> Weights:
-    """The weights in `path`. Raises UserError where they are missing, damaged or not an ImageGPT's."""
+    """The weights in `path`. Raises UserError if they are missing, damaged or not those of an ImageGPT."""
     return KINDS[kind](path)

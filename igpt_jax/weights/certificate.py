@@ -1,4 +1,4 @@
-"""The proof of a conversion: what lies on both sides, bit by bit, and what each side's own framework computes from it.
+"""Certifies a conversion: compares both sides' tensors bit by bit, and the logits that each side's framework computes.
 
 Equal bits under the name table do not prove the table. The logits do: OpenAI's side is computed from the variables'
 own names, Hugging Face's by transformers, ours by the model that trains and samples.
@@ -18,7 +18,7 @@ LOGIT_LIMIT = 1e-4  # largest difference in float32, relative to the largest log
 
 
 def fixed_images(weights: Weights) -> tuple[np.ndarray, np.ndarray | None]:
-    """The same images for every conversion of a size: all colors equally often, int64 [B, T], in random places.
+    """The same images for every conversion of a size: all colors equally often, int64 [B, T], in random order.
 
     And the pixels [B, T] to hide from a masked model, at least one of each image; None for others.
     """
@@ -29,7 +29,7 @@ def fixed_images(weights: Weights) -> tuple[np.ndarray, np.ndarray | None]:
     return tokens_BT, hidden_BT if masked(weights) else None
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what overflows is told at the end
+@np.errstate(over="ignore", invalid="ignore")  # overflow is reported with the result
 def nats_per_pixel(logits_BTV: np.ndarray, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None = None) -> float:
     """Mean negative log likelihood, added up in float64: of all pixels, or over an image's hidden ones, then images."""
     wide_BTV = logits_BTV.astype(np.float64)
@@ -48,7 +48,7 @@ def certify(source: Weights, target: Weights, compare_logits: bool) -> dict[str,
 
     Returns:
       verdict: `same` or `differs`; parameters: their number; differing: parameters whose bits differ, with the layer;
-      not_carried: parameters of the source that the target has no place for; tensors: SHA-256 of each side's tensors
+      not_carried: parameters of the source that the target cannot hold; tensors: SHA-256 of each side's tensors
       (float32, C order); logits, of pixels, and class_logits: see `_compare_logits`.
     """
     shared = [name for name in source.names if name in target.names]
@@ -67,7 +67,7 @@ def certify(source: Weights, target: Weights, compare_logits: bool) -> dict[str,
 
 
 def _compare(name: str, source: Weights, target: Weights) -> tuple[int, list[str]]:
-    """The size of a parameter, and where its bits differ. Nothing of it is held when the next one is read."""
+    """The size of a parameter, and the layers whose bits differ. One parameter is in memory at a time."""
     ours, theirs = source.layers(name), target.layers(name)
     if len(ours) != len(theirs):
         return 0, [f"{name} ({len(ours)} layers, {len(theirs)} in the target)"]

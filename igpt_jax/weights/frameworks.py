@@ -1,4 +1,4 @@
-"""What the frameworks that read and compute foreign weights need of this process, and what their versions get wrong."""
+"""Workarounds for TensorFlow, torch and transformers: import order, availability, and versions with known errors."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ import sys
 
 
 def triton_first() -> None:
-    """Imports triton, where torch may come to use it. Call it before a process that may need both imports TensorFlow.
+    """Imports triton if torch may use it later. Call it before importing TensorFlow in a process that may need both.
 
     Both bring an LLVM. With TensorFlow's there first, importing triton ends the process without a word that helps (exit
     code 134 or 139; tensorflow-cpu 2.21 with triton 3.7 and 3.9). Torch's builds for GPUs bring triton, and

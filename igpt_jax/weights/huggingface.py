@@ -18,10 +18,10 @@ from igpt_jax.weights.frameworks import has_transformers
 from igpt_jax.weights.names import HUGGING_FACE, ForeignWeights, Tensor, Weights
 
 PIXELS, CLASSES = HUGGING_FACE
-SHARD_BYTES = 5 * 10**9  # the hub's habit
+SHARD_BYTES = 5 * 10**9  # as transformers' save_pretrained splits
 LEGACY = (".attn.bias", ".attn.masked_bias")  # masks that old versions saved as if they were weights
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# What the model computes for each, so that a config that says otherwise is another model.
+# The model has these settings fixed. A config.json with another value describes a different model.
 COMPUTES = {"activation_function": "quick_gelu", "layer_norm_epsilon": NORM_EPSILON, "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
@@ -35,11 +35,11 @@ class HuggingFaceWeights(ForeignWeights):
 
     framework = "transformers"
 
-    def __init__(self, typed: str):
-        where = f"huggingface:{typed}"
-        if not storage.is_local(storage.path(typed)):
+    def __init__(self, path: str):
+        where = f"huggingface:{path}"
+        if not storage.is_local(storage.path(path)):
             raise UserError(f"{where}: safetensors files are read from a local folder. Copy it first.")
-        self._folder = Path(storage.path(typed))
+        self._folder = Path(storage.path(path))
         config = self._json("config.json", where)
         self._files, found = _open(self._folder, where)
         self.architecture = CLASSES if "score.weight" in found else PIXELS
@@ -77,7 +77,7 @@ class HuggingFaceWeights(ForeignWeights):
 
     @functools.cached_property
     def palette_VC(self) -> np.ndarray | None:
-        """Read when it is asked for: where the user gives a palette, the processor's need not be usable."""
+        """Read on first use: if the user gives a palette, the one in preprocessor_config.json may be damaged."""
         where, colors = self._where, self.sizes["V"]
         processor = self._folder / "preprocessor_config.json"
         clusters = self._json(processor.name, where).get("clusters") if processor.exists() else None

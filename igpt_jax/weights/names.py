@@ -44,7 +44,7 @@ class Tensor(NamedTuple):
     name: str
     parts: tuple[Part, ...]
     axis: int = 0  # along which parts are joined
-    bias: str = ""  # the name of a bias beside it that must be zero; as long as the tensor's last dim
+    bias: str = ""  # the name of its bias, which must be zero; as long as the tensor's last dim
 
     @property
     def stacked(self) -> bool:
@@ -150,7 +150,7 @@ class Weights(Protocol):
 
 
 def finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
-    """The array. Raises UserError where it holds a NaN or an infinity, without a copy of the array to tell."""
+    """The array. Raises UserError if it holds a NaN or an infinity. min and max need no copy of the array."""
     if array.size and not np.isfinite([array.min(), array.max()]).all():
         raise UserError(f"{where}: its weights are not finite (NaN or infinity in {name}). The training that saved "
                         "them diverged. Convert an earlier checkpoint of it.")

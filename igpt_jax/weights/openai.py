@@ -19,7 +19,7 @@ from igpt_jax.weights.frameworks import triton_first
 from igpt_jax.weights.names import OPENAI, ForeignWeights, Tensor, Weights
 
 SHARD_BYTES = 32 * 2**20
-# What training left in the released files beside the weights.
+# Optimizer state and step counters in the released files, which hold more than weights.
 IGNORED = re.compile(r"adam_v|adam_m|AdamWeightDecayOptimizer|global_step|(^|/)_step")
 
 
@@ -49,21 +49,21 @@ class OpenAIWeights(ForeignWeights):
 
     framework = "NumPy, after OpenAI's released code"
 
-    def __init__(self, typed: str):
-        prefix, tensorflow = prefix_of(typed), _tensorflow()
+    def __init__(self, path: str):
+        prefix, tensorflow = prefix_of(path), _tensorflow()
         try:
             self._reader = tensorflow.train.load_checkpoint(prefix)
             shapes = self._reader.get_variable_to_shape_map()
         except (ValueError, RuntimeError, tensorflow.errors.OpError) as error:
-            raise UserError(f"openai:{typed} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UserError(f"openai:{path} cannot be read: {str(error).splitlines()[0]}") from None
         shapes = {name: tuple(shape) for name, shape in shapes.items() if not IGNORED.search(name)}
-        sizes = _sizes(f"openai:{typed}", shapes)
+        sizes = _sizes(f"openai:{path}", shapes)
         absent = {"start_D": "model/sos", "class_head_KD": "model/clf/wclf"}
         table = table_for(tensor.parts[0].ours for tensor in OPENAI
                           if absent.get(tensor.parts[0].ours, "") in ("", *shapes))
-        names.check(f"openai:{typed}", shapes, table, sizes)
+        names.check(f"openai:{path}", shapes, table, sizes)
         step = re.search(r"ckpt-(\d+)$", prefix)
-        super().__init__(f"openai:{typed}", table, sizes, self._slice, steps_done=int(step[1]) if step else 0)
+        super().__init__(f"openai:{path}", table, sizes, self._slice, steps_done=int(step[1]) if step else 0)
 
     def _slice(self, name: str, axis: int, start: int, stop: int) -> np.ndarray:
         return self._reader.get_tensor(name)  # no OpenAI variable holds more than one parameter
@@ -104,19 +104,19 @@ class OpenAIWeights(ForeignWeights):
             {"classes": n_BTD.mean(1) @ get("clf/wclf").T} if "K" in self.sizes else {})
 
 
-def prefix_of(typed: str) -> str:
-    """The prefix of a checkpoint's files, typed as such or as the folder of a single one. Raises UserError."""
-    if not storage.is_local(storage.path(typed)):
-        raise UserError(f"openai:{typed}: TensorFlow reads and writes local files here. Copy the checkpoint first.")
-    if glob.has_magic(os.path.abspath(typed)) or "\\" in os.path.abspath(typed):
-        raise UserError(f"openai:{typed}: TensorFlow takes *, ?, [ and backslashes for a pattern. Give another path.")
-    typed = os.path.expanduser(typed).removesuffix(".index").removesuffix(".meta")
-    if not os.path.isdir(typed):
-        return typed
-    found = [path.removesuffix(".index") for path in glob.glob(f"{glob.escape(typed)}/*.index")]
+def prefix_of(path: str) -> str:
+    """The prefix of a checkpoint's files, from that prefix or from a folder with one checkpoint. Raises UserError."""
+    if not storage.is_local(storage.path(path)):
+        raise UserError(f"openai:{path}: TensorFlow reads and writes local files here. Copy the checkpoint first.")
+    if glob.has_magic(os.path.abspath(path)) or "\\" in os.path.abspath(path):
+        raise UserError(f"openai:{path}: TensorFlow takes *, ?, [ and backslashes for a pattern. Give another path.")
+    path = os.path.expanduser(path).removesuffix(".index").removesuffix(".meta")
+    if not os.path.isdir(path):
+        return path
+    found = [file.removesuffix(".index") for file in glob.glob(f"{glob.escape(path)}/*.index")]
     if len(found) != 1:
-        raise UserError(f"openai:{typed} holds {len(found)} checkpoints (*.index). "
-                        f"Name one: openai:{typed}/model.ckpt-1000000")
+        raise UserError(f"openai:{path} holds {len(found)} checkpoints (*.index). "
+                        f"Name one: openai:{path}/model.ckpt-1000000")
     return found[0]
 
 
@@ -133,7 +133,7 @@ def _sizes(where: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def write(weights: Weights, prefix: str) -> None:
-    """Writes a TF1 checkpoint of float32 variables at `prefix`; about 32 MiB of them are on their way at a time."""
+    """Writes a TF1 checkpoint of float32 variables at `prefix`; about 32 MiB of them are in memory at a time."""
     tensorflow = _tensorflow()
     with tempfile.TemporaryDirectory(dir=os.path.dirname(prefix), prefix=".convert-") as folder:
         shards, pending, size = [], {}, 0

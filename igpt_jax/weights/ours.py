@@ -31,9 +31,9 @@ class OurWeights:
 
     framework = "igpt_jax"
 
-    def __init__(self, typed: str):
-        self._typed, self._path = typed, step_path(*checkpoint.locate(typed))
-        self.record = checkpoint.load_metadata(typed)
+    def __init__(self, path: str):
+        self._given, self._path = path, step_path(*checkpoint.locate(path))
+        self.record = checkpoint.load_metadata(path)
         checkpoint.prepare_orbax()
         leaves = jax.tree_util.tree_leaves_with_path(ocp.checkpointables_metadata(self._path).metadata["params"])
         self._shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
@@ -55,7 +55,7 @@ class OurWeights:
 
     def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None) -> dict[str, np.ndarray]:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-        model, params, _ = checkpoint.load_model(self._typed, mesh, "float32")
+        model, params, _ = checkpoint.load_model(self._given, mesh, "float32")
         pixels_BTV, classes_BK = jax.jit(model.outputs)(params, tokens_BT.astype(np.int32), None, hidden_BT)
         found = {"pixels": pixels_BTV} | ({} if classes_BK is None else {"classes": classes_BK})
         return jax.tree.map(np.asarray, found)
@@ -81,10 +81,10 @@ def _read(folder: storage.Path, name: str) -> np.ndarray:
     """An array of Orbax's, float32, read in slices of whole chunks: Orbax has all chunks on their way at once, which
     may take as much memory as the array itself.
     """
-    place = storage.tensorstore_spec(folder / name)
+    kvstore = storage.tensorstore_spec(folder / name)
     if (folder / "manifest.ocdbt").exists():  # as training writes; `save` does not
-        place = {"driver": "ocdbt", "base": storage.tensorstore_spec(folder), "path": f"{name}/"}
-    stored = tensorstore.open({"driver": "zarr3", "kvstore": place}, open=True, read=True).result()
+        kvstore = {"driver": "ocdbt", "base": storage.tensorstore_spec(folder), "path": f"{name}/"}
+    stored = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
     chunk = stored.chunk_layout.read_chunk.shape
     axis = max(range(stored.ndim), key=lambda axis: stored.shape[axis] / chunk[axis])
     if chunk[axis] >= stored.shape[axis]:
@@ -103,13 +103,13 @@ def dropout_of(weights: Weights) -> float:
 
 
 def class_layer_of(weights: Weights) -> int:
-    """The place in the stream that the class head reads; -1, the last, is that of all other files."""
+    """The layer that the class head reads; -1, the last, in all files but ours."""
     finetuning = weights.record.config.finetuning if isinstance(weights, OurWeights) else None
     return finetuning.model.class_layer if finetuning else -1
 
 
 def record_for(weights: Weights, palette_VC: np.ndarray) -> Metadata:
-    """What a checkpoint made of weights says of itself: what it said before, or what their sizes tell."""
+    """Metadata of a checkpoint made of weights: our checkpoint's own, or derived from the sizes."""
     if isinstance(weights, OurWeights):
         return dataclasses.replace(weights.record, palette_VC=palette_VC)
     sizes = weights.sizes
@@ -125,8 +125,8 @@ def write(weights: Weights, workdir: str, palette_VC: np.ndarray) -> None:
     """Writes WORKDIR/checkpoints/STEP. The stacked parameters lie in a temporary file, not in memory."""
     folder = storage.path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    place = str(folder) if storage.is_local(folder) else None
-    with tempfile.TemporaryDirectory(dir=place, prefix=".convert-") as temporary:
+    parent = str(folder) if storage.is_local(folder) else None
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".convert-") as temporary:
         def mapped(shape: tuple[int, ...], name: str) -> np.ndarray:
             return np.memmap(f"{temporary}/{name}", np.float32, "w+", shape=shape)
 

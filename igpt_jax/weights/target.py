@@ -1,7 +1,7 @@
-"""Where convert's result appears. It is made aside and then moved, and replaces only files that convert wrote there.
+"""The target of convert: written to a staging folder, then moved; replaces only files that convert wrote.
 
-certificate.json in the workdir names the place, from the root, and lists the files with their sizes and times: the next
-run with this workdir and place knows them by that. Whatever else lies there stays.
+certificate.json in the workdir holds the target's absolute path and lists its files with sizes and times. The next run
+with this workdir and target recognizes its files by that list, and keeps all others.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ class Target:
       UserError: something else is in the way.
     """
 
-    def __init__(self, kind: str, typed: str, step: int, workdir: str):
+    def __init__(self, kind: str, given: str, step: int, workdir: str):
         """Args: kind and path of `convert_to`, the step of the weights, and the job's workdir."""
-        path = storage.path(openai.prefix_of(typed) if kind == "openai" else typed)
+        path = storage.path(openai.prefix_of(given) if kind == "openai" else given)
         self._local = storage.is_local(path)
         if not self._local and kind != "orbax":
-            raise UserError(f"convert_to={kind}:{typed}: these files are written to a local folder. Name one, and copy "
+            raise UserError(f"convert_to={kind}:{given}: these files are written to a local folder. Name one, and copy "
                             "it from there.")
         path = storage.Path(os.path.realpath(path)) if self._local else path
         self.folder, self.entry = {"orbax": (path / "checkpoints", str(step)),
@@ -52,9 +52,9 @@ class Target:
         self._refuse_what_is_not_mine()
 
     def record(self, certificate: Mapping[str, Any]) -> None:
-        """Publishes the certificate (what JSON can say), with what it says of this place."""
-        told = {**certificate, "place": self._name, "files": self._mine}
-        storage.publish(self._file, json.dumps(told, indent=2) + "\n")
+        """Publishes the certificate (JSON values), with this target's path and files."""
+        record = {**certificate, "place": self._name, "files": self._mine}
+        storage.publish(self._file, json.dumps(record, indent=2) + "\n")
 
     @contextlib.contextmanager
     def appearing(self, certificate: Mapping[str, Any]) -> Iterator[Path]:
@@ -126,7 +126,7 @@ class Target:
 
     def _refuse(self, names: Any, why: str) -> None:
         for name in names:
-            raise UserError(f"convert_to: {self.folder / name} {why}, or name another place.")
+            raise UserError(f"convert_to: {self.folder / name} {why}, or name another path.")
 
     def _files_in(self, folder: Any) -> Files:
         """All of this target's files below a folder."""
@@ -147,10 +147,10 @@ class Target:
 def _listed(certificate: bytes | None, place: str) -> tuple[Files, bool]:
     """The files that a certificate says convert has written to `place`, and whether it is of that place at all."""
     try:
-        told = storage.parse_json(certificate or b"")
-        if told["place"] != place:
+        recorded = storage.parse_json(certificate or b"")
+        if recorded["place"] != place:
             return {}, False
-        files = {name: [int(size), int(time)] for name, (size, time) in told["files"].items()}
+        files = {name: [int(size), int(time)] for name, (size, time) in recorded["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}, False
     inside = all(name == os.path.normpath(name) and name.partition("/")[0] not in ("", ".", "..") for name in files)
@@ -167,5 +167,5 @@ def _one_line(path: Any) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"convert_to: {path} cannot be written: {error.strerror or error}. Name another place."
+        raise UserError(f"convert_to: {path} cannot be written: {error.strerror or error}. Name another path."
                         ) from None
