@@ -234,7 +234,7 @@ def run_here(folder, job="report"):
     return run_job(lambda config, workdir: {}, config.parse(job, config.base_config(job)), str(folder))
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"job": "rep'])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"job": "rep', None])
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
 def test_a_damaged_config_or_result_is_set_aside(tmp_path, name, content, caplog):
     """Each time under another name. The other file still says which job the workdir belongs to.
@@ -244,9 +244,13 @@ def test_a_damaged_config_or_result_is_set_aside(tmp_path, name, content, caplog
     for left in ([], [f"{name}.damaged"], [f"{name}.damaged", f"{name}.damaged-2"]):
         assert run_here(tmp_path) == 0
         assert sorted(file.name for file in tmp_path.glob("*.damaged*")) == left
-        (tmp_path / name).write_bytes(content)
+        if content is None:
+            (tmp_path / name).unlink()
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_bytes(content)
     assert run_here(tmp_path, "verify") == 2
-    assert (tmp_path / f"{name}.damaged").read_bytes() == content
+    assert content is None or (tmp_path / f"{name}.damaged").read_bytes() == content
     assert len([message for message in caplog.messages if f"{name} is damaged" in message]) == 3
 
 

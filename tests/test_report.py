@@ -108,6 +108,21 @@ def test_nothing_to_report_is_said_in_one_line(workdirs, typed, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, content", [
+    ("result.json", '{"metrics": 5, "device": "x", "versions": [1]}'), ("figures/a.png", ""),
+    ("result.json", '{"metrics": {"accuracy_by_layer": {"1": null, "x": 2}, "parameters": "many", "steps": 1}}'),
+    ("probe.json", '[{"features": "layer 0", "layer": 0, "test_accuracy": null, "interval": [null, null]},'
+                   ' {"features": "layer 1", "layer": 1, "test_accuracy": 0.5, "interval": 5}]'),
+    ("metrics.jsonl", '5\n{"step": 1, "seconds/step": "a"}\n'), ("config.json", '{"job": "probe", "batch_size": null}'),
+])
+def test_a_damaged_file_costs_its_part_of_the_page(workdirs, tmp_path, name, content):
+    """In a pretraining and a probe. Seen to fail with each part made as if the file were whole."""
+    for folder in workdirs.iterdir():
+        (folder / name).write_text(content)
+    assert job.run(ReportConfig(workdirs=f"{workdirs}/*"), str(tmp_path / "report"))["workdirs"] == 3
+    assert Page((tmp_path / "report" / "report.html").read_text()).tags.count("section") == 4
+
+
 def test_values_are_shown_as_people_read_them():
     """Seen to fail with .4g for all."""
     assert [report.shown(value) for value in (None, 12345678, 0.25, 3.05630001, 25220.65, 1e-7, [1, 2.5], "a", True)] \

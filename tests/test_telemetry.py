@@ -88,6 +88,13 @@ def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, bad, caplog):
     assert [message.endswith("its other lines are kept (1 are damaged).") for message in caplog.messages] == [True]
 
 
+def test_a_folder_in_place_of_the_log_is_set_aside(tmp_path):
+    """Seen to fail with an IsADirectoryError."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    run(tmp_path, 0, 2)
+    assert len(load_metrics(tmp_path)) == 2 and (tmp_path / "metrics.jsonl.damaged").is_dir()
+
+
 def test_non_finite_values_are_null(tmp_path):
     metrics = Metrics(tmp_path, total_steps=1)
     metrics.log(1, {"a": math.nan, "b": math.inf, "c": np.float32(1.5)})

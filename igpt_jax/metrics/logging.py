@@ -79,6 +79,8 @@ class Metrics:
 
     def _resume(self, path: storage.Path, start_step: int) -> dict[str, float]:
         """Drops the lines of steps that will be done again; returns what the next line says of them."""
+        if path.is_dir():
+            side_files.set_aside(path)
         try:
             lines = [_parse_line(line) for line in storage.read_lines(path)]
         except UserError:  # a new run

@@ -5,17 +5,20 @@ import datetime
 import functools
 import importlib.resources
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
 
 from igpt_jax import storage
+from igpt_jax.config import UserError
+from igpt_jax.metrics.logging import say
 from igpt_jax.report import charts, paper
 from igpt_jax.report.charts import Series
 from igpt_jax.report.runs import Row, Run
 
+PNG = b"\x89PNG\r\n\x1a\n"
 ROWS_SHOWN = 200  # of a table
 DIGESTS = ("asked", "identity", "data")  # columns of evaluation.json that say nothing to a reader
 CHARTS = (  # of training: title, metrics with their labels, unit
@@ -38,16 +41,30 @@ def render(found: Sequence[Run]) -> tuple[str, dict[str, str]]:
     drawn: dict[str, str] = {}
     sections = []
     for number, run in enumerate(found, 1):
-        mine = [chart for chart in _charts(run) if chart.svg]  # none where it could not be drawn
+        mine = [chart for chart in _whole(run, "charts", lambda run=run: _charts(run)) if chart.svg]
         drawn |= {f"{number:02d}-{run.job}-{chart.title.lower().replace(' ', '-')}.svg": chart.svg for chart in mine}
+        device, versions = (run.result.get(name) for name in ("device", "versions"))
         sections.append({
             "run": run, "charts": [(chart.title, markupsafe.Markup(chart.svg)) for chart in mine],
-            "sentences": paper.sentences(run, found), "figures": list(_scalars(run.metrics)),
+            "device": device if isinstance(device, Mapping) else {},
+            "versions": versions if isinstance(versions, Mapping) else {},
+            "sentences": _whole(run, "comparison with the paper", lambda run=run: paper.sentences(run, found)),
+            "figures": _scalars(run.metrics),
             "tables": [(name, *_table(rows)) for name, rows in run.tables.items()],
-            "pictures": [_picture(file) for file in run.pictures]})
+            "pictures": [picture for file in run.pictures
+                         for picture in _whole(run, f"picture {file.name}", lambda file=file: [_picture(file)])]})
     page = _template().render(sections=sections, paper=paper.FIGURES, made=datetime.datetime.now(datetime.UTC),
                               jobs=sorted({run.job for run in found}))
     return page, drawn
+
+
+def _whole(run: Run, what: str, make: Callable[[], list[Any]]) -> list[Any]:
+    """What `make` makes of a run's files; nothing where they are not what a job writes, as a line then says."""
+    try:
+        return make()
+    except (UserError, TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        say(f"{run.path}: its {what} is left out, because a file is damaged: {' '.join(str(error).split())}")
+        return []
 
 
 @functools.cache
@@ -55,7 +72,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters["shown"] = shown
-    return environment.from_string((importlib.resources.files(__name__) / "page.html").read_text("utf-8"))
+    return environment.from_string((importlib.resources.files("igpt_jax.report") / "page.html").read_text("utf-8"))
 
 
 def _charts(run: Run) -> list[Chart]:
@@ -112,5 +129,7 @@ def shown(value: Any) -> str:
 def _picture(file: storage.Path) -> tuple[str, str, bool]:
     """Name, data URL, and whether it is narrower than its place, so that its pixels are to be seen as squares."""
     data = storage.read(file)
+    if not data.startswith(PNG):
+        raise ValueError("it is no PNG")
     width = int.from_bytes(data[16:20], "big")  # PNG: 8 bytes of signature, then the header chunk
     return file.stem.replace("_", " "), f"data:image/png;base64,{base64.b64encode(data).decode()}", width < 480

@@ -46,7 +46,8 @@ class Run:
     @property
     def metrics(self) -> Mapping[str, Any]:
         """Of result.json."""
-        return self.result.get("metrics") or {}
+        metrics = self.result.get("metrics")
+        return metrics if isinstance(metrics, Mapping) else {}
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ def look(file: Path, kind: type = dict) -> Any:
       UserError: the file cannot be read.
     """
     try:
-        value = parse_json(read(file)) if file.exists() else None
+        value = parse_json(read(file)) if file.exists() and not file.is_dir() else None
     except ValueError:  # not JSON, or not UTF-8
         return None
     return value if isinstance(value, kind) else None
