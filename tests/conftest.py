@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import traceback
@@ -23,6 +24,8 @@ LARGE = {"torch": "pip install '.[huggingface]'", "transformers": "pip install '
          "tensorflow": "pip install ."}  # packages whose tests are skipped without them
 for name, value in ENVIRONMENT.items():  # before any test imports JAX
     os.environ.setdefault(name, value)
+for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # jobs inherit what the caller ignores, such as nohup's
+    signal.signal(number, signal.SIG_DFL)
 if importlib.util.find_spec("triton"):  # tests of one process import TensorFlow and transformers in any order
     from igpt_jax.weights.frameworks import triton_first
 
