@@ -120,9 +120,10 @@ def test_what_the_user_changed_or_put_in_its_way_stays(here, original, kind, nam
 
 
 @pytest.mark.parametrize("kind, name", [("huggingface", "hfé"), ("huggingface", "a 'b\" c"), ("orbax", "ü"),
-                                        ("openai", "é"), ("huggingface", "~")])
+                                        ("openai", "é"), ("huggingface", "~"), ("orbax", "none/../x"),
+                                        ("huggingface", "none/../x")])
 def test_any_name_is_known_again(here, original, kind, name, monkeypatch):
-    """Seen to fail with the name compared as JSON writes it."""
+    """Seen to fail with the name compared as JSON writes it, and with the result read where no folder leads."""
     monkeypatch.setenv("HOME", str(here / "home"))
     for _ in range(2):
         assert converted(original, to(kind, name))["verdict"] == "same"

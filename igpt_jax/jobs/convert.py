@@ -29,7 +29,7 @@ from igpt_jax.storage import to_json
 from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
 from igpt_jax.weights.certificate import certify, fixed_images, nats_per_pixel
 from igpt_jax.weights.frameworks import fault_of_transformers
-from igpt_jax.weights.names import Weights, masked
+from igpt_jax.weights.names import Weights, finite, masked
 from igpt_jax.weights.target import CERTIFICATE, Target
 
 
@@ -68,7 +68,7 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
     if target_kind == "export":
         certificate |= _certify_export(source, Path(target.folder))
     else:
-        certificate |= certify(source, open_weights(target_kind, target_path), config.certificate == "full")
+        certificate |= certify(source, open_weights(target_kind, target.path), config.certificate == "full")
     target.record(json.loads(to_json(certificate)))
     if certificate["verdict"] != "same":
         raise UserError(f"{_difference(certificate, source, 'huggingface' in (source_kind, target_kind))}. Do not use "
@@ -147,7 +147,8 @@ def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray
         raise UserError(f"export.probe={config.probe} reads {len(probe.mean_D)} {kind} features of layer {layer}; the "
                         f"model has {model.dims.D} in {model.dims.L} layers, and normalized ones are exported. Probe "
                         "this model with features=normalized.")
-    return {f"probe/{name}": array for name, array in dataclasses.asdict(probe).items()}, layer
+    return {f"probe/{name}": finite(f"export.probe={config.probe}", name, array)
+            for name, array in dataclasses.asdict(probe).items()}, layer
 
 
 def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Target:
     """What `convert_to` names: some entries of a folder.
 
     Attributes:
+      path: what the user gave, from the root and without links.
       folder: where they appear.
       entry: the step of `orbax`, the prefix of `openai`; empty: all that the folder holds.
 
@@ -44,7 +45,8 @@ class Target:
         path = storage.Path(os.path.realpath(path)) if self._local else path
         self.folder, self.entry = {"orbax": (path / "checkpoints", str(step)),
                                    "openai": (path.parent, path.name)}.get(kind, (path, ""))
-        self._kind, self._name = kind, f"{kind}:{os.fspath(path)}"
+        self.path = os.fspath(path)
+        self._kind, self._name = kind, f"{kind}:{self.path}"
         self._stage = self.folder / f".{self.entry or 'convert'}.unfinished"
         self._file = storage.path(workdir) / CERTIFICATE
         self._former = self._file.read_bytes() if self._file.exists() else None
