@@ -178,7 +178,8 @@ class PretrainConfig(Keys):
         require(bool(re.fullmatch(r"([^/\s]+/)?[^/\s]+|", self.wandb)),
                 f"wandb={self.wandb!r} must be PROJECT or ENTITY/PROJECT.")
         require(self.objective != "autoregressive" or self.mask_ratio == PretrainConfig.mask_ratio,
-                f"mask_ratio={self.mask_ratio} has no effect on objective={self.objective}. Set objective=masked.")
+                f"mask_ratio={self.mask_ratio} has no effect on objective={self.objective}. "
+                "Set objective=masked or denoising.")
 
     @property
     def finetuning(self) -> Optional["FinetuneConfig"]:

@@ -57,7 +57,7 @@ class Metrics:
     Args:
       workdir: the job's folder.
       total_steps: where the run will end.
-      start_step: finished steps that the run goes on from; 0 for a new run.
+      start_step: finished steps that the run resumes from; 0 for a new run.
       timer: its seconds go into each line.
       writers: where `values` go besides (metric_writers.py); they must not raise.
     """
@@ -135,7 +135,7 @@ class Metrics:
     def _tell_problem(self) -> None:
         problem = str(self._lines.error or "")
         if problem and problem != self._told:
-            say(f"Metrics lines cannot be written and wait in memory: {problem}. Training goes on.")
+            say(f"Metrics lines cannot be written and wait in memory: {problem}. Training continues.")
         self._told = problem
 
     def _line(self, step: int, now: float, values: Mapping[str, float]) -> str:
