@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 
 def mfu(flops_per_second: float, peak_flops: float) -> float:
-    """Model FLOPs utilization: model FLOP/s per device (of causal attention half) over the chip's peak dense bf16 FLOP/s."""
+    """Model FLOPs utilization: model FLOP/s per device over the chip's peak dense bf16 FLOP/s (see `model.flops`)."""
     return flops_per_second / peak_flops
 
 
