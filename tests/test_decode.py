@@ -124,6 +124,7 @@ def test_top_k_at_any_temperature_keeps_k():
     """Seen to fail with top_k among logits that are all 0 after the division."""
     logits_BV = jnp.broadcast_to(jnp.arange(10.0), (200, 10))
     assert set(np.asarray(Sampling(1e38, top_k=3).draw(logits_BV, keys_for(200)))) == {7, 8, 9}
+    assert set(np.asarray(Sampling(1e39, top_k=3).draw(logits_BV, keys_for(200)))) == {7, 8, 9}
     assert set(np.asarray(Sampling(top_k=3).draw(0 * logits_BV, keys_for(200)))) == {0, 1, 2}
 
 

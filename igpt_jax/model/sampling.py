@@ -34,10 +34,11 @@ class Sampling:
         """Colors [B] int32, each drawn with the image's own key; NOT_FINITE if the largest logit is not finite."""
         logits_BV = logits_BV.astype(jnp.float32)
         largest_B1 = logits_BV.max(axis=-1, keepdims=True)  # NaN where any logit is
-        if self.temperature < jnp.finfo(jnp.float32).tiny:
+        smallest, largest = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
+        if self.temperature < smallest:
             drawn_B = jnp.argmax(logits_BV, axis=-1)
         else:
-            scaled_BV = (logits_BV - largest_B1) / self.temperature  # at most 0: nothing overflows to infinity
+            scaled_BV = (logits_BV - largest_B1) / min(self.temperature, largest)  # at most 0
             if 0 < self.top_k < logits_BV.shape[-1] or self.top_p < 1:
                 scaled_BV = jnp.where(self._kept(logits_BV, scaled_BV), scaled_BV, -jnp.inf)
             drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
