@@ -93,3 +93,17 @@ def python():
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
     return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that the tests of a module share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    """A store of the digits, as `prepare` writes it; a module may have one of its own."""
+    done = run_job_command("prepare", f"--workdir={folder / 'store'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "store"

@@ -17,18 +17,6 @@ from test_jobs import losses, pretrain_arguments, result
 pytestmark = pytest.mark.fault
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def store(folder):
-    done = run_job_command("prepare", f"--workdir={folder / 'store'}")
-    assert done.returncode == 0, done.stderr
-    return folder / "store"
-
-
 @pytest.mark.parametrize("fault", ["kill", "stop", "files", "store"])
 def test_nothing_is_lost(folder, store, fault):
     """The benchmark's own checks pass. Seen to fail without the comparison of hashes (files)."""

@@ -23,18 +23,6 @@ MODEL = ["--config.model.name=igpt_tiny", "--config.model.layers=1", "--config.m
          "--config.checkpoint_every_steps=2", "--config.keep_steps=()"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("habits")
-
-
-@pytest.fixture(scope="module")
-def store(folder):
-    done = run_job_command("prepare", f"--workdir={folder / 'store'}")
-    assert done.returncode == 0, done.stderr
-    return folder / "store"
-
-
 @pytest.fixture
 def pretrain(store):
     return lambda workdir, steps=4: ["pretrain", f"--workdir={workdir}", f"--config.data.store={store}", *MODEL,

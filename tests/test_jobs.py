@@ -48,18 +48,6 @@ def stopped_at_step_4(command):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def store(folder):
-    done = run_job_command("prepare", f"--workdir={folder / 'store'}")
-    assert done.returncode == 0, done.stderr
-    return folder / "store"
-
-
-@pytest.fixture(scope="module")
 def trained(folder, store):
     """The undisturbed run, through tf.data."""
     done = run_job_command(*pretrain_arguments(store, folder / "straight", "--config.data.reader=tfdata"))

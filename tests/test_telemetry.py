@@ -75,7 +75,7 @@ def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
                                  b'{"step": "2"}', b'{"step": 2, "resumed_from": null}', b'{"step": 2, "a": [1]}',
                                  b"[" * 9999])
 def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, bad, caplog):
-    """In the middle of a log, as the same run goes on. Seen to fail with each line taken for what it should be."""
+    """In the middle of a log, as the same run resumes. Seen to fail with each line taken for what it should be."""
     run(tmp_path, 0, 2)
     file = tmp_path / "metrics.jsonl"
     first, second = file.read_bytes().splitlines()

@@ -10,7 +10,18 @@ from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, ProbingConfi
 from igpt_jax.config.jobs import JOB_CONFIGS, JOBS, ConvertConfig, ExportConfig, PlanConfig, ReportConfig, VerifyConfig
 from igpt_jax.config.keys import UserError, nearest
 from igpt_jax.config.model import ATTENTION_BACKENDS, MODELS, FinetuneModelConfig, ModelConfig
-from igpt_jax.config.parsing import aliases, base_config, flat, key_attributes, keys, override, parse, plain, to_dict
+from igpt_jax.config.parsing import (
+    aliases,
+    base_config,
+    flat,
+    key_attributes,
+    keys,
+    override,
+    parse,
+    plain,
+    to_dict,
+    values_with,
+)
 from igpt_jax.config.training import FinetuneConfig, MeshConfig, OptimizerConfig, PretrainConfig, SampleMeshConfig
 
 __all__ = [
@@ -18,5 +29,5 @@ __all__ = [
     "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "MODELS", "MeshConfig", "ModelConfig", "OptimizerConfig",
     "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig", "ProbingConfig", "ReportConfig", "SampleConfig",
     "SampleMeshConfig", "UserError", "VerifyConfig", "aliases", "base_config", "flat", "key_attributes",
-    "keys", "nearest", "override", "parse", "plain", "to_dict",
+    "keys", "nearest", "override", "parse", "plain", "to_dict", "values_with",
 ]

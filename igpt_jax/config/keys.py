@@ -7,7 +7,6 @@ A group is a frozen dataclass that derives from `Keys`. A job's configuration is
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -128,9 +127,3 @@ def slice_of(shard: str) -> tuple[int, int]:
     i, n = int(found[1]), int(found[2])
     require(0 <= i < n, f"shard={shard!r}: slices are 0/n to n-1/n.")
     return i, n
-
-
-def fill(sizes: dict[str, int], total: int) -> dict[str, int]:
-    """`sizes` with -1 replaced so that their product is `total`; less than `total` if no integer gives it."""
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    return {name: total // fixed if size == -1 else size for name, size in sizes.items()}

@@ -49,6 +49,12 @@ def key_attributes(job: str, attribute: str) -> dict[str, Any]:
     return {name: field.metadata[attribute] for name, field in fields_of(job)}
 
 
+def values_with(config: Any, attribute: str, wanted: Any) -> dict[str, Any]:
+    """The values of a job's dataclass whose keys have `wanted` as that argument of `keys.key`, by dotted name."""
+    attributes = key_attributes(config.job, attribute)
+    return {name: value for name, value in flat(to_dict(config)).items() if attributes[name] == wanted}
+
+
 def aliases(job: str) -> dict[str, str]:
     """{former dotted name: present dotted name} of the keys that were renamed."""
     renamed = {name: alias for name, alias in key_attributes(job, "alias").items() if alias}

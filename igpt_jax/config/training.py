@@ -11,7 +11,6 @@ from igpt_jax.config.keys import (
     Keys,
     at_least,
     each,
-    fill,
     key,
     one_of,
     positive,
@@ -86,7 +85,8 @@ class MeshConfig(Keys):
     def resolve(self, devices: int) -> "MeshConfig":
         """The mesh with -1 replaced, for `devices` devices. Raises UserError if their number is not the product."""
         sizes = dataclasses.asdict(self)
-        filled = fill(sizes, devices)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        filled = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
         given = " x ".join(f"{name}={size}" for name, size in sizes.items())
         require(math.prod(filled.values()) == devices,
                 f"mesh {given} does not multiply to the {devices} devices here. "

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
-from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, flat, key_attributes, to_dict
+from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, values_with
 from igpt_jax.data import open_split, palette
 from igpt_jax.data.store import Split, Store, tokens_of
 from igpt_jax.data.token_file import TokenFile
@@ -65,8 +65,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
-    resume = key_attributes(config.job, "resume")
-    asked = json_digest({name: value for name, value in flat(to_dict(config)).items() if resume[name] == "same"})
+    asked = json_digest(values_with(config, "resume", "same"))
     rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from igpt_jax import storage
-from igpt_jax.config import PrepareConfig, UserError, key_attributes
+from igpt_jax.config import PrepareConfig, UserError, values_with
 from igpt_jax.data import color_sample, images, ingest, palette, sources, store
 from igpt_jax.data.sources import contents
 from igpt_jax.data.store import Split, Writer
@@ -54,8 +54,7 @@ def run(config: PrepareConfig, workdir: str) -> dict[str, Any]:
 
 
 def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
-    resume = key_attributes(config.job, "resume")
-    asked = {name: value for name, value in dataclasses.asdict(config).items() if resume[name] == "same"}
+    asked = values_with(config, "resume", "same")
     if manifest := store.load_manifest(path) or store.load_manifest(path, store.SLICE):
         _check_same(manifest["config"], asked, path)
         say(f"{path} is complete already: nothing to do.")

@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 from igpt_jax import storage
-from igpt_jax.config import PlanConfig, UserError, flat, key_attributes, to_dict
+from igpt_jax.config import PlanConfig, UserError, to_dict, values_with
 from igpt_jax.parallel import topology
 from igpt_jax.planner.compilation import Verdict, compile_step
 from igpt_jax.storage import side_files
@@ -94,8 +94,7 @@ def _cache_key(config: PlanConfig) -> str:
     A key states with `compiled=False` that it does not change the compiled step (prices, paths, intervals). Keys count
     unless they say so, so that one that forgets costs a compile and never gives a wrong verdict.
     """
-    in_program = key_attributes(config.job, "compiled")
-    values = {name: value for name, value in flat(to_dict(config)).items() if in_program[name]}
+    values = values_with(config, "compiled", True)
     flags = os.environ.get(FLAGS.get(topology.parse(config.topology).platform, ""), "")
     return json_digest([values, _code_digest(), _versions(config.python), flags], length=32)
 
