@@ -1,6 +1,8 @@
 """The report page: what workdirs hold appears on it, whole or not, and nothing on it runs or is fetched."""
 
+import base64
 import html.parser
+import io
 import json
 import shutil
 import subprocess
@@ -12,37 +14,74 @@ from PIL import Image
 
 from igpt_jax import config, report
 from igpt_jax.config import ReportConfig, UserError
+from igpt_jax.data import palette
 from igpt_jax.jobs import report as job
-from igpt_jax.report import paper, runs
+from igpt_jax.report import comparison, paper, pictures, runs
 from igpt_jax.runtime.job import run_job
 
 NASTY = "<script>alert('x')</script>&$a_b$"
+GRAYS_VC = np.repeat(np.linspace(-1, 1, 5, dtype=np.float32)[:, None], 3, axis=1)
+
+
+def workdir(folder, name, metrics=None, **settings):
+    """A workdir of a job, done if it has metrics; settings are dotted names with __ for the dot."""
+    (folder / "figures").mkdir(parents=True)
+    written = config.to_dict(config.parse(name, config.base_config(name)))
+    for key, value in settings.items():
+        *path, last = key.split("__")
+        group = written
+        for part in path:
+            group = group[part]
+        group[last] = value
+    (folder / "config.json").write_text(json.dumps(written))
+    if metrics is not None:
+        (folder / "result.json").write_text(json.dumps({"job": name, "status": "done", "metrics": metrics}))
+    return folder
+
+
+def write_lines(folder, losses):
+    lines = [{"step": step, "time": step, "train/nats_per_pixel": loss + 0.01, "eval/nats_per_pixel": loss,
+              "seconds/step": 2.0, "train/gradient_norm": None} for step, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "ti')
 
 
 @pytest.fixture
 def workdirs(tmp_path):
-    """A pretraining with a nasty name, a probe, and one that has only just begun."""
-    trained, probed, begun = (tmp_path / "runs" / name for name in (NASTY.replace("/", "-"), "probe", "begun"))
-    for folder, name in ((trained, "pretrain"), (probed, "probe"), (begun, "pretrain")):
-        (folder / "figures").mkdir(parents=True)
-        written = config.to_dict(config.parse(name, config.base_config(name)))
-        (folder / "config.json").write_text(json.dumps(written | ({"seed": 77} if folder == trained else {})))
-    lines = [{"step": step, "time": step, "train/nats_per_pixel": 3 - step / 100, "seconds/step": 2.0,
-              "train/gradient_norm": None} for step in range(1, 6)]
-    (trained / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "ti')
-    metrics = {"parameters": 1000, "steps": 5, "note": NASTY, "eval/nats_per_pixel": 2.987654321}
-    (trained / "result.json").write_text(json.dumps({"job": "pretrain", "status": "done", "metrics": metrics}))
+    """A pretraining with a nasty name, a probe, one that has only just begun, and a sweep of two in a folder."""
+    folder = tmp_path / "runs"
+    trained = workdir(folder / NASTY.replace("/", "-"), "pretrain", {
+        "parameters": 1000, "steps": 5, "note": NASTY, "eval/nats_per_pixel": 2.987654321}, seed=77, steps=5,
+        data__store="elsewhere")
+    write_lines(trained, (3.2, 3.1, 3.05, 3, 2.9))
     Image.fromarray(np.full((4, 4, 3), 200, np.uint8)).save(trained / "figures" / "samples.png")
     rows = [{"features": f"layer {layer}", "layer": layer, "test_accuracy": accuracy, "interval": [accuracy - 0.02,
              accuracy + 0.01]} for layer, accuracy in enumerate((0.3, 0.45, 0.4))]
+    probed = workdir(folder / "probe", "probe", {
+        "accuracy_by_layer": {row["layer"]: row["test_accuracy"] for row in rows}, "test_accuracy": 0.45,
+        "best_layer": 1, "raw_pixel_accuracy": 0.39, "untrained_accuracy": 0.47})
     (probed / "probe.json").write_text(json.dumps([
         *rows, {"features": NASTY, "test_accuracy": 0.39},
         {"features": "untrained model, layer 1", "layer": 1, "test_accuracy": 0.47, "interval": [0.45, 0.49]}]))
-    metrics = {"accuracy_by_layer": {row["layer"]: row["test_accuracy"] for row in rows}, "test_accuracy": 0.45,
-               "raw_pixel_accuracy": 0.39, "untrained_accuracy": 0.47}
-    (probed / "result.json").write_text(json.dumps({"job": "probe", "status": "done", "metrics": metrics}))
+    begun = workdir(folder / "begun", "pretrain", data__store="other")
     (begun / "result.json").write_text('{"job": "pre')
-    return tmp_path / "runs"
+    for rate, loss in ((0.01, 2.6), (0.001, 2.5)):
+        one = workdir(folder / "sweep" / f"lr-{rate}", "pretrain", {"eval/nats_per_pixel": loss, "steps": 3},
+                      optimizer__learning_rate=rate, log_every_steps=int(1000 * rate))
+        write_lines(one, (3, 2.8, loss))
+    rows = [{"learning_rate": rate, "eval/nats_per_pixel": loss}
+            for rate, loss in ((0.01, 2.6), (0.001, 2.5), (1, None))]
+    (folder / "sweep" / "sweep.json").write_text(json.dumps({"verdict": "Best: learning rate 0.001.", "rows": rows}))
+    return folder
+
+
+def sampled(folder, step, color, **settings):
+    """A sample job: two 4x4 pictures of color 0, completed with `color`."""
+    one = workdir(folder / f"sample-{step}", "sample", {"samples": 3}, checkpoint=f"runs/a/checkpoints/{step}",
+                  **settings)
+    file = io.BytesIO()
+    np.savez(file, palette=GRAYS_VC, samples=np.full((3, 16), color), originals=np.zeros((2, 16), int),
+             names=np.array(["test 0", "test 1"]), completions=np.full((2, 4, 16), color))
+    (one / "samples.npz").write_bytes(file.getvalue())
 
 
 class Page(html.parser.HTMLParser):
@@ -70,16 +109,87 @@ def test_a_page_of_what_there_is(workdirs, tmp_path):
     done = job.run(ReportConfig(workdirs=f"{workdirs}/*"), str(tmp_path / "report"))
     text = (tmp_path / "report" / "report.html").read_text()
     page = Page(text)
-    assert done == {"workdirs": 3, "bytes": len(text.encode())}
-    assert not {"script", "iframe", "object", "link"} & set(page.tags) and page.tags.count("section") == 4
+    assert done == {"workdirs": 5, "bytes": len(text.encode())}
+    assert not {"script", "iframe", "object", "link"} & set(page.tags)
+    assert page.tags.count("section") == 1 + 1 + 5 + 1  # card, sweep, runs, paper
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     words = " ".join(page.text)
     assert NASTY in words and "2.9877" in words and "not ended" in words and "77" in words
     assert "by 15.0 points from layer 0 to layer 1, 5.0 points lower at layer 2" in words
     assert "beats raw pixels, 39.0 %" in words and "does not beat the untrained model, 47.0 %" in words
-    assert "It saw 640 images" in words
+    assert "It saw 640 images" in words and "undertrained: loss is still falling (3.3 % in the last fifth)" in words
     charts = {file.name for file in (tmp_path / "report" / "figures").iterdir()}
-    assert charts == {"01-pretrain-loss.svg", "01-pretrain-where-the-time-went.svg", "03-probe-accuracy-by-layer.svg"}
+    assert charts == {"compared-1-held-out-loss-over-learning-rate.svg", "compared-1-held-out-loss.svg",
+                      "02-pretrain-loss.svg", "03-pretrain-loss.svg", "04-pretrain-loss.svg",
+                      "05-probe-accuracy-by-layer.svg"}
+
+
+def test_it_opens_with_results(workdirs, tmp_path):
+    """Before any link or section of a run; each probe row is there once. Seen to fail with the highest loss, and with
+    accuracy_by_layer among the results too."""
+    job.run(ReportConfig(workdirs=f"{workdirs}/*"), str(tmp_path / "report"))
+    text = (tmp_path / "report" / "report.html").read_text()
+    card = " ".join(Page(text[text.index("<body>"):text.index("<nav>")]).text)
+    assert "2.500" in card and "sweep/lr-0.001, step 3" in card and "45.0 %" in card and "layer 1" in card
+    probe = text[text.index('id="run5"'):]
+    assert probe.count("43.0 % to 46.0 %") == 1 and probe.count("<td>45.0 %") == 1
+    assert ">probe: probe<" not in text and "Figures" not in text
+
+
+def test_runs_are_compared(workdirs):
+    """Those of one job, objective, data and sweep: labels and columns by what differs; keys that a resumed run may
+    change are no labels. Seen to fail with all runs in one group, and with labels of all differing keys."""
+    (workdirs / "sweep" / "sweep.json").unlink()
+    (one,) = comparison.comparisons(runs.load(f"{workdirs}/*"))
+    assert [run.title for run, *_ in one.rows] == ["sweep/lr-0.001", "sweep/lr-0.01"]
+    assert set(one.keys) == {"log_every_steps", "optimizer.learning_rate"}
+    assert [series.label for series in one.charts[0].series] == [
+        "learning_rate=0.001: 2.500 at step 3", "learning_rate=0.01: 2.600 at step 3"]
+    assert one.results == ["steps", "eval/nats_per_pixel"] and [row[2] for row in one.rows] == [[3, 2.5], [3, 2.6]]
+    same = [run for run, *_ in one.rows[:1]] * 2
+    assert comparison.legend(same, list(comparison.differing(same))) == ["sweep/lr-0.001"] * 2
+
+
+def test_a_sweep_is_a_comparison(workdirs):
+    """Its verdict, and the loss over the rates, in order. Seen to fail with the rows in the file's order."""
+    (one,) = comparison.comparisons(runs.load(str(workdirs)))
+    assert one.sentence == "Best: learning rate 0.001." and one.title == "Sweep sweep"
+    assert one.charts[0].series[0].points == [(0.001, 2.5), (0.01, 2.6)] and one.charts[0].log_x == 10
+
+
+def test_pictures_over_training(tmp_path):
+    """A strip per step in order, under the original and the given pictures; other settings are other strips. Seen to
+    fail with steps in the order of names, and with the lower half given."""
+    for step, color in ((1000, 4), (200, 2)):
+        sampled(tmp_path, step, color)
+    sampled(tmp_path, 300, 3, temperature=0.5)
+    completions, samples, *others = pictures.strips(runs.load(f"{tmp_path}/*"))
+    assert [row.label for row in completions.rows] == ["original", "given", "step 200", "step 1,000"]
+    assert [row.label for row in samples.rows] == ["step 200", "step 1,000"]
+    assert completions.several and samples.several and not any(each.several for each in others) and len(others) == 2
+
+    def pixels(row):
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(row.url.partition(",")[2]))))
+
+    original, given, first, last = map(pixels, completions.rows)
+    assert original.shape == (64, 2 * 64 + 6, 3) == given.shape
+    assert (original[:, :64] == 0).all() and (given[:32, :64] == 0).all() and (given[32:, :64] == 127).all()
+    for strip, color in ((first, 2), (last, 4)):
+        assert (strip[:, :64] == palette.decode(np.array(color), GRAYS_VC)).all()
+    assert [row.label for row in pictures.newest_completions([completions])] == ["original", "given", "completed"]
+
+
+def test_workdirs_are_found_below_folders_and_reports_are_not(workdirs):
+    """Twice, with the report in the same folder, its path written in another way, and another report beside it. Seen to
+    fail where only the same path is left out, and without a look into folders that are no workdirs."""
+    workdir(workdirs / "old", "report", {"workdirs": 1})
+    (workdirs / "notes.txt").write_text("a file")
+    for _ in range(2):
+        assert run_job(job.run, ReportConfig(workdirs=f"{workdirs}/*"), f"{workdirs}/../runs/report") == 0
+        assert json.loads((workdirs / "report" / "result.json").read_text())["metrics"]["workdirs"] == 5
+    assert sorted(run.title for run in runs.load(f"{workdirs}/*,{workdirs}/sweep/*"))[-2:] == [
+        "sweep/lr-0.001", "sweep/lr-0.01"]
+    assert [run.title for run in runs.load(f"{workdirs}/probe")] == ["probe"]
 
 
 @pytest.mark.parametrize("last, said", [(0.30, "rises and then falls"), (0.46, "rises to the last layer"),
@@ -93,14 +203,6 @@ def test_a_fall_is_claimed_where_the_intervals_part(workdirs, last, said):
     assert said in paper.probing(probe)[0]
 
 
-def test_the_page_of_a_second_run_leaves_itself_out(workdirs):
-    """With runs/* the report's own workdir is among them. Seen to fail where it is not left out."""
-    folder = workdirs / "report"
-    for _ in range(2):
-        assert run_job(job.run, ReportConfig(workdirs=f"{workdirs}/*"), str(folder)) == 0
-        assert json.loads((folder / "result.json").read_text())["metrics"]["workdirs"] == 3
-
-
 @pytest.mark.parametrize("typed", ["", "nowhere", "{}/*/figures"])
 def test_nothing_to_report_is_said_in_one_line(workdirs, typed, tmp_path):
     with pytest.raises(UserError, match="workdirs|matches nothing") as error:
@@ -110,23 +212,29 @@ def test_nothing_to_report_is_said_in_one_line(workdirs, typed, tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("result.json", '{"metrics": 5, "device": "x", "versions": [1]}'), ("figures/a.png", ""),
-    ("result.json", '{"metrics": {"accuracy_by_layer": {"1": null, "x": 2}, "parameters": "many", "steps": 1}}'),
+    ("result.json", '{"metrics": {"accuracy_by_layer": {"1": null, "x": 2}, "parameters": "many", "steps": 1,'
+                    ' "eval/nats_per_pixel": "x", "test_accuracy": [1]}}'),
     ("probe.json", '[{"features": "layer 0", "layer": 0, "test_accuracy": null, "interval": [null, null]},'
                    ' {"features": "layer 1", "layer": 1, "test_accuracy": 0.5, "interval": 5}]'),
-    ("metrics.jsonl", '5\n{"step": 1, "seconds/step": "a"}\n'), ("config.json", '{"job": "probe", "batch_size": null}'),
+    ("evaluation.json", '[{"steps": 1, "nats_per_pixel": 2}]'), ("samples.npz", "PK"),
+    ("metrics.jsonl", '5\n{"step": 1, "seconds/step": "a"}\n'), ("../sweep.json", '{"rows": 5, "verdict": [1]}'),
+    ("config.json", '{"job": "probe", "batch_size": null}'), ("config.json", '{"job": "sample", "rows": "x"}'),
 ])
 def test_a_damaged_file_costs_its_part_of_the_page(workdirs, tmp_path, name, content):
-    """In a pretraining and a probe. Seen to fail with each part made as if the file were whole."""
-    for folder in workdirs.iterdir():
+    """In every workdir. Seen to fail with each part made as if the file were whole."""
+    found = list(workdirs.glob("**/config.json"))
+    for folder in (file.parent for file in found):
         (folder / name).write_text(content)
-    assert job.run(ReportConfig(workdirs=f"{workdirs}/*"), str(tmp_path / "report"))["workdirs"] == 3
-    assert Page((tmp_path / "report" / "report.html").read_text()).tags.count("section") == 4
+    assert job.run(ReportConfig(workdirs=f"{workdirs}/*"), str(tmp_path / "report"))["workdirs"] == len(found) == 5
+    assert Page((tmp_path / "report" / "report.html").read_text()).tags.count("section") >= 6
 
 
 def test_values_are_shown_as_people_read_them():
-    """Seen to fail with .4g for all."""
+    """Seen to fail with .4g for all, and with shares as they are."""
     assert [report.shown(value) for value in (None, 12345678, 0.25, 3.05630001, 25220.65, 1e-7, [1, 2.5], "a", True)] \
         == ["–", "12,345,678", "0.25", "3.0563", "25,221", "1e-07", "1, 2.5", "a", "True"]
+    assert report.shown(0.77778, "test_accuracy") == "77.8 %" and report.shown(0.25, "learning_rate") == "0.25"
+    assert report.shown([0.5, 0.625], "interval") == "50.0 % to 62.5 %"
 
 
 @pytest.mark.browser

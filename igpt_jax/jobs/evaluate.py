@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,13 +24,13 @@ from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
-from igpt_jax.config import EvaluateConfig, ProbingConfig, UserError, values_with
-from igpt_jax.data import open_split, palette
+from igpt_jax.config import DataConfig, EvaluateConfig, ProbingConfig, UserError, values_with
+from igpt_jax.data import open_data, open_split, palette
 from igpt_jax.data.store import Split, Store, tokens_of
 from igpt_jax.data.token_file import TokenFile
 from igpt_jax.evaluation import exact_loss, loss_maps
 from igpt_jax.evaluation.probing import Prober
-from igpt_jax.metrics import figures
+from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
@@ -138,7 +138,8 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     if config.loss_maps:
         found = loss_maps.measure(model, params, split, mesh, config.batch_size, lookup, config.loss_maps)
         if jax.process_index() == 0:
-            _publish_loss_maps(folder, step, found, split, lookup, metadata)
+            names = _class_names(config.data.store or metadata.config.data.store) if found.by_class else {}
+            _publish_loss_maps(folder, step, found, split, lookup, metadata, names)
     return row | {"data": _fingerprint(config, split, *_needed(metadata))}
 
 
@@ -155,6 +156,13 @@ def _examples(config: EvaluateConfig, store: str, image_size: int, colors: int) 
         split = open_split(config.data.store or store, config.data.split, image_size)
     split.count = min(split.count, config.limit or split.count)
     return split
+
+
+def _class_names(store: str) -> Mapping[int, str]:
+    """The names of a data set's classes by label; empty if it has none, or if its stores name them differently."""
+    data = open_data(DataConfig(store=store, held_out=""))
+    named = getattr(data, "class_names", None) or [getattr(data, "manifest", {}).get("class_names", ())]
+    return dict(enumerate(named[0])) if len(named) == 1 else {}
 
 
 def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *_: int) -> str:
@@ -184,26 +192,12 @@ def _publish(folder: storage.Path, rows: list[Row]) -> None:
         return
     rows = sorted(rows, key=lambda row: (str(watching.run_of(row["checkpoint"])), row["steps"]))
     tables.publish(folder, NAME, rows)
-    if not rows:
-        return
-    runs: dict[str, list[Row]] = {}
-    for row in rows:
-        runs.setdefault(str(watching.run_of(row["checkpoint"])), []).append(row)
-    # Curves are labeled by the names of the workdirs, or by their paths if names repeat.
-    names = [storage.path(run).name for run in runs]
-    runs = dict(zip(names if len(set(names)) == len(runs) else runs, runs.values(), strict=True))
-    figures.loss_over_steps(folder / "figures" / "loss.png", {
-        run: [(row["steps"], row["nats_per_pixel"]) for row in rows] for run, rows in runs.items()})
-    if "probe_accuracy" in rows[0]:
-        curves = {f"{run}, step {row['steps']:,}": row["accuracy_by_layer"] for run, rows in runs.items()
-                  for row in rows}
-        count = rows[0]["probe_examples"]
-        figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png", curves, {}, count)
-        figures.accuracy_over_loss(folder / "figures" / "accuracy_over_loss.png", runs, count)
+    for chart in charts.evaluation(rows):
+        figures.save(folder / "figures" / f"{chart.name.replace(' ', '_')}.png", chart)
 
 
 def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMaps, split: Split | TokenFile,
-                      lookup: np.ndarray, metadata: checkpoint.Metadata) -> None:
+                      lookup: np.ndarray, metadata: checkpoint.Metadata, names: Mapping[int, str]) -> None:
     """Writes surprise/NAME.json with all losses, and two figures: pictures with loss maps, and mean losses by position
     and class."""
     size, name = metadata.image_size, re.sub(r"\W+", "-", f"{watching.run_of(step)}-{metadata.steps_done}").strip("-")
@@ -218,9 +212,11 @@ def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMap
                       "nats": nats_YX.astype(np.float64).round(5).tolist()} for index, nats_YX in enumerate(shown_NYX)],
     }, indent=None))
     images_NYXC = palette.decode(tokens_BT, metadata.palette_VC).reshape(-1, size, size, 3)
-    figures.loss_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX)
+    labels = split.labels(ids) if found.by_class else ()
+    figures.loss_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX,
+                      [names.get(label, str(label)) for label in labels])
     figures.loss_by_position(folder / "figures" / f"surprise_means-{name}.png", by_position_YX[0],
-                           {str(label): nats for label, (nats, _) in found.by_class.items()})
+                             {names.get(label, str(label)): nats for label, (nats, _) in found.by_class.items()})
 
 
 def _joined(folder: storage.Path) -> list[Row]:

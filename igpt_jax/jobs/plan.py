@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from igpt_jax import checkpoint, process, storage
 from igpt_jax.config import DataConfig, MeshConfig, PlanConfig, UserError
-from igpt_jax.metrics import figures
+from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import topology
 from igpt_jax.parallel.topology import GIB, Target
@@ -187,5 +187,5 @@ def _draw(result: Answer, share: float, path: Any) -> None:
     config = result.config
     title = (f"{config.model.name} at {config.image_size}x{config.image_size}, batch {config.batch_size}, "
              f"{result.target.chip.name}: step time is {result.forecast.evidence}")
-    figures.scaling_curve(path, title, curve, (result.target.devices, result.forecast.step_seconds,
-                                        result.verdict.required_bytes), result.usable_bytes)
+    compiled = (result.target.devices, result.forecast.step_seconds, result.verdict.required_bytes)
+    figures.save(path, *charts.scaling(curve, compiled, result.usable_bytes), title=title)

@@ -11,7 +11,7 @@ import jax
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import ProbeConfig
 from igpt_jax.evaluation.probing import PROBE, Labeled, Prober, save_probe
-from igpt_jax.metrics import figures
+from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import sharding
 from igpt_jax.storage import tables
@@ -66,6 +66,6 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         folder = storage.path(workdir)
         tables.publish(folder, "probe", rows)
         save_probe(folder / PROBE, best_probe, layers[best], config.features)
-        figures.accuracy_by_layer(folder / "figures" / "accuracy_by_layer.png", {"": by_layer}, baselines,
-                                  prober.test_count)
+        figures.save(folder / "figures" / "accuracy_by_layer.png", charts.accuracy_by_layer(
+            [("", "layers, 95 % intervals", by_layer)], baselines, prober.test_count))
     return metrics

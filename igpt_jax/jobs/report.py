@@ -21,7 +21,7 @@ def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
     """
     if not config.workdirs:
         raise UserError("workdirs is empty. Set --config.workdirs to workdirs of jobs, such as 'runs/*'.")
-    found = [one for one in load(config.workdirs) if storage.path(one.path) != storage.path(workdir)]
+    found = load(config.workdirs)
     page, charts = report.render(found)
     folder = storage.path(workdir)
     if jax.process_index() == 0:

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,12 +31,13 @@ from igpt_jax.model.sampling import NOT_FINITE, Sampling, generate
 from igpt_jax.parallel import sharding
 
 UNKNOWN = 127  # gray level of the pixels that the model is not given
+HEADINGS = ("original", "given", "completions")  # of the columns of completions.png
 EXAMPLES, COUNT = 16, 64  # defaults: pictures to complete, samples
 
 
 def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
-    """Draws all images. Returns `images_per_second` (including compilation) and the numbers of `samples` and
-    `completions`.
+    """Draws all images. Returns the checkpoint's `step`, `images_per_second` (including compilation) and the numbers of
+    `samples` and `completions`.
 
     Raises:
       UserError: the checkpoint is missing or cannot sample; the pictures or the data do not fit it; or there is nothing
@@ -76,7 +77,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
         known_BYXC[:, rows:] = UNKNOWN
         completions = _pictures(completed_BT, metadata).reshape(len(names), config.completions, size, size, 3)
         grid = np.concatenate([original_BYXC[:, None], known_BYXC[:, None], completions], axis=1)
-        _save_grid(figures / "completions.png", grid.reshape(-1, size, size, 3), grid.shape[1])
+        _save_grid(figures / "completions.png", grid.reshape(-1, size, size, 3), grid.shape[1], HEADINGS)
 
     seconds = time.perf_counter() - start
     if jax.process_index() == 0:
@@ -84,7 +85,8 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
         np.savez_compressed(file, palette=metadata.palette_VC, **arrays)
         storage.publish(storage.path(workdir) / "samples.npz", file.getvalue())
     completions = len(names) * config.completions
-    return {"images_per_second": (count + completions) / seconds, "samples": count, "completions": completions}
+    return {"step": metadata.steps_done, "images_per_second": (count + completions) / seconds, "samples": count,
+            "completions": completions}
 
 
 def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, list[str]]:
@@ -192,8 +194,8 @@ def _pictures(tokens_BT: np.ndarray, metadata: Metadata) -> np.ndarray:
     return palette.decode(tokens_BT, metadata.palette_VC).reshape(-1, size, size, 3)
 
 
-def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int) -> None:
+def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int, headings: Sequence[str] = ()) -> None:
     """Saves images as a grid, enlarged to about 96 pixels per image. Processes other than 0 save nothing."""
     if jax.process_index() == 0:
         scale = max(1, 96 // images_BYXC.shape[1])
-        save_png(path, image_grid(images_BYXC, columns, scale, gap=max(2, scale // 2)))
+        save_png(path, image_grid(images_BYXC, columns, scale, max(2, scale // 2), headings))

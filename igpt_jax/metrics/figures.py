@@ -1,57 +1,66 @@
-"""Figures of runs and of finished jobs, as PNG.
+"""Draws charts and images: PNG files for workdirs, SVG for the report.
 
-Every function that uses Matplotlib, here and for reports, is decorated with `drawn`: it runs with Matplotlib's
-defaults, whatever the user has set. A figure that cannot be drawn costs one line on stderr, never the job.
+Every function that uses Matplotlib is decorated with `drawn`: it runs with Matplotlib's defaults, whatever the user has
+set. A figure that cannot be drawn costs one line on stderr, never the job.
 
-N images, Y rows, X columns, C channels, V palette.
+N images, Y rows, X columns, C channels.
 """
 
 import contextlib
 import functools
+import html
 import io
+import itertools
 import logging
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from igpt_jax import storage
+from igpt_jax.metrics.charts import Chart, Series
 from igpt_jax.metrics.logging import say
-from igpt_jax.parallel.topology import GIB
 
-Points = Sequence[tuple[float, float | None]]
-CURVES = 10  # most curves in one figure: Matplotlib's default cycle has 10 colors
-LONGEST_LABEL = 40  # characters that fit one of a legend's two columns
+# Both read well on white and on black, and differ for the color-blind in lightness too.
+HUES = ("#3b82f6", "#f59e0b", "#ef4444", "#10b981", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16", "#64748b", "#a16207")
+DASHES = ("--", ":", "-.", (0, (6, 3)))
+# An SVG takes the colors of the page around it: what is drawn in these becomes the page's text and grid.
+TEXT, GRID = "#010203", "#040506"
+STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "igpt", "font.size": 9,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
+PAGE_STYLE = {"text.color": TEXT, "axes.edgecolor": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT,
+              "ytick.color": TEXT}
+LONGEST_LABEL = 44  # characters that fit one of a legend's two columns
+STRIP = 5.0  # width of the strips of an SVG that show values under the pointer, in points
 
 
 # Matplotlib. Its object interface needs neither pyplot nor a display. It is imported on first use: that takes a while,
 # and most runs draw nothing until they end.
 
-def drawn(**settings: Any) -> Callable[[Callable], Callable]:
-    """Decorates a function that draws: it runs with Matplotlib's defaults and `settings`.
+def drawn(draw: Callable) -> Callable:
+    """Decorates a function that draws: it runs with Matplotlib's defaults and STYLE.
 
-    If the function raises, a line on stderr says so, and the decorated function returns None.
+    If the function raises, a line on stderr says so, and the decorated function returns None. The line names the
+    function's first argument, a file or a chart.
     """
-    def decorate(draw: Callable) -> Callable:
-        @functools.wraps(draw)
-        def harmless(*arguments: Any, **named: Any) -> Any:
-            try:
-                with _defaults(settings):
-                    return draw(*arguments, **named)
-            except Exception as error:  # of any kind: no figure is worth a run
-                what = draw.__name__.replace("_", " ")
-                why = " ".join(str(error).split())
-                say(f"The figure {what!r} cannot be drawn: {why}. The job continues without it.")
-        return harmless
-    return decorate
+    @functools.wraps(draw)
+    def harmless(what: Any, *arguments: Any, **named: Any) -> Any:
+        try:
+            with _defaults():
+                return draw(what, *arguments, **named)
+        except Exception as error:  # of any kind: no figure is worth a run
+            why = " ".join(str(error).split())
+            say(f"The figure {what.name!r} cannot be drawn: {why}. The job continues without it.")
+    return harmless
 
 
 @contextlib.contextmanager
-def _defaults(settings: Mapping[str, Any]) -> Iterator[None]:
+def _defaults() -> Iterator[None]:
     # Matplotlib warns about faults in the user's matplotlibrc and about rebuilding its font cache.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # A notebook sets MPLBACKEND for its child processes. Importing Matplotlib fails if that backend is not installed.
@@ -63,7 +72,7 @@ def _defaults(settings: Mapping[str, Any]) -> Iterator[None]:
             os.environ["MPLBACKEND"] = backend
     with warnings.catch_warnings(action="ignore"), matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"text.parse_math": False, **settings})  # names may contain $
+        matplotlib.rcParams.update(STYLE)  # names may contain $, which the default reads as a formula
         yield
 
 
@@ -84,18 +93,10 @@ def _glyphs() -> frozenset[int]:
     return frozenset(matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans")).get_charmap())
 
 
-def _new(width: float = 7, height: float = 4.2) -> Any:
+def _new(width: float, height: float, dpi: int = 150) -> Any:
     import matplotlib.figure
 
-    return matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _plain(axes: Any, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color="0.92", linewidth=0.8, which="both")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    return matplotlib.figure.Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def _save(path: storage.Path, figure: Any) -> None:
@@ -104,161 +105,140 @@ def _save(path: storage.Path, figure: Any) -> None:
     storage.publish(path, png.getvalue())
 
 
-# Curves.
+# Charts.
 
-@drawn()
-def loss_curve(path: storage.Path, metrics: Sequence[Mapping[str, float | None]], palette_size: int) -> None:
-    """Draws training and held-out loss over steps, and the loss of uniform guessing, ln V, as a dashed line.
-
-    Args:
-      path: of the PNG.
-      metrics: from `load_metrics`; reads `train/nats_per_pixel` and `eval/nats_per_pixel`.
-      palette_size: V, colors.
-    """
-    figure = _new()
-    axes = figure.subplots()
-    axes.axhline(math.log(palette_size), color="0.6", linestyle="--", linewidth=1,
-                 label=f"guessing: ln {palette_size} = {math.log(palette_size):.3f}")
-    curves = (("train/nats_per_pixel", "train", {"color": "tab:blue", "linewidth": 1.2}),
-              ("eval/nats_per_pixel", "held-out", {"color": "tab:orange", "linewidth": 1.6, "marker": "o",
-                                                   "markersize": 3.5}))
-    for name, title, style in curves:
-        points = [(line["step"], line[name]) for line in metrics if _finite(line.get(name))]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{title}: {points[-1][1]:.3f} at the end", **style)
-    _plain(axes, "step", "nats per pixel")
-    axes.legend(frameon=False)
+@drawn
+def save(path: storage.Path, *charts: Chart, title: str = "") -> None:
+    """Draws charts side by side as one PNG. Those with a lone dot are left out; without any other, so is the file."""
+    charts = [chart for chart in charts if chart.drawable]
+    if not charts:
+        return
+    figure = _new(6.4 if len(charts) == 1 else 4.8 * len(charts), 3.8)
+    if title:
+        figure.suptitle(label(title, 100), fontsize=11)
+    for panel, chart in zip(np.atleast_1d(figure.subfigures(1, len(charts))), charts, strict=True):
+        _draw(panel, chart, "0.92")
     _save(path, figure)
 
 
-@drawn()
-def loss_over_steps(path: storage.Path, runs: Mapping[str, Points]) -> None:
-    """Draws checkpoints' nats per pixel over their steps, one line per run.
+@drawn
+def svg(chart: Chart) -> str | None:
+    """The chart as an SVG element that takes its colors and size from the page; None if it has a lone dot.
 
-    Args:
-      path: of the PNG.
-      runs: (step, nats per pixel) by name of the run.
+    A pointer over it shows the values there, by a style rule alone.
     """
-    figure = _new()
-    axes = figure.subplots()
-    for name, points in _some(axes, runs, "runs"):
-        if points := [point for point in points if _finite(point[1])]:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.4,
-                      label=label(f"{name}: {points[-1][1]:.3f} at the end"))
-    _plain(axes, "step", "nats per pixel")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    _save(path, figure)
+    import matplotlib
+
+    if not chart.drawable:
+        return None
+    matplotlib.rcParams.update(PAGE_STYLE)
+    figure, file = _new(4.8, 3.0, dpi=72), io.StringIO()  # small, so that its letters can be read on a phone
+    axes = _draw(figure, chart, GRID)
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    head, rest = text[text.index("<svg"):].split(">", 1)
+    box = head[head.index("viewBox="):].split('"')[1]
+    rest = rest.replace(TEXT, "currentColor").replace(GRID, "var(--grid, #ddd)")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}" '
+            f'role="img" aria-label="{html.escape(label(chart.name))}">{rest[:rest.rindex("</svg>")]}'
+            f"{''.join(_strips(axes, chart, figure.bbox.height))}</svg>")
 
 
-@drawn()
-def accuracy_over_loss(path: storage.Path, runs: Mapping[str, Sequence[Mapping[str, Any]]],
-                       test_count: int) -> None:
-    """Draws the best layer's probe accuracy over the loss, which falls to the right (the paper's Figure 3).
-
-    Args:
-      path: of the PNG.
-      runs: rows with `nats_per_pixel`, `steps`, `probe_accuracy` and its interval, by name of the run.
-      test_count: test images that each accuracy is measured on.
-    """
-    figure = _new()
-    axes = figure.subplots()
-    for name, rows in _some(axes, runs, "runs"):
-        rows = [row for row in rows if _finite(row["nats_per_pixel"]) and _finite(row["probe_accuracy"])]
-        losses, accuracies = ([row[column] for row in rows] for column in ("nats_per_pixel", "probe_accuracy"))
-        spreads = _spreads(rows, "probe_accuracy", "probe_interval")
-        axes.errorbar(losses, [100 * each for each in accuracies], yerr=spreads, marker="o", markersize=4, capsize=2.5,
-                      linewidth=1.4, label=label(name))
-        for row, loss, accuracy in zip(rows, losses, accuracies, strict=True):
-            axes.annotate(f"{row['steps']:,}", (loss, 100 * accuracy), textcoords="offset points", xytext=(5, -11),
-                          fontsize=8, color="0.35")
-    axes.invert_xaxis()
-    _plain(axes, "nats per pixel, falling; numbers are steps", f"accuracy on {test_count:,} test images, %")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    _save(path, figure)
-
-
-@drawn()
-def accuracy_by_layer(path: storage.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]],
-                      others: Mapping[str, float], test_count: int) -> None:
-    """Draws test accuracy over layers with its 95 % intervals (the paper's Figure 2), and baselines as dashed lines.
-
-    Args:
-      path: of the PNG.
-      curves: rows with `layer`, `test_accuracy` and its interval, by name of the checkpoint.
-      others: accuracy of each baseline, by name; at most two.
-      test_count: test images that each accuracy is measured on.
-    """
-    figure = _new()
-    axes = figure.subplots()
-    for name, rows in _some(axes, curves, "checkpoints"):
-        spreads = _spreads(rows, "test_accuracy", "interval")
-        axes.errorbar([row["layer"] for row in rows], [100 * row["test_accuracy"] for row in rows], yerr=spreads,
-                      marker="o", markersize=4, capsize=2.5, linewidth=1.4,
-                      label=label(name) or "layers, with 95 % intervals")
-    for (name, accuracy), style in zip(others.items(), ("--", ":"), strict=False):
-        axes.axhline(100 * accuracy, color="0.45", linestyle=style, linewidth=1.2,
-                     label=label(f"{name}: {100 * accuracy:.1f} %"))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _plain(axes, "layer (0: the embedding)", f"accuracy on {test_count:,} test images, %")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # outside, where it hides no curve
-    _save(path, figure)
-
-
-def _some(axes: Any, curves: Mapping[str, Any], what: str) -> list[tuple[str, Any]]:
-    """All curves; if there are more than CURVES, an evenly spaced selection, and a title that says so."""
-    shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
-    if len(shown) < len(curves):
-        axes.set_title(f"{len(shown)} of {len(curves)} {what}", fontsize=10)
-    return [list(curves.items())[index] for index in shown]
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _spreads(rows: Sequence[Mapping[str, Any]], accuracy: str, interval: str) -> list[list[float]]:
-    """Distances of the intervals' lower and upper ends from the accuracies, in percentage points."""
-    return [[100 * abs(row[interval][end] - row[accuracy]) for row in rows] for end in (0, 1)]
-
-
-@drawn()
-def scaling_curve(path: storage.Path, title: str, curve: Sequence[tuple[int, float, float]],
-                  compiled: tuple[int, float, float], usable_bytes: int) -> None:
-    """Draws seconds per step and GiB per device over the number of devices.
-
-    Args:
-      path: of the PNG.
-      title: of the figure.
-      curve: (devices, seconds per step, bytes per device), estimated for the best mesh at each number of devices.
-      compiled: the same for the step that was compiled.
-      usable_bytes: memory of a device, drawn as a dashed line.
-    """
+def _draw(figure: Any, chart: Chart, grid: str) -> Any:
+    """Draws one chart into a figure or a part of one. Returns its axes."""
     import matplotlib.ticker
 
-    figure = _new(9, 3.8)
-    figure.suptitle(label(title, 100), fontsize=11)
-    counts = [point[0] for point in curve]
-    panels = (("seconds per step", 1, 1.0), ("GiB per device", 2, GIB))
-    for axes, (title, index, unit) in zip(figure.subplots(1, 2), panels, strict=True):
-        axes.plot(counts, [point[index] / unit for point in curve], color="tab:blue", marker=".", linewidth=1.2,
-                  label="by formula, best mesh")
-        axes.plot([compiled[0]], [compiled[index] / unit], "o", color="tab:orange", markersize=7, label="compiled")
-        if index == 2:
-            axes.axhline(usable_bytes / unit, color="0.5", linestyle="--", linewidth=1, label="a device's memory")
-        axes.set_xscale("log", base=2)
+    axes = figure.subplots()
+    for series in chart.series:
+        points, style = list(zip(*series.points, strict=True)) or [(), ()], {"color": HUES[series.hue % len(HUES)]}
+        errors = None
+        if series.spread:
+            errors = np.abs(np.float64(series.spread) - np.float64(points[1])[:, None]).T
+        axes.errorbar(*points, yerr=errors, alpha=0.25 + 0.75 * series.shade, label=label(series.label) or None,
+                      linewidth=1.4 if series.line else 0, elinewidth=1.1, capsize=2.5,
+                      marker="o" if series.dots else None, markersize=3.5 if series.line else 7, **style)
+        for point, note in zip(series.points, series.notes, strict=False):
+            axes.annotate(note, point, textcoords="offset points", xytext=(5, -11), fontsize=8, alpha=0.75)
+    for (name, level), dashes in zip(chart.levels.items(), itertools.cycle(DASHES), strict=False):
+        axes.axhline(level, color="0.5", linestyle=dashes, linewidth=1.1, label=label(name))
+    axes.set(xlabel=chart.x, ylabel=chart.y)
+    axes.grid(color=grid, linewidth=0.8)
+    axes.set_title(label(chart.note, 80), fontsize=9)
+    if chart.falling:
+        axes.invert_xaxis()
+    if chart.log_y:
         axes.set_yscale("log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(matplotlib.ticker.LogFormatter())  # the default writes 10^n as a formula
-        axes.set_xticks(counts[::2], [f"{count:,}" for count in counts[::2]])
+    if chart.log_x:
+        axes.set_xscale("log", base=chart.log_x)
+        ticks = [x for x, _ in chart.series[0].points]
+        ticks = ticks[::1 + len(ticks) // 8]
+        axes.set_xticks(ticks, [f"{x:,g}" for x in ticks])
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        _plain(axes, "devices", title)
-        axes.legend(frameon=False, fontsize=8)
-    _save(path, figure)
+    elif all(float(x).is_integer() for series in chart.series for x, _ in series.points):
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    if chart.levels or any(series.label for series in chart.series):
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)  # outside, where it hides no curve
+    return axes
+
+
+def _strips(axes: Any, chart: Chart, height: float) -> Iterator[str]:
+    """For each few points of width, a strip that shows the values there while the pointer is over it, and its style."""
+    box = axes.get_window_extent()
+    top, bottom, columns = height - box.y1, height - box.y0, {}
+    for series in chart.series:
+        for index, point in enumerate(series.points):
+            across, up = axes.transData.transform(point)
+            columns.setdefault(round(across / STRIP), []).append((point[0], across, height - up, series, index))
+    places = sorted(columns)
+    edges = [box.x0, *((one + other) / 2 * STRIP for one, other in itertools.pairwise(places)), box.x1]
+    name = chart.x.split(",")[0].split(" (")[0]
+    yield "<style>.strip>g{visibility:hidden}.strip:hover>g{visibility:visible}</style>"
+    for place, (left, right) in zip(places, itertools.pairwise(edges), strict=True):
+        # Points of one strip can differ in x. Those of the most frequent x are shown, so that all values belong to it.
+        (x, _), = Counter(each[0] for each in columns[place]).most_common(1)
+        here = [each for each in columns[place] if each[0] == x]
+        yield (f'<g class="strip"><rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+               f'height="{bottom - top:.1f}" fill="transparent"/><g pointer-events="none">'
+               f'<path d="M{here[0][1]:.1f} {top:.1f}V{bottom:.1f}" stroke="currentColor" stroke-opacity="0.4"/>')
+        rows = [("currentColor", f"{name} {x:,.6g}")]
+        for _, across, down, series, index in here:
+            color = HUES[series.hue % len(HUES)]
+            yield f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{color}"/>'
+            rows.append((color, _value(chart, series, index)))
+        yield from _box(rows, here[0][1], box.x0, box.x1, top)
+        yield "</g></g>"
+
+
+def _value(chart: Chart, series: Series, index: int) -> str:
+    """A point in words, such as `held-out 2.345`."""
+    words = [series.label.split(": ")[0], format(series.points[index][1], chart.value)]
+    if series.spread:
+        words.append("({:{v}} to {:{v}})".format(*series.spread[index], v=chart.value))
+    return " ".join(filter(None, words + [f"step {note}" for note in series.notes[index:index + 1]]))
+
+
+def _box(rows: Sequence[tuple[str, str]], at: float, left: float, right: float, top: float) -> Iterator[str]:
+    """Lines of text in a box beside x = `at`, on the side with more room."""
+    rows = [(color, label(text)) for color, text in rows]
+    width = 12 + 4.6 * max(len(text) for _, text in rows)
+    x = min(at + 6, right - width) if at < (left + right) / 2 else max(at - 6 - width, left)
+    yield (f'<rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{6 + 11 * len(rows)}" rx="3" '
+           'fill="var(--paper, #fff)" fill-opacity="0.92" stroke="var(--grid, #ddd)"/>')
+    for line, (color, text) in enumerate(rows):
+        down = top + 11 * (line + 1)
+        if line:
+            yield f'<circle cx="{x + 6:.1f}" cy="{down - 3:.1f}" r="2.5" fill="{color}"/>'
+        yield (f'<text x="{x + (11 if line else 5):.1f}" y="{down:.1f}" fill="currentColor" '
+               f'font-size="8">{html.escape(text)}</text>')
 
 
 # Images.
 
-def image_grid(images_NYXC: np.ndarray, columns: int, scale: int = 4, gap: int = 2) -> Image.Image:
+def image_grid(images_NYXC: np.ndarray, columns: int, scale: int = 4, gap: int = 2,
+               headings: Sequence[str] = ()) -> Image.Image:
     """Arranges images in rows, with white gaps between them.
 
     Args:
@@ -266,6 +246,7 @@ def image_grid(images_NYXC: np.ndarray, columns: int, scale: int = 4, gap: int =
       columns: images per row.
       scale: side of the sharp square that each pixel becomes, in pixels.
       gap: width of the gaps, in pixels.
+      headings: of the first columns, each centered up to the next; empty: none.
     """
     big = images_NYXC.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = big.shape
@@ -274,7 +255,17 @@ def image_grid(images_NYXC: np.ndarray, columns: int, scale: int = 4, gap: int =
     for index, image in enumerate(big):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         grid[top:top + height, left:left + width] = image
-    return Image.fromarray(grid)
+    return _with_headings(grid, headings, width + gap, gap) if headings else Image.fromarray(grid)
+
+
+def _with_headings(grid_YXC: np.ndarray, headings: Sequence[str], width: int, gap: int) -> Image.Image:
+    size = max(8, width // 6)
+    picture = Image.fromarray(np.pad(grid_YXC, ((size + 2 * gap, 0), (0, 0), (0, 0)), constant_values=255))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    for column, heading in enumerate(headings):
+        right = column + 1 if column + 1 < len(headings) else (picture.width + gap) // width  # the last spans the rest
+        pen.text(((column + right) / 2 * width - gap / 2, gap), heading, "black", font, anchor="ma")
+    return picture
 
 
 def save_png(path: storage.Path, image: Image.Image) -> None:
@@ -284,30 +275,35 @@ def save_png(path: storage.Path, image: Image.Image) -> None:
     storage.publish(path, png.getvalue())
 
 
-@drawn()
-def loss_maps(path: storage.Path, images_NYXC: np.ndarray, nats_NYX: np.ndarray) -> None:
+@drawn
+def loss_maps(path: storage.Path, images_NYXC: np.ndarray, nats_NYX: np.ndarray, names: Sequence[str] = ()) -> None:
     """Draws each image with its per-pixel loss as a heat map to its right.
 
     Args:
       path: of the PNG.
       images_NYXC: uint8, RGB.
       nats_NYX: nats of each pixel, given the pixels before it.
+      names: of the images' classes; empty: none.
     """
     from matplotlib import cm, colormaps, colors
 
     scale = colors.Normalize(0, np.nanquantile(nats_NYX, 0.995))  # so that one outlier does not darken the rest
     heat_NYXC = np.uint8(255 * colormaps["magma"](scale(nats_NYX).clip(0, 1))[..., :3])
-    pairs = np.stack([images_NYXC, heat_NYXC], axis=1).reshape(-1, *images_NYXC.shape[1:])
-    grid = np.asarray(image_grid(pairs, 2 * min(4, len(images_NYXC)), scale=max(1, 96 // images_NYXC.shape[2]), gap=6))
-    figure = _new(1 + grid.shape[1] / 100, 0.4 + grid.shape[0] / 100)
-    axes = figure.subplots()
-    axes.imshow(grid, interpolation="none")
-    axes.axis("off")
-    figure.colorbar(cm.ScalarMappable(scale, "magma"), ax=axes, label="nats", fraction=0.04, pad=0.01)
+    columns = min(4, len(images_NYXC))
+    rows = math.ceil(len(images_NYXC) / columns)
+    pairs = itertools.zip_longest(np.concatenate([images_NYXC, heat_NYXC], axis=2), nats_NYX, names)
+    figure = _new(2.1 * columns + 0.9, 1.3 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes, (pair, nats, name) in itertools.zip_longest(panels.flat, pairs, fillvalue=(None, None, None)):
+        axes.axis("off")
+        if pair is not None:
+            axes.imshow(pair, interpolation="none")
+            axes.set_title(label(f"{name + ', ' if name else ''}{np.nanmean(nats):.2f}", 24), fontsize=9)
+    figure.colorbar(cm.ScalarMappable(scale, "magma"), ax=panels, label="nats per pixel", fraction=0.04, pad=0.01)
     _save(path, figure)
 
 
-@drawn()
+@drawn
 def loss_by_position(path: storage.Path, nats_YX: np.ndarray, by_class: Mapping[str, float]) -> None:
     """Draws mean nats by position in the image and, if there are classes, by class in a second panel.
 
@@ -320,12 +316,12 @@ def loss_by_position(path: storage.Path, nats_YX: np.ndarray, by_class: Mapping[
     by_position, *by_name = np.atleast_1d(figure.subplots(1, 2 if by_class else 1))
     image = by_position.imshow(nats_YX, cmap="magma", interpolation="none", vmax=np.nanquantile(nats_YX, 0.99))
     figure.colorbar(image, ax=by_position, label="nats per pixel", extend="max")  # the first pixel is off the scale
-    by_position.set_xlabel("column")
-    by_position.set_ylabel("row")
+    by_position.set(xlabel="column", ylabel="row")
     for axes in by_name:
         names = sorted(by_class, key=by_class.__getitem__, reverse=True)
-        axes.barh([label(name) for name in names], [by_class[name] for name in names], color="tab:blue", height=0.7)
+        axes.barh([label(name, 24) for name in names], [by_class[name] for name in names], color=HUES[0], height=0.7)
         axes.bar_label(axes.containers[0], fmt="%.3f", padding=3, fontsize=8)
         axes.margins(x=0.12)
-        _plain(axes, "nats per pixel", "class")
+        axes.set(xlabel="nats per pixel", ylabel="class")
+        axes.grid(axis="x", color="0.92", linewidth=0.8)
     _save(path, figure)

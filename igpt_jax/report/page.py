@@ -1,135 +1,150 @@
-"""One self-contained HTML page of any set of workdirs: no scripts, no network, light and dark, for screen and paper."""
+"""The page: a card of what came out, pictures over training, runs compared, and a section for each run."""
 
-import base64
 import datetime
 import functools
 import importlib.resources
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
 
-from igpt_jax import storage
-from igpt_jax.config import UserError
-from igpt_jax.metrics.logging import say
-from igpt_jax.report import charts, paper
-from igpt_jax.report.charts import Series
-from igpt_jax.report.runs import Row, Run
+from igpt_jax.metrics import charts, figures
+from igpt_jax.metrics.charts import Chart
+from igpt_jax.report import comparison, paper, pictures
+from igpt_jax.report.runs import Row, Run, whole
 
-PNG = b"\x89PNG\r\n\x1a\n"
 ROWS_SHOWN = 200  # of a table
-DIGESTS = ("asked", "identity", "data")  # columns of evaluation.json that say nothing to a reader
-CHARTS = (  # of training: title, metrics with their labels, unit
-    ("Loss", (("train/nats_per_pixel", "training, per pixel"), ("eval/nats_per_pixel", "held out, per pixel"),
-              ("train/classification_nats", "classification, per image")), "nats"),
-    ("Accuracy", (("train/accuracy", "training"), ("eval/accuracy", "held out")), "share of images"),
-    ("Learning rate", (("train/learning_rate", "learning rate"),), "learning rate"),
-    ("Throughput", (("images_per_second", "images"),), "images per second"),
-    ("Gradient norm", (("train/gradient_norm", "gradient norm"),), "L2 norm"),
-)
+HIDDEN = ("asked", "identity", "data", "draws", "bytes")  # columns that say nothing to a reader
+SHARES = re.compile(r"accuracy|interval|deviation|goodput|\bmfu\b|share")
+NAMES = {"eval/nats_per_pixel": "held-out nats per pixel", "train/nats_per_pixel": "training nats per pixel",
+         "interval": "95 % interval", "probe_interval": "95 % interval", "eval/accuracy": "held-out accuracy",
+         "mfu": "MFU"}
 
 
-class Chart(NamedTuple):
-    title: str
-    svg: str
+class Tile(NamedTuple):
+    """One result on the card."""
+    name: str
+    value: str
+    sentence: str
 
 
-def render(found: Sequence[Run]) -> tuple[str, dict[str, str]]:
+def render(runs: Sequence[Run]) -> tuple[str, dict[str, str]]:
     """The page, and its charts as SVG by file name."""
     drawn: dict[str, str] = {}
-    sections = []
-    for number, run in enumerate(found, 1):
-        mine = [chart for chart in _whole(run, "charts", lambda run=run: _charts(run)) if chart.svg]
-        drawn |= {f"{number:02d}-{run.job}-{chart.title.lower().replace(' ', '-')}.svg": chart.svg for chart in mine}
-        device, versions = (run.result.get(name) for name in ("device", "versions"))
-        sections.append({
-            "run": run, "charts": [(chart.title, markupsafe.Markup(chart.svg)) for chart in mine],
-            "device": device if isinstance(device, Mapping) else {},
-            "versions": versions if isinstance(versions, Mapping) else {},
-            "sentences": _whole(run, "comparison with the paper", lambda run=run: paper.sentences(run, found)),
-            "figures": _scalars(run.metrics),
-            "tables": [(name, *_table(rows)) for name, rows in run.tables.items()],
-            "pictures": [picture for file in run.pictures
-                         for picture in _whole(run, f"picture {file.name}", lambda file=file: [_picture(file)])]})
-    page = _template().render(sections=sections, paper=paper.FIGURES, made=datetime.datetime.now(datetime.UTC),
-                              jobs=sorted({run.job for run in found}))
+
+    def draw(owner: str, found: Sequence[Chart]) -> list[tuple[str, markupsafe.Markup]]:
+        svgs = [(chart.name, svg) for chart in found if (svg := figures.svg(chart))]
+        drawn.update({f"{owner}-{name.replace(' ', '-')}.svg": svg for name, svg in svgs})
+        return [(name.capitalize(), markupsafe.Markup(svg)) for name, svg in svgs]
+
+    compared, strips = comparison.comparisons(runs), pictures.strips(runs)
+    in_comparison = {run.title for each in compared for run, *_ in each.rows}
+    sections = [{**_section(run, runs), "compared": run.title in in_comparison,
+                 "charts": draw(f"{number:02d}-{run.job}", whole(run, "charts", [], _charts, run))}
+                for number, run in enumerate(runs, 1)]
+    page = _template().render(
+        tiles=[tile for make in (_loss, _probe, _finetuned) for tile in make(runs)],
+        card=pictures.newest_completions(strips), over_training=[each for each in strips if each.several],
+        comparisons=[(each, draw(f"compared-{index}", each.charts)) for index, each in enumerate(compared, 1)],
+        sections=sections, hues=figures.HUES, paper=paper.FIGURES, made=datetime.datetime.now(datetime.UTC))
     return page, drawn
 
 
-def _whole(run: Run, what: str, make: Callable[[], list[Any]]) -> list[Any]:
-    """What `make` makes of a run's files; nothing where they are not what a job writes, as a line then says."""
-    try:
-        return make()
-    except (UserError, TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        say(f"{run.path}: its {what} is left out, because a file is damaged: {' '.join(str(error).split())}")
-        return []
+def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
+    """What page.html shows of a run besides its charts."""
+    drawn = [whole(run, f"picture {file.name}", None, pictures.picture, file) for file in run.pictures]
+    return {"run": run, "device": _mapping(run.result.get("device")), "versions": _mapping(run.result.get("versions")),
+            "seconds": {name.removeprefix("seconds/"): seconds for name, seconds in run.goodput.items()
+                        if name.startswith("seconds/") and seconds > 0},
+            "sentences": whole(run, "comparison with the paper", [], paper.sentences, run, runs),
+            "results": [(name, value) for name, value in run.metrics.items() if not isinstance(value, Mapping)],
+            "tables": [(name, *_table(rows)) for name, rows in run.tables.items()],
+            "pictures": [picture for picture in drawn if picture]}
+
+
+def _mapping(value: Any) -> Row:
+    return value if isinstance(value, Mapping) else {}
 
 
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters["shown"] = shown
+    environment.filters |= {"shown": shown, "named": named}
     return environment.from_string((importlib.resources.files("igpt_jax.report") / "page.html").read_text("utf-8"))
 
 
+# The card.
+
+def _best(runs: Sequence[Run], job: str, metric: str, better: Any) -> list[Run]:
+    """The run of a job with the best value of a metric, if there is one."""
+    found = [run for run in runs if run.job == job and charts.finite(run.metrics.get(metric))]
+    return [better(found, key=lambda run: run.metrics[metric])] if found else []
+
+
+def _loss(runs: Sequence[Run]) -> list[Tile]:
+    metric = "eval/nats_per_pixel"
+    return [Tile("Held-out loss", f"{run.metrics[metric]:.3f}",
+                 f"nats per pixel: {run.title}, step {shown(run.metrics.get('steps'))}, "
+                 f"{shown(run.metrics.get('parameters'))} parameters")
+            for run in _best(runs, "pretrain", metric, min)]
+
+
+def _probe(runs: Sequence[Run]) -> list[Tile]:
+    found = []
+    for run in _best(runs, "probe", "test_accuracy", max):
+        others = [f"{name} {shown(run.metrics[key], key)}" for key, name in
+                  (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "untrained model"))
+                  if run.metrics.get(key) is not None]
+        found.append(Tile("Linear probe", shown(run.metrics["test_accuracy"], "accuracy"), "; ".join(
+            [f"test accuracy of layer {run.metrics.get('best_layer')}", *others])))
+    return found
+
+
+def _finetuned(runs: Sequence[Run]) -> list[Tile]:
+    return [Tile("Fine-tuned", shown(run.metrics["test_accuracy"], "accuracy"),
+                 f"test accuracy: {run.title}, step {shown(run.metrics.get('best_step') or run.metrics.get('steps'))}")
+            for run in _best(runs, "finetune", "test_accuracy", max)]
+
+
+# A run.
+
 def _charts(run: Run) -> list[Chart]:
     found = []
-    for title, metrics, unit in CHARTS:
-        series = [Series(label, *run.series(name)) for name, label in metrics]
-        series = [one._replace(dots=len(one.x) < 25) for one in series if one.x]
-        if any(len(one.x) > 1 for one in series):
-            found.append(Chart(title, charts.lines(series, "steps", unit)))
-    if spent := {name.removeprefix("seconds/"): seconds for name, seconds in run.goodput.items()
-                 if name.startswith("seconds/") and seconds > 0}:
-        found.append(Chart("Where the time went", charts.split_bar(spent, "seconds, over all restarts")))
-    by_layer = run.by_layer
-    if len(by_layer) > 1:
-        accuracy = Series("layers, 95 % intervals", [row["layer"] for row in by_layer],
-                          [100 * row["test_accuracy"] for row in by_layer],
-                          [tuple(100 * bound for bound in row["interval"]) for row in by_layer], dots=True)
-        levels = {name: 100 * run.metrics[key] for key, name in
+    if run.lines:
+        found += charts.training(run.lines, run.values.get("steps", 0)) + charts.telemetry(run.lines)
+    if rows := run.by_layer:
+        others = {name: run.metrics[key] for key, name in
                   (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "untrained model"))
                   if run.metrics.get(key) is not None}
-        found.append(Chart("Accuracy by layer", charts.lines([accuracy], "layer (0: the embedding)", "test accuracy, %",
-                                                             levels)))
-    return found
-
-
-def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(name, value) of all figures, those in groups by both names."""
-    found = []
-    for name, value in metrics.items():
-        found += _scalars(value, f"{prefix}{name} ") if isinstance(value, Mapping) else [(prefix + name, value)]
-    return found
+        found.append(charts.accuracy_by_layer([("", "layers, 95 % intervals", rows)], others))
+    return found + charts.evaluation(run.tables.get("evaluation.json", ()))
 
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]], int]:
-    """Columns, cells, and how many rows are left out. Columns of digests and of tables in tables are left out."""
-    rows = [row for row in rows if isinstance(row, Mapping)]
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in DIGESTS
+    """Columns, cells, and how many rows are left out. Digests, and tables in tables, are left out."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in HIDDEN
                and not any(isinstance(each, Mapping) for row in rows if isinstance(row.get(name), list)
                            for each in row[name])]
     return columns, [[row.get(name) for name in columns] for row in rows[:ROWS_SHOWN]], max(0, len(rows) - ROWS_SHOWN)
 
 
-def shown(value: Any) -> str:
-    """A value as people read it."""
-    if value is None:
+def named(name: str) -> str:
+    """A column's or metric's name as people read it."""
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def shown(value: Any, name: str = "") -> str:
+    """A value as people read it; per cent if its name says that it is a share."""
+    if value is None or value == []:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
-    if not math.isfinite(value):
+    if isinstance(value, list | tuple):
+        return (" to " if "interval" in name and len(value) == 2 else ", ").join(shown(each, name) for each in value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
+    if SHARES.search(name):
+        return f"{100 * value:.1f} %"
     return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.5g}"
-
-
-def _picture(file: storage.Path) -> tuple[str, str, bool]:
-    """Name, data URL, and whether it is narrower than its place, so that its pixels are to be seen as squares."""
-    data = storage.read(file)
-    if not data.startswith(PNG):
-        raise ValueError("it is no PNG")
-    width = int.from_bytes(data[16:20], "big")  # PNG: 8 bytes of signature, then the header chunk
-    return file.stem.replace("_", " "), f"data:image/png;base64,{base64.b64encode(data).decode()}", width < 480

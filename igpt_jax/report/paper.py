@@ -6,6 +6,7 @@ Chen et al. 2020, "Generative Pretraining from Pixels"; losses: the README of Op
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from igpt_jax.metrics import charts
 from igpt_jax.report.runs import Run
 
 # Model, what, figure, unit.
@@ -28,11 +29,15 @@ def pretraining(run: Run) -> list[str]:
     steps, parameters = run.metrics.get("steps"), run.metrics.get("parameters")
     if not steps or not parameters:
         return []
-    batch = next((value for name, value, _ in run.changed if name == "batch_size"), 128)
-    seen = steps * batch
+    seen = steps * run.values["batch_size"]
     return [f"It saw {seen:,} images, {100 * seen / IMAGES:.2g} % of the paper's {IMAGES:,}, with {parameters:,} "
             f"parameters, {100 * parameters / 76_571_648:.3g} % of iGPT-S's. Its loss compares with the paper's only "
-            "on the same data, resolution and palette."]
+            "on the same data, resolution and palette.", *_trend(run)]
+
+
+def _trend(run: Run) -> list[str]:
+    said = charts.trend(charts.points_of(run.lines, "step", "eval/nats_per_pixel"), run.values["steps"])
+    return [f"It is {said}."] if said else []
 
 
 def probing(run: Run) -> list[str]:
@@ -69,7 +74,7 @@ def finetuning(run: Run, others: Sequence[Run]) -> list[str]:
     best = max(probes, key=lambda other: other.metrics["test_accuracy"])
     difference = 100 * (mine - best.metrics["test_accuracy"])
     return [f"Fine-tuned: {100 * mine:.1f} %, {abs(difference):.1f} points {'above' if difference > 0 else 'below'} "
-            f"the probe {best.path} (paper, iGPT-L on CIFAR-10: 2.7 above, where both use the same labels)."]
+            f"the probe {best.title} (paper, iGPT-L on CIFAR-10: 2.7 above, where both use the same labels)."]
 
 
 def sentences(run: Run, runs: Sequence[Run]) -> list[str]:

@@ -1,21 +1,25 @@
-"""What the workdirs of jobs hold, read for the report; nothing in them is trusted to be whole."""
+"""Reads what the workdirs of jobs hold; nothing in them is trusted to be whole."""
 
+import contextlib
 import dataclasses
+import functools
 import json
-import math
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from igpt_jax import storage
 from igpt_jax.config import JOBS, UserError, flat, keys
-from igpt_jax.metrics import phases as telemetry
-from igpt_jax.metrics.logging import load_metrics, metrics_lines
+from igpt_jax.metrics import phases
+from igpt_jax.metrics.logging import load_metrics, metrics_lines, say
 
 Row = Mapping[str, Any]
 
-# The files whose rows become tables, and of each job the pictures that are drawn anew as charts.
-TABLES = ("probe.json", "evaluation.json", "verify.json", "sweep.json")
-CHARTED = {"pretrain": {"loss.png"}, "finetune": {"loss.png"}, "probe": {"accuracy_by_layer.png"}}
+TABLES = ("probe.json", "evaluation.json", "verify.json")  # files whose rows become tables
+CHARTED = ("loss.png", "accuracy_by_layer.png", "accuracy_over_loss.png")  # the page draws them anew
+# Results before data, and data before checks of it.
+ORDER = ("pretrain", "probe", "finetune", "evaluate", "sample", "prepare", "plan", "convert", "verify")
+DEPTH = 2  # folders between one that is named and a workdir below it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,80 +27,102 @@ class Run:
     """One workdir.
 
     Attributes:
-      path: as it was typed.
+      folder: the workdir.
+      title: its path below the folder that all workdirs of the page have in common.
       job: its job.
-      changed: (key, value, meaning) of what the config sets otherwise than by default.
+      values: its config, by dotted name.
       result: result.json; empty while the job has not ended.
       lines: its metrics, one dict per step; empty for jobs that do not train.
-      goodput: seconds by phase; see `telemetry.goodput`.
+      goodput: seconds by phase; see `phases.goodput`.
       tables: rows by file name.
       manifest: of a pixel store.
-      pictures: the PNG files of figures/.
     """
-    path: str
+    folder: storage.Path
+    title: str
     job: str
-    changed: list[tuple[str, Any, str]]
-    result: Mapping[str, Any]
-    lines: list[Row]
+    values: Mapping[str, Any]
+    result: Row
+    lines: Sequence[Row]
     goodput: Mapping[str, float]
-    tables: Mapping[str, list[Row]]
-    manifest: Mapping[str, Any]
-    pictures: list[storage.Path]
+    tables: Mapping[str, Sequence[Row]]
+    manifest: Row
 
     @property
-    def metrics(self) -> Mapping[str, Any]:
+    def metrics(self) -> Row:
         """Of result.json."""
         metrics = self.result.get("metrics")
         return metrics if isinstance(metrics, Mapping) else {}
 
     @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return storage.path(self.path).name or self.path
+    def changed(self) -> list[tuple[str, Any, str]]:
+        """(key, value, meaning) of what its config sets otherwise than by default."""
+        return [(name, self.values[name], meaning) for name, (default, meaning) in known_keys(self.job).items()
+                if name != "job" and name in self.values and json.dumps(self.values[name]) != json.dumps(default)]
 
     @property
     def by_layer(self) -> list[Row]:
         """The rows of probe.json that tell of one layer of the trained model each, with an interval."""
-        return [row for row in self.tables.get("probe.json", ()) if isinstance(row, Mapping) and row.get("interval")
-                and "test_accuracy" in row and row.get("features") == f"layer {row.get('layer')}"]
+        return [row for row in self.tables.get("probe.json", ()) if row.get("interval") and "test_accuracy" in row
+                and row.get("features") == f"layer {row.get('layer')}"]
 
-    def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric, where it was logged and finite."""
-        pairs = [(line["step"], line[name]) for line in self.lines
-                 if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+    @property
+    def pictures(self) -> list[storage.Path]:
+        """The PNG files in figures/ that no chart of the page replaces."""
+        return [file for file in sorted((self.folder / "figures").glob("*.png")) if file.name not in CHARTED]
+
+
+@functools.cache
+def known_keys(job: str) -> Mapping[str, tuple[Any, str]]:
+    """(default, meaning) of each key of a job."""
+    return {name: (default, meaning) for name, default, meaning in keys(job)} if job in JOBS else {}
 
 
 def load(typed: str) -> list[Run]:
-    """The runs that a comma list of workdirs and globs names, in the order of the jobs.
+    """The runs that a comma list of workdirs and globs names, in the order of a page. Reports are left out.
+
+    Where a folder that is named is not a workdir, those in it are taken, such as the runs of a sweep.
 
     Raises:
       UserError: it names no workdir of a job.
     """
-    found = {}
-    for pattern in storage.patterns(typed):
-        for folder in storage.matching(pattern):
-            if (folder / "config.json").exists():
-                found[str(folder)] = _load(folder)
-    if not found:
+    named = [folder for pattern in storage.patterns(typed) for folder in storage.matching(pattern)]
+    found = {str(folder): folder for start in named for folder in _workdirs(start, DEPTH)}
+    configs = {folder: _json(folder / "config.json", {}) for folder in found.values()}
+    configs = {folder: config for folder, config in configs.items() if config.get("job") != "report"}
+    if not configs:
         raise UserError(f"workdirs={typed!r} names no workdir of a job. "
                         "Set --config.workdirs to folders that jobs have written, as in 'runs/*'.")
-    order = list(JOBS)
-    return sorted(found.values(), key=lambda run: (order.index(run.job) if run.job in order else len(order), run.path))
+    titles = _titles(list(configs))
+    runs = [_load(folder, config, titles[folder]) for folder, config in configs.items()]
+    return sorted(runs, key=lambda run: (ORDER.index(run.job) if run.job in ORDER else len(ORDER), run.title))
 
 
-def _load(folder: storage.Path) -> Run:
-    config = _json(folder / "config.json", {})
-    job = str(config.get("job", ""))
+def _workdirs(folder: storage.Path, depth: int) -> Iterator[storage.Path]:
+    if (folder / "config.json").exists():
+        yield folder
+    elif depth:
+        with contextlib.suppress(UserError):  # a file, or a folder that cannot be read
+            for child in storage.children(folder):
+                yield from _workdirs(child, depth - 1)
+
+
+def _titles(folders: Sequence[storage.Path]) -> dict[storage.Path, str]:
+    """The paths below the last folder that they have in common."""
+    parts = [folder.parts for folder in folders]
+    common = next((depth for depth in range(min(map(len, parts))) if len({each[:depth + 1] for each in parts}) > 1
+                   or any(len(each) == depth + 1 for each in parts)), 0)
+    return {folder: "/".join(folder.parts[common:]) for folder in folders}
+
+
+def _load(folder: storage.Path, config: Row, title: str) -> Run:
     try:
-        lines, seconds = load_metrics(str(folder)), telemetry.goodput(metrics_lines(str(folder)))
+        lines, seconds = load_metrics(str(folder)), phases.goodput(metrics_lines(str(folder)))
     except UserError:
         lines, seconds = [], {}
-    tables = {name: rows for name in TABLES if (rows := _json(folder / name, []))}
-    return Run(path=str(folder), job=job, changed=_changed(job, config), result=_json(folder / "result.json", {}),
-               lines=lines, goodput=seconds, tables=tables, manifest=_json(folder / "manifest.json", {}),
-               pictures=[file for file in sorted((folder / "figures").glob("*.png"))
-                         if file.name not in CHARTED.get(job, ())])
+    tables = {name: rows for name in TABLES
+              if (rows := [row for row in _json(folder / name, []) if isinstance(row, Mapping)])}
+    return Run(folder, title, str(config.get("job", "")), flat(config), _json(folder / "result.json", {}), lines,
+               seconds, tables, _json(folder / "manifest.json", {}))
 
 
 def _json(file: storage.Path, missing: Any) -> Any:
@@ -108,9 +134,17 @@ def _json(file: storage.Path, missing: Any) -> Any:
     return value if isinstance(value, type(missing)) else missing
 
 
-def _changed(job: str, config: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    if job not in JOBS:
-        return []
-    values = flat(config)
-    return [(name, values[name], meaning) for name, default, meaning in keys(job)
-            if name != "job" and name in values and json.dumps(values[name]) != json.dumps(default)]
+def sweeps(runs: Sequence[Run]) -> dict[storage.Path, Row]:
+    """The sweep.json beside the workdirs of a sweep, by folder."""
+    parents = dict.fromkeys(run.folder.parent for run in runs)
+    return {folder: sweep for folder in parents if (sweep := _json(folder / "sweep.json", {}))}
+
+
+def whole(run: Run, what: str, otherwise: Any, make: Callable, *arguments: Any) -> Any:
+    """`make(*arguments)`, which reads a run's files; `otherwise`, and a line, if they are not what a job writes."""
+    try:
+        return make(*arguments)
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError, EOFError,
+            zipfile.BadZipFile) as error:
+        say(f"{run.folder}: its {what} is left out, because a file is damaged: {' '.join(str(error).split())}")
+        return otherwise

@@ -16,7 +16,8 @@ from igpt_jax import checkpoint, storage
 from igpt_jax.config import PretrainConfig
 from igpt_jax.data import Batch, Batches
 from igpt_jax.evaluation import exact_loss
-from igpt_jax.metrics.figures import loss_curve
+from igpt_jax.metrics import charts
+from igpt_jax.metrics.figures import save as save_figure
 from igpt_jax.metrics.logging import Metrics, load_metrics, metrics_lines, say
 from igpt_jax.metrics.phases import PhaseTimer, goodput
 from igpt_jax.metrics.profile import Profile
@@ -312,7 +313,8 @@ class Run:
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
             figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
             figures["goodput"] = goodput(metrics_lines(self.workdir)).get("goodput")
-            loss_curve(storage.path(self.workdir) / "figures" / "loss.png", lines, self.model.dims.V)
+            save_figure(storage.path(self.workdir) / "figures" / "loss.png",
+                        *charts.training(lines, self.config.steps, self.model.dims.V))
         return figures
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 
 from igpt_jax import storage
-from igpt_jax.metrics import figures
+from igpt_jax.metrics import charts, figures
 
-figures.loss_over_steps(storage.path(sys.argv[1]), {"a": [(1, 3.0)]})
+figures.save(storage.path(sys.argv[1]), charts.over_steps({"a": [(1, 3.0), (2, 2.5)]}))
 assert os.environ["MPLBACKEND"].startswith("module")

@@ -1,0 +1,134 @@
+"""Pictures of a page: PNG as data URLs, and samples and completions of several steps of a run, a strip per step.
+
+B images, N pictures, Y rows, X columns, C channels.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from igpt_jax import storage
+from igpt_jax.data import palette
+from igpt_jax.metrics.figures import image_grid
+from igpt_jax.report.runs import Run, whole
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SHOWN = {"samples": 8, "completions": 6}  # pictures in a strip
+UNKNOWN = 127  # gray level of pixels that the model is not given
+
+
+class Picture(NamedTuple):
+    """A picture in the page: its label, its data URL, and whether its pixels are enlarged to sharp squares."""
+    label: str
+    url: str
+    enlarged: bool = True
+
+
+class Strips(NamedTuple):
+    """Rows of small pictures, one below the other.
+
+    Attributes:
+      title: Samples or Completions.
+      run: the workdir of the training run, as text.
+      rows: top to bottom. Completions begin with the original and the given pictures.
+      several: there is more than one step.
+    """
+    title: str
+    run: str
+    rows: list[Picture]
+    several: bool
+
+
+def picture(file: storage.Path) -> Picture:
+    """A PNG file. Raises ValueError if it is none."""
+    data = storage.read(file)
+    if not data.startswith(PNG):
+        raise ValueError("it is no PNG")
+    width = int.from_bytes(data[16:20], "big")  # PNG: 8 bytes of signature, then the header chunk
+    return Picture(file.stem.replace("_", " "), _url(data), width < 480)
+
+
+def _url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+class _Drawn(NamedTuple):
+    """What a sample job has drawn: `samples`, `originals`, `given` and `completions` as pictures, at a step."""
+    run: str
+    step: int
+    label: str
+    settings: tuple
+    pictures: Mapping[str, np.ndarray]
+
+
+def strips(runs: Sequence[Run]) -> list[Strips]:
+    """Samples, and completions of the same pictures, of each training run, over the steps that were sampled."""
+    drawn = [each for run in runs if run.job == "sample"
+             for each in [whole(run, "samples", None, _drawn, run)] if each]
+    groups: dict[tuple, list[_Drawn]] = {}
+    for each in sorted(drawn, key=lambda each: each.step or math.inf):
+        groups.setdefault((each.run, *each.settings), []).append(each)
+    found = []
+    for (run, *_), steps in groups.items():
+        steps = list({each.step: each for each in steps}.values())
+        for kind in SHOWN:
+            rows = [_strip(each.label, each.pictures[kind]) for each in steps if kind in each.pictures]
+            if kind == "completions" and rows:
+                rows = [_strip(name, steps[-1].pictures[name]) for name in ("original", "given")] + rows
+            if rows:
+                found.append(Strips(kind.capitalize(), run, rows, len(steps) > 1))
+    return sorted(found, key=lambda each: -len(each.rows))
+
+
+def newest_completions(strips: Sequence[Strips]) -> list[Picture]:
+    """Of the run with most steps: the original, the given and the completed pictures of the newest one."""
+    rows = next((each.rows for each in strips if each.title == "Completions"), [])
+    return rows[:2] + [row._replace(label="completed") for row in rows[-1:]]
+
+
+def _drawn(run: Run) -> _Drawn | None:
+    file = run.folder / "samples.npz"
+    if not file.exists():
+        return None
+    with np.load(io.BytesIO(storage.read(file))) as arrays:
+        arrays = dict(arrays)
+    colors_VC, shown = arrays["palette"], {}
+    if "samples" in arrays:
+        shown["samples"] = _decoded(arrays["samples"][:SHOWN["samples"]], colors_VC)
+    if "completions" in arrays:
+        count = SHOWN["completions"]
+        shown["original"] = _decoded(arrays["originals"][:count], colors_VC)
+        shown["completions"] = _decoded(arrays["completions"][:count, 0], colors_VC)
+        given = run.values.get("rows", -1)
+        shown["given"] = shown["original"].copy()
+        shown["given"][:, shown["given"].shape[1] // 2 if given < 0 else given:] = UNKNOWN
+    training, step = _checkpoint(run)
+    names = tuple(arrays["names"][:SHOWN["completions"]]) if "names" in arrays else ()
+    settings = tuple(run.values.get(name) for name in ("rows", "temperature", "top_k", "top_p", "seed"))
+    return _Drawn(training, step, f"step {step:,}" if step else "newest step", (names, *settings), shown)
+
+
+def _checkpoint(run: Run) -> tuple[str, int]:
+    """The workdir of the training run whose checkpoint was sampled, and its step; 0: unknown."""
+    given = storage.path(run.values["checkpoint"])
+    folder = given.parent.parent if given.name.isdigit() and given.parent.name == "checkpoints" else given
+    named = int(given.name) if given != folder else 0
+    return str(folder), int(run.metrics.get("step") or named)
+
+
+def _decoded(tokens_BT: np.ndarray, colors_VC: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [B, Y, X, C] of tokens."""
+    size = round(tokens_BT.shape[1] ** 0.5)
+    return palette.decode(tokens_BT, colors_VC).reshape(-1, size, size, 3)
+
+
+def _strip(label: str, images_BYXC: np.ndarray) -> Picture:
+    """Images side by side, each enlarged to about 64 pixels."""
+    scale = max(1, 64 // images_BYXC.shape[1])
+    png: Any = io.BytesIO()
+    image_grid(images_BYXC, len(images_BYXC), scale, 6).save(png, format="PNG")
+    return Picture(label, _url(png.getvalue()))
