@@ -1,11 +1,11 @@
 """Makes the tables of docs/scaling.md: every size and resolution, compiled for one slice of each kind, not run.
 
-    python benchmarks/scaling.py [--python cuda/bin/python] [--only TEXT] [--missing] [--out docs/scaling.json]
+    python benchmarks/scaling.py [--python cuda/bin/python] [--only TEXT] [--missing] [--predict] [--out FILE.json]
 
 A cell compiles the setting that `plan` estimates to be the fastest. If that does not fit, it also compiles the smallest
 change that should. Each finished cell is written to the JSON file, and verdicts are cached under $IGPT_CACHE, so that
 rerunning resumes. Without --python (an environment with jax[cuda13]), GPU cells keep their results. The tables go into
-the page with the JSON file's name.
+the page with the JSON file's name. --predict compiles nothing: it predicts times from the JSON file's compiled figures.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from igpt_jax.config import PlanConfig, UserError, base_config, parse
 from igpt_jax.parallel import topology
 from igpt_jax.parallel.topology import GIB
 from igpt_jax.planner import search
-from igpt_jax.planner.answer import answer
+from igpt_jax.planner.answer import Answer, answer
+from igpt_jax.planner.compilation import Verdict
 from igpt_jax.planner.estimate import estimate
 from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.verdicts import verdict_for
@@ -82,9 +83,21 @@ def plan(settings: str, choose: bool, python: str) -> dict:
     if choose and not result.fits and (tries := search.remedies(config, result.verdict, target, SHARE)):
         config = tries[0].config
         result = answer(config, target, verdict_for(config), SHARE, Evidence.UNCALIBRATED)
-    record = {name: value for name, value in result.to_dict().items() if name != "table"}
-    return {"settings": search.settings(config), "batch_size": config.batch_size,
-            "wall_seconds": round(time.time() - start, 1), **record}
+    return {"wall_seconds": round(time.time() - start, 1), **record(result)}
+
+
+def predict(settings: str, cell: dict) -> dict:
+    """The cell with its times predicted anew, from its compiled figures."""
+    chosen = cell["settings"].replace("--config.", "").replace(" ", ",")
+    config = parse("plan", base_config("plan", f"{settings},{chosen}"))
+    target = topology.parse(config.topology)
+    return cell | record(answer(config, target, Verdict(**cell["verdict"]), SHARE, Evidence.UNCALIBRATED))
+
+
+def record(result: Answer) -> dict:
+    """A cell of the JSON file."""
+    figures = {name: value for name, value in result.to_dict().items() if name != "table"}
+    return {"settings": search.settings(result.config), "batch_size": result.config.batch_size, **figures}
 
 
 def row(title: str, cell: dict) -> str:
@@ -160,11 +173,15 @@ def main() -> None:
     parser.add_argument("--python", default="", help="interpreter with jax[cuda13], for the GPU cells")
     parser.add_argument("--only", default="", help="only cells whose title holds this text")
     parser.add_argument("--missing", action="store_true", help="only cells that the JSON file lacks")
+    parser.add_argument("--predict", action="store_true", help="only predict times anew, from the compiled figures")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS / "scaling.json")
     options = parser.parse_args()
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     todo = [(title, *what) for title, what in cells().items()
             if options.only in title and not (options.missing and title in known)]
+    if options.predict:
+        known, todo = {title: predict(cells()[title][0], cell) for title, cell in known.items()}, []
+        storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
     for title, settings, choose in tqdm(todo, unit="cell", disable=None):
         if topology.parse(dict(pair.split("=", 1) for pair in settings.split(","))["topology"]).platform == "gpu" and (
                 not options.python):

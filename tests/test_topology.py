@@ -39,16 +39,33 @@ def test_resized_targets_are_as_square_as_possible():
 
 
 def test_the_slowest_link_decides():
-    """Between slices or nodes the network; within a slice the torus, of which a large axis uses several sides.
+    """Between slices or nodes the network; within them the links.
 
     Seen to fail with the span of an axis taken to be its own size.
     """
     slices = topology.parse("v5e:4x4*2")
     mesh = {"data": 2, "fsdp": 16, "tensor": 1, "context": 1}
     assert topology.bandwidth(slices, mesh, ("data",)) == slices.chip.network_bandwidth
-    assert topology.bandwidth(slices, mesh, ("fsdp",)) == 2 * slices.chip.link_bandwidth
-    assert topology.bandwidth(slices, {**mesh, "fsdp": 4, "tensor": 4}, ("tensor",)) == slices.chip.link_bandwidth
+    assert topology.bandwidth(slices, mesh, ("fsdp",)) == slices.chip.link_bandwidth
     nodes = topology.parse("h100:8x4")
     mesh = {"data": 1, "fsdp": 16, "tensor": 2, "context": 1}
     assert topology.bandwidth(nodes, mesh, ("fsdp",)) == nodes.chip.network_bandwidth
     assert topology.bandwidth(nodes, mesh, ("tensor",)) == nodes.chip.link_bandwidth
+
+
+@pytest.mark.parametrize("name, axis, size, rings", [
+    ("v5e:16x16", "fsdp", 256, 2), ("v5e:16x16", "fsdp", 64, 1.5), ("v5e:16x16", "tensor", 4, 0.5),
+    ("v6e:8x16", "fsdp", 128, 1.5), ("v5e:8x8", "fsdp", 64, 1), ("v5e:2x4", "fsdp", 8, 1),
+    ("v4:4x4x4", "fsdp", 64, 3), ("v4:2x4x4", "fsdp", 32, 1.5), ("v4:4x4x8", "fsdp", 64, 2.5),
+    ("v4:4x4x8", "tensor", 2, 0.5), ("v5p:4x4x8", "tensor", 16, 2), ("v5p:2x2x1", "fsdp", 4, 1)])
+def test_rings_and_lines(name, axis, size, rings):
+    """v5e and v6e have rings along sides of 16, v4 and v5p where all sides are multiples of 4; a line is half a ring.
+
+    64 chips of 16x16 are a whole side and a quarter of the other. 64 of 4x4x8 beside tensor=2 are two whole sides and a
+    half. 16 of 4x4x8 are the two sides of 4.
+
+    Seen to fail with each side taken for a ring, and with a part of a ring taken for a ring.
+    """
+    target = topology.parse(name)
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, axis: size}
+    assert topology.bandwidth(target, mesh, (axis,)) == rings * target.chip.link_bandwidth

@@ -9,6 +9,7 @@ Sources, read in 2026:
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import types
@@ -29,17 +30,16 @@ class Chip:
     hbm_bandwidth: float  # bytes/s
     device_kinds: tuple[str, ...]  # its names in jax.Device.device_kind
     usable_bytes: int  # the part of hbm_bytes that a program can use
-    link_bandwidth: float  # bytes/s sent to neighbors: a TPU over one torus axis, both directions; a GPU over NVLink
+    link_bandwidth: float  # bytes/s sent to neighbors: a TPU around one ring, both directions; a GPU over NVLink
     network_bandwidth: float  # bytes/s that a device sends between slices or nodes
     dollars_per_hour: float  # list price of one device
-    torus_axes: int = 1  # axes of a TPU's torus
 
 
 def _tpu(name: str, flops: float, gib: int, bandwidth: float, kinds: tuple[str, ...], link: float, network: float,
-         dollars: float, torus_axes: int) -> Chip:
+         dollars: float) -> Chip:
     # The compiler reserves a quarter GiB of a TPU's memory, more on v4. These are the limits that its errors state.
     usable = {"TPU v4": 30.75, "TPU v5e": 15.75, "TPU v5p": 94.75, "TPU v6e": 31.25}[name]
-    return Chip(name, flops, gib * GIB, bandwidth, kinds, int(usable * GIB), 2 * link, network, dollars, torus_axes)
+    return Chip(name, flops, gib * GIB, bandwidth, kinds, int(usable * GIB), 2 * link, network, dollars)
 
 
 def _gpu(name: str, flops: float, memory: int, bandwidth: float, kind: str, link: float, network: float,
@@ -48,10 +48,10 @@ def _gpu(name: str, flops: float, memory: int, bandwidth: float, kind: str, link
 
 
 CHIPS = (
-    _tpu("TPU v4", 275e12, 32, 1228e9, ("TPU v4",), 45e9, 6.25e9, 3.22, 3),
-    _tpu("TPU v5e", 197e12, 16, 819e9, ("TPU v5 lite", "TPU v5e"), 45e9, 3.1e9, 1.20, 2),
-    _tpu("TPU v5p", 459e12, 95, 2765e9, ("TPU v5", "TPU v5p"), 90e9, 6.25e9, 4.20, 3),
-    _tpu("TPU v6e", 918e12, 32, 1640e9, ("TPU v6 lite", "TPU v6e"), 90e9, 12.5e9, 2.70, 2),
+    _tpu("TPU v4", 275e12, 32, 1228e9, ("TPU v4",), 45e9, 6.25e9, 3.22),
+    _tpu("TPU v5e", 197e12, 16, 819e9, ("TPU v5 lite", "TPU v5e"), 45e9, 3.1e9, 1.20),
+    _tpu("TPU v5p", 459e12, 95, 2765e9, ("TPU v5", "TPU v5p"), 90e9, 6.25e9, 4.20),
+    _tpu("TPU v6e", 918e12, 32, 1640e9, ("TPU v6 lite", "TPU v6e"), 90e9, 12.5e9, 2.70),
     _gpu("A100 40GB", 312e12, 40 * GIB, 1555e9, "NVIDIA A100-SXM4-40GB", 300e9, 25e9, 2.9),
     _gpu("A100 80GB", 312e12, 80 * GIB, 2039e9, "NVIDIA A100-SXM4-80GB", 300e9, 25e9, 3.7),
     _gpu("H100 SXM", 989e12, 80 * GIB, 3350e9, "NVIDIA H100 80GB HBM3", 450e9, 50e9, 8.0),
@@ -189,7 +189,28 @@ def bandwidth(target: Target, mesh_shape: Mapping[str, int], axes: tuple[str, ..
     span = math.prod(mesh_shape[axis] for axis in order[min(order.index(axis) for axis in axes):])
     if target.groups > 1 and span > inside:
         return chip.network_bandwidth
-    # A mesh axis that is larger than one side of the torus runs over several sides at once and uses all their links.
-    size, sides = math.prod(mesh_shape[axis] for axis in axes), sorted(target.shape, reverse=True)
-    used = next((n for n in range(1, len(sides) + 1) if math.prod(sides[:n]) >= size), len(sides))
-    return chip.link_bandwidth * min(used, chip.torus_axes)
+    if target.platform != "tpu":
+        return chip.link_bandwidth
+    return chip.link_bandwidth * _rings(target, math.prod(mesh_shape[axis] for axis in axes))
+
+
+def _rings(target: Target, devices: int) -> float:
+    """The number of rings that a group of `devices` chips of a slice sends around; a line without wrap-around is half.
+
+    Slices of v5e and v6e have wrap-around links along sides of 16 chips. Those of v4 and v5p have them along all sides,
+    if each side is a multiple of 4 (jax-ml.github.io/scaling-book/tpus, "TPU Networking").
+    """
+    wraps = [side == 16 if len(target.shape) == 2 else all(each % 4 == 0 for each in target.shape)
+             for side in target.shape]
+    # JAX gives a mesh axis the sides whose product it is. Other axes fill the longest side and a part of the next; a
+    # part of a side is a line.
+    sides = list(zip(target.shape, wraps, strict=True))
+    whole = (chosen for count in range(len(sides), 0, -1) for chosen in itertools.combinations(sides, count)
+             if math.prod(side for side, _ in chosen) == devices)
+    rings = 0.0
+    for side, ring in next(whole, sorted(sides, reverse=True)):
+        along = math.gcd(devices, side)
+        devices //= along
+        if along > 1:
+            rings += 1.0 if ring and along == side else 0.5
+    return rings
