@@ -80,7 +80,8 @@ def _job_list() -> str:
     width = max(map(len, JOBS))
     lines = [f"  {job:{width}}  {does}" for job, does in JOBS.items()]
     return "\n".join(["Image GPT in JAX. Jobs:", *lines, "", USAGE.format(job="JOB"),
-                      "python -m igpt_jax JOB --help lists a job's config keys."])
+                      "python -m igpt_jax JOB --help lists a job's config keys.",
+                      "From Python: import igpt_jax; model = igpt_jax.load(WORKDIR); help(model)."])
 
 
 def _job_help(job: str) -> str:

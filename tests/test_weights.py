@@ -146,7 +146,7 @@ def test_exported_programs_run_where_only_jax_is_installed(tmp_path, original, p
     D = json.loads((original / "config.json").read_text())["n_embd"]
     rng = np.random.default_rng(0)
     probe = linear_probe.Probe(rng.normal(size=D), rng.uniform(1, 2, D), rng.normal(size=(D, 4)), rng.normal(size=4))
-    probing.save_probe(tmp_path / "probe" / "probe.npz", probe, 1, "normalized")
+    probing.save_probe(tmp_path / "probe" / "probe.npz", probing.SavedProbe(probe, 1, "normalized", ""))
     _, record = run(tmp_path / "job", f"huggingface:{original}", f"export:{tmp_path}/out",
                     export=ExportConfig(rows=2, top_k=7, platforms=("cpu",), probe=str(tmp_path / "probe")))
     assert record["verdict"] == "same" and abs(np.subtract(*record["nats_per_pixel"].values())) < 1e-5

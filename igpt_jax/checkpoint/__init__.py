@@ -23,10 +23,10 @@ from igpt_jax.checkpoint.reading import (
     locate,
     steps_of,
 )
-from igpt_jax.checkpoint.step_folders import steps_in
+from igpt_jax.checkpoint.step_folders import step_path, steps_in
 from igpt_jax.checkpoint.verification import verify
 
 __all__ = [
     "Checkpoints", "METADATA_FILE", "Metadata", "NoGoodCheckpoint", "identity", "is_checkpoint", "load_metadata",
-    "load_model", "locate", "prepare_orbax", "require_objective", "steps_in", "steps_of", "verify",
+    "load_model", "locate", "prepare_orbax", "require_objective", "step_path", "steps_in", "steps_of", "verify",
 ]

@@ -101,13 +101,7 @@ def decode(data: bytes, image_size: int, window: Window | None = None) -> np.nda
     try:
         data, key = _png(data) if data.startswith(SIGNATURE) else (data, None)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check(image, image_size)
-            with _one_large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
-                image.load()
-                rotated = _rotated(image, _as_rgb(image, data, key))
-                left, top, side = (window or centered)(*rotated.size)
-                box = (left, top, left + side, top + side)
-                return np.asarray(rotated.resize((image_size, image_size), Image.Resampling.BOX, box=box))
+            return _square(image, image_size, window, data, key)
     except Unusable:
         raise
     except Image.DecompressionBombError:
@@ -116,6 +110,32 @@ def decode(data: bytes, image_size: int, window: Window | None = None) -> np.nda
         raise Unusable("not a JPEG, PNG or WebP picture") from None
     except Exception as error:  # Pillow's decoders raise many types on damaged input
         raise Unusable(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def from_pillow(image: Image.Image, image_size: int) -> np.ndarray:
+    """uint8 [image_size, image_size, 3] of an opened picture, by rules 2 to 5.
+
+    Raises:
+      Unusable: with the reason.
+    """
+    try:
+        return _square(image, image_size)
+    except Unusable:
+        raise
+    except Exception as error:  # as in `decode`
+        raise Unusable(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _square(image: Image.Image, image_size: int, window: Window | None = None, data: bytes = b"",
+            key: np.ndarray | None = None) -> np.ndarray:
+    """Rules 2 to 5. `data` and `key` are those of `_as_rgb`."""
+    _check(image, image_size)
+    with _one_large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+        image.load()
+        rotated = _rotated(image, _as_rgb(image, data, key))
+        left, top, side = (window or centered)(*rotated.size)
+        box = (left, top, left + side, top + side)
+        return np.asarray(rotated.resize((image_size, image_size), Image.Resampling.BOX, box=box))
 
 
 def centered(width: int, height: int) -> tuple[int, int, int]:

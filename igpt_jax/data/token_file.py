@@ -1,4 +1,4 @@
-"""Reads .npy files of tokens, such as OpenAI's imagenet_teX.npy: integers [n, T], one image per row.
+"""Images as tokens: in memory, or in .npy files such as OpenAI's imagenet_teX.npy (integers [n, T], an image per row).
 
 Dimensions: B batch, T tokens of an image.
 """
@@ -16,8 +16,27 @@ from igpt_jax.config import UserError
 ROWS_AT_ONCE = 4096  # hashed at once
 
 
-class TokenFile:
-    """Images as palette indices, by id in [0, count). A local file stays on disk, and rows are read as needed.
+class Tokens:
+    """Images as palette indices in memory, integers [n, T], by id in [0, count)."""
+
+    def __init__(self, rows_BT: np.ndarray):
+        self._rows_BT, self.count = rows_BT, len(rows_BT)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows, in place of a split's fingerprint."""
+        digest = hashlib.sha256(f"{self._rows_BT.dtype} {self._rows_BT.shape}".encode())
+        for start in range(0, len(self._rows_BT), ROWS_AT_ONCE):
+            digest.update(np.ascontiguousarray(self._rows_BT[start:start + ROWS_AT_ONCE]))
+        return digest.hexdigest()
+
+    def tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Tokens int32 [B, T] of ids [B]."""
+        return self._rows_BT[ids].astype(np.int32)
+
+
+class TokenFile(Tokens):
+    """Tokens in a file. A local file stays on disk, and rows are read as needed.
 
     Args:
       path: an .npy file; pickled data are never read.
@@ -33,27 +52,19 @@ class TokenFile:
         file = storage.path(path)
         try:
             local = storage.is_local(file) and file.exists()
-            self._rows_BT = (np.load(os.fspath(file), mmap_mode="r", allow_pickle=False) if local else
-                             np.load(io.BytesIO(storage.read(file)), allow_pickle=False))
+            rows = (np.load(os.fspath(file), mmap_mode="r", allow_pickle=False) if local else
+                    np.load(io.BytesIO(storage.read(file)), allow_pickle=False))
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"tokens {path}: not a plain .npy array ({str(error).splitlines()[0]}). "
                             "Save it with numpy.save.") from None
-        tokens, rows = image_size**2, self._rows_BT
+        tokens = image_size**2
         if not (isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.dtype.kind in "iu"
                 and rows.shape[1] == tokens and len(rows)):
             shape = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
             raise UserError(f"tokens {path} must be integers [n, {tokens}], one image of {image_size}x{image_size} "
                             f"pixels per row; this is {shape}. OpenAI's files are called "
                             "{imagenet,cifar10}_{tr,va,te}X.npy.")
-        self.count = len(rows)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of all rows, in place of a split's fingerprint."""
-        digest = hashlib.sha256(f"{self._rows_BT.dtype} {self._rows_BT.shape}".encode())
-        for start in range(0, len(self._rows_BT), ROWS_AT_ONCE):
-            digest.update(np.ascontiguousarray(self._rows_BT[start:start + ROWS_AT_ONCE]))
-        return digest.hexdigest()
+        super().__init__(rows)
 
     def tokens(self, ids: np.ndarray) -> np.ndarray:
         """Tokens int32 [B, T] of ids [B]. Raises UserError if a token is not in the palette."""

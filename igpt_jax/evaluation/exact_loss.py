@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from igpt_jax.data.resident import process_rows, put
 from igpt_jax.data.store import Split, tokens_of
-from igpt_jax.data.token_file import TokenFile
+from igpt_jax.data.token_file import Tokens
 from igpt_jax.evaluation.steps import make_eval_step
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
@@ -22,7 +22,7 @@ from igpt_jax.runtime import startup
 VOTES = 5  # masks under which a masked model classifies an image (paper, Section 4.6)
 
 
-def over_split(step: Callable, params: Any, split: Split | TokenFile, mesh: Mesh, batch_size: int, table: np.ndarray,
+def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, batch_size: int, table: np.ndarray,
                give_up: Callable[[], bool] | None = None) -> Iterator[Any]:
     """Runs a step on all examples of a split, in order, and yields the results of each batch as NumPy arrays [B, ...].
 
@@ -31,7 +31,7 @@ def over_split(step: Callable, params: Any, split: Split | TokenFile, mesh: Mesh
     Args:
       step: `step(params, tokens_BT, ids_B)`, jitted with a replicated result (`jit_over_batches`).
       params: its first argument.
-      split: to read; a file of tokens needs no table.
+      split: to read; tokens need no table.
       mesh: of the parameters.
       batch_size: global; must divide over data x fsdp.
       table: from `palette.lookup_table`.
@@ -43,7 +43,7 @@ def over_split(step: Callable, params: Any, split: Split | TokenFile, mesh: Mesh
 
     def read(start: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.arange(start, start + batch_size)[rows] % split.count
-        tokens = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, table, ids).astype(np.int32)
+        tokens = split.tokens(ids) if isinstance(split, Tokens) else tokens_of(split, table, ids).astype(np.int32)
         return tokens, ids.astype(np.int32)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
@@ -86,7 +86,7 @@ def make_measure(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray, s
     votes = VOTES if model.dims.K and model.objective.random else 1
     step = jit_over_batches(make_eval_step(model, votes, seed), mesh)
 
-    def measure(params: Any, split: Split | TokenFile, give_up: Callable[[], bool] | None = None,
+    def measure(params: Any, split: Split | Tokens, give_up: Callable[[], bool] | None = None,
                 labeled: bool = True) -> dict[str, float] | None:
         results = list(over_split(step, params, split, mesh, batch_size, table, give_up))
         if results[-1] is None:

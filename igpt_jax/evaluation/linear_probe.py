@@ -28,8 +28,11 @@ class Probe:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Classes int [...] of features [..., D]."""
-        logits = (features - self.mean_D) / self.deviation_D @ self.weights_DK + self.biases_K
-        return logits.argmax(axis=-1)
+        return self.logits(features).argmax(axis=-1)
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Logits [..., K] of features [..., D]."""
+        return (features - self.mean_D) / self.deviation_D @ self.weights_DK + self.biases_K
 
     def accuracy(self, features_ED: np.ndarray, labels_E: np.ndarray) -> float:
         """The fraction of examples that are classified correctly."""

@@ -4,7 +4,7 @@ B batch, E examples, N pictures, T tokens.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,14 @@ class LossMaps:
     shown_NT: np.ndarray
 
 
+def make_pixel_step(model: Model) -> Callable[..., jax.Array]:
+    """(params, tokens_BT, ids_B) -> nats of each pixel given those before it, [B, T], of an autoregressive model."""
+    def pixel_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> jax.Array:
+        return objectives.nats_per_token(model.logits(params, tokens_BT), tokens_BT)
+
+    return pixel_step
+
+
 def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, batch_size: int, table: np.ndarray,
             shown: int) -> LossMaps:
     """Computes the loss maps of a whole split, with one batch in memory at a time.
@@ -48,11 +56,7 @@ def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, bat
     if not model.causal:
         raise UserError(f"loss_maps={shown}: only an autoregressive model predicts each pixel from those before it. "
                         "Set loss_maps=0.")
-
-    def pixel_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> jax.Array:
-        return objectives.nats_per_token(model.logits(params, tokens_BT), tokens_BT)
-
-    step = exact_loss.jit_over_batches(pixel_step, mesh)
+    step = exact_loss.jit_over_batches(make_pixel_step(model), mesh)
     sum_T, by_example_E, first = np.zeros(model.dims.T), np.empty(split.count), []
     at = 0
     for nats_BT in exact_loss.over_split(step, params, split, mesh, batch_size, table):

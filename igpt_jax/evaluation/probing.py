@@ -8,7 +8,7 @@ import dataclasses
 import io
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -169,20 +169,29 @@ class Prober:
         return (order.batch(self.config.seed, step, min(SGD_BATCH, count), count) for step in range(self.config.steps))
 
 
-def save_probe(file: storage.Path, probe: linear_probe.Probe, layer: int, kind: str) -> None:
-    """Writes a probe of the features `kind` at `layer` as .npz."""
+class SavedProbe(NamedTuple):
+    """The classifier that a probe job saved."""
+    probe: linear_probe.Probe
+    layer: int
+    kind: str  # of the features that it reads
+    checkpoint: str  # `checkpoint.identity` of the step that it was fit on; empty in probes of former versions
+
+
+def save_probe(file: storage.Path, saved: SavedProbe) -> None:
+    """Writes a probe as .npz."""
     data = io.BytesIO()
-    arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(probe).items()}
-    np.savez(data, layer=layer, kind=kind, **arrays)
+    arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(saved.probe).items()}
+    np.savez(data, layer=saved.layer, kind=saved.kind, checkpoint=saved.checkpoint, **arrays)
     storage.publish(file, data.getvalue())
 
 
-def load_probe(workdir: str) -> tuple[linear_probe.Probe, int, str]:
-    """The probe, layer and kind of features saved by a probe job. Raises UserError if there is none."""
+def load_probe(workdir: str) -> SavedProbe:
+    """The probe that a probe job saved. Raises UserError if there is none."""
     file = storage.path(workdir) / PROBE
     try:
         with np.load(io.BytesIO(storage.read(file))) as given:
-            names = [field.name for field in dataclasses.fields(linear_probe.Probe)]
-            return linear_probe.Probe(*(given[name] for name in names)), int(given["layer"]), str(given["kind"])
+            probe = linear_probe.Probe(*(given[field.name] for field in dataclasses.fields(linear_probe.Probe)))
+            return SavedProbe(probe, int(given["layer"]), str(given["kind"]),
+                              str(given["checkpoint"]) if "checkpoint" in given else "")
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is not a probe written by the probe job: {error}. Give a workdir of probe.") from None

@@ -28,3 +28,17 @@ def make_eval_step(model: Model, views: int = 1, seed: int = 0) -> Callable:
         return {name: each[0] if name == "nats_per_pixel" else each.T for name, each in found.items()}
 
     return eval_step
+
+
+def make_class_step(model: Model, views: int, seed: int = 0) -> Callable[..., jax.Array]:
+    """(params, tokens_BT, ids_B) -> probabilities of the classes [B, K], of a model with a class head.
+
+    A model whose objective hides pixels averages over `views` views of each image.
+    """
+    def class_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> jax.Array:
+        def look(view: objectives.View) -> jax.Array:
+            return jax.nn.softmax(model.outputs(params, view.tokens_BT, hidden_BT=view.hidden_BT)[1], axis=-1)
+
+        return objectives.over_views(look, model.objective, tokens_BT, ids_B, model.dims.V, views, seed).mean(axis=0)
+
+    return class_step

@@ -18,7 +18,6 @@ import numpy as np
 
 from igpt_jax import storage
 from igpt_jax.config import ConvertConfig, ExportConfig, UserError
-from igpt_jax.data import palette
 from igpt_jax.evaluation.probing import load_probe
 from igpt_jax.metrics.logging import say
 from igpt_jax.model import export
@@ -26,7 +25,16 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.model.sampling import Sampling
 from igpt_jax.parallel.trees import by_name
 from igpt_jax.storage import to_json
-from igpt_jax.weights import KINDS, huggingface, kind_and_path, open_weights, openai, ours
+from igpt_jax.weights import (
+    KINDS,
+    huggingface,
+    kind_and_path,
+    open_weights,
+    openai,
+    ours,
+    palette_for,
+    refuse_non_square,
+)
 from igpt_jax.weights.certificate import certify, fixed_images, nats_per_pixel
 from igpt_jax.weights.frameworks import fault_of_transformers
 from igpt_jax.weights.names import Weights, finite, masked
@@ -45,8 +53,8 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
     source_kind, source_path = kind_and_path("convert_from", config.convert_from)
     target_kind, target_path = kind_and_path("convert_to", config.convert_to or f"orbax:{workdir}", [*KINDS, "export"])
     source = open_weights(source_kind, source_path)
-    palette_VC = _palette_for(config, source)
-    _refuse_non_square(config.convert_from, source)
+    palette_VC = palette_for(source, config.convert_from, config.palette, "--config.palette")
+    refuse_non_square(source, config.convert_from)
     head = {"pixels": huggingface.PIXELS, "classes": huggingface.CLASSES}[config.head]
     _refuse_unsupported(config, source, target_kind)
 
@@ -81,23 +89,6 @@ def _return_freed_memory() -> None:
     """Has glibc give back every array of 1 MiB and more when it is freed; by itself it keeps two stacks of layers."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, which then no longer grows
-
-
-def _palette_for(config: ConvertConfig, source: Weights) -> Any:
-    palette_VC = palette.load(config.palette) if config.palette else source.palette_VC
-    if palette_VC is None:
-        raise UserError(f"{config.convert_from} comes without its palette. Set --config.palette to its .npy file "
-                        "(OpenAI's is kmeans_centers.npy).")
-    if len(palette_VC) != source.sizes["V"]:
-        raise UserError(f"palette {config.palette} has {len(palette_VC)} colors, the weights in {config.convert_from} "
-                        f"have {source.sizes['V']}. Give the palette that they were trained with.")
-    return palette_VC
-
-
-def _refuse_non_square(given: str, source: Weights) -> None:
-    if round(source.sizes["T"] ** 0.5) ** 2 != source.sizes["T"]:
-        raise UserError(f"{given} has {source.sizes['T']} positions, which is not a square number. Convert a "
-                        "model of square images.")
 
 
 def _refuse_unsupported(config: ConvertConfig, source: Weights, target: str) -> None:
@@ -142,7 +133,7 @@ def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig
 
 def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray], int]:
     """The arrays of a probe by their exported names, and the layer that it reads."""
-    probe, layer, kind = load_probe(config.probe)
+    probe, layer, kind, _ = load_probe(config.probe)
     if kind != "normalized" or layer > model.dims.L or len(probe.mean_D) != model.dims.D:
         raise UserError(f"export.probe={config.probe} reads {len(probe.mean_D)} {kind} features of layer {layer}; the "
                         f"model has {model.dims.D} in {model.dims.L} layers, and normalized ones are exported. Probe "

@@ -10,7 +10,7 @@ import jax
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import ProbeConfig
-from igpt_jax.evaluation.probing import PROBE, Labeled, Prober, save_probe
+from igpt_jax.evaluation.probing import PROBE, Labeled, Prober, SavedProbe, save_probe
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import sharding
@@ -65,7 +65,9 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
             say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
         tables.publish(folder, "probe", rows)
-        save_probe(folder / PROBE, best_probe, layers[best], config.features)
+        step = checkpoint.step_path(checkpoint.locate(config.checkpoint)[0], metadata.steps_done)
+        save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features,
+                                              checkpoint.identity(str(step))))
         figures.save(folder / "figures" / "accuracy_by_layer.png", charts.accuracy_by_layer(
             [("", "layers, 95 % intervals", by_layer)], baselines, prober.test_count))
     return metrics

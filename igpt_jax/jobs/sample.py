@@ -12,25 +12,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from tqdm import tqdm
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import Metadata
 from igpt_jax.config import SampleConfig, UserError
 from igpt_jax.data import open_split, palette
 from igpt_jax.data.images import SUFFIXES, Unusable, decode, read
-from igpt_jax.data.resident import process_rows, put
 from igpt_jax.data.store import tokens_of
+from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size
 from igpt_jax.metrics.figures import image_grid, save_png
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.objectives import objective_of
-from igpt_jax.model.sampling import NOT_FINITE, Sampling, generate
 from igpt_jax.parallel import sharding
 
-UNKNOWN = 127  # gray level of the pixels that the model is not given
 HEADINGS = ("original", "given", "completions")  # of the columns of completions.png
 EXAMPLES, COUNT = 16, 64  # defaults: pictures to complete, samples
 
@@ -57,7 +52,14 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     originals_BT, names = _originals(config, metadata)
     if not (count or len(names)):
         raise UserError("nothing to sample: no images, examples=0 and count=0. Set one of them.")
-    draw = _Drawing(model, params, config, mesh)
+    drawing = Drawing(model, params, mesh, f"checkpoint {config.checkpoint}", config.top_k, config.top_p,
+                      config.cache_dtype or None)
+
+    def draw(kind: str, given_BP: np.ndarray, index_B2: np.ndarray) -> np.ndarray:
+        batch_size = min(config.batch_size or default_batch_size(mesh), len(given_BP))
+        return drawing(kind, given_BP, index_B2, temperature=config.temperature, seed=config.seed,
+                       batch_size=batch_size, progress=True)
+
     figures, arrays = storage.path(workdir) / "figures", {}
     start = time.perf_counter()
 
@@ -142,50 +144,6 @@ def _named(files: Iterable[storage.Path]) -> dict[str, storage.Path]:
         named = {"/".join(file.parts[-depth:]): file for file in files}
         if len(named) == len(files):
             return named
-
-
-class _Drawing:
-    """Draws batch by batch: (kind, given tokens [B, P], indices [B, 2]) -> tokens [B, T].
-
-    The random key of a sample is the seed folded with its kind and its two indices: the image's, and its own among the
-    samples of that image. It depends neither on the batch size nor on the number of samples.
-    """
-
-    def __init__(self, model: Any, params: Any, config: SampleConfig, mesh: Mesh):
-        self._params, self._config, self._mesh = params, config, mesh
-        self._seed = jax.random.key(config.seed)
-        sampling = Sampling(config.temperature, config.top_k, config.top_p)
-
-        def run(params, given_BP, index_B2, key):
-            def fold(index_2):
-                return jax.random.fold_in(jax.random.fold_in(key, index_2[0]), index_2[1])
-            cache_dtype = jnp.dtype(config.cache_dtype or config.precision)
-            return generate(model, params, given_BP, jax.vmap(fold)(index_B2), sampling, cache_dtype)
-
-        self._run = jax.jit(run, out_shardings=sharding.replicated(mesh))
-
-    def __call__(self, kind: str, given_BP: np.ndarray, index_B2: np.ndarray) -> np.ndarray:
-        count, mesh = len(given_BP), self._mesh
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        wanted = self._config.batch_size or (16 if mesh.devices.flat[0].platform == "cpu" else 64)
-        batch_size = -(-min(wanted, count) // shards) * shards  # rounded up
-        batch_sharding = sharding.batch_sharding(mesh)
-        mine = process_rows(batch_sharding, batch_size)  # the rows that this process's devices hold
-        key = jax.random.fold_in(self._seed, ["samples", "completions"].index(kind))
-        out = []
-        with jax.set_mesh(mesh), tqdm(total=count, unit="image", desc=kind, disable=None) as bar:
-            for start in range(0, count, batch_size):
-                # The last batch is filled up with rows of the first one, whose copies are dropped below.
-                rows = np.arange(start, start + batch_size) % count
-                arguments = (put(whole[rows][mine].astype(np.int32), batch_sharding, batch_size)
-                             for whole in (given_BP, index_B2))
-                out.append(np.asarray(self._run(self._params, *arguments, key)))
-                bar.update(min(batch_size, count - start))
-        drawn_BT = np.concatenate(out)[:count]
-        if (drawn_BT == NOT_FINITE).any():
-            raise UserError(f"checkpoint {self._config.checkpoint}: its logits are not finite although its weights "
-                            f"are: they overflow in {self._config.precision}. Give another checkpoint.")
-        return drawn_BT
 
 
 def _pictures(tokens_BT: np.ndarray, metadata: Metadata) -> np.ndarray:

@@ -4,6 +4,7 @@ B batch, T tokens of an image, P given tokens, S cached tokens, N heads, H head 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ NOT_FINITE = -1  # drawn instead of a color if the logits are NaN or infinite
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a color is drawn from the logits: top-k, then temperature, then top-p."""
-    temperature: float = 1.0  # 0, or too small a number for float32: always the most likely color
+    temperature: float | jax.Array = 1.0  # 0, or too small a number for float32: always the most likely color
     top_k: int = 0  # 0: all
     top_p: float = 1.0
 
@@ -35,13 +36,13 @@ class Sampling:
         logits_BV = logits_BV.astype(jnp.float32)
         largest_B1 = logits_BV.max(axis=-1, keepdims=True)  # NaN where any logit is
         smallest, largest = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
-        if self.temperature < smallest:
-            drawn_B = jnp.argmax(logits_BV, axis=-1)
-        else:
-            scaled_BV = (logits_BV - largest_B1) / min(self.temperature, largest)  # at most 0
-            if 0 < self.top_k < logits_BV.shape[-1] or self.top_p < 1:
-                scaled_BV = jnp.where(self._kept(logits_BV, scaled_BV), scaled_BV, -jnp.inf)
-            drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
+        given = self.temperature if isinstance(self.temperature, jax.Array) else min(self.temperature, largest)
+        temperature = jnp.float32(given)  # an array, so that one compiled program serves any temperature
+        scaled_BV = (logits_BV - largest_B1) / jnp.clip(temperature, smallest, largest)  # at most 0
+        if 0 < self.top_k < logits_BV.shape[-1] or self.top_p < 1:
+            scaled_BV = jnp.where(self._kept(logits_BV, scaled_BV), scaled_BV, -jnp.inf)
+        drawn_B = jnp.where(temperature < smallest, jnp.argmax(logits_BV, axis=-1),
+                            jax.vmap(jax.random.categorical)(keys_B, scaled_BV))
         return jnp.where(jnp.isfinite(largest_B1[:, 0]), drawn_B, NOT_FINITE).astype(jnp.int32)
 
     def _kept(self, logits_BV: jax.Array, scaled_BV: jax.Array) -> jax.Array:
@@ -82,23 +83,8 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
     gpt = model.bind(params)
     ends = segments(P, T)
     logits_BV, cache = prefill(gpt, given_BP, cache_dtype or model.precision.compute)
-    # A step takes the time to read all weights and the cache once. Weights are cast and sliced layer by layer before
-    # the loop: inside it, each slice of a stacked array would be a copy. The cache is [B, N, S, H]: keys and values of
-    # a head are contiguous, as its products read them.
-    blocks = unstacked(gpt)
+    draw, step = _draw_and_step(gpt, keys_B, sampling)
     tokens_BT = jnp.pad(given_BP, ((0, 0), (0, T - P)))
-
-    def draw(position, tokens_BT, logits_BV):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)
-        return tokens_BT.at[:, position].set(sampling.draw(logits_BV, keys))
-
-    # A step draws the pixel at `position` from the logits of the step before, and computes those of the next pixel.
-    def step(position, carry):
-        tokens_BT, logits_BV, cache = carry
-        tokens_BT = draw(position, tokens_BT, logits_BV)
-        logits_BV, cache = decode_pixel(gpt, blocks, tokens_BT[:, position], position + 1, cache)
-        return tokens_BT, logits_BV, cache
-
     for start, end in zip([P, *ends], ends, strict=False):
         cache = [tuple(_with_room(x, end + 1) for x in layer) for layer in cache]
         tokens_BT, logits_BV, cache = jax.lax.fori_loop(start, end, step, (tokens_BT, logits_BV, cache))
@@ -107,6 +93,49 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
 
 # Keys and values of each layer, [B, N, S, H].
 Cache = list[tuple[jax.Array, jax.Array]]
+Carry = tuple[jax.Array, jax.Array, Cache]  # tokens [B, T]; logits [B, V] of the pixel to draw next; cache
+
+
+def begin(model: Model, params: dict[str, Any], tokens_BT: jax.Array, given: jax.Array) -> Carry:
+    """Reads the first `given` pixels of images. The carry's cache has room for all T positions.
+
+    `given`, less than T, is an array: one compiled program serves any number of given pixels. It reads all T pixels,
+    and the causal mask hides those from `given` on. B must be at least 2 (see `generate`).
+    """
+    logits_BV, cache = prefill(model.bind(params), tokens_BT[:, :-1], model.precision.compute, given)
+    return tokens_BT, logits_BV, cache
+
+
+def extend(model: Model, params: dict[str, Any], carry: Carry, start: jax.Array, end: jax.Array, keys_B: jax.Array,
+           sampling: Sampling) -> Carry:
+    """Draws the pixels from `start`, where `begin` or the last `extend` ended, to before `end`, at most T.
+
+    The same keys draw the same pixels as in `generate`.
+    """
+    _, step = _draw_and_step(model.bind(params), keys_B, sampling)
+    return jax.lax.fori_loop(start, end, step, carry)
+
+
+def _draw_and_step(gpt: ImageGPT, keys_B: jax.Array, sampling: Sampling) -> tuple[Callable, Callable]:
+    """draw(position, tokens_BT, logits_BV) -> tokens_BT, and step(position, carry) -> carry: it draws the pixel at
+    `position` from the logits of the step before, and computes those of the next pixel."""
+    # A step takes the time to read all weights and the cache once. Weights are cast and sliced layer by layer before
+    # the loop: inside it, each slice of a stacked array would be a copy. The cache is [B, N, S, H]: keys and values of
+    # a head are contiguous, as its products read them.
+    blocks = unstacked(gpt)
+
+    def draw(position: jax.Array, tokens_BT: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)
+        return tokens_BT.at[:, position].set(sampling.draw(logits_BV, keys))
+
+    def step(position: jax.Array, carry: Carry) -> Carry:
+        tokens_BT, logits_BV, cache = carry
+        tokens_BT = draw(position, tokens_BT, logits_BV)
+        following = jnp.minimum(position + 1, gpt.dims.T - 1)  # after the last pixel, the result is not used
+        logits_BV, cache = decode_pixel(gpt, blocks, tokens_BT[:, position], following, cache)
+        return tokens_BT, logits_BV, cache
+
+    return draw, step
 
 
 def segments(given: int, tokens: int) -> list[int]:
@@ -134,8 +163,9 @@ def _with_room(x_BNSH: jax.Array, positions: int) -> jax.Array:
     return constrain(jnp.pad(x_BNSH, ((0, 0), (0, 0), (0, positions - x_BNSH.shape[2]), (0, 0))), "BNSH")
 
 
-def prefill(gpt: ImageGPT, given_BP: jax.Array, cache_dtype: Any) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] of pixel P, and the keys and values of the first P + 1 positions."""
+def prefill(gpt: ImageGPT, given_BP: jax.Array, cache_dtype: Any, last: jax.Array | None = None
+            ) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] of pixel `last` (None: P), and the keys and values of the first P + 1 positions."""
     P = given_BP.shape[1]
     granule = granule_for(gpt.config.attention)
     # The back-end may need a multiple of several tokens. The causal mask hides the padding from position P.
@@ -148,7 +178,8 @@ def prefill(gpt: ImageGPT, given_BP: jax.Array, cache_dtype: Any) -> tuple[jax.A
         return block.after_attention(x_BTD, o_BTNH), keys_and_values
 
     x_BTD, (k_LBNSH, v_LBNSH) = gpt.scan_blocks(block, gpt.embed(jnp.pad(given_BP, ((0, 0), (0, tokens - P)))))
-    return gpt.logits(x_BTD[:, P:P + 1])[:, 0], list(zip(k_LBNSH, v_LBNSH, strict=True))
+    x_B1D = x_BTD[:, P:P + 1] if last is None else jax.lax.dynamic_slice_in_dim(x_BTD, last, 1, axis=1)
+    return gpt.logits(x_B1D)[:, 0], list(zip(k_LBNSH, v_LBNSH, strict=True))
 
 
 def decode_pixel(gpt: ImageGPT, blocks: list[Block], token_B: jax.Array, position: jax.Array,

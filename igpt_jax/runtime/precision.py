@@ -1,5 +1,7 @@
 """JAX's settings for a precision of the config."""
 
+import contextlib
+from collections.abc import Iterator
 
 import jax
 
@@ -22,4 +24,23 @@ def set_precision(precision: str) -> None:
             say(f"igpt_jax: {name.upper()} has no effect here: results depend on the config and the seed alone")
             jax.config.update(name, value)
     jax.config.update("jax_enable_x64", precision == "float64")
-    jax.config.update("jax_default_matmul_precision", None if precision == "bfloat16" else "highest")
+    jax.config.update("jax_default_matmul_precision", _products(precision))
+
+
+@contextlib.contextmanager
+def in_precision(precision: str) -> Iterator[None]:
+    """Within, this thread computes as a job of that precision does. For a library: the rest of the program keeps its
+    settings."""
+    everywhere = jax.config.jax_enable_x64
+    try:
+        with (jax.enable_x64(precision == "float64"), jax.default_matmul_precision(_products(precision)),
+              jax.threefry_partitionable(True)):
+            yield
+    finally:
+        if jax.config.jax_enable_x64 != everywhere:  # loading a checkpoint sets it for Orbax's threads too
+            jax.config.update("jax_enable_x64", everywhere)
+
+
+def _products(precision: str) -> str | None:
+    """JAX's precision of matrix products."""
+    return None if precision == "bfloat16" else "highest"
