@@ -20,6 +20,7 @@ from igpt_jax.report import comparison, paper, pictures, runs
 from igpt_jax.runtime.job import run_job
 
 NASTY = "<script>alert('x')</script>&$a_b$"
+SIZES = {"igpt_s": (24, 512, 8, 2048), "igpt_m": (36, 1024, 8, 4096)}
 GRAYS_VC = np.repeat(np.linspace(-1, 1, 5, dtype=np.float32)[:, None], 3, axis=1)
 
 
@@ -120,7 +121,7 @@ def test_a_page_of_what_there_is(workdirs, tmp_path):
     assert "It saw 640 images" in words and "undertrained: loss is still falling (3.3 % in the last fifth)" in words
     charts = {file.name for file in (tmp_path / "report" / "figures").iterdir()}
     assert charts == {"compared-1-held-out-loss-over-learning-rate.svg", "compared-1-held-out-loss.svg",
-                      "02-pretrain-loss.svg", "03-pretrain-loss.svg", "04-pretrain-loss.svg",
+                      "01-pretrain-loss.svg", "03-pretrain-loss.svg", "04-pretrain-loss.svg",
                       "05-probe-accuracy-by-layer.svg"}
 
 
@@ -132,13 +133,14 @@ def test_it_opens_with_results(workdirs, tmp_path):
     card = " ".join(Page(text[text.index("<body>"):text.index("<nav>")]).text)
     assert "2.500" in card and "sweep/lr-0.001, step 3" in card and "45.0 %" in card and "layer 1" in card
     probe = text[text.index('id="run5"'):]
-    assert probe.count("43.0 % to 46.0 %") == 1 and probe.count("<td>45.0 %") == 1
+    assert probe.count("43.0 % to 46.0 %") == 1 and probe.count("<td>45.0 %</td>") == 1
     assert ">probe: probe<" not in text and "Figures" not in text
 
 
 def test_runs_are_compared(workdirs):
     """Those of one job, objective, data and sweep: labels and columns by what differs; keys that a resumed run may
-    change are no labels. Seen to fail with all runs in one group, and with labels of all differing keys."""
+    change are no labels, nor are sizes that follow from the model's name. Seen to fail with all runs in one group, with
+    labels of all differing keys, and with sizes that are taken for given."""
     (workdirs / "sweep" / "sweep.json").unlink()
     (one,) = comparison.comparisons(runs.load(f"{workdirs}/*"))
     assert [run.title for run, *_ in one.rows] == ["sweep/lr-0.001", "sweep/lr-0.01"]
@@ -146,6 +148,11 @@ def test_runs_are_compared(workdirs):
     assert [series.label for series in one.charts[0].series] == [
         "learning_rate=0.001: 2.500 at step 3", "learning_rate=0.01: 2.600 at step 3"]
     assert one.results == ["steps", "eval/nats_per_pixel"] and [row[2] for row in one.rows] == [[3, 2.5], [3, 2.6]]
+    for name, model in (("small", "igpt_s"), ("medium", "igpt_m")):
+        workdir(workdirs / "sizes" / name, "pretrain", model__name=model, **dict(zip(
+            ("model__layers", "model__embed", "model__heads", "model__mlp"), SIZES[model], strict=True)))
+    sizes = runs.load(f"{workdirs}/sizes/*")
+    assert comparison.legend(sizes, list(comparison.differing(sizes))) == ["model=igpt_m", "model=igpt_s"]
     same = [run for run, *_ in one.rows[:1]] * 2
     assert comparison.legend(same, list(comparison.differing(same))) == ["sweep/lr-0.001"] * 2
 
@@ -153,7 +160,7 @@ def test_runs_are_compared(workdirs):
 def test_a_sweep_is_a_comparison(workdirs):
     """Its verdict, and the loss over the rates, in order. Seen to fail with the rows in the file's order."""
     (one,) = comparison.comparisons(runs.load(str(workdirs)))
-    assert one.sentence == "Best: learning rate 0.001." and one.title == "Sweep sweep"
+    assert one.sentence == "Best: learning rate 0.001." and one.title == "Learning-rate sweep in sweep/"
     assert one.charts[0].series[0].points == [(0.001, 2.5), (0.01, 2.6)] and one.charts[0].log_x == 10
 
 
@@ -166,16 +173,17 @@ def test_pictures_over_training(tmp_path):
     completions, samples, *others = pictures.strips(runs.load(f"{tmp_path}/*"))
     assert [row.label for row in completions.rows] == ["original", "given", "step 200", "step 1,000"]
     assert [row.label for row in samples.rows] == ["step 200", "step 1,000"]
-    assert completions.several and samples.several and not any(each.several for each in others) and len(others) == 2
+    assert [each.steps for each in (completions, samples, *others)] == [2, 2, 1, 1]
 
     def pixels(row):
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(row.url.partition(",")[2]))))
 
     original, given, first, last = map(pixels, completions.rows)
-    assert original.shape == (64, 2 * 64 + 6, 3) == given.shape
-    assert (original[:, :64] == 0).all() and (given[:32, :64] == 0).all() and (given[32:, :64] == 127).all()
+    assert original.shape == (64, 2 * 64 + 6, 4) == given.shape and (original[:, 64:70, 3] == 0).all()
+    original, given, first, last = (strip[:, :64, :3] for strip in (original, given, first, last))
+    assert (original == 0).all() and (given[:32] == 0).all() and (given[32:] == 127).all()
     for strip, color in ((first, 2), (last, 4)):
-        assert (strip[:, :64] == palette.decode(np.array(color), GRAYS_VC)).all()
+        assert (strip == palette.decode(np.array(color), GRAYS_VC)).all()
     assert [row.label for row in pictures.newest_completions([completions])] == ["original", "given", "completed"]
 
 

@@ -35,7 +35,8 @@ STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "igpt
          "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
 PAGE_STYLE = {"text.color": TEXT, "axes.edgecolor": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT,
               "ytick.color": TEXT}
-LONGEST_LABEL = 44  # characters that fit one of a legend's two columns
+LONGEST_LABEL = 60  # characters of a legend
+LETTER, HANDLE, LINE = 4.4, 40, 0.165  # of a legend: width of a letter and of a line's sample, points; height, inches
 STRIP = 5.0  # width of the strips of an SVG that show values under the pointer, in points
 
 
@@ -113,11 +114,12 @@ def save(path: storage.Path, *charts: Chart, title: str = "") -> None:
     charts = [chart for chart in charts if chart.drawable]
     if not charts:
         return
-    figure = _new(6.4 if len(charts) == 1 else 4.8 * len(charts), 3.8)
+    width = 6.4 if len(charts) == 1 else 4.8
+    figure = _new(width * len(charts), 3.4 + LINE * max(_legend(chart, width)[1] for chart in charts))
     if title:
         figure.suptitle(label(title, 100), fontsize=11)
     for panel, chart in zip(np.atleast_1d(figure.subfigures(1, len(charts))), charts, strict=True):
-        _draw(panel, chart, "0.92")
+        _draw(panel, chart, "0.92", width)
     _save(path, figure)
 
 
@@ -132,8 +134,9 @@ def svg(chart: Chart) -> str | None:
     if not chart.drawable:
         return None
     matplotlib.rcParams.update(PAGE_STYLE)
-    figure, file = _new(4.8, 3.0, dpi=72), io.StringIO()  # small, so that its letters can be read on a phone
-    axes = _draw(figure, chart, GRID)
+    width = 4.8  # small, so that its letters can be read on a phone
+    figure, file = _new(width, 2.8 + LINE * _legend(chart, width)[1], dpi=72), io.StringIO()
+    axes = _draw(figure, chart, GRID, width)
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     head, rest = text[text.index("<svg"):].split(">", 1)
@@ -144,8 +147,15 @@ def svg(chart: Chart) -> str | None:
             f"{''.join(_strips(axes, chart, figure.bbox.height))}</svg>")
 
 
-def _draw(figure: Any, chart: Chart, grid: str) -> Any:
-    """Draws one chart into a figure or a part of one. Returns its axes."""
+def _legend(chart: Chart, width: float) -> tuple[int, int]:
+    """Columns and rows of a chart's legend below axes of that width in inches."""
+    labels = [label(text) for text in (*chart.levels, *(series.label for series in chart.series)) if text]
+    columns = 2 if 2 * (HANDLE + LETTER * max(map(len, labels), default=0)) <= 72 * width else 1
+    return columns, math.ceil(len(labels) / columns)
+
+
+def _draw(figure: Any, chart: Chart, grid: str, width: float) -> Any:
+    """Draws one chart into a figure, or a part of one, of that width in inches. Returns its axes."""
     import matplotlib.ticker
 
     axes = figure.subplots()
@@ -179,8 +189,9 @@ def _draw(figure: Any, chart: Chart, grid: str) -> Any:
     elif all(float(x).is_integer() for series in chart.series for x, _ in series.points):
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", integer=True))
         axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    if chart.levels or any(series.label for series in chart.series):
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8)  # outside, where it hides no curve
+    columns, rows = _legend(chart, width)
+    if rows:
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=8)  # outside, where it hides no curve
     return axes
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from igpt_jax import storage
-from igpt_jax.config import key_attributes
+from igpt_jax.config import UserError, flat, key_attributes, parse, to_dict
 from igpt_jax.metrics import charts
 from igpt_jax.metrics.charts import Chart, Series
 from igpt_jax.report.runs import Row, Run, known_keys, sweeps, whole
@@ -60,8 +60,8 @@ def _compared(runs: list[Run], sweep: Row | None, folder: storage.Path | None) -
         sentence = str(sweep.get("verdict", ""))
     rows = [(run, [run.values.get(name, known_keys(run.job)[name][0]) for name in keys],
              [run.metrics.get(name) for name in results]) for run in runs]
-    return Comparison(f"Sweep {folder.name}" if folder else f"{runs[0].job} runs compared", sentence, drawn,
-                      {name: known_keys(runs[0].job)[name][1] for name in keys}, results, rows)
+    title = f"Learning-rate sweep in {folder.name}/" if folder else f"{runs[0].job} runs compared"
+    return Comparison(title, sentence, drawn, keys, results, rows)
 
 
 def _curves(runs: Sequence[Run], labels: Mapping[str, str]) -> list[Chart]:
@@ -90,13 +90,29 @@ def differing(runs: Sequence[Run]) -> dict[str, str]:
 def legend(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """A label for each run: what differs in its config, or its title if that does not tell it from the others.
 
-    Keys that any resumed run may change, such as how often it saves, are not in labels.
+    Keys that any resumed run may change, such as how often it saves, are not in labels, nor are values that follow from
+    other keys, such as the sizes of a named model.
     """
     job = runs[0].job
     free = {name for name, rule in key_attributes(job, "resume").items() if rule == "free"}
-    chosen = [name for name in names if name not in free]
-    short = [name.rpartition(".")[2] for name in chosen]
+    chosen = [name for name in names if name not in free and any(_is_given(run, name) for run in runs)]
+    short = [name.removesuffix(".name").rpartition(".")[2] for name in chosen]
     labels = [", ".join(f"{last if short.count(last) == 1 else name}={run.values.get(name, known_keys(job)[name][0])}"
                         for name, last in zip(chosen, short, strict=True)) for run in runs]
     told = len(set(labels)) == len(runs) and 0 < len(chosen) <= LABEL_KEYS
     return labels if told else [run.title for run in runs]
+
+
+def _is_given(run: Run, name: str) -> bool:
+    """Whether a key's value does not follow from the others: left at its default, the key would have another value."""
+    values: dict[str, Any] = {}
+    for key, value in {**run.values, name: known_keys(run.job)[name][0]}.items():
+        *path, last = key.split(".")
+        group = values
+        for part in path:
+            group = group.setdefault(part, {})
+        group[last] = value
+    try:
+        return flat(to_dict(parse(run.job, values)))[name] != run.values.get(name)
+    except UserError:  # other keys need it
+        return True

@@ -21,7 +21,8 @@ HIDDEN = ("asked", "identity", "data", "draws", "bytes")  # columns that say not
 SHARES = re.compile(r"accuracy|interval|deviation|goodput|\bmfu\b|share")
 NAMES = {"eval/nats_per_pixel": "held-out nats per pixel", "train/nats_per_pixel": "training nats per pixel",
          "interval": "95 % interval", "probe_interval": "95 % interval", "eval/accuracy": "held-out accuracy",
-         "mfu": "MFU"}
+         "held_out_accuracy": "held-out accuracy", "mfu": "MFU",
+         "model_tflops_per_second_per_device": "model TFLOP/s per device"}
 
 
 class Tile(NamedTuple):
@@ -47,7 +48,7 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, str]]:
                 for number, run in enumerate(runs, 1)]
     page = _template().render(
         tiles=[tile for make in (_loss, _probe, _finetuned) for tile in make(runs)],
-        card=pictures.newest_completions(strips), over_training=[each for each in strips if each.several],
+        card=pictures.newest_completions(strips), over_training=[each for each in strips if each.steps > 1],
         comparisons=[(each, draw(f"compared-{index}", each.charts)) for index, each in enumerate(compared, 1)],
         sections=sections, hues=figures.HUES, paper=paper.FIGURES, made=datetime.datetime.now(datetime.UTC))
     return page, drawn

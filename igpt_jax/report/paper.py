@@ -74,7 +74,7 @@ def finetuning(run: Run, others: Sequence[Run]) -> list[str]:
     best = max(probes, key=lambda other: other.metrics["test_accuracy"])
     difference = 100 * (mine - best.metrics["test_accuracy"])
     return [f"Fine-tuned: {100 * mine:.1f} %, {abs(difference):.1f} points {'above' if difference > 0 else 'below'} "
-            f"the probe {best.title} (paper, iGPT-L on CIFAR-10: 2.7 above, where both use the same labels)."]
+            f"the best probe, {best.title} (paper, iGPT-L on CIFAR-10: 2.7 above, where both use the same labels)."]
 
 
 def sentences(run: Run, runs: Sequence[Run]) -> list[str]:

@@ -6,19 +6,22 @@ B images, N pictures, Y rows, X columns, C channels.
 import base64
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from igpt_jax import storage
 from igpt_jax.data import palette
-from igpt_jax.metrics.figures import image_grid
 from igpt_jax.report.runs import Run, whole
 
 PNG = b"\x89PNG\r\n\x1a\n"
-SHOWN = {"samples": 8, "completions": 6}  # pictures in a strip
+SHOWN = {"completions": 6, "samples": 8}  # pictures in a strip
 UNKNOWN = 127  # gray level of pixels that the model is not given
+GAP = 6  # between the pictures of a strip, in pixels
+CAPTIONS = {"surprise_means-": "mean loss by position and class: ", "surprise-": "loss maps: "}
 
 
 class Picture(NamedTuple):
@@ -35,12 +38,12 @@ class Strips(NamedTuple):
       title: Samples or Completions.
       run: the workdir of the training run, as text.
       rows: top to bottom. Completions begin with the original and the given pictures.
-      several: there is more than one step.
+      steps: number of checkpoints.
     """
     title: str
     run: str
     rows: list[Picture]
-    several: bool
+    steps: int
 
 
 def picture(file: storage.Path) -> Picture:
@@ -49,7 +52,10 @@ def picture(file: storage.Path) -> Picture:
     if not data.startswith(PNG):
         raise ValueError("it is no PNG")
     width = int.from_bytes(data[16:20], "big")  # PNG: 8 bytes of signature, then the header chunk
-    return Picture(file.stem.replace("_", " "), _url(data), width < 480)
+    caption = file.stem
+    for prefix, words in CAPTIONS.items():
+        caption = re.sub(f"^{prefix}", words, caption)
+    return Picture(caption.replace("_", " "), _url(data), width < 480)
 
 
 def _url(png: bytes) -> str:
@@ -80,8 +86,8 @@ def strips(runs: Sequence[Run]) -> list[Strips]:
             if kind == "completions" and rows:
                 rows = [_strip(name, steps[-1].pictures[name]) for name in ("original", "given")] + rows
             if rows:
-                found.append(Strips(kind.capitalize(), run, rows, len(steps) > 1))
-    return sorted(found, key=lambda each: -len(each.rows))
+                found.append(Strips(kind.capitalize(), run, rows, len(steps)))
+    return sorted(found, key=lambda each: -each.steps)
 
 
 def newest_completions(strips: Sequence[Strips]) -> list[Picture]:
@@ -127,8 +133,10 @@ def _decoded(tokens_BT: np.ndarray, colors_VC: np.ndarray) -> np.ndarray:
 
 
 def _strip(label: str, images_BYXC: np.ndarray) -> Picture:
-    """Images side by side, each enlarged to about 64 pixels."""
-    scale = max(1, 64 // images_BYXC.shape[1])
-    png: Any = io.BytesIO()
-    image_grid(images_BYXC, len(images_BYXC), scale, 6).save(png, format="PNG")
+    """Images side by side, each enlarged to about 64 pixels, with transparent gaps."""
+    scale, png = max(1, 64 // images_BYXC.shape[1]), io.BytesIO()
+    opaque_BYXC = np.pad(images_BYXC, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255)
+    large_BYXC = opaque_BYXC.repeat(scale, axis=1).repeat(scale, axis=2)
+    spaced_BYXC = np.pad(large_BYXC, ((0, 0), (0, 0), (0, GAP), (0, 0)))
+    Image.fromarray(np.concatenate(spaced_BYXC, axis=1)[:, :-GAP]).save(png, format="PNG")
     return Picture(label, _url(png.getvalue()))
