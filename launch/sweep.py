@@ -16,7 +16,7 @@ NATS = "eval/nats_per_pixel"
 
 
 def row(workdir: storage.Path) -> dict:
-    """One rate: what it is, how its training ended, and its held-out loss, infinite where there is none."""
+    """One training: its learning rate, how it ended, and its held-out loss (infinite if there is none)."""
     config = json.loads(storage.read(workdir / "config.json"))
     file = workdir / "result.json"
     result = json.loads(storage.read(file)) if file.exists() else {"status": "not finished", "metrics": {}}
@@ -26,16 +26,16 @@ def row(workdir: storage.Path) -> dict:
 
 
 def verdict(rows: list[dict]) -> str:
-    """The best rate in a sentence, and whether it is one to trust. `rows` run from the highest rate down."""
+    """Names the best rate, and says if it is at an end of the list. `rows` are sorted from the highest rate down."""
     finished = [row for row in rows if row["status"] == "done" and math.isfinite(row[NATS])]
     if not finished:
         return "No training has finished with a held-out loss."
     best = min(finished, key=lambda row: row[NATS])
     text = f"Best: learning rate {best['learning_rate']:g}, {best[NATS]:.4f} nats per pixel held out."
     if best is rows[-1]:
-        text += " It is the lowest tried: the search has not turned yet, so try lower ones."
+        text += " It is the lowest rate: the search is not finished. Try lower ones."
     elif best is rows[0]:
-        text += " It is the highest tried: try higher ones."
+        text += " It is the highest rate: try higher ones."
     unfinished = len(rows) - len(finished)
     return text + (f" {unfinished} of {len(rows)} did not finish." if unfinished else "")
 

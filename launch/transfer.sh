@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's transfer in small: pretrained on one set of images, probed on the classes of another, which it never saw.
+# The paper's transfer in small: pretrains on one set of images and probes on another one that the model never saw.
 #   launch/transfer.sh [PYTHON [FOLDER]]
 # About an hour on two CPU cores. Rerunning resumes. LIMIT=10000 probes on the first 10,000 images of
 # each split only. Where the images are (default: TFDS downloads them):

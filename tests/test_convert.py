@@ -1,4 +1,4 @@
-"""Where convert writes, what it replaces there and what it never touches; weights that are not finite; run.py."""
+"""The convert job: which files it replaces and which it never touches; weights that are not finite; run.py."""
 
 import importlib.metadata
 import json
@@ -66,8 +66,8 @@ def content(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_run_replaces_what_the_first_wrote(here, original, kind):
-    """And nothing else; nothing of the making is left. Seen to fail with the target's folder removed."""
+def test_a_second_run_replaces_the_files_of_the_first(here, original, kind):
+    """It touches no other file and leaves no temporary ones. Seen to fail with the target's folder removed."""
     first = converted(original, to(kind))
     before = content(here / "out")
     (here / "out" / "README.md").write_text("mine")
@@ -84,9 +84,9 @@ def test_a_second_run_replaces_what_the_first_wrote(here, original, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_words_from_another_folder_are_another_place(here, original, kind, monkeypatch):
-    """One workdir, `out` typed in two current folders: the second `out` is not convert's. Seen to fail with the words
-    that the user typed compared."""
+def test_a_relative_path_in_another_folder_is_another_target(here, original, kind, monkeypatch):
+    """One workdir, `out` typed in two current folders: convert did not write the second `out`. Seen to fail with the
+    typed paths compared."""
     converted(original, to(kind), workdir=here / "job")
     (here / "other").mkdir()
     monkeypatch.chdir(here / "other")
@@ -96,10 +96,10 @@ def test_the_same_words_from_another_folder_are_another_place(here, original, ki
     with pytest.raises(UserError, match="is already there"):
         converted(original, to(kind), workdir=here / "job")
     assert content(here / "other") == {f"out/{ENTRY[kind]}": b"mine"}
-    told = json.loads((here / "job" / convert.CERTIFICATE).read_text())
-    assert told["verdict"] == "same" and told["place"].endswith(to(kind, f"{here}/out").partition(":")[2])
+    certificate = json.loads((here / "job" / convert.CERTIFICATE).read_text())
+    assert certificate["verdict"] == "same" and certificate["place"].endswith(to(kind, f"{here}/out").partition(":")[2])
     monkeypatch.chdir(here / "out")
-    converted(original, to(kind, "."), workdir=here / "job")  # the same place in other words
+    converted(original, to(kind, "."), workdir=here / "job")  # the same target, spelled differently
 
 
 @pytest.mark.parametrize("kind, name, what", [
@@ -107,8 +107,8 @@ def test_the_same_words_from_another_folder_are_another_place(here, original, ki
     ("openai", "model.data-00000-of-00001", "has changed since"),
     ("openai", "model.data-00000-of-00007", "is already there"),
     ("orbax", ENTRY["orbax"], "has changed since"), ("orbax", "checkpoints/0/README.md", "was not written by convert")])
-def test_what_the_user_changed_or_put_in_its_way_stays(here, original, kind, name, what):
-    """Seen to fail with files known by their names alone."""
+def test_changed_files_and_files_of_the_user_stay(here, original, kind, name, what):
+    """Seen to fail with files recognized by their names alone."""
     converted(original, to(kind))
     file = here / "out" / name
     file.write_bytes(b"edited" if not file.exists() else file.read_bytes() + b" ")
@@ -122,8 +122,8 @@ def test_what_the_user_changed_or_put_in_its_way_stays(here, original, kind, nam
 @pytest.mark.parametrize("kind, name", [("huggingface", "hfé"), ("huggingface", "a 'b\" c"), ("orbax", "ü"),
                                         ("openai", "é"), ("huggingface", "~"), ("orbax", "none/../x"),
                                         ("huggingface", "none/../x")])
-def test_any_name_is_known_again(here, original, kind, name, monkeypatch):
-    """Seen to fail with the name compared as JSON writes it, and with the result read where no folder leads."""
+def test_any_name_is_recognized_by_the_next_run(here, original, kind, name, monkeypatch):
+    """Seen to fail with names compared in their JSON spelling, and with `none/../x` opened while `none` is missing."""
     monkeypatch.setenv("HOME", str(here / "home"))
     for _ in range(2):
         assert converted(original, to(kind, name))["verdict"] == "same"
@@ -135,8 +135,8 @@ def test_any_name_is_known_again(here, original, kind, name, monkeypatch):
     ("openai:file/x", "cannot be written"), ("openai:one", "one/m.index is already there"),
     ("huggingface:gs://bucket/x", "a local folder"), ("openai:gs://bucket/x", "local files"),
     ("orbax:half", "is in the way"), ("export:job", "is already there")])
-def test_places_that_cannot_be_used_are_refused_in_one_line(here, original, target, what):
-    """Nothing is written or lost. `one` holds another checkpoint of OpenAI's, `half` another run's unfinished work."""
+def test_unusable_targets_are_refused_in_one_line(here, original, target, what):
+    """Nothing is written or lost. `one` holds another OpenAI checkpoint, `half` the unfinished files of another run."""
     for name in ("file", "one/m.index", "half/checkpoints/.0.unfinished/x", "job/config.json"):
         (here / name).parent.mkdir(exist_ok=True, parents=True)
         (here / name).write_text("mine")
@@ -147,8 +147,8 @@ def test_places_that_cannot_be_used_are_refused_in_one_line(here, original, targ
     assert content(here) == before
 
 
-def test_what_a_killed_run_left_is_taken_away(here, original, monkeypatch):
-    """Killed while it wrote, and again while it moved the files. Seen to fail with no place in the certificate."""
+def test_leftovers_of_a_killed_run_are_removed(here, original, monkeypatch):
+    """Killed while writing, and again while moving files. Seen to fail without the target's path in the certificate."""
     class Killed(BaseException):
         pass
 
@@ -157,7 +157,7 @@ def test_what_a_killed_run_left_is_taken_away(here, original, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(convert.huggingface, "write", killed)
-        patch.setattr("igpt_jax.weights.target.Target._restore", killed)  # no tidying up
+        patch.setattr("igpt_jax.weights.target.Target._restore", killed)  # a killed process cleans up nothing
         patch.setattr("igpt_jax.weights.target.shutil.rmtree", lambda *arguments, **more: None)
         with pytest.raises(Killed):
             converted(original, "huggingface:out")
@@ -167,7 +167,7 @@ def test_what_a_killed_run_left_is_taken_away(here, original, monkeypatch):
     moved = []
 
     def replace(source, to):
-        if len(moved) == 4:  # the three former files are away, one is there
+        if len(moved) == 4:  # the three old files are moved away, and one new file is in place
             raise Killed
         moved.append(os.path.basename(to))
         os.replace(source, to)
@@ -193,7 +193,7 @@ def spoiled(folder, original, name="transformer.h.1.mlp.c_fc.weight", value=np.n
 
 
 def spoiled_checkpoint(workdir, original, value):
-    """Our checkpoint with one bad element, its checksums right: as a training that diverged would have saved it."""
+    """Our checkpoint with one bad element and correct checksums, as a diverged training would save it."""
     source = open_weights("huggingface", str(original))
     params = ours.parameters(source, lambda shape, name: np.empty(shape, np.float32))
     params["blocks"]["query_DNH"][1, 0, 0, 0] = value
@@ -204,7 +204,7 @@ def spoiled_checkpoint(workdir, original, value):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["huggingface", "orbax"])
 def test_weights_that_are_not_finite_are_not_converted(here, original, kind, value):
-    """One line names the tensor; what an earlier run wrote is as it was, certificate too. Seen to fail without
+    """One line names the tensor. The files and certificate of an earlier run are unchanged. Seen to fail without
     `finite`."""
     converted(original, "openai:out/model")
     before = content(here)
@@ -220,8 +220,8 @@ def test_weights_that_are_not_finite_are_not_converted(here, original, kind, val
 
 
 def test_jobs_refuse_a_checkpoint_that_is_not_finite(here, original, capsys):
-    """At the one place where all of them load a model; evaluate measures the others, and says which it did not. Seen
-    to fail with a color drawn, and with figures that are NaN."""
+    """`load_model` refuses it for all jobs. `evaluate` measures the other checkpoints and names this one. Seen to fail
+    with a color drawn, and with a loss of NaN."""
     bad = spoiled_checkpoint(here / "bad", original, np.nan)
     converted(original, "orbax:good")
     with pytest.raises(UserError, match="not finite .NaN or infinity in blocks/query_DNH, 1 of 13 arrays"):
@@ -234,9 +234,9 @@ def test_jobs_refuse_a_checkpoint_that_is_not_finite(here, original, capsys):
     assert ended.value.metrics["checkpoints"] == 1 and "its weights are not finite" in capsys.readouterr().err
 
 
-def test_weights_that_overflow_are_told_from_wrong_ones(here, original):
-    """Finite weights whose logits are not: convert and sample say so. Seen to fail with "not the same model", and with
-    pictures of color 0."""
+def test_overflowing_weights_have_a_message_of_their_own(here, original):
+    """Finite weights, infinite logits, in convert and sample. Seen to fail with "not the same model", and with pictures
+    of color 0."""
     bad = spoiled(here / "bad", original, "lm_head.weight", 3e38)
     change(bad, lambda tensors: tensors["lm_head.weight"].__setitem__(slice(None), 3e38))
     converted(bad, "openai:oa/model")
@@ -246,22 +246,22 @@ def test_weights_that_overflow_are_told_from_wrong_ones(here, original):
         sample.run(SampleConfig(checkpoint="ours", count=1), "s")
 
 
-@pytest.mark.parametrize("version, told", [("5.17.0", True), ("5.20.2", True), ("5.21.0", False), ("5.16.1", False),
+@pytest.mark.parametrize("version, named", [("5.17.0", True), ("5.20.2", True), ("5.21.0", False), ("5.16.1", False),
                                            ("4.57.6", False), ("6.0.0.dev0", False), ("odd", False)])
-def test_a_library_that_computes_wrongly_is_named(here, original, version, told, monkeypatch):
-    """Where logits differ. Seen to fail with 5.21 among the wrong ones, whose `torch_float` is right."""
+def test_a_library_that_computes_wrongly_is_named(here, original, version, named, monkeypatch):
+    """If logits differ. Seen to fail with 5.21, whose `torch_float` is correct, among the wrong versions."""
     known = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version",
                         lambda name: version if name == "transformers" else known(name))
     monkeypatch.setattr(huggingface.HuggingFaceWeights, "outputs", lambda *_: {"pixels": np.zeros((2, 25, 13))})
     with pytest.raises(UserError) as caught:
         run(here / "job", f"huggingface:{original}", "orbax:ours")
-    assert ("pip install 'transformers>=5.22'" in str(caught.value)) == told
-    assert ("not the same model" in str(caught.value)) != told and len(str(caught.value).splitlines()) == 1
+    assert ("pip install 'transformers>=5.22'" in str(caught.value)) == named
+    assert ("not the same model" in str(caught.value)) != named and len(str(caught.value).splitlines()) == 1
 
 
 def test_a_processor_without_clusters_needs_a_palette(here, original):
-    """And one that cannot be used does not matter where a palette is given. Seen to fail with it always read."""
+    """With a palette given, an unusable processor file does not matter. Seen to fail with the file always read."""
     for text, what in (("{}", "comes without its palette"), ("no JSON", "is not JSON"),
                        ('{"clusters": [[2]]}', "must be 13 colors")):
         bad = here / f"bad{len(text)}"
@@ -281,8 +281,8 @@ FAKE = {"tensorflow": "import types; config = types.SimpleNamespace(set_visible_
 @pytest.mark.parametrize("installed, order", [
     (("torch", "triton"), ["triton", "tensorflow"]), (("torch",), ["tensorflow"]), (("triton",), ["tensorflow"])])
 def test_triton_comes_before_tensorflow(tmp_path, python, installed, order):
-    """The other way round the process ends at once. Packages that only say that they are imported stand for the real
-    ones. Seen to fail without `triton_first`."""
+    """In the opposite order the process crashes. Fake packages that print their import replace the real ones. Seen to
+    fail without `triton_first`."""
     for name in ("tensorflow", *installed):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"print('importing', __name__)\n{FAKE[name]}\n")
@@ -299,13 +299,13 @@ openai._tensorflow()
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("importing")] == order
 
 
-def test_transformers_is_not_asked_where_it_would_end_the_process(monkeypatch):
-    """TensorFlow is there, and triton not yet. Seen to fail with installed packages alone counted."""
+def test_transformers_is_not_used_where_it_would_crash_the_process(monkeypatch):
+    """TensorFlow is imported and triton is not. Seen to fail with a check of installed packages alone."""
     monkeypatch.setattr(frameworks.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     assert not frameworks.has_transformers()
-    frameworks.triton_first()  # would now end the process too
+    frameworks.triton_first()  # importing triton now would crash too
     assert "triton" not in sys.modules
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     assert frameworks.has_transformers()
@@ -327,8 +327,8 @@ def exported(tmp_path_factory):
     (["1", "."], "cannot be written"), (["10" * 8, "x.npz"], "fails: "), (["1", "x.npz"], "sampler.jax cannot be read"),
     (["1", "x.npz"], "weights.npz cannot be read"), (["1", "x.npz"], "palette.npy cannot be read"),
     (["1", "x.npz"], "fails: "), (["1", "x.npz"], "logits are not finite")])
-def test_an_exported_program_tells_mistakes_in_one_line(exported, tmp_path, arguments, what, monkeypatch, capsys):
-    """And ends with code 2. Seen to fail with tracebacks."""
+def test_an_exported_program_reports_mistakes_in_one_line(exported, tmp_path, arguments, what, monkeypatch, capsys):
+    """Its exit code is 2. Seen to fail with tracebacks."""
     shutil.copytree(exported, tmp_path / "out")
     for name in ("sampler.jax", "weights.npz", "palette.npy"):
         if what.startswith(name):
@@ -343,6 +343,6 @@ def test_an_exported_program_tells_mistakes_in_one_line(exported, tmp_path, argu
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(tmp_path / "out" / "run.py"))
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and len(said.splitlines()) == 1 and what in said
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and len(message.splitlines()) == 1 and what in message
     assert not list(tmp_path.glob("*.npz"))

@@ -331,3 +331,16 @@ def test_loss_maps_are_drawn_and_written(folder, logs):
     for figure in figures:
         with Image.open(figure) as image:
             assert image.width > 400
+
+
+def test_runs_with_names_alike_keep_their_own_loss_maps(folder, logs):
+    """`a b` and `a-b`, measured twice. Seen to fail with the second one's files written over the first one's."""
+    steps = [str(folder / run / "checkpoints" / "4") for run in ("a b", "a-b")]
+    for step in steps:
+        shutil.copytree(folder / "run" / "checkpoints" / "4", step)
+    given = {"checkpoints": ",".join(steps), "loss_maps": 1}
+    for limit in (5, 6):  # another limit measures both again
+        measure(folder, "alike", **given, limit=limit)
+        files = (folder / "alike" / "surprise").iterdir()
+        assert sorted(json.loads(file.read_text())["checkpoint"] for file in files) == steps
+        assert len(list((folder / "alike" / "figures").glob("surprise*.png"))) == 4

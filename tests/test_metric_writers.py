@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: what they get, over restarts, and that their failures are harmless."""
+"""TensorBoard and Weights & Biases: the values that they receive, restarts, and failures that cost no run."""
 
 import importlib.util
 import sys
@@ -25,7 +25,7 @@ def run(workdir, steps):
     metrics.close()
 
 
-def test_tensorboard_gets_scalars_and_its_failure_is_harmless(tmp_path, capsys):
+def test_tensorboard_receives_scalars_and_its_failure_is_harmless(tmp_path, capsys):
     run(tmp_path, 2)
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events.read_bytes().count(b"train/nats_per_pixel") == 2
@@ -37,7 +37,7 @@ def test_tensorboard_gets_scalars_and_its_failure_is_harmless(tmp_path, capsys):
     assert len(load_metrics(tmp_path / "other")) == 20
 
 
-def test_tensorboard_does_without_torch(tmp_path, python):
+def test_tensorboard_does_not_import_torch(tmp_path, python):
     """Seen to fail with a plain import: a run started 5 s later on a loaded machine."""
     python(f"""
 import sys
@@ -62,7 +62,7 @@ def test_tensorboard_in_a_bucket_is_published_whole(monkeypatch):
 
 @pytest.mark.parametrize("folder_of_that_name", [False, True])
 def test_without_wandb_the_run_does_not_start(tmp_path, monkeypatch, folder_of_that_name):
-    """Also where ./wandb is a folder, such as W&B leaves, which Python would import. Seen to fail without that case."""
+    """A folder ./wandb, which W&B creates and Python would import, does not count. Seen to fail without that case."""
     if folder_of_that_name:
         (tmp_path / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -83,7 +83,7 @@ config.wandb = "digits"
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb: make wandb")
 class TestWeightsAndBiases:
-    """The real library, offline; each process is a start of the run."""
+    """The real library, offline. Each process is one start of the run."""
 
     @staticmethod
     def start(python, workdir, script, **env):
@@ -91,31 +91,31 @@ class TestWeightsAndBiases:
                       env={"WANDB_MODE": "offline", **env}).stderr
 
     def test_all_starts_write_to_one_run(self, python, tmp_path):
-        """Each value arrives, that of a step done again too. Seen to fail with an id of each start's own."""
+        """Each value arrives, also of a repeated step. Seen to fail with a new id at each start."""
         for steps in ((1, 2), (2, 3)):
-            told = self.start(python, tmp_path, f"""
+            log = self.start(python, tmp_path, f"""
 for step in {steps}:
     writer.write(step, 1.8e9, {{"train/nats_per_pixel": step + 0.0625}})
 writer.close()
 """)
-            assert "wandb sync" in told and "is off" not in told
+            assert "wandb sync" in log and "is off" not in log
         first, second = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
         assert first.name == second.name == f"run-{(tmp_path / 'wandb_id').read_text()}.wandb"
         for file, values in ((first, (b"1.0625", b"2.0625")), (second, (b"2.0625", b"3.0625"))):
             assert all(value in file.read_bytes() for value in values)
 
-    def test_its_end_is_harmless(self, python, tmp_path):
-        """Its process is killed; the run goes on and says so once. Seen to fail with errors let through."""
-        told = self.start(python, tmp_path, """
+    def test_a_killed_wandb_process_is_harmless(self, python, tmp_path):
+        """The run continues and reports it once. Seen to fail with errors passed on."""
+        log = self.start(python, tmp_path, """
 (service,) = open(f"/proc/self/task/{os.getpid()}/children").read().split()
 os.kill(int(service), signal.SIGKILL)
 for step in range(1, 21):
     writer.write(step, 1.8e9, {"train/nats_per_pixel": 2.0})
 writer.close()
 """)
-        assert told.count("Weights & Biases is off for this run") == 1
+        assert log.count("Weights & Biases is off for this run") == 1
 
-    def test_nobody_logged_in_is_harmless(self, python, tmp_path):
-        told = self.start(python, tmp_path, "writer.write(1, 1.8e9, {'a': 1.0})\nwriter.close()", WANDB_MODE="online",
+    def test_a_missing_login_is_harmless(self, python, tmp_path):
+        log = self.start(python, tmp_path, "writer.write(1, 1.8e9, {'a': 1.0})\nwriter.close()", WANDB_MODE="online",
                           HOME=str(tmp_path), WANDB_API_KEY="")
-        assert told.count("is off for this run: nobody is logged in") == 1
+        assert log.count("is off for this run: nobody is logged in") == 1

@@ -3,9 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from igpt_jax.config import base_config, parse
+from igpt_jax.model.attention import splash
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.parallel import sharding
 from igpt_jax.planner import compilation, flops
@@ -56,7 +58,6 @@ def test_full_remat_costs_the_forward_pass_again():
 
 def test_a_kernel_without_formula_is_refused():
     """No figure is better than a wrong one. Seen to fail with kernels counted as nothing."""
-    import jax.numpy as jnp
     from jax.experimental import pallas
 
     def double(x_ref, out_ref):
@@ -81,3 +82,47 @@ def test_the_estimate_is_near_the_count():
                                      mesh=config.mesh.resolve(1))
         count = counted(f"model=igpt_s,model.attention=reference,model.remat={remat}")
         assert estimate(config).flops == pytest.approx(count, rel=0.15)
+
+
+def test_the_estimate_counts_both_halves_of_the_scores_without_a_causal_mask():
+    """The other half costs the forward pass, twice that backward, and once more for scores that are computed again.
+
+    The count says seven products instead of eight, and a causal model computes an eighth of that half too: its blocks
+    on the diagonal are whole. Seen to fail with every objective estimated as causal.
+    """
+    def rise(flops_of):
+        causal, full = (flops_of(f"model=igpt_s,batch_size=2,model.remat=none,model.attention=blocked,objective={name}")
+                        for name in ("autoregressive", "denoising"))
+        return full - causal
+
+    def estimated(arguments):
+        config = parse("plan", base_config("plan", arguments))
+        return estimate(dataclasses.replace(config, mesh=config.mesh.resolve(1))).flops
+
+    half = 2 * 2 * 24 * 1024**2 * 512  # FLOPs of q k and weights x v of half the scores, two images
+    assert rise(estimated) == 4 * half
+    assert rise(counted) == 3.5 * half * 7 / 8
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_kernel_counts_the_half_of_the_scores_that_it_computes(causal):
+    """The splash kernel, traced and never run. Seen to fail with the argument `causal` ignored."""
+    x_BTNH = jnp.ones((3, 256, 2, 64), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda x: splash.attention(x, x, x, causal=causal))(x_BTNH)
+    whole = 2 * 2 * 3 * 2 * 256**2 * 64  # q k and weights x v
+    assert flops.count(traced, causal) == (whole / 2 if causal else whole)
+
+
+@pytest.mark.parametrize("objective", ["autoregressive", "masked", "denoising"])
+def test_a_plan_counts_kernels_by_its_objective(objective, monkeypatch):
+    """Only the autoregressive objective is causal. Seen to fail with `causal` left out of the call of `flops.count`."""
+    asked = []
+
+    def stop(*_):
+        raise jax.errors.JaxRuntimeError("not compiled")
+
+    monkeypatch.setattr(compilation.flops, "count", lambda jaxpr, causal=True: asked.append(causal) or 1.0)
+    monkeypatch.setattr(compilation, "compile_with_text", stop)
+    arguments = f"model=igpt_tiny,image_size=8,topology=cpu:1,batch_size=2,objective={objective}"
+    assert compilation.compile_step(parse("plan", base_config("plan", arguments))).message == "not compiled"
+    assert asked == [objective == "autoregressive"]

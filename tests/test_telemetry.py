@@ -20,13 +20,13 @@ from igpt_jax.parallel import topology
     ("igpt_xl", 4096, 186),
 ])
 def test_train_flops(name, tokens, teraflops):
-    """Against figures worked out by hand for the paper's models. Seen to fail with full instead of causal attention."""
+    """Figures for the paper's models, computed by hand. Seen to fail with full instead of causal attention."""
     layers, embed, _ = MODELS[name]
     flops = train_flops_per_image(layers, embed, 4 * embed, 512, tokens)
     assert flops / 1e12 == pytest.approx(teraflops, rel=3e-3)
 
 
-def test_throughput_leaves_out_compilation_and_pauses():
+def test_throughput_excludes_compilation_and_pauses():
     """Seen to fail when the first step is counted, and when `paused` does nothing."""
     now = [0.0]
     throughput = Throughput(batch_size=8, tokens=64, flops_per_image=1e12, devices=2, peak_flops=8e12,
@@ -56,10 +56,10 @@ def run(workdir, start, stop):
 
 
 def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
-    """A run reaches step 5, its newest checkpoint is of step 3. Seen to fail without dropping lines."""
+    """A run reaches step 5 and resumes from step 3. Seen to fail with the lines of steps 4 and 5 kept."""
     run(tmp_path, 0, 5)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "ti')  # a killed run's last line
+        file.write('{"step": 6, "ti')  # the last line of a killed run
     run(tmp_path, 3, 7)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
@@ -75,7 +75,7 @@ def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
                                  b'{"step": "2"}', b'{"step": 2, "resumed_from": null}', b'{"step": 2, "a": [1]}',
                                  b"[" * 9999])
 def test_damaged_lines_are_set_aside_and_the_others_kept(tmp_path, bad, caplog):
-    """In the middle of a log, as the same run resumes. Seen to fail with each line taken for what it should be."""
+    """A damaged line in the middle of the log of a run that resumes. Seen to fail with lines used unchecked."""
     run(tmp_path, 0, 2)
     file = tmp_path / "metrics.jsonl"
     first, second = file.read_bytes().splitlines()
@@ -104,7 +104,7 @@ def test_non_finite_values_are_null(tmp_path):
 
 
 def test_lines_of_one_step_are_merged_and_later_ones_win(tmp_path):
-    """As a bucket's parts are read, where nothing can be dropped."""
+    """Logs in a bucket hold such lines, because nothing can be removed there."""
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b": 5.0}, {"step": 2, "a": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert load_metrics(tmp_path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0, "b": 5.0}]
@@ -119,20 +119,20 @@ def test_chips_are_found_by_jax_names():
     assert len(kinds) == len(set(kinds))
 
 
-def test_a_line_said_amid_another_is_no_error(monkeypatch):
-    """As by the handler of a signal that came while a line was written; Python refuses the inner one.
+def test_a_line_printed_while_another_is_printed_is_no_error(monkeypatch):
+    """A signal's handler may print while a line is being printed; Python refuses the inner line with a RuntimeError.
 
-    Seen to fail with its RuntimeError, which had ended a run that should have saved.
+    Seen to fail with that error, which ended a run that should have saved.
     """
-    written, said = [], []
+    written, entered = [], []
 
     class Raw(io.RawIOBase):
         def writable(self):
             return True
 
         def write(self, data):
-            if not said:
-                said.append(True)
+            if not entered:
+                entered.append(True)
                 say("inner")
             written.append(bytes(data))
             return len(data)
@@ -140,4 +140,4 @@ def test_a_line_said_amid_another_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True))
     say("outer")
     say("next")
-    assert said and b"".join(written).split() == [b"outer", b"next"]
+    assert entered and b"".join(written).split() == [b"outer", b"next"]

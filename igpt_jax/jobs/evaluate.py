@@ -200,7 +200,7 @@ def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMap
                       lookup: np.ndarray, metadata: checkpoint.Metadata, names: Mapping[int, str]) -> None:
     """Writes surprise/NAME.json with all losses, and two figures: pictures with loss maps, and mean losses by position
     and class."""
-    size, name = metadata.image_size, re.sub(r"\W+", "-", f"{watching.run_of(step)}-{metadata.steps_done}").strip("-")
+    size, name = metadata.image_size, _file_name(folder, step, metadata.steps_done)
     ids = np.arange(len(found.shown_NT))
     tokens_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
     shown_NYX, by_position_YX = (each.reshape(-1, size, size) for each in (found.shown_NT, found.by_position_T))
@@ -217,6 +217,14 @@ def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMap
                       [names.get(label, str(label)) for label in labels])
     figures.loss_by_position(folder / "figures" / f"surprise_means-{name}.png", by_position_YX[0],
                              {names.get(label, str(label)): nats for label, (nats, _) in found.by_class.items()})
+
+
+def _file_name(folder: storage.Path, step: str, steps_done: int) -> str:
+    """NAME of a checkpoint's loss maps: its path, with a dash for all that is no letter or digit."""
+    name = re.sub(r"\W+", "-", f"{watching.run_of(step)}-{steps_done}").strip("-")
+    # Two paths can have one name, such as `a b` and `a-b`. The second one to be measured gets a digest of its path.
+    written = side_files.look(folder / "surprise" / f"{name}.json")
+    return name if written is None or written.get("checkpoint") == step else f"{name}-{json_digest(step)[:8]}"
 
 
 def _joined(folder: storage.Path) -> list[Row]:

@@ -28,9 +28,9 @@ SHOWN = (
 
 
 def say(line: str) -> None:
-    """Prints a line to stderr, above the progress bar where there is one; says nothing where that cannot be."""
-    # Ctrl-C also ends a `| tee`: nobody may be listening, and the run must save. So it must where a signal came amid
-    # another line: its handler's is then refused ("reentrant call"), which must not end the run.
+    """Prints a line to stderr, above the progress bar if there is one. A line that cannot be printed is dropped."""
+    # Neither of two errors may keep a run from saving. Ctrl-C also ends a `| tee`, so the pipe may be broken. And a
+    # signal may arrive while a line is written: Python then refuses the line of the signal's handler as reentrant.
     with contextlib.suppress(OSError, RuntimeError):
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
@@ -49,17 +49,17 @@ class Writer(Protocol):
 class Metrics:
     """Writes a run's metrics: metrics.jsonl, the given writers, and a progress bar or log lines. Process 0 only.
 
-    `step` counts finished optimizer steps: the line of step s tells about the model after s updates. A run that goes
-    on after step s drops the lines after s that an interrupted run has left, and so writes each of them once. In a
-    bucket, where lines cannot be taken back, they stay and `load_metrics` passes them over. The first line of such a
-    run says `resumed_from`, the seconds of the dropped lines as `seconds/lost`, and how long no process ran.
+    `step` counts finished optimizer steps: the line of step s describes the model after s updates. A run that resumes
+    from step s drops the later lines that the interrupted run wrote, so each step has one line. Files in a bucket only
+    grow, so these lines stay there, and `load_metrics` skips them. The first line after a restart has `resumed_from`,
+    the seconds of the dropped lines (`seconds/lost`) and the seconds without a process (`seconds/down`).
 
     Args:
       workdir: the job's folder.
-      total_steps: where the run will end.
+      total_steps: the step at which the run will end.
       start_step: finished steps that the run resumes from; 0 for a new run.
       timer: its seconds go into each line.
-      writers: where `values` go besides (metric_writers.py); they must not raise.
+      writers: also receive `values` (`metrics.writers`). They must not raise.
     """
 
     def __init__(self, workdir: str, total_steps: int, start_step: int = 0, timer: PhaseTimer | None = None,
@@ -68,7 +68,7 @@ class Metrics:
         if not self._active:
             return
         self._total_steps, self._start_step, self._started = total_steps, start_step, time.time()
-        self._timer, self._told = timer, ""
+        self._timer, self._reported = timer, ""
         path = storage.path(workdir) / "metrics.jsonl"
         self._resumed = self._resume(path, start_step)
         self._lines = storage.LineWriter(path)
@@ -78,7 +78,7 @@ class Metrics:
         self._latest: dict[str, float] = {}
 
     def _resume(self, path: storage.Path, start_step: int) -> dict[str, float]:
-        """Drops the lines of steps that will be done again; returns what the next line says of them."""
+        """Drops the lines of steps that will be repeated. Returns the fields that the next line has about them."""
         if path.is_dir():
             side_files.set_aside(path)
         try:
@@ -88,7 +88,7 @@ class Metrics:
         valid = _valid(lines)
         kept = [line for line in valid if line["step"] <= start_step]
         if storage.is_local(path) and len(kept) < len(lines):
-            if None in lines[:-1]:  # the last is torn where a run was killed
+            if None in lines[:-1]:  # a killed run may leave half a last line, which is no damage
                 side_files.set_aside(path, f"its other lines are kept ({lines[:-1].count(None)} are damaged)")
             storage.publish(path, "".join(json.dumps(line) + "\n" for line in kept))
         spent = goodput([line for line in valid if line["step"] > start_step])
@@ -98,16 +98,16 @@ class Metrics:
         return {"resumed_from": start_step, "seconds/lost": sum(spent.values()), "seconds/down": max(0.0, down)}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Records `values` of a step. In metrics.jsonl NaN and infinities are null, as JSON has no word for them."""
+        """Records `values` of a step. NaN and infinities are null in metrics.jsonl, since JSON cannot spell them."""
         if not self._active:
             return
         now = time.time()
         values = {name: float(value) for name, value in values.items()}
-        told = {**values, **self._resumed, **(self._timer.read() if self._timer else {})}
+        line = {**values, **self._resumed, **(self._timer.read() if self._timer else {})}
         self._resumed = {}
-        finite = {name: value if math.isfinite(value) else None for name, value in told.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self._lines.write(json.dumps({"step": step, "time": round(now, 3), **finite}, allow_nan=False))
-        self._tell_problem()
+        self._report_problem()
         for writer in self._writers:
             writer.write(step, now, values)
         self._latest.update(values)
@@ -119,24 +119,25 @@ class Metrics:
             self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
-        """Makes sure that the lines outlast a loss of power, as the checkpoint will that is saved next."""
+        """Writes the lines to the disk itself, so that they survive a power loss as the next checkpoint does."""
         if self._active:
             self._lines.flush()
 
     def close(self) -> None:
-        """Ends the bar and writes out what is buffered."""
+        """Ends the progress bar, writes buffered lines and closes the writers."""
         if self._active:
             self._bar.close()
             self._lines.close()
-            self._tell_problem()
+            self._report_problem()
             for writer in self._writers:
                 writer.close()
 
-    def _tell_problem(self) -> None:
+    def _report_problem(self) -> None:
+        """Says once that lines cannot be written."""
         problem = str(self._lines.error or "")
-        if problem and problem != self._told:
+        if problem and problem != self._reported:
             say(f"Metrics lines cannot be written and wait in memory: {problem}. Training continues.")
-        self._told = problem
+        self._reported = problem
 
     def _line(self, step: int, now: float, values: Mapping[str, float]) -> str:
         line = f"step {step:,}/{self._total_steps:,}  {_describe(values)}"
@@ -151,19 +152,19 @@ def _describe(values: Mapping[str, float]) -> str:
 
 
 def _parse_line(line: str) -> dict[str, float | None] | None:
-    """The values of a line; None where it is damaged, or torn since its run was killed."""
+    """The values of a line; None if it is damaged, or cut because its run was killed."""
     try:
         values = storage.parse_json(line)
     except ValueError:
         return None
-    good = (isinstance(values, dict) and "\ufffd" not in line  # which stands for bytes that are not UTF-8
+    good = (isinstance(values, dict) and "\ufffd" not in line  # bytes that are not UTF-8
             and all(value is None or isinstance(value, int | float) for value in values.values())
             and all(isinstance(values[name], int) for name in ("step", "resumed_from") if name in values))
     return values if good and "step" in values else None
 
 
 def _valid(lines: Sequence[dict[str, float | None] | None]) -> list[dict[str, float | None]]:
-    """The whole lines of which no later run says, by going on from an earlier step, that they were undone."""
+    """The undamaged lines that no restart undid. A line with `resumed_from` undoes the earlier lines of later steps."""
     valid: list[dict[str, float | None]] = []
     for line in filter(None, lines):
         if "resumed_from" in line:
@@ -173,7 +174,7 @@ def _valid(lines: Sequence[dict[str, float | None] | None]) -> list[dict[str, fl
 
 
 def metrics_lines(workdir: str) -> list[dict[str, float | None]]:
-    """The lines of a run as they were written, but for those that a later run undid; for `goodput`.
+    """The lines of a run as they were written, without those that a restart undid; for `goodput`.
 
     Raises:
       UserError: the workdir has no metrics.
@@ -182,7 +183,7 @@ def metrics_lines(workdir: str) -> list[dict[str, float | None]]:
 
 
 def load_metrics(workdir: str) -> list[dict[str, float | None]]:
-    """The metrics of a run: one dict per step, in order; what was logged twice for a step counts as logged last.
+    """The metrics of a run: one dict per step, in order. Of values logged twice for a step, the last one counts.
 
     Raises:
       UserError: the workdir has no metrics.

@@ -4,17 +4,17 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-# Where the time goes.
-
 PHASES = ("start", "compile", "input", "step", "save", "evaluate")
 
 
 class PhaseTimer:
-    """Adds up the seconds of a run by phase: `with timer("save"): ...`. What is in no other phase is `step`.
+    """Adds up the seconds of a run by phase: `with timer("save"): ...`.
+
+    Time outside of these blocks counts for the phase that `enter` started, which is `step` during training.
 
     Args:
-      phase: the one that begins now.
-      clock: seconds.
+      phase: the first phase, which begins now.
+      clock: returns the time in seconds.
     """
 
     def __init__(self, phase: str = "start", clock: Callable[[], float] = time.monotonic):
@@ -22,7 +22,7 @@ class PhaseTimer:
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
     def enter(self, phase: str) -> str:
-        """Goes over to another phase; returns the former one."""
+        """Ends the current phase, starts `phase`, and returns the phase that ended."""
         now, former = self._clock(), self._phase
         self._seconds[former] += now - self._since
         self._phase, self._since = phase, now
@@ -50,11 +50,11 @@ class PhaseTimer:
 
 
 def goodput(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """Where the wall time of a run went, over all its restarts, from its metrics lines alone. Seconds.
+    """Seconds of wall time by phase, over all restarts of a run, from its metrics lines alone.
 
     Returns:
-      `seconds/PHASE` of each phase; `seconds/lost`: work that a crash undid; `seconds/down`: between the last line
-      that a process wrote and the start of the next one; `goodput`: the share of steps that counted in all of it.
+      `seconds/PHASE` of each phase; `seconds/lost`: work that a crash undid; `seconds/down`: from the last line of one
+      process to the start of the next; `goodput`: the share of `seconds/step` in the sum of all these.
     """
     total: dict[str, float] = {}
     for line in lines:

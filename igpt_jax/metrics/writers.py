@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard always, Weights & Biases where `wandb` names a project."""
+"""Metrics writers besides metrics.jsonl: TensorBoard always, Weights & Biases if `wandb` names a project."""
 
 import contextlib
 import importlib.util
@@ -20,12 +20,12 @@ from igpt_jax.metrics.logging import Writer, say
 from igpt_jax.storage import side_files
 
 TENSORBOARD_FLUSH_SECONDS = 30.0
-WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 60.0, 15.0  # that a run may wait for it; the rest is left to `wandb sync`
-WANDB_ID = "wandb_id"  # file of the workdir: the run that all its restarts write to
+WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 60.0, 15.0  # longest waits of a run; `wandb sync` sends the rest later
+WANDB_ID = "wandb_id"  # file in the workdir: the id of the W&B run that all restarts write to
 
 
 def check_installed(config: PretrainConfig) -> None:
-    """Raises UserError where the config asks for a back-end that is not installed. All processes give one answer."""
+    """Raises UserError if the config asks for a back-end that is not installed: on all processes, or on none."""
     if config.wandb:
         found = importlib.util.find_spec("wandb")
         if found is None or found.origin is None:  # a folder ./wandb, which W&B itself leaves, is not the package
@@ -34,7 +34,7 @@ def check_installed(config: PretrainConfig) -> None:
 
 
 def open_writers(config: PretrainConfig, workdir: str) -> list[Writer]:
-    """The back-ends of a run; none but on process 0."""
+    """The back-ends of a run. Processes other than process 0 have none."""
     if jax.process_index():
         return []
     folder = storage.path(workdir)
@@ -75,7 +75,7 @@ class Harmless:
 # TensorBoard.
 
 class _BucketFile:
-    """tensorboardX's idea of a file, for gs:// and s3://: what was written is published whole on each flush."""
+    """A file as tensorboardX expects it, for gs:// and s3://. Each flush publishes the whole content again."""
 
     def __init__(self, path: str):
         self._path, self._data = storage.path(path), io.BytesIO()
@@ -91,7 +91,7 @@ class _BucketFile:
 
 @contextlib.contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Within, a module that is not imported yet cannot be."""
+    """Inside this context, importing `module` fails unless it was imported before."""
     hide = module not in sys.modules
     if hide:
         sys.modules[module] = None
@@ -105,16 +105,16 @@ def _hidden(module: str) -> Iterator[None]:
 class TensorBoard:
     """TensorBoard scalars in `folder`.
 
-    Events are written by the caller's thread. tensorboardX's SummaryWriter hands them to a thread of its own; when
-    that dies, on a full disk for one, its queue fills and the training loop waits for ever.
+    The caller's thread writes the events. tensorboardX's SummaryWriter would pass them to its own thread. If that
+    thread dies, for example on a full disk, its queue fills up and the training loop waits forever.
     """
 
     def __init__(self, folder: str):
-        with _hidden("torch"):  # which tensorboardX imports where it finds it, without need, for seconds
+        with _hidden("torch"):  # tensorboardX would import it needlessly, which takes seconds
             from tensorboardX import event_file_writer, record_writer, summary
             from tensorboardX.proto import event_pb2
 
-        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # a line for each NaN
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns about each NaN
         bucket = types.SimpleNamespace(open=_BucketFile, directory_check=lambda folder: None)
         for scheme in storage.SCHEMES:
             record_writer.register_writer_factory(scheme.removesuffix("://"), bucket)
@@ -137,10 +137,11 @@ class TensorBoard:
 # Weights & Biases.
 
 class WeightsAndBiases:
-    """One W&B run per workdir, whatever the restarts; W&B's own process does the sending.
+    """One W&B run per workdir, over all restarts. W&B's own process sends the data.
 
-    `step` is a metric of its own, by which all others are drawn: W&B's own step only increases, and a run that resumes
-    from a checkpoint repeats some steps. W&B's files lie in the workdir; where that is in a bucket, in ./wandb.
+    `step` is logged as a metric and is the x-axis of all others. W&B's own step cannot be used: it only increases, and
+    a run that resumes from a checkpoint repeats some steps. W&B's files are in the workdir, or in ./wandb if the
+    workdir is in a bucket.
     """
 
     def __init__(self, config: PretrainConfig, folder: storage.Path):
@@ -149,7 +150,7 @@ class WeightsAndBiases:
         settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False,
                                   init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS)
         offline = wandb.setup(settings).settings.mode != "online"
-        if not offline and not wandb.login(prompt=False, verify=False):  # a prompt would keep the run waiting
+        if not offline and not wandb.login(prompt=False, verify=False):  # a prompt would block the run
             raise UserError("nobody is logged in. Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
         entity, _, project = config.wandb.rpartition("/")
         self._run = wandb.init(project=project, entity=entity or None, id=_wandb_id(folder), name=folder.name,
@@ -167,7 +168,7 @@ class WeightsAndBiases:
 
 
 def _wandb_id(folder: storage.Path) -> str:
-    """The id in a workdir's file WANDB_ID, which is made where there is none."""
+    """The id in a workdir's file WANDB_ID. Creates the file if there is none."""
     file = folder / WANDB_ID
     if file.exists():
         text = storage.read(file).decode(errors="replace").strip()

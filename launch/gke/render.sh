@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fills the variables into a manifest, and shows the command that its containers run:
+# Prints a manifest with its variables filled in, and on stderr the command that its containers run:
 #
 #   NAME=igpt-l IMAGE=REGISTRY/igpt:1 CONFIG=configs/igpt_l.py WORKDIR=gs://BUCKET/igpt_l STORE=gs://BUCKET/imagenet32 \
 #   ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x4 SLICES=1 HOSTS=4 DEVICES=4 launch/gke/render.sh tpu.yaml | kubectl apply -f -
@@ -17,7 +17,7 @@ text=$(< "$manifest")
 names=$(grep -v '^#' "$manifest" | tr '$' '\n' | sed -n 's/^{\([A-Z]*\)}.*/\1/p' | sort -u)
 for name in $names; do
   value=${!name:-}
-  # What YAML or Kubernetes would read as more than a word ends here.
+  # Values that YAML or Kubernetes would not read as a single word are refused.
   case $name in
     NAME) allowed='^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$' ;;
     GPUS) allowed='^[0-9]$' ;;

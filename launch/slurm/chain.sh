@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Queues the jobs of a whole experiment, each after the success of the one before:
+# Submits the jobs of a whole experiment. Each starts after the previous one has succeeded:
 #
 #   launch/slurm/chain.sh RUN --config=configs/igpt_s.py --config.data.store=STORE ...       (pretrain's arguments)
 #
 # RUN: a folder or bucket; each job gets RUN/JOB as its workdir. STAGES chooses the jobs (default: pretrain probe
-# finetune evaluate report). PROBE, FINETUNE, EVALUATE and REPORT are more arguments of those jobs:
+# finetune evaluate report). PROBE, FINETUNE, EVALUATE and REPORT hold further arguments of those jobs:
 # PROBE='--config.batch_size=512'. SBATCH="sbatch --nodes=4" sets options of sbatch.
 set -euo pipefail
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Shares one job between N machines, as an array, and joins what they made:  launch/slurm/slices.sh N JOB ARGUMENTS...
+# Splits one job over N machines as an array, then merges the results:  launch/slurm/slices.sh N JOB ARGUMENTS...
 #
 #   launch/slurm/slices.sh 64 prepare --workdir=runs/web32 --config.source='tar:shards/*.tar' --config.image_size=32
 #   launch/slurm/slices.sh 5 evaluate --workdir=runs/curve --config.checkpoints='runs/igpt_l/checkpoints/*' --config.probe=True
 #
-# A slice has one process and one machine: prepare reads its share of the images, evaluate its share of the checkpoints.
-# Started again it goes on: what is there is not made twice. SBATCH="sbatch --partition=cpu" sets options of sbatch.
+# Each slice is one process on one machine. In prepare it reads its share of the images, in evaluate its share of the
+# checkpoints. Rerunning resumes: finished work is not repeated. SBATCH="sbatch --partition=cpu" sets options of sbatch.
 set -euo pipefail
 
 if [[ $# -lt 3 || ! $1 =~ ^[1-9][0-9]*$ || $3 != --workdir=?* ]]; then

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The paper's search for a learning rate (Section 3.4): the same training at each rate, judged by held-out loss:
+# The paper's learning-rate search (Section 3.4): trains at each rate and compares the held-out losses:
 #
 #   launch/slurm/sweep.sh RUN --config=configs/igpt_s.py --config.data.store=STORE --config.steps=20000
 #
-# RATES (0.01 0.003 0.001 0.0003) lists the rates. RUN/lr-RATE holds each training; RUN/sweep.json and sweep.md, written
-# when all have ended, tell which rate is best. SBATCH="sbatch --nodes=1" sets options of sbatch.
+# RATES (0.01 0.003 0.001 0.0003) lists the rates. Each trains in RUN/lr-RATE. When all have ended, RUN/sweep.json and
+# sweep.md name the best rate. SBATCH="sbatch --nodes=1" sets options of sbatch.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -* ]]; then
