@@ -50,6 +50,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             step_folders.sweep(self._folder)
         barrier("leftovers of killed runs are removed")
+        # A resumed run must still know which of the earlier steps is the best, or it would remove it.
         for step in self.steps:
             with contextlib.suppress(Damaged, UserError):  # reported when the step is restored
                 self.note(step, read_metadata(self._folder, step).metrics)
@@ -94,8 +95,9 @@ class Checkpoints:
         for attempt in range(ATTEMPTS if blocking else 1):
             if attempt:
                 time.sleep(2**attempt)  # seconds: a full disk or a bucket out of reach may recover
+            # Only one save runs at a time: a second one would hold another copy of the state in host memory.
             self.wait()
-            if metadata.steps_done in self.steps:
+            if metadata.steps_done in self.steps:  # for example, a stop right after a regular save
                 return
             self._start(state, metadata, supersedes)
             if blocking:
@@ -125,6 +127,8 @@ class Checkpoints:
 
     def _finish(self, response: Any, metadata: Metadata, supersedes: bool) -> None:
         """Waits until the step is on disk, hashes its files and removes superseded steps. Runs in the thread."""
+        # The order makes a kill harmless at any moment. Orbax writes into a temporary folder and renames it at the end,
+        # so a step is whole or absent. Older steps are removed last, so there is always one whole step.
         try:
             response.result()
             if jax.process_index() == 0:
@@ -180,6 +184,7 @@ class Checkpoints:
           UserError: another run wrote the checkpoint, or all steps are damaged.
         """
         for step in reversed([step for step in self.steps if at is None or step <= at]):
+            # Damage is raised on all processes or on none (`load_arrays`), so all of them try the same older step next.
             with self._quarantined_if_damaged(step):
                 stored = read_metadata(self._folder, step)
                 changes = stored.check_resumable(metadata, self._workdir)

@@ -48,6 +48,8 @@ class Metadata:
         """The inverse of `to_json`; also reads format 1. Raises UserError for an unknown format."""
         fields = {name: part for name, part in value.items() if name != "format"}
         if value.get("format") == WITHOUT_CHECKSUMS:
+            # Format 1 recorded no versions. The field's default would be the versions that run now, not those that
+            # wrote the step.
             fields = {**fields, "palette_VC": fields.pop("palette"), "versions": {}}
         elif value.get("format") != FORMAT:
             raise UserError(f"checkpoint format {value.get('format')!r} is unknown; this version reads formats "
@@ -66,9 +68,12 @@ class Metadata:
         optimizer = self.config.optimizer
         independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
         free = {"free", "schedule"} if independent else {"free"}
+        # Each key states in `config/` whether a resumed run may change it. Versions are not compared: a month-long run
+        # may need an upgrade, so `restore` only warns about them.
         mine, others = flat(to_dict(self.config)), flat(to_dict(new.config))
         changes = {key: (mine[key], others[key]) for key, resume in key_attributes(new.config.job, "resume").items()
                    if resume not in free and mine[key] != others[key]}
+        # The next three are compared by content, since the path of a store or palette may hold other data by now.
         if self.image_size != new.image_size:
             changes["image_size"] = (self.image_size, new.image_size)
         if not np.array_equal(self.palette_VC, new.palette_VC):
@@ -103,6 +108,7 @@ def read_metadata(folder: Any, step: int) -> Metadata:
         metadata = Metadata.from_json(value if old else hashes.unsealed(value, METADATA_FILE))
     except (TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{METADATA_FILE} holds no metadata of ours: {error!r}") from None
+    # A folder that somebody renamed is whole by its checksums, but a run would resume at the wrong step.
     if metadata.steps_done != step:
         raise Damaged(f"its metadata is that of step {metadata.steps_done}")
     try:

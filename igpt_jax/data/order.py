@@ -6,6 +6,14 @@ time in proportion to n at every start, and a checkpoint would have to hold a po
 state to save. The bijection is a balanced Feistel network with cycle-walking (Black and Rogaway, "Ciphers with
 Arbitrary Finite Domains", 2002).
 
+Example: n = 10, seed 0, epoch 0. The network permutes the smallest power of four that holds 10, which is 16:
+
+    in     0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+    out    6 15  7 14  0  4 10  2  5  8 12  3 13 11  1  9
+
+Position 0 reads example 6. Position 1 gives 15, which is no example, so 15 goes through the network again and gives 9.
+Position 6 takes 10 -> 12 -> 13 -> 11 -> 3. The order of the epoch is 6 9 7 1 0 4 3 2 5 8.
+
 **Hosts.** All hosts compute the same global batch and read slices of it. A run can therefore resume on a different
 number of hosts and read the same examples.
 
@@ -24,6 +32,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Four rounds already look random on large domains (Luby and Rackoff, 1988). Small domains need more: with n = 10 a half
+# has only two bits, and a round function only four inputs. Twelve cost little next to reading the examples.
 ROUNDS = 12
 MASK = 2**64 - 1
 
@@ -78,6 +88,7 @@ def _round_robin(position_B: np.ndarray, weights: tuple[int, ...]) -> tuple[np.n
     owner_W, rank_W = _period(weights)
     period_B, offset_B = np.divmod(position_B, np.uint64(len(owner_W)))
     owner_B = owner_W[offset_B]
+    # Each full period takes `weight` examples of a component. The rank counts those taken earlier in this period.
     return owner_B, period_B * np.array(weights, np.uint64)[owner_B] + rank_W[offset_B]
 
 
@@ -96,6 +107,9 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
     The k-th of a component's w examples is due at (k + 1/2) / w of the period. Sorting by due time spreads each
     component evenly, so that a batch of any size has nearly the weights' proportions.
+
+    Example: weights (3, 1). Component 0 is due at 1/6, 3/6 and 5/6, component 1 at 1/2. On a tie the lower component
+    comes first. The owners are 0 0 1 0, and the ranks are 0 1 0 2.
     """
     owner = np.repeat(np.arange(len(weights)), weights)
     rank = np.concatenate([np.arange(weight, dtype=np.uint64) for weight in weights])
@@ -110,6 +124,10 @@ def ordered(index: np.ndarray, epoch: np.ndarray, component: Component, seed: in
     An epoch is a row of slots, and a permutation of the chunks fills each slot with one chunk. A window is `window`
     neighboring slots. A second permutation, one per epoch and window, shuffles the positions within each window. A
     reader whose cache holds one window therefore reads every chunk once, although the examples come in random order.
+
+    Example: 10 examples in chunks of 4, which are 0-3, 4-7 and 8-9; a window of 2 slots; seed 0, epoch 0. The slots are
+    filled with chunks 1, 2 and 0. The first window has chunks 1 and 2 in the order 9 4 8 5 7 6, the second has chunk 0
+    in the order 0 2 1 3.
     """
     n, chunk = component.count, component.chunk
     if window == 0 or chunk == 1:
@@ -124,6 +142,7 @@ def ordered(index: np.ndarray, epoch: np.ndarray, component: Component, seed: in
         return slot * chunk - np.where(slot > short_slot, missing, 0)
 
     def slot_at(position: np.ndarray) -> np.ndarray:
+        # Behind the short slot, adding the missing examples gives the position in a row of equally long slots.
         return np.where(position < start(short_slot + 1), position, position + missing) // chunk
 
     number = slot_at(index) // window
@@ -132,9 +151,12 @@ def ordered(index: np.ndarray, epoch: np.ndarray, component: Component, seed: in
     # `permute` takes one n. There are few sizes: whole windows, the last one, and the one with the short slot.
     for size in np.unique(high - low):
         same = high - low == size
+        # The windows of all epochs are numbered consecutively, so that each has its own permutation.
         key = epoch[same] * np.uint64(-(-chunks // window)) + number[same].astype(np.uint64)
         shuffled[same] = low[same] + permute((index - low)[same], int(size), seed + WINDOW_STREAM, key)
     slot = slot_at(shuffled)
+    # The chunk that fills the slot, and the place inside it. The short slot holds the last chunk, so this never points
+    # behind the last example.
     return permute(slot, chunks, seed, epoch) * chunk + shuffled - start(slot)
 
 
@@ -166,6 +188,7 @@ def digest(ids: np.ndarray) -> int:
 
     It is the sum of each id's hash, modulo 2^64, so the digest of a whole is the sum of its parts' digests.
     """
+    # The ids are mixed first. A sum of plain ids could not tell {1, 4} from {2, 3}.
     return int(_mix(np.asarray(ids).astype(np.uint64)).sum(dtype=np.uint64))
 
 
@@ -195,6 +218,8 @@ def _walk(index, n, seed, epoch, network) -> np.ndarray:
 
 def _round_keys(seed: int, epoch: np.ndarray, rounds: int) -> np.ndarray:
     """The keys of each round and epoch, uint64 [rounds, len(epoch)]."""
+    # The seed is mixed before the epoch joins it. With a plain sum or xor, epoch 1 of seed 0 could equal epoch 0 of
+    # seed 1, and runs with neighboring seeds would read the same epochs.
     key = _mix(_mix(np.array([seed & MASK], np.uint64)) ^ epoch)
     return _mix(key + np.arange(1, rounds + 1, dtype=np.uint64)[:, None])
 
@@ -203,6 +228,8 @@ def _feistel(value: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.nd
     """One pass of the network: a bijection of [0, 4^half_bits), because each round can be undone."""
     left, right = value >> half_bits, value & ((np.uint64(1) << half_bits) - np.uint64(1))
     for key in keys:
+        # `right` is kept, so the round can be undone: the same hash of it, xored again, gives `left` back. The hash
+        # itself need not be invertible.
         left, right = right, left ^ (_mix(right ^ key) >> (np.uint64(64) - half_bits))
     return left << half_bits | right
 

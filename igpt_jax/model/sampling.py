@@ -53,7 +53,10 @@ class Sampling:
         sorted_BV, rank_V = jnp.take_along_axis(scaled_BV, order_BV, axis=-1), jnp.arange(logits_BV.shape[-1])
         kept_BV = rank_V < (self.top_k or logits_BV.shape[-1])
         shares_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf), axis=-1)
+        # A color stays if the colors before it hold less than `top_p`. So the color that crosses the threshold stays
+        # too: of the shares 0.5, 0.3 and 0.2, top_p = 0.6 keeps two.
         kept_BV &= (jnp.cumsum(shares_BV, axis=-1) - shares_BV < self.top_p) | (rank_V == 0)
+        # argsort of a permutation is its inverse: it takes the flags from ranks back to colors.
         return jnp.take_along_axis(kept_BV, jnp.argsort(order_BV, axis=-1), axis=-1)
 
 
@@ -85,6 +88,8 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
     logits_BV, cache = prefill(gpt, given_BP, cache_dtype or model.precision.compute)
     draw, step = _draw_and_step(gpt, keys_B, sampling)
     tokens_BT = jnp.pad(given_BP, ((0, 0), (0, T - P)))
+    # With P = 2 and T = 6, `prefill` gives the logits of pixel 2. Steps 2, 3 and 4 draw one pixel each and give the
+    # logits of pixels 3, 4 and 5. Pixel 5 is drawn at the end.
     for start, end in zip([P, *ends], ends, strict=False):
         cache = [tuple(_with_room(x, end + 1) for x in layer) for layer in cache]
         tokens_BT, logits_BV, cache = jax.lax.fori_loop(start, end, step, (tokens_BT, logits_BV, cache))
@@ -125,6 +130,8 @@ def _draw_and_step(gpt: ImageGPT, keys_B: jax.Array, sampling: Sampling) -> tupl
     blocks = unstacked(gpt)
 
     def draw(position: jax.Array, tokens_BT: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        # Folding in the position, instead of splitting the key at each draw, makes the random numbers of a pixel the
+        # same however many pixels are given.
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)
         return tokens_BT.at[:, position].set(sampling.draw(logits_BV, keys))
 
@@ -169,6 +176,7 @@ def prefill(gpt: ImageGPT, given_BP: jax.Array, cache_dtype: Any, last: jax.Arra
     P = given_BP.shape[1]
     granule = granule_for(gpt.config.attention)
     # The back-end may need a multiple of several tokens. The causal mask hides the padding from position P.
+    # P + 1 positions, because the input is shifted: position 0 sees the start vector, and position P sees pixel P - 1.
     tokens = min(-(-(P + 1) // granule) * granule, gpt.dims.T)
 
     def block(block: Block, x_BTD: jax.Array, _):
@@ -203,6 +211,8 @@ def _written(x_BNSH: jax.Array, new_B1NH: jax.Array, position: jax.Array) -> jax
 
 def _attend(q_B1NH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, position: jax.Array) -> jax.Array:
     """Attention [B, 1, N, H] of the query at `position` over the cache up to there, softmax in float32 or wider."""
+    # The whole segment is read and later positions are masked. Their number changes with each step, and a slice of
+    # changing length would be another program.
     q_BNH, dtype = q_B1NH[:, 0], q_B1NH.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     scores_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH.astype(dtype), preferred_element_type=wide)

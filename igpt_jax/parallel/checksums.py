@@ -37,6 +37,9 @@ def of_array(x: jax.Array) -> jax.Array:
     # One round per dim instead of one weight per element of the whole array, because XLA's CPU compiler makes it fast:
     # 0.1 s per GiB on 2 cores, against 0.6 s. Mixing between rounds is what makes the two dims of (i, j) differ:
     # without it the weight would be (2 i + 1)(2 j + 1), and a transposed array would look the same.
+    #
+    # Example without the mixing: [a, b, c] gives a + 3 b + 5 c, and [b, a, c] gives b + 3 a + 5 c. They differ by
+    # 2 (b - a), which is 0 modulo 2^32 if a and b differ in the highest bit alone. The mixing moves that bit down.
     while words.ndim:
         index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, 0)
         words = _mixed(jnp.sum(words * (2 * index + 1), axis=0, dtype=jnp.uint32))
@@ -67,6 +70,7 @@ def of_host_array(x: np.ndarray) -> int:
             words = words_of(x[None])[0]
         else:
             count = max(1, 2**20 // max(1, x[:1].size))
+            # Sums modulo 2^32 can be split anywhere: `first` gives each part the weights that it has in the whole.
             sums = (weighted_sum(words_of(x[first:first + count]), first) for first in range(0, len(x), count))
             words = _mixed(sum(sums, start=np.zeros(words_of(x[:0]).shape[1:], np.uint32)))
         while words.ndim:
@@ -92,6 +96,8 @@ def _of_each(function: Any, tree: Any) -> np.ndarray:
     """`function` of every array of a tree, computed in one program and replicated over the arrays' mesh, if any."""
     leaves = jax.tree.leaves(tree)
     shardings = [leaf.sharding for leaf in leaves if isinstance(getattr(leaf, "sharding", None), NamedSharding)]
+    # Replicated, so that every process reads the same numbers and takes the same decision. Processes that decide
+    # differently would wait for each other in the next collective.
     replicated = NamedSharding(shardings[0].mesh, PartitionSpec()) if shardings else None
     return np.asarray(_jitted(function, replicated)(leaves))
 

@@ -35,6 +35,10 @@ CONTEXT = "context"
 # are used. The devices of the context axis share sequences and need the same weights, so they share the state as well.
 # Heads and the MLP's hidden dim are split over tensor in parameters and activations alike, so that these products need
 # no gather. D of an activation is never sharded: the fsdp axis already splits its batch.
+#
+# V, T, H and L are absent on purpose. A palette has some hundred colors, so its tables are small. A head stays whole,
+# because a score is a sum over all of H. One loop visits the stacked layers in turn, so a split L would send each layer
+# from one device to all others.
 PARAMETER_RULES: Mapping[str, tuple[str, ...]] = {"D": ("fsdp", CONTEXT), "N": ("tensor",), "F": ("tensor",)}
 ACTIVATION_RULES: Mapping[str, tuple[str, ...]] = {"B": BATCH_AXES, "T": (CONTEXT,), "N": ("tensor",), "F": ("tensor",)}
 
@@ -55,12 +59,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = config.resolve(len(devices))
     shape = [getattr(sizes, axis) for axis in AXES]
     types = (AxisType.Auto,) * len(AXES)
+    # Example without slices: 2 nodes of 8 GPUs with data=2, fsdp=2 and tensor=4. Each tensor group is four GPUs of one
+    # node, each fsdp group is on one node too, and only data crosses the network.
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         # jax.make_mesh splits a side of the torus over two mesh axes on v5e only, and refuses such meshes elsewhere.
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES,
                     axis_types=types)
     # `across` says how many slices each axis spans: as many as data can take, the rest along fsdp.
+    # Example: 4 slices with data=2 and fsdp=64. data can span gcd(4, 2) = 2 of them, and fsdp spans the other factor of
+    # 2. So across = [2, 2, 1, 1], and inside each slice the mesh is [1, 32, 1, 1].
     over_data = math.gcd(slices, sizes.data)
     across = [over_data, slices // over_data, 1, 1]
     if sizes.fsdp % across[1]:
@@ -73,6 +81,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def letters_for(name: str, ndim: int) -> str:
     """The letters of a parameter's dims, from its name: ('query_DNH', 4) -> 'LDNH'."""
+    # A stack of layers has one dim more than its name has letters. The names of tables and heads have a letter for each
+    # dim, so they get no L.
     letters = name.rsplit("_", 1)[-1]
     return letters if len(letters) == ndim else "L" + letters
 
@@ -82,6 +92,8 @@ def spec_for(letters: str, rules: Mapping[str, tuple[str, ...]] = ACTIVATION_RUL
     return PartitionSpec(*(rules.get(letter) for letter in letters))
 
 
+# Cached, because the same parameter is looked up for its value, for each of its moments and for abstract states. The
+# user should read one warning per parameter.
 @functools.cache
 def _warn_replicated(name: str, letter: str, size: int, axes: tuple[str, ...], devices: int) -> None:
     log.warning("%s: its dim %s of %d does not divide over %s of %d devices and is replicated on them.",
@@ -93,6 +105,8 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     letters = letters_for(name, len(shape))
     spec = []
     for letter, size in zip(letters, shape, strict=True):
+        # A dim that does not divide is no error: replication gives the same result and only costs memory. check_model
+        # refuses the two cases where the computation itself could not be split.
         axes = PARAMETER_RULES.get(letter)
         devices = math.prod(mesh.shape[axis] for axis in axes or ())
         if axes and size == 1:  # a factored second moment keeps the parameter's letters, with size 1 where it is a sum
@@ -140,6 +154,8 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 def microbatches_for(batch_size: int, mesh: Mesh, images_per_pass: int) -> int:
     """The smallest number of equal microbatches in which a device has at most `images_per_pass` images at a time."""
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    # Microbatches must be of equal size, since the step averages their means. Therefore the count has to divide a
+    # device's images, and the search takes the first divisor that makes them few enough.
     images = max(1, batch_size // devices)
     return next(count for count in range(1, images + 1) if images % count == 0 and images // count <= images_per_pass)
 

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator
 
+# Bits of an element, of the types whose name does not say them. A predicate takes a whole byte, and a token no memory.
 BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 
 
@@ -56,6 +57,8 @@ def parse(text: str) -> dict[str, Computation]:
             kind, rest = _split_type(line[found.end():])
             opcode, _, rest = rest.partition("(")
             operands, attributes = _split_parenthesis(rest)
+            # Constants and parameters have no operands with %. Their literal or number stands in the same place, and is
+            # kept instead.
             current[found[1]] = Instruction(found[1], kind, opcode.strip(),
                                             tuple(re.findall(r"%([\w.\-]+)", operands)) or (operands,), attributes)
     return program
@@ -90,6 +93,7 @@ def executed(program: dict[str, Computation], computation: Computation, times: f
     for instruction in computation.values():
         yield computation, instruction, times
         if instruction.opcode == "while":
+            # Times multiply: a loop over 4 microbatches around a loop over 48 layers runs the layer's body 192 times.
             inner = times * (trip_count(program, computation, instruction) or 1)
             yield from executed(program, program[instruction.called("body")], inner)
         elif instruction.opcode == "conditional":
@@ -107,7 +111,14 @@ def trip_count(program: dict[str, Computation], computation: Computation, loop: 
     """The number of iterations of a `while`; None if the text does not show it.
 
     Some compilers state it as an attribute. Otherwise it comes from the loop itself: a scan counts from 0 up to a
-    bound, by the step of its counter.
+    bound, by the step of its counter. For a scan over 12 layers that XLA has unrolled twice the text has
+
+        condition:  %bound = s32[] constant(12)
+                    ROOT %compare = pred[] compare(%counter, %bound), direction=LT
+        body:       %two = s32[] constant(2)
+                    %next = s32[] add(%counter, %two)
+
+    where %counter is the same element of the loop's state in both. The count is 12 / 2 = 6.
     """
     if stated := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(stated[1])
@@ -132,6 +143,7 @@ def trip_count(program: dict[str, Computation], computation: Computation, loop: 
         counters = [index for index, value in values.items() if not (value.opcode == "constant" and _constant(value))]
     if len(bounds) != 1 or not bounds[0] or len(counters) != 1:
         return None
+    # Rounded up: a loop that counts 0, 2, 4 up to 5 runs three times.
     return -(-bounds[0] // _step(program[loop.called("body")], counters[0]))
 
 
@@ -140,6 +152,7 @@ def _step(body: Computation, counter: int) -> int:
     root = list(body.values())[-1]
     grown = _source(body, root.operands[counter]) if root.opcode == "tuple" else root
     added = [_source(body, name) for name in grown.operands] if grown.opcode == "add" else []
+    # If the step is not visible, 1 is assumed: the count is then too high rather than too low.
     steps = [_constant(each) for each in added if each.opcode == "constant"]
     return steps[0] if steps and steps[0] else 1
 

@@ -54,6 +54,8 @@ class StopSignal:
             return
         self.requested, self._requested_at = True, time.monotonic()
         if not self.saves:
+            # Python raises it wherever the main thread is, so the job's own clean-up runs. __exit__ turns it into
+            # Preempted.
             raise KeyboardInterrupt
         if self._asked:
             say("saving, then stopping; press Ctrl-C again to stop at once")
@@ -74,6 +76,7 @@ class StopSignal:
     def _listen_to_others(self) -> None:
         """Stops this process when another one stops before there is anything to save. Runs in a thread."""
         while not self._left.wait(GRACE_SECONDS / 2) and not self.saves:
+            # Contexts may be nested. Only the innermost one, whose handler is installed, reacts.
             if signal.getsignal(signal.SIGINT) == self._on_signal and another_stops():
                 return os.kill(os.getpid(), signal.SIGTERM)
 
@@ -82,11 +85,14 @@ class StopSignal:
         if not connected.is_set():
             return self.requested
         if not self._asked:
+            # The service takes SIGTERM over, so it starts only now: before the first step, a stop must end the process
+            # at once. A signal that came earlier is sent again, because the service has not seen it.
             jax.config.update("jax_enable_preemption_service", True)
             jax_distributed.global_state.initialize_preemption_sync_manager()
             if self.requested:
                 os.kill(os.getpid(), signal.SIGTERM)
         if not self._agreed:
+            # The service lets all processes stop at the same number of calls, so each of them counts its calls.
             self._asked += 1
             self._agreed = multihost_utils.reached_preemption_sync_point(self._asked)
         return self._agreed

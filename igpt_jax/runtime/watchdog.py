@@ -32,6 +32,8 @@ class Watchdog:
     """
 
     def __init__(self, allowance: float):
+        # Fifty ticks measure the allowance to 2 %. A tick is at most a second, so a laptop's sleep counts as two
+        # seconds at most.
         self._allowance, self._tick = allowance, min(1.0, allowance / 50)
         self._doing, self._beats, self._seen, self._ticks = "starting", 0, 0, 0
         self._done = threading.Event()
@@ -69,6 +71,7 @@ class Watchdog:
         """Prints what is stuck and ends the process."""
         say(f"igpt_jax: process {jax.process_index()} has made no progress for {self._allowance:g} s while "
             f"{self._doing}. Stacks of all threads:")
+        # faulthandler writes to a file descriptor, which a replacement of sys.stderr may not have.
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         if self._client:
             answer: list[str] = []
@@ -110,6 +113,8 @@ class Watchdog:
 
 def compiling() -> bool:
     """Whether any thread is inside JAX's compiler."""
+    # Compilation takes minutes for large models and gives no sign of progress. The stacks show it without a hook in
+    # JAX.
     for frame in sys._current_frames().values():
         while frame:
             if frame.f_code.co_filename.endswith(COMPILER):

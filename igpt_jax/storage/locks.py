@@ -48,7 +48,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
 def _in_use(workdir: epath.Path, text: str) -> UserError:
     try:
         holder = "host {host}, process {pid}, since {start}".format(**json.loads(text))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError):  # it has the lock, but has not written its name yet
         holder = "a job that is just starting"
     return UserError(f"workdir {workdir} is in use by {holder}. Wait for it, stop it, or give another --workdir.")
 
@@ -87,7 +87,7 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
     found = content()
     if found and not _ended(found):
         time.sleep(3 * HEARTBEAT_SECONDS)
-        if content() not in ("", found):
+        if content() not in ("", found):  # "": its holder ended and removed it while we waited
             raise _in_use(workdir, content())
     latest = beat(0)
     # Of two jobs that start at once the later write wins. Both wait, so that both see who that was.
@@ -104,6 +104,8 @@ def _bucket_lock(workdir: epath.Path, mine: dict) -> Iterator[None]:
             with contextlib.suppress(Exception):  # one failed heartbeat is harmless: others wait for three
                 if (now := content()) not in ("", latest):
                     process.say(f"igpt_jax: {_in_use(workdir, now)} This job ends.", sys.stderr)
+                    # From a thread, sys.exit would end the thread alone. Leaving at once also writes nothing more into
+                    # a workdir that is another job's.
                     os._exit(2)
                 latest = beat(count)
 
@@ -124,7 +126,7 @@ def _ended(text: str) -> bool:
         holder = json.loads(text)
         if holder["host"] != socket.gethostname():
             return False
-        os.kill(holder["pid"], 0)
+        os.kill(holder["pid"], 0)  # signal 0 only asks whether the process exists
     except ProcessLookupError:
         return True
     except (ValueError, KeyError, PermissionError):

@@ -65,10 +65,13 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
 
     def train_step(state: State, tokens_BT: jax.Array, key: jax.Array, labels_B: jax.Array | None = None
                    ) -> tuple[State, dict[str, jax.Array]]:
+        # Keys follow from the run's key and the step, and no key is part of the state. A resumed run therefore draws
+        # what the interrupted one would have drawn.
         step_key = jax.random.fold_in(key, state["step"]) if model.objective.random or uses_dropout else None
         keys_B = None
         if model.objective.random:
             keys_B = objectives.example_keys(jax.random.fold_in(step_key, VIEW), jnp.arange(len(tokens_BT)))
+        # Views are drawn for the whole batch, before it is split. So they do not depend on the number of microbatches.
         view = model.objective.view(tokens_BT, keys_B, model.dims.V)
         (loss, measured), gradients = _accumulated(loss_fn, state["params"], (tokens_BT, labels_B, view),
                                                    step_key if uses_dropout else None, config.accumulate)
@@ -79,6 +82,8 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
             good, spikes = _unless_spiking(state, good, gradient_norm, config.optimizer.spike_factor)
         else:
             spikes = {}
+        # A skipped update is computed too, and then not chosen: XLA fuses the choice into the last operation of the
+        # update, so it costs no further pass over the state.
         directions, moments = optimizer.update(gradients, state["optimizer"], state["params"])
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state["params"], directions)
         # Each parameter is judged by itself. To skip the whole update where one of them overflows would take a second
@@ -127,7 +132,13 @@ def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], batch: An
     if microbatches == 1:
         return loss_and_gradients(params, batch, key)
     # Microbatch i takes every `microbatches`-th image from the i-th on. A device holds consecutive images of the
-    # batch, so each microbatch takes an equal share of every device's images, and none moves to another device.
+    # batch, so each microbatch takes an equal share of every device's images, and none moves to another device. With 8
+    # images, 2 devices and 2 microbatches:
+    #
+    #     device          0          1
+    #     images       0 1 2 3    4 5 6 7
+    #     first        0   2      4   6
+    #     second         1   3      5   7
     stacked = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(sums, indexed):
@@ -136,6 +147,8 @@ def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], batch: An
         batch = jax.tree.map(lambda x: sharding.constrain(x, "B" + "." * (x.ndim - 1)), batch)
         return jax.tree.map(jnp.add, sums, loss_and_gradients(params, batch, own_key)), None
 
+    # The sums start at zero instead of at the first microbatch's gradients. The loop's body is then the only copy of
+    # the forward and backward pass in the program.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
                          jax.eval_shape(loss_and_gradients, params, jax.tree.map(lambda x: x[0], stacked), key))
     sums, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), stacked))
@@ -144,6 +157,8 @@ def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], batch: An
 
 def jit_train_step(model: Model, config: PretrainConfig, mesh: Mesh, warmup_steps: int) -> Callable:
     """The jitted training step. It keeps the state's shardings and overwrites the state's memory (donation)."""
+    # With donation the new state takes the old one's memory. Without it a step would need room for two copies of
+    # parameters and moments.
     return jax.jit(make_train_step(model, config, warmup_steps), donate_argnums=0,
                    out_shardings=(state_shardings(model, config, mesh), None))
 
@@ -153,6 +168,7 @@ def _unless_spiking(state: State, good: jax.Array, gradient_norm: jax.Array,
     """Whether to accept an update that is otherwise good, and the running mean of the norms of accepted ones."""
     mean, accepted = state["usual_gradient_norm"], state["step"] - state["skipped"]
     unbiased = mean / (1 - SPIKE_DECAY ** jnp.maximum(accepted, 1))  # as Adam corrects its moments
+    # A spike does not enter the mean that it is judged by: otherwise a run of spikes would soon look usual.
     good &= (accepted < SPIKE_AFTER) | (gradient_norm <= factor * unbiased)
     moved = SPIKE_DECAY * mean + (1 - SPIKE_DECAY) * gradient_norm
     return good, {"usual_gradient_norm": jnp.where(good, moved, mean).astype(jnp.float32)}

@@ -2,6 +2,18 @@
 
 certificate.json in the workdir holds the target's absolute path and lists its files with sizes and times. The next run
 with this workdir and target recognizes its files by that list, and keeps all others.
+
+A run can be killed at any moment, and the next one must still know which files are convert's. So the order is:
+
+1. The certificate is written with this target's path and the list of the former files. A staging folder is now known to
+   be convert's.
+2. The new files are written into the staging folder, which is in the target's folder, so that moving them is a rename.
+3. The certificate is written again with the list of the new files.
+4. The former files are moved away, then the new ones into place, those last by which a folder is taken for a model.
+5. The staging folder is removed, and the former files with it.
+
+After a kill in step 4 some listed files are missing. The next run accepts that and replaces those that are there. After
+a kill between steps 3 and 4 the former files no longer match the list, and the next run refuses them in one line.
 """
 
 import contextlib
@@ -82,6 +94,7 @@ class Target:
             replaced = {name.partition("/")[0] for name in self._mine if (self.folder / name).exists()}
             self._refuse((name for name in entries if name not in replaced and os.path.lexists(self.folder / name)),
                          "is already there, and convert did not write it. Move it away")
+        # Ctrl-C and stop signals too: nothing has been moved yet, so removing the staging folder undoes everything.
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -141,6 +154,8 @@ class Target:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if self._local:
                 found = os.stat(folder / name)
+                # Size and time, not a hash: the weights of iGPT-XL are 27 GB, and every run would have to read them
+                # first. Whole seconds, because some file systems keep no more.
                 return [found.st_size, int(found.st_mtime)]
             return [(folder / name).stat().length, 0]
         return None
@@ -155,6 +170,8 @@ def _listed(certificate: bytes | None, place: str) -> tuple[Files, bool]:
         files = {name: [int(size), int(time)] for name, (size, time) in recorded["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}, False
+    # The certificate is a file that anybody may have edited. A name such as ../x must not lead out of the target's
+    # folder.
     inside = all(name == os.path.normpath(name) and name.partition("/")[0] not in ("", ".", "..") for name in files)
     return (files, True) if inside else ({}, False)
 

@@ -31,6 +31,10 @@ class _Appended:
 
     Its SHA-256 is that of the concatenated SHA-256 digests of its shards' rows. A SHA-256 over all rows could not be
     resumed, because hashlib's state cannot be saved.
+
+    Rows are either written, in whole shards, or pending in memory. A resumed writer has the rows and digests of the
+    last `state`. If the interrupted one wrote more shards after it, they are written again in the same place: the same
+    rows in the same order give the same bytes. Those that the resumed writer does not reach are cut off in `finish`.
     """
 
     def __init__(self, path: epath.Path, rows_per_shard: int, chunk: int, dtype: str, codecs: list[dict]):
@@ -72,12 +76,14 @@ class _Appended:
     def _write(self, count: int) -> None:
         rows = np.concatenate(self._pending)
         now, later = rows[:count], rows[count:]
+        # A copy, because a slice would keep all of `rows` in memory, a whole shard.
         self._pending = [later.copy()] if len(later) else []
         start, stop = self._written, self._written + count
         if self._array is None:  # the first shard sets the shard size: a small split gets a shard of its own size
             size = -(-count // self.chunk) * self.chunk
             self._array = create_array(self._path, [size, *rows.shape[1:]], self._dtype, self._codecs)
         free = [None] * (rows.ndim - 1)
+        # Not shrunk here: rows beyond `stop` may be those of an interrupted writer, and `finish` sets the final length.
         self._array = self._array.resize(exclusive_max=[stop, *free], expand_only=True).result()
         self._array[start:stop].write(now).result()
         self._digests.append(hashlib.sha256(np.ascontiguousarray(now).data).hexdigest())
@@ -151,6 +157,7 @@ class Writer:
         data = io.BytesIO()
         np.savez(data, record=np.frombuffer(json.dumps(record).encode(), np.uint8),
                  **{name: pending for name, (_, pending) in states.items()})
+        # One file holds counts, digests and pending rows, and it appears in one rename. So they always fit together.
         storage.publish(self._path / PROGRESS, data.getvalue())
 
     def resume(self) -> dict[str, Any] | None:

@@ -39,6 +39,8 @@ def zigzag_exchange(x_BTNH: jax.Array) -> jax.Array:
     """Trades second halves with the mirror device; a second call trades them back (inside shard_map)."""
     shards = sharding.context_shards()
     first, second = jnp.split(x_BTNH, 2, axis=1)
+    # c and C - 1 - c trade places, so the permutation is its own inverse. First halves stay, which keeps half of the
+    # queries off the network.
     # With an odd number of devices the middle one is its own mirror and keeps both halves, which are right for it.
     second = jax.lax.ppermute(second, sharding.CONTEXT, [(c, shards - 1 - c) for c in range(shards)])
     return jnp.concatenate([first, second], axis=1)
@@ -64,8 +66,14 @@ def _schedule(tokens: int, shards: int) -> tuple[int, np.ndarray]:
     A pair is (row, query, key): the query block's row on its device, and the positions of both blocks in the sequence,
     in blocks. Only pairs with an unmasked score are listed, and every device has the same number of them: one program
     with a loop of fixed length serves all devices, each with its own list.
+
+    Example: four blocks on two devices, after the exchange. Both have five pairs:
+
+        device 0, blocks 0 and 3:   (0, 0, 0)                        (1, 3, 0) (1, 3, 1) (1, 3, 2) (1, 3, 3)
+        device 1, blocks 2 and 1:   (0, 2, 0) (0, 2, 1) (0, 2, 2)    (1, 1, 0) (1, 1, 1)
     """
     half = tokens // (2 * shards)
+    # A block never crosses from one half into the other, because positions jump there. So its size divides a half.
     block = max(size for size in range(1, min(half, BLOCK) + 1) if half % size == 0)
     pairs = [[(row, query, key) for row, query in enumerate(positions(device, shards, tokens)[::block] // block)
               for key in range(query + 1)] for device in range(shards)]
@@ -94,10 +102,14 @@ def _joined(x_RBNtH: jax.Array) -> jax.Array:
 
 def _own_pairs(k_BSNH: jax.Array) -> tuple[int, jax.Array]:
     """Tokens of a block, and this device's pairs [pairs, 3]."""
+    # Every device runs this same program. The table of all lists is a constant in it, and the device's number picks
+    # one.
     block, pairs = _schedule(k_BSNH.shape[1], sharding.context_shards())
     return block, jnp.asarray(pairs)[jax.lax.axis_index(sharding.CONTEXT)]
 
 
+# The gradient is written by hand. JAX's own would save the scores and weights of every pair of blocks for the backward
+# pass, which are together the whole [T, S] matrix that the blocks exist to avoid.
 @jax.custom_vjp
 def _flash(q_BTNH, k_BSNH, v_BSNH):
     return _flash_forward(q_BTNH, k_BSNH, v_BSNH)[0]
@@ -132,6 +144,8 @@ def _flash_backward(saved, d_out):
     q, k, v, out, d_out = (_in_blocks(x, block) for x in (*saved[:4], d_out))
     log_sums = saved[4]
     wide = log_sums.dtype
+    # The gradient of a softmax subtracts, per query, the mean of d_weights under the weights. It equals the inner
+    # product of the output and its gradient, which needs no scores (Dao et al. 2022, Appendix B.2).
     inner = (d_out * out).astype(wide).sum(-1, keepdims=True)
     einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
 
@@ -143,6 +157,7 @@ def _flash_backward(saved, d_out):
         weights = jnp.exp(_scores(q[row], k[key], query, key, wide) - log_sums[row])
         d_weights = einsum("BNtH,BNsH->BNts", d_out[row], v[key])
         d_scores = (weights * (d_weights - inner[row]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        # A query block meets several key blocks and a key block several query blocks, so all three gradients are sums.
         return (dq.at[row].add(einsum("BNts,BNsH->BNtH", d_scores, k[key])),
                 dk.at[key].add(einsum("BNts,BNtH->BNsH", d_scores, q[row])),
                 dv.at[key].add(einsum("BNts,BNtH->BNsH", weights.astype(q.dtype), d_out[row]))), None
