@@ -142,6 +142,7 @@ def build_lookup_table(palette_VC: np.ndarray) -> np.ndarray:
     palette_VC = palette_VC.astype(np.float64)
     # Squared distance along one channel, from each of its 256 values to each palette entry.
     channel_CPV = (_scaled(np.arange(256))[None, :, None] - palette_VC.T[:, None, :]) ** 2
+    # A group spans 8 values of each channel, 3.5 to either side of its center.
     half_width = 3.5 / 127.5
     centers = _scaled(np.arange(32) * 8 + 3.5)
     red_GV, green_GV, blue_GV = (centers[:, None] - palette_VC.T[:, None, :]) ** 2
@@ -155,6 +156,7 @@ def build_lookup_table(palette_VC: np.ndarray) -> np.ndarray:
         # 1e-9 is far above float64's rounding error of distances up to 12, so ties remain candidates.
         candidate_GV = excess_GV <= 2 * half_width * l1_VV[nearest_G] + 1e-9
         count_G = candidate_GV.sum(1)
+        # Groups with equally many candidates are compared in one array operation.
         for count in np.unique(count_G):
             group_G = np.flatnonzero(count_G == count)
             token_GK = np.nonzero(candidate_GV[group_G])[1].reshape(-1, count)  # ascending: ties go to the lowest

@@ -12,9 +12,9 @@ from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel.topology import GIB, Target
 from igpt_jax.planner.compilation import Verdict
+from igpt_jax.planner.cost import RunCost, run_cost
 from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.roofline import Forecast, forecast
-from igpt_jax.planner.schedule import Schedule, schedule
 
 EXACT, COMPILER, ESTIMATE = Evidence.EXACT, Evidence.COMPILER, Evidence.ESTIMATE
 
@@ -33,7 +33,7 @@ class Answer:
     usable_bytes: int
     model_flops: float
     forecast: Forecast | None = None
-    schedule: Schedule | None = None
+    schedule: RunCost | None = None  # named so in plan.json
 
     @property
     def fits(self) -> bool | None:
@@ -143,7 +143,7 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, e
         return plain
     time = forecast(target, verdict.mesh, verdict.flops, verdict.memory_bytes, verdict.collective_bytes, share,
                     evidence)
-    return dataclasses.replace(plain, forecast=time, schedule=schedule(
+    return dataclasses.replace(plain, forecast=time, schedule=run_cost(
         config, target, time.step_seconds, flops, verdict.checkpoint_bytes))
 
 

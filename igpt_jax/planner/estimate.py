@@ -38,6 +38,9 @@ def estimate(config: PlanConfig) -> Estimate:
     # pass of one block or at the logits, whichever needs more, with all saved activations still held.
     state = own * (2 * WHOLE + SECOND_MOMENT_BYTES[config.optimizer.second_moment])
     gradients = own * WHOLE * (1 if microbatches == 1 else 2)
+    # Values of a block that its backward pass finds saved, for one token. Values that are split over tensor are divided
+    # by it. `full`: the block's input. `attention`: also the heads' outputs. `dots`: also the results of all products,
+    # which are q, k, v and up, split, and out and down, whole.
     saved_by_remat = {"full": D, "offload": D, "attention": D + D / mesh.tensor,
                       "dots": 3 * D + (4 * D + F) / mesh.tensor, "none": 8 * D + (8 * D + 3 * F) / mesh.tensor}
     saved_bytes = saved_by_remat[remat] * HALF  # of one token in one layer

@@ -93,6 +93,8 @@ def candidates(config: PlanConfig, target: topology.Target, share: float, vary: 
 
 def distinct(ranked: list[Candidate]) -> list[Candidate]:
     """Keeps the first of the candidates that differ only in how the batch is split over data and fsdp."""
+    # How the batch is split over data and fsdp changes little else, so these candidates would fill the list with near
+    # copies of the best one.
     first: dict[tuple, Candidate] = {}
     for each in ranked:
         mesh, model = each.config.mesh, each.config.model
@@ -105,6 +107,8 @@ def remedies(config: PlanConfig, verdict: Verdict, target: topology.Target, shar
 
     Estimates are scaled by the error of the estimate for `config`.
     """
+    # The estimate is off by a similar factor for neighboring settings. Its error is known for this one, whose step was
+    # compiled. 5 % of the memory stay in reserve.
     error = verdict.required_bytes / estimate(config).required_bytes if verdict.required_bytes else 1.0
     room = 0.95 * target.chip.usable_bytes / max(error, 1.0)
 

@@ -46,6 +46,8 @@ def verdict_for(config: PlanConfig) -> Verdict:
     verdict = _ask(config)
     if verdict.status == "refused":
         raise UserError(verdict.message)
+    # A step that does not fit is a result and is cached. A failure may be this machine's, such as too little memory for
+    # the compiler, and could succeed next time.
     if verdict.status != "failed":
         storage.publish(file, json.dumps(dataclasses.asdict(verdict)))
     return verdict
@@ -64,6 +66,7 @@ def _ask(config: PlanConfig) -> Verdict:
             return Verdict("failed", f"the compiler took more than {TIMEOUT_SECONDS / 60:.0f} minutes.")
         if out.exists() and done.returncode == 0:
             return Verdict(**json.loads(out.read_text()))
+        # A compiler that crashes writes its reason to stderr, usually in the last line.
         last = [f": {line.strip()}" for line in done.stderr.splitlines() if line.strip()] or ["."]
         return Verdict("failed", f"the compiler's process {_end(done.returncode)}{last[-1]}")
 

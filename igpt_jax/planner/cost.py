@@ -12,7 +12,7 @@ V100_FLOPS = 5.2e12
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class RunCost:
     """A whole run without interruptions.
 
     Attributes:
@@ -30,8 +30,8 @@ class Schedule:
     save_every_seconds: float
 
 
-def schedule(config: PlanConfig, target: Target, step_seconds: float, model_flops: float, checkpoint_bytes: int
-             ) -> Schedule:
+def run_cost(config: PlanConfig, target: Target, step_seconds: float, model_flops: float, checkpoint_bytes: int
+             ) -> RunCost:
     """Computes what `config.steps` steps cost.
 
     The interval between checkpoints that loses the least time is sqrt(2 x seconds of a save x mean seconds between
@@ -47,5 +47,5 @@ def schedule(config: PlanConfig, target: Target, step_seconds: float, model_flop
     price = target.chip.dollars_per_hour if config.dollars_per_device_hour < 0 else config.dollars_per_device_hour
     save = checkpoint_bytes / (config.save_gigabytes_per_second * 1e9)
     between_failures = 1000 * DAY / (config.failures_per_1000_device_days * target.devices)
-    return Schedule(seconds / DAY, hours, config.steps * model_flops / V100_FLOPS / DAY, hours * price,
-                    checkpoint_bytes, save, math.sqrt(2 * save * between_failures))
+    return RunCost(seconds / DAY, hours, config.steps * model_flops / V100_FLOPS / DAY, hours * price,
+                   checkpoint_bytes, save, math.sqrt(2 * save * between_failures))
