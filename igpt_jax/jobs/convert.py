@@ -106,8 +106,8 @@ def _refuse_unsupported(config: ConvertConfig, source: Weights, target: str) -> 
     if with_classes and "class_head_KD" not in source.names:
         raise UserError(f"head=classes: {given} holds no class head. Leave head=pixels.")
     if with_classes and ours.class_layer_of(source) not in (-1, source.sizes["L"]):
-        raise UserError(f"{given}: its class head reads layer {ours.class_layer_of(source)}, "
-                        f"{target}'s reads the last. Only orbax:DIR can hold it.")
+        raise UserError(f"{given}: its class head reads layer {ours.class_layer_of(source)}, but {target}'s class head "
+                        "reads the last layer. Convert it to orbax:DIR.")
     if "head_VD" not in source.names and not (target == "huggingface" and with_classes):
         fix = "Set --config.head=classes." if target == "huggingface" else "Convert it to orbax:DIR."
         raise UserError(f"{given} holds no head for pixels. {fix}")

@@ -100,8 +100,9 @@ class HuggingFaceWeights(ForeignWeights):
         biases = [tensor.bias.format(layer) for tensor in table if tensor.bias for layer in range(self.sizes["L"])]
         trained = [name for name in biases if np.any(self._slice(name, 0, 0, self._shapes[name][0]))]
         if trained:
-            raise UserError(f"{where}: {trained[0]} is not zero ({len(trained)} biases are not). The published model "
-                            "has none, and none can be kept here: a model fine-tuned in transformers trained them.")
+            raise UserError(f"{where}: {trained[0]} is not zero, nor are {len(trained) - 1} other biases. The "
+                            "published model has no biases, so a model that was fine-tuned with them cannot be "
+                            "converted.")
 
 
 def _open(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -120,8 +121,8 @@ def _open(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, tuple[int
                 if name in files:
                     raise UserError(f"{where}: {name} is in two files. Export the folder again.")
                 if tensor.get_dtype() != "F32" and not name.endswith(LEGACY):
-                    raise UserError(f"{where}: {name} is {tensor.get_dtype()}; weights are converted as F32. Load the "
-                                    "model in transformers with dtype=torch.float32 and save_pretrained it again.")
+                    raise UserError(f"{where}: {name} is {tensor.get_dtype()}; only F32 is converted. Load the model "
+                                    "in transformers with dtype=torch.float32, and save it with save_pretrained.")
                 files[name], shapes[name] = opened, tuple(tensor.get_shape())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{where}: {file.name} cannot be read: {str(error).splitlines()[0]}") from None
@@ -143,9 +144,9 @@ def _safetensors_in(folder: Path, where: str) -> list[Path]:
         return [folder / shard for shard in shards]
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
-        raise UserError(f"{where}: {pickles[0]} is a pickle, which can run any code when it is read; it is not. On a "
-                        "machine that holds nothing of value: load the folder with transformers' from_pretrained, "
-                        "save_pretrained it to a new folder, and convert that one's model.safetensors.")
+        raise UserError(f"{where}: {pickles[0]} is a pickle. Pickles are not read, because that can run any code. On a "
+                        "machine that holds nothing of value, load the folder with transformers' from_pretrained, "
+                        "save it to a new folder with save_pretrained, and convert the new folder.")
     raise UserError(f"{where} holds no model.safetensors. Give a folder that transformers' save_pretrained made.")
 
 
@@ -157,8 +158,8 @@ def _sizes(where: str, config: dict[str, Any], found: dict[str, tuple[int, ...]]
         ("V", "vocab_size", 513))}
     wrong = [value for value in sizes.values() if type(value) is not int or value < 1]
     if wrong or sizes["D"] % sizes["N"]:
-        raise UserError(f"{where}: config.json must have positive whole n_layer, n_embd, n_head, n_positions and "
-                        f"vocab_size, and n_embd a multiple of n_head; it has {list(sizes.values())}.")
+        raise UserError(f"{where}: config.json must have positive integers n_layer, n_embd, n_head, n_positions and "
+                        f"vocab_size, and n_embd must be a multiple of n_head. It has {list(sizes.values())}.")
     sizes |= {"V": sizes["V"] - 1, "H": sizes["D"] // sizes["N"], "F": config.get("n_inner") or 4 * sizes["D"]}
     return sizes | ({"K": found["score.weight"][0]} if "score.weight" in found else {})
 
