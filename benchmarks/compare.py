@@ -11,7 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
-MEASURED = {"rows", "load", "product_flops", "peak_bytes", "peak_mib", "jax", "torch"}  # all else must agree
+MEASURED = {"rows", "load", "product_flops", "peak_bytes", "peak_mib", "jax", "torch", "queue"}  # all else must agree
 
 
 def rows_by_name(figures: dict[str, Any]) -> dict[str, float]:

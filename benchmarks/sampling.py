@@ -13,9 +13,11 @@ Then it measures one step with the cache of each segment, at 1,024 and 4,096 pix
 """
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -119,7 +121,10 @@ def whole_images(options: argparse.Namespace, cache: str) -> dict[str, Any]:
     array, read = jnp.ones(2**28, jnp.float32), jax.jit(jnp.sum)
     bandwidth(array, read)  # compiles
     run = ours(model, params, batch, cache)
-    their_run = options.theirs and theirs(d, batch, options.theirs, options.precision)
+    installed = all(map(importlib.util.find_spec, ("torch", "transformers")))
+    if options.theirs and not installed:
+        print("PyTorch or transformers is not installed: measuring ours alone", file=sys.stderr)
+    their_run = installed and options.theirs and theirs(d, batch, options.theirs, options.precision)
     speeds, seconds, their_seconds = [], [], []
     for _ in range(options.rounds):  # in turns, so that a noisy machine is noisy for all
         speeds.append(bandwidth(array, read))

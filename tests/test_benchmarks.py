@@ -1,12 +1,23 @@
-"""Tests of the benchmarks: comparing figures, and the slices of gpu.sh on tiny shapes."""
+"""Tests of the benchmarks: comparing figures, packing images, and the queue of gpu.sh."""
 
+import io
 import json
-import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, patience
+from PIL import Image
+
+from igpt_jax.config import PrepareConfig
+from igpt_jax.data import palette
+from igpt_jax.data.store import Store
+from igpt_jax.jobs import prepare
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+import pack  # noqa: E402
 
 
 def compare(tmp_path, before, after):
@@ -32,44 +43,135 @@ def test_compare_finds_slower_rows_and_refuses_other_hardware(tmp_path):
     assert compare(tmp_path, figures(1.0), [])[0] == 2
 
 
-STAND_IN = """#!/bin/sh
-[ "$1" != -c ] || exit {has_torch}
-while [ "$1" != --json ]; do shift; done
-echo '{{"rows": []}}' > "$2"
-echo "plain GPT: failed" >&2
-exit 1
-"""
+def sprite(images_BYXC):
+    """Four images as a lossless WebP of 2x2."""
+    rows = [np.concatenate(pair, axis=1) for pair in (images_BYXC[:2], images_BYXC[2:])]
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(file, "WEBP", lossless=True, exact=True)
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
-@pytest.mark.parametrize(("has_torch", "slice_", "files", "message"), [
-    (0, "peers", {"peers_2x32x2_8.json", "peers_2x32x2_8.log"}, "exit code 1: plain GPT: failed"),
-    (1, "peers", set(), "pip install '.[huggingface]'"),
-    (1, "kernels", {"kernel_1x64x2x16.json", "kernel_1x64x2x16.log"}, "exit code 1")])
-def test_a_failed_candidate_loses_no_figures(tmp_path, has_torch, slice_, files, message):
-    """Seen to fail with the figures moved only if no candidate failed."""
-    python = tmp_path / "python"
-    python.write_text(STAND_IN.format(has_torch=has_torch))
-    python.chmod(0o755)
-    done = subprocess.run([ROOT / "benchmarks/gpu.sh", slice_, python, tmp_path / "out"], text=True,
-                          capture_output=True, env={**os.environ, "TINY": "1"})
-    assert done.returncode == 1 and message in done.stdout, done.stdout + done.stderr
-    assert {file.name for file in (tmp_path / "out").iterdir()} == files
+def test_packed_images_make_the_same_store(tmp_path):
+    """The store of unpacked images has the tokens and labels of the originals, also where these come as sprites.
+
+    Seen to fail with ranks in place of `order_V` in `unpack`, and with the rows of a sprite's grid swapped.
+    """
+    random = np.random.default_rng(0)
+    palette_VC = (random.integers(0, 256, (40, 3)) / 127.5 - 1).astype(np.float32)
+    images, labels = random.integers(0, 256, (12, 8, 8, 3), np.uint8), np.arange(12) % 3
+    np.savez(tmp_path / "a.npz", images=images[:3], labels=labels[:3])
+    sprites = [sprite(images[3:7]), sprite(images[[7, 8, 8, 8]])]  # the second one is not full
+    np.savez(tmp_path / "b.npz", webp=np.concatenate(sprites), webp_len=list(map(len, sprites)), grid=2,
+             labels=labels[3:9])
+    np.savez(tmp_path / "c.npz", images=images[9:], labels=labels[9:])
+    pack.pack(tmp_path / "packed.xz", palette_VC, {"train": [tmp_path / "a.npz", tmp_path / "b.npz"],
+                                                   "test": [tmp_path / "c.npz"]})
+    pack.unpack(tmp_path / "packed.xz", tmp_path / "out")
+    prepare.run(PrepareConfig(source=f"npz:{tmp_path}/out/train.npz", test_source=f"npz:{tmp_path}/out/test.npz",
+                              palette=f"{tmp_path}/out/palette.npy", held_out=0.0), str(tmp_path / "store"))
+
+    store, table = Store.open(tmp_path / "store"), palette.lookup_table(palette_VC)
+    assert (store.palette == palette_VC).all()
+    for name, rows in (("train", slice(9)), ("test", slice(9, None))):
+        split = store.split(name)
+        read = split.read(np.arange(split.count))
+        assert (palette.encode(read, table) == palette.encode(images[rows], table)).all()
+        assert (split.labels(np.arange(split.count)) == labels[rows]).all()
+
+
+def test_a_palette_with_equal_colors_is_not_packed(tmp_path):
+    """Its indices could not be read back. Seen to fail without the check."""
+    with pytest.raises(pack.UserError, match="equal in 8 bits"):
+        pack.pack(tmp_path / "packed.xz", np.float32([[0, 0, 0], [0, 0, 0], [1, 1, 1]]), {})
+
+
+@pytest.fixture
+def queue(tmp_path, capsys):
+    """Runs a queue of programs given as text, and returns the number of failures and the printed lines."""
+    def run(programs, seconds=1000.0, code="a"):
+        for name, (_, text) in programs.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        steps = [gpu.Step(name, estimate, f"{name}.py --size=1") for name, (estimate, _) in programs.items()]
+        failures = gpu.run(steps, seconds, tmp_path / "out", {"code": code, "device": "d"}, tmp_path)
+        return failures, capsys.readouterr().out.splitlines()
+    return run
+
+
+WRITE = "import sys; open(sys.argv[-1], 'w').write('{\"rows\": []}')"
+
+
+def test_the_queue_is_cut_by_its_budget_and_resumes(queue, tmp_path):
+    """A step that does not fit is skipped, the others run; what failed comes last the next time, what is there is kept
+    until the code changes.
+
+    Seen to fail with the queue ended by a step that does not fit, without the order by failures, and without `code`
+    in the comparison.
+    """
+    programs = {"long": (2000.0, WRITE), "broken": (100.0, "raise SystemExit('no memory')"), "one": (100.0, WRITE)}
+    failures, lines = queue(programs)
+    assert failures == 1 and lines == [
+        lines[0], "broken: broken.py --size=1", lines[2], "one: one.py --size=1"]
+    assert lines[0].startswith("long: skipped, takes about 2000 s of the ") and lines[2].endswith("no memory")
+    figures, log = (tmp_path / "out" / name for name in ("one.json", "broken.log"))
+    assert json.loads(figures.read_text())["queue"]["command"] == "one.py --size=1"
+    assert "no memory" in log.read_text()
+
+    failures, lines = queue({**programs, "broken": (100.0, WRITE)})
+    assert failures == 0 and lines[1:] == ["one: measured before", "broken: broken.py --size=1"]
+    assert not log.exists() and (tmp_path / "out/broken.json").exists()
+    assert queue(programs, code="b")[1][-1] == "one: one.py --size=1"
+
+
+def test_a_failed_candidate_loses_no_figures(queue, tmp_path):
+    """A step that stopped (exit code 75) is run again; one that does not end is ended.
+
+    Seen to fail with figures moved only after exit code 0, without the exit code in `is_measured`, and, by its
+    time-out, without the limit.
+    """
+    failures, lines = queue({"half": (100.0, f"{WRITE}; raise SystemExit('plain GPT failed')")})
+    assert failures == 1 and lines[-1].endswith("plain GPT failed")
+    assert (tmp_path / "out/half.json").exists() and (tmp_path / "out/half.log").exists()
+    assert queue({"half": (100.0, f"{WRITE}; raise SystemExit(75)")}, code="b")[0] == 0
+    assert queue({"half": (100.0, WRITE)}, code="b")[1] == ["half: half.py --size=1"]  # continues what had stopped
+    failures, lines = queue({"endless": (0.1, "import time; time.sleep(1e6)")})
+    assert failures == 1 and "ended after 0 s" in lines[-1]
+
+
+def test_the_summary_has_a_line_per_goal(tmp_path):
+    """Seen to fail with `at most` read as `at least`."""
+    rows = [{"name": "ours, bfloat16, 1 device", "seconds": 1.0, "mfu": 0.4, "peak_bytes": 8, "planned_bytes": 10},
+            {"name": "plain GPT, compiled", "seconds": 1.2}]
+    identity = {"code": "a", "device": "d"}
+    (tmp_path / "step_igpt_s.json").write_text(json.dumps({"rows": rows, "queue": {**identity, "exit_code": 0}}))
+    lines = {line[:56].strip(): line[56:].strip() for line in gpu.summary(tmp_path, identity)}
+    assert lines["iGPT-S, MFU"] == "goal: at least 38.0%  40.0%  met"
+    assert lines["iGPT-S, peak memory off the plan"] == "goal: at most 10.0%  20.0%  MISSED"
+    assert lines["iGPT-S, speed in multiples of plain GPT's, compiled"].endswith("1.20  met")
+    assert lines["iGPT-S, speed in multiples of Hugging Face's, compiled"].endswith("not measured")
+    assert all("by other code" in line for line in gpu.summary(tmp_path, {**identity, "code": "b"}) if "%  met" in line)
+
+
+def test_figures_of_cpus_stay_out_of_the_results(monkeypatch):
+    """Seen to fail without the check of the platform."""
+    for arguments, message in ((["10"], "not on a GPU"), (["10", "--tiny", f"--folder={gpu.RESULTS}"], "real figures")):
+        done = subprocess.run([sys.executable, ROOT / "benchmarks/gpu.py", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slice_", ["kernels", "steps", "flags", "sampling", "peers"])
-def test_gpu_slices(tmp_path, slice_):
-    """On tiny shapes and the CPU, each writes its files, and a second run measures nothing again."""
-    def run(*arguments, **more):
-        return subprocess.run([ROOT / "benchmarks/gpu.sh", *arguments], capture_output=True, text=True,
-                              env={**os.environ, "TINY": "1", **more})
-
-    done = run(slice_, sys.executable, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = sorted(tmp_path.iterdir())
-    assert files and all(file.suffix == ".json" and json.loads(file.read_text()) for file in files)
-    done = run(slice_, sys.executable, tmp_path)
-    assert done.returncode == 0 and not done.stdout, done.stdout
-    (tmp_path / files[0]).unlink()
-    done = run(slice_, sys.executable, tmp_path, SLICE_SECONDS="1")
-    assert done.returncode == 1 and "run it again" in done.stdout
+def test_the_queue_on_tiny_shapes(tmp_path):
+    """All steps run on a CPU, and the second time none does."""
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "palette.npy", (random.integers(0, 256, (40, 3)) / 127.5 - 1).astype(np.float32))
+    for split, count in (("train", 200), ("test", 40)):
+        np.savez(tmp_path / f"{split}.npz", images=random.integers(0, 256, (count, 32, 32, 3), np.uint8),
+                 labels=np.arange(count) % 4)
+    pack.pack(tmp_path / "packed.xz", palette.load(tmp_path / "palette.npy"),
+              {split: [tmp_path / f"{split}.npz"] for split in pack.SPLITS})
+    command = [sys.executable, "benchmarks/gpu.py", str(patience(1000)), "--tiny", f"--data={tmp_path}/packed.xz",
+               f"--folder={tmp_path}/out"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(1000))
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("measured before") == len(gpu.QUEUE)
+    assert {file.stem for file in tmp_path.glob("out/*.json")} == {step.name for step in gpu.QUEUE}

@@ -219,7 +219,7 @@ def test_reproductions(tmp_path, script):
                               env={**os.environ, "WARMUP": "1", **sources[script]}, capture_output=True)
         assert done.returncode == 0, done.stderr
         ends = [json.loads(file.read_text())["status"] for file in tmp_path.glob("runs/*/result.json")]
-        assert ends == ["done"] * {"reproduce": 7, "reproduce_10m": 5, "transfer": 6}[script]
+        assert ends == ["done"] * {"reproduce": 7, "reproduce_10m": 6, "transfer": 6}[script]
         assert (tmp_path / "runs/report/report.html").exists()
         found = sorted(tmp_path.glob("runs/*/checkpoints/*"))
         assert found and checkpoints in (None, found)
