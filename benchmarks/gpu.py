@@ -58,7 +58,7 @@ QUEUE = (
     Step("step_igpt_m", 50, f"{M} --batch=64"),
     Step("step_igpt_xl", 90, f"{XL} --batch=8"),
     Step("sample_igpt_s", 60, f"{SAMPLE} --size=igpt_s --batch=1024"),
-    Step("sample_igpt_l", 90, f"{SAMPLE} --size=igpt_l --batch=256"),
+    Step("sample_igpt_l", 90, f"{SAMPLE} --size=igpt_l --batch=128"),
     Step("step_igpt_s_48", 40, f"{S} --side=48"),
     Step("step_igpt_s_64", 40, f"{S} --side=64 --batch=32"),
     Step("step_igpt_m_48", 50, f"{M} --side=48 --batch=32"),

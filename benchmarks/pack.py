@@ -7,7 +7,7 @@ An .npz has `images` uint8 [n, Y, X, 3] and `labels` [n]; or, instead of images,
 the other (`webp`), their lengths in bytes (`webp_len`), and the images along each side of a sprite (`grid`).
 
 A pixel is stored as the luminance rank of its palette color. Similar colors then have similar numbers, and xz packs
-CIFAR-10 into 675 bytes an image, 41 MB in all. Only the palette color of each pixel is kept. It maps back to its own
+CIFAR-10 into 670 bytes an image, 40 MB in all. Only the palette color of each pixel is kept. It maps back to its own
 index, so a store of the unpacked images has exactly the tokens of a store of the originals.
 
 Shapes in names: B images, T tokens, V palette; Y rows, X columns, C channels.
