@@ -16,6 +16,7 @@ from igpt_jax.checkpoint.manager import Checkpoints
 from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, require_objective
 from igpt_jax.checkpoint.reading import (
     NoGoodCheckpoint,
+    branch,
     identity,
     is_checkpoint,
     load_metadata,
@@ -27,6 +28,7 @@ from igpt_jax.checkpoint.step_folders import step_path, steps_in
 from igpt_jax.checkpoint.verification import verify
 
 __all__ = [
-    "Checkpoints", "METADATA_FILE", "Metadata", "NoGoodCheckpoint", "identity", "is_checkpoint", "load_metadata",
-    "load_model", "locate", "prepare_orbax", "require_objective", "step_path", "steps_in", "steps_of", "verify",
+    "branch", "Checkpoints", "identity", "is_checkpoint", "load_metadata", "load_model", "locate", "Metadata",
+    "METADATA_FILE", "NoGoodCheckpoint", "prepare_orbax", "require_objective", "step_path", "steps_in", "steps_of",
+    "verify",
 ]

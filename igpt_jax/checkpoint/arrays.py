@@ -52,6 +52,13 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return state["params"], {name: value for name, value in state.items() if name != "params"}
 
 
+def load_state(folder: Any, step: int, abstract: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """Loads and verifies the whole training state of a step (see `load_arrays`), by the abstract state's shardings."""
+    params, training = split_state(abstract)
+    trees = load_arrays(folder, step, {"params": params, "training": training}, metadata)
+    return {"params": trees["params"], **trees["training"]}
+
+
 def barrier(name: str) -> None:
     """Waits until every process has reached the barrier `name`."""
     if jax.process_count() > 1:

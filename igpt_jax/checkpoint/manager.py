@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import barrier, load_arrays, save_context, split_state
+from igpt_jax.checkpoint.arrays import barrier, load_state, save_context, split_state
 from igpt_jax.checkpoint.metadata import EVALUATION, Metadata, read_metadata
 from igpt_jax.checkpoint.step_folders import QUARANTINE, steps_in
 from igpt_jax.config import PretrainConfig, UserError
@@ -193,9 +193,7 @@ class Checkpoints:
                                 "differ in the last bits: %s",
                                 "; ".join(f"{name} {stored.versions.get(name)}, now {now}" for name, now in
                                           metadata.versions.items() if stored.versions.get(name) != now))
-                params, training = split_state(abstract)
-                trees = load_arrays(self._folder, step, {"params": params, "training": training}, stored)
-                return ({"params": trees["params"], **trees["training"]},
+                return (load_state(self._folder, step, abstract, stored),
                         dataclasses.replace(stored, changes=(*stored.changes, *changes)))
         quarantine = self._folder.parent / QUARANTINE
         if quarantine.exists() and any(quarantine.iterdir()):

@@ -37,6 +37,7 @@ class Metadata:
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by array; `Checkpoints.save` fills it in
     classes: int = 0  # of the class head; 0: no class head
+    warmup_steps: int = -1  # of this run; -1: an older version wrote it, and only its config may say
 
     def to_json(self) -> dict[str, Any]:
         """The metadata as JSON values."""
@@ -63,16 +64,13 @@ class Metadata:
         Raises:
           UserError: settings differ that `new.config.accept_changes` does not name; lists each of them.
         """
-        # With a constant learning rate after a fixed warm-up, no update depends on the total number of steps. A warm-up
-        # of one epoch (-1) does, since it is shortened to fit.
-        optimizer = self.config.optimizer
-        independent = optimizer.schedule == "constant" and optimizer.warmup_steps >= 0
-        free = {"free", "schedule"} if independent else {"free"}
         # Each key states in `config/` whether a resumed run may change it. Versions are not compared: a month-long run
         # may need an upgrade, so `restore` only warns about them.
+        free = {"free", "schedule"} if self._same_rates(new) else {"free"}
         mine, others = flat(to_dict(self.config)), flat(to_dict(new.config))
-        changes = {key: (mine[key], others[key]) for key, resume in key_attributes(new.config.job, "resume").items()
-                   if resume not in free and mine[key] != others[key]}
+        resume = key_attributes(new.config.job, "resume")
+        changes = {key: (mine[key], others[key]) for key in resume
+                   if resume[key] not in free and mine[key] != others[key]}
         # The next three are compared by content, since the path of a store or palette may hold other data by now.
         if self.image_size != new.image_size:
             changes["image_size"] = (self.image_size, new.image_size)
@@ -83,10 +81,23 @@ class Metadata:
         refused = [f"{key}={after!r} (checkpoint: {before!r})" for key, (before, after) in changes.items()
                    if key not in new.config.accept_changes]
         if refused:
-            raise UserError(f"the run in {workdir} was started with other settings: {'; '.join(refused)}. Use the same "
-                            "settings, name the keys in --config.accept_changes, or give a new --workdir.")
+            past = any(resume.get(key) == "schedule" for key in changes)
+            reason = f" The first {self.steps_done:,} steps would have had other learning rates." if past else ""
+            raise UserError(f"the run in {workdir} was started with other settings: {'; '.join(refused)}.{reason} Use "
+                            "the same settings, name the keys in --config.accept_changes, or give a new --workdir.")
         return tuple({"step": self.steps_done, "key": key, "from": before, "to": after}
                      for key, (before, after) in changes.items())
+
+    def _same_rates(self, new: "Metadata") -> bool:
+        """Whether the steps up to this checkpoint have the same learning rates in the run `new`.
+
+        They have if both warm-ups are equal and neither schedule has left its peak. A warm-up of one epoch (-1) is
+        shortened to fit `steps`, so its resolved length counts.
+        """
+        warmups = [run.config.optimizer.warmup_steps if run.warmup_steps < 0 else run.warmup_steps
+                   for run in (self, new)]
+        return warmups[0] == warmups[1] >= 0 and all(
+            run.config.optimizer.constant_until(run.config.steps) >= self.steps_done for run in (self, new))
 
 
 def _digest(array: np.ndarray) -> str:

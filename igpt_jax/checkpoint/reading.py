@@ -4,6 +4,7 @@
 DIR/checkpoints/STEP.
 """
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import float64_enabled, load_arrays, partial_load_context
+from igpt_jax.checkpoint.arrays import float64_enabled, load_arrays, load_state, partial_load_context
 from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata
 from igpt_jax.checkpoint.step_folders import NUMBER, directory_of_steps, is_step, step_path, steps_in
 from igpt_jax.config import UserError
@@ -133,6 +134,33 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
                            f"in {arrays[0]}, {len(arrays)} of {len(by_name(params))} arrays). The training that "
                            "saved them diverged. Name an earlier step (DIR/checkpoints/STEP).")
         return model, params, metadata
+
+    return _newest_good(checkpoint, load)
+
+
+def branch(checkpoint: str, abstract: dict[str, Any], metadata: Metadata) -> tuple[dict[str, Any], Metadata]:
+    """The whole training state of another run's step, for a run that continues it with another schedule.
+
+    Args:
+      checkpoint: a step of the other run, the trunk, or its workdir.
+      abstract: the state as abstract arrays, with the shardings to load into.
+      metadata: describes the run that branches.
+
+    Returns:
+      (state, metadata of the step)
+
+    Raises:
+      UserError: there is no good checkpoint; or the runs differ in more than their schedules after that step.
+    """
+    def load(folder: str, step: int) -> tuple[dict[str, Any], Metadata]:
+        stored, ours = read_metadata(folder, step), metadata.config
+        if stored.config.job != ours.job:
+            raise UserError(f"branch_from={checkpoint} is a checkpoint of the job {stored.config.job}, not {ours.job}. "
+                            f"Branch from one of {ours.job}; to fine-tune, set checkpoint.")
+        trunk = dataclasses.replace(stored, config=dataclasses.replace(stored.config, branch_from=ours.branch_from))
+        changes = trunk.check_resumable(metadata, checkpoint)
+        return (load_state(folder, step, abstract, stored),
+                dataclasses.replace(stored, changes=(*stored.changes, *changes)))
 
     return _newest_good(checkpoint, load)
 

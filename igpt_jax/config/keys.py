@@ -88,7 +88,7 @@ def key(default: Any, doc: str, *, resume: Literal["same", "free", "schedule"], 
       default: the default value.
       doc: a noun phrase with its unit, for --help.
       resume: whether a run may resume from a checkpoint with another value. same: no; free: yes, it changes no result;
-        schedule: only if neither the learning-rate schedule nor the warm-up depends on it.
+        schedule: only if no learning rate of the steps before the checkpoint depends on it.
       rule: called with the key's dotted name and value; raises UserError for an invalid value.
       compiled: whether a compiled step can depend on it; `plan` caches its verdicts by these keys.
       alias: a former name, accepted for one more version.

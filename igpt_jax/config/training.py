@@ -22,6 +22,7 @@ from igpt_jax.config.keys import (
 from igpt_jax.config.model import OBJECTIVES, FinetuneModelConfig, ModelConfig
 
 SECOND_MOMENTS = ("float32", "bfloat16", "factored")
+SCHEDULES = ("cosine", "constant", "wsd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,12 @@ class OptimizerConfig(Keys):
 
     learning_rate: float = key(0.003, "peak learning rate (quoted from the paper by others: 0.003 for S, 0.001 for "
                                       "L, 0.0003 for XL)", resume="same", rule=positive, compiled=False)
-    schedule: str = key("cosine", "schedule after warm-up: cosine (to 0 at the end) or constant", resume="same",
-                        rule=one_of("cosine", "constant"))
+    schedule: str = key("cosine", "schedule after warm-up: cosine (to 0 at the end), constant, or wsd (constant, then "
+                                  "a decay to 0)", resume="schedule", rule=one_of(*SCHEDULES))
+    decay_share: float = key(0.2, "wsd: share of all steps in which the learning rate decays, at the end",
+                             resume="schedule", rule=within(0, 1, "(]"), compiled=False)
+    decay_shape: str = key("1-sqrt", "wsd: shape of the decay: 1-sqrt (arXiv 2405.18392) or linear", resume="schedule",
+                           rule=one_of("1-sqrt", "linear"))
     warmup_steps: int = key(-1, "steps of linear warm-up from 0; -1: one epoch, as in the paper", resume="same")
     beta1: float = key(0.9, "Adam's decay of the first moment", resume="same", rule=within(0, 1, "[)"), compiled=False)
     beta2: float = key(0.95, "Adam's decay of the second moment (0.999 gave loss spikes in the paper)", resume="same",
@@ -54,14 +59,23 @@ class OptimizerConfig(Keys):
         require(self.warmup_steps >= -1, f"optimizer.warmup_steps={self.warmup_steps} must be -1 (one epoch) or more.")
         require(self.spike_factor == 0 or self.spike_factor > 1,
                 f"optimizer.spike_factor={self.spike_factor} must be above 1, or 0 to skip no updates.")
+        for name in ("decay_share", "decay_shape"):
+            require(self.schedule == "wsd" or getattr(self, name) == getattr(OptimizerConfig, name),
+                    f"optimizer.{name}={getattr(self, name)} has no effect on optimizer.schedule={self.schedule}. "
+                    "Set optimizer.schedule=wsd.")
+
+    def constant_until(self, steps: int) -> float:
+        """The first step, after warm-up, whose learning rate is below the peak; infinite if there is none."""
+        decay_start = steps - max(1, round(self.decay_share * steps))
+        return {"cosine": 0, "constant": math.inf, "wsd": decay_start}[self.schedule]
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptimizerConfig(OptimizerConfig):
     learning_rate: float = key(0.0003, "peak learning rate (paper: best at about a tenth of pretraining's)",
                                resume="same", rule=positive, compiled=False)
-    schedule: str = key("constant", "schedule after warm-up: constant (paper) or cosine (to 0 at the end)",
-                        resume="same", rule=one_of("cosine", "constant"))
+    schedule: str = key("constant", "schedule after warm-up: constant (paper), cosine (to 0 at the end), or wsd "
+                                    "(constant, then a decay to 0)", resume="schedule", rule=one_of(*SCHEDULES))
     warmup_steps: int = key(0, "steps of linear warm-up from 0; -1: one epoch", resume="same")
 
 
@@ -130,6 +144,8 @@ class PretrainConfig(Keys):
     palette: str = key("", "a palette's .npy; empty: the store's own", resume="free", compiled=False)
     steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)", resume="schedule", rule=at_least(1),
                      compiled=False)
+    branch_from: str = key("", "a step of another run's checkpoints (DIR/checkpoints/STEP) to continue with another "
+                               "schedule; empty: a new run", resume="same", compiled=False)
     batch_size: int = key(128, "images per step over all devices (paper: 128; 64 for XL)", resume="same",
                           rule=at_least(1))
     images_per_pass: int = key(0, "maximum images per device and microbatch; the number of microbatches follows from "

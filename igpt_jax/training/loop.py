@@ -94,16 +94,15 @@ class Run:
         self.measure = exact_loss.make_measure(self.model, mesh, config.batch_size, inputs.table)
         # Made on the devices, since `_one_step` forbids transfers from the host.
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
+        self.warmup_steps = warmup_steps_for(config.optimizer, config.steps, inputs.split.count, config.batch_size)
         self.metadata = checkpoint.Metadata(config, inputs.palette_VC, inputs.image_size, inputs.split.fingerprint, 0,
-                                            classes=inputs.classes)
+                                            classes=inputs.classes, warmup_steps=self.warmup_steps)
         self.evaluated: dict[str, float] = {}  # results of the newest evaluation
 
     # Compile.
 
     def compile(self) -> None:
         """Compiles the training step for the shapes of this run."""
-        warmup_steps = warmup_steps_for(self.config.optimizer, self.config.steps, self.inputs.split.count,
-                                        self.config.batch_size)
         batch = sharding.batch_sharding(self.mesh)
 
         def array(*dims: int) -> jax.ShapeDtypeStruct:
@@ -111,7 +110,7 @@ class Run:
 
         self.watchdog.beat("compiling")
         with self.timer("compile"):
-            step = jit_train_step(self.model, self.config, self.mesh, warmup_steps)
+            step = jit_train_step(self.model, self.config, self.mesh, self.warmup_steps)
             labels = array() if self.inputs.classes else None
             self._compiled = step.lower(self.abstract, array(self.model.dims.T), self.key, labels).compile()
 
@@ -127,12 +126,18 @@ class Run:
     # Restore or initialize.
 
     def restore_or_initialize(self) -> None:
-        """Sets the state: from the newest good checkpoint, or a new one. With `replay_check`, repeats steps first."""
+        """Sets the state: from the newest good checkpoint, from that of `branch_from`, or a new one.
+
+        With `replay_check`, repeats steps first.
+        """
         if self.config.replay_check and self.checkpoints.latest_step:
             divergence.replay(self.workdir, self.checkpoints, self.abstract, self.metadata, self.do_step,
                               self.batches_from)
         self.watchdog.beat("restoring")
         restored = self.checkpoints.restore(self.abstract, self.metadata)
+        self.branches = bool(self.config.branch_from) and not restored
+        if self.branches:
+            restored = checkpoint.branch(self.config.branch_from, self.abstract, self.metadata)
         self.state, stored = restored or (self._initial_state(), self.metadata)
         self.start, self.evaluated = stored.steps_done, dict(stored.metrics)
         self.offset = divergence.offset_after(self.config, self.workdir, self.start, stored.data_offset)
@@ -169,7 +174,8 @@ class Run:
                 say(f"already finished: the newest checkpoint is of step {self.start:,}; steps={config.steps:,}")
             elif self.start:
                 skipping = f", {self.offset:,} steps of examples further on" if self.offset else ""
-                say(f"resuming from step {self.start:,} of {config.steps:,}{skipping}")
+                origin = f" of {config.branch_from}" if self.branches else ""
+                say(f"resuming from step {self.start:,}{origin} of {config.steps:,}{skipping}")
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluates the held-out split, logs the results and returns them.
@@ -194,7 +200,7 @@ class Run:
         """Evaluates the restored step if the run was stopped before it could. Raises Preempted."""
         step, config = self.start, self.config
         owed = step == config.steps or every(step, config.eval_every_steps)
-        if step and owed and self.inputs.held_out and not self.evaluated:
+        if step and owed and self.inputs.held_out and not self.evaluated and not self.branches:
             self.evaluated = self.evaluate(step)
             if not self.evaluated:
                 raise self._stopped(step)

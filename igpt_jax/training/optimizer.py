@@ -14,10 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array, steps: int, warmup_steps: int) -> jax.Array:
-    """The learning rate of `step` (0, 1, ...): linear warm-up that reaches its peak, then cosine to 0 or constant."""
+    """The learning rate of `step` (0, 1, ...): linear warm-up that reaches its peak, then the schedule.
+
+    wsd (warm-up, stable, decay) is constant until `config.constant_until(steps)`, then falls to 0 at the end: linearly,
+    or as 1 - sqrt(share of the decay done) (Hägele et al. 2024, arXiv 2405.18392).
+    """
     warm = jnp.minimum(1.0, (step + 1) / max(1, warmup_steps))
     if config.schedule == "constant":
         return config.learning_rate * warm
+    if config.schedule == "wsd":
+        start = config.constant_until(steps)
+        done = jnp.clip((step - start) / (steps - start), 0.0, 1.0)
+        return config.learning_rate * warm * (1.0 - (done if config.decay_shape == "linear" else jnp.sqrt(done)))
     done = jnp.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)
     return config.learning_rate * warm * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
 
