@@ -29,6 +29,7 @@ from igpt_jax import checkpoint, storage, weights
 from igpt_jax.checkpoint import Metadata
 from igpt_jax.config import MeshConfig, SampleConfig, SampleMeshConfig, UserError
 from igpt_jax.config.keys import PRECISIONS, one_of
+from igpt_jax.config.training import PARAMETERS
 from igpt_jax.data import palette as palettes
 from igpt_jax.data.pictures import Pictures, pixels
 from igpt_jax.data.store.manifest import load_manifest
@@ -48,7 +49,8 @@ Paths = str | Path
 
 def load(path: Paths, step: int | None = None, *, device: jax.Device | str | None = None,
          mesh: Mesh | MeshConfig | Mapping[str, int] | None = None, precision: str = "float32",
-         attention: str = "auto", batch_size: int = 0, palette: Paths = "", probe: Paths = "") -> "ImageModel":
+         attention: str = "auto", batch_size: int = 0, palette: Paths = "", probe: Paths = "",
+         parameters: str = "raw") -> "ImageModel":
     """Loads a trained model.
 
     Args:
@@ -64,27 +66,30 @@ def load(path: Paths, step: int | None = None, *, device: jax.Device | str | Non
       palette: a palette's .npy, for weights that come without one, such as OpenAI's.
       probe: workdir of the probe job whose classifier and layer to use; empty: that of a workdir beside this one which
         probed this very step, if there is one.
+      parameters: raw, or ema: their moving average, of a run with optimizer.ema.
 
     Raises:
-      UserError: there is no such checkpoint, it is damaged, or it does not fit the devices or the probe.
+      UserError: there is no such checkpoint, it is damaged, it holds no moving average, or it does not fit the devices
+        or the probe.
     """
     one_of(*PRECISIONS)("precision", precision)
+    one_of(*PARAMETERS)("parameters", parameters)
     path, on = str(path), _mesh(device, mesh)
     with in_precision(precision):
         if path.startswith(("huggingface:", "openai:")):
             if step is not None:
                 raise UserError(f"step={step}: {path} is not a workdir with steps. Leave step out.")
-            model, params, metadata = _foreign(path, on, precision, attention, str(palette))
+            model, params, metadata = _foreign(path, on, precision, attention, str(palette), parameters)
             source, identity, beside = path, "", []
         else:
             folder, steps = checkpoint.steps_of(path)
             if step is not None and step not in steps:
                 raise UserError(f"step={step}: {path} has the steps {', '.join(map(str, steps))}. Name one of them.")
             wanted = path if step is None else str(checkpoint.step_path(folder, step))
-            model, params, metadata = checkpoint.load_model(wanted, on, precision, attention)
+            model, params, metadata = checkpoint.load_model(wanted, on, precision, attention, parameters)
             done = metadata.steps_done
             source = path if storage.path(path).name == str(done) else f"{path} step {done}"
-            identity = checkpoint.identity(str(checkpoint.step_path(folder, done)))
+            identity = checkpoint.identity(str(checkpoint.step_path(folder, done)), parameters)
             beside = storage.children(storage.path(folder).parent.parent)
     saved = _given_probe(str(probe), model, identity) if probe else _probe_of(identity, beside)
     return ImageModel(model, params, metadata, on, source, precision, batch_size or default_batch_size(on), saved)
@@ -108,10 +113,10 @@ def _mesh(device: jax.Device | str | None, mesh: Mesh | MeshConfig | Mapping[str
     return sharding.make_mesh(sizes, jax.local_devices())
 
 
-def _foreign(path: str, mesh: Mesh, precision: str, attention: str, palette: str
+def _foreign(path: str, mesh: Mesh, precision: str, attention: str, palette: str, parameters: str
              ) -> tuple[Model, dict[str, Any], Metadata]:
     """A model of Hugging Face's or OpenAI's files, as the convert job would write it."""
-    source = weights.open_weights(*weights.kind_and_path("path", path))
+    source = weights.open_weights(*weights.kind_and_path("path", path), parameters)
     record = ours.record_for(source, weights.palette_for(source, path, palette, "palette"))
     weights.refuse_non_square(source, path)
     model = Model.of(record.config, len(record.palette_VC), record.image_size, mesh, record.classes, precision,

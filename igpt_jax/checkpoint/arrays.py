@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -53,10 +54,20 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_state(folder: Any, step: int, abstract: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
-    """Loads and verifies the whole training state of a step (see `load_arrays`), by the abstract state's shardings."""
+    """Loads and verifies the whole training state of a step (see `load_arrays`), by the abstract state's shardings.
+
+    A run that begins to average its parameters at this step starts with these parameters as their average; a run that
+    averages no longer leaves the average on disk.
+    """
     params, training = split_state(abstract)
-    trees = load_arrays(folder, step, {"params": params, "training": training}, metadata)
-    return {"params": trees["params"], **trees["training"]}
+    begins = "ema" in training and not metadata.config.optimizer.ema
+    if begins:
+        training = {name: tree for name, tree in training.items() if name != "ema"}
+    ends = metadata.config.optimizer.ema and "ema" not in training
+    with partial_load_context() if ends else contextlib.nullcontext():
+        trees = load_arrays(folder, step, {"params": params, "training": training}, metadata)
+    state = {"params": trees["params"], **trees["training"]}
+    return {**state, "ema": jax.tree.map(jnp.copy, state["params"])} if begins else state
 
 
 def barrier(name: str) -> None:

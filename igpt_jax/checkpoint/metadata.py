@@ -136,6 +136,13 @@ def require_objective(metadata: Metadata, objective: str, checkpoint: str) -> No
                         f"{objective}. Set --config.objective={metadata.config.objective}, or give another checkpoint.")
 
 
+def require_parameters(metadata: Metadata, parameters: str, checkpoint: str) -> None:
+    """Raises UserError if `parameters` are ema and `checkpoint` holds no moving average of its parameters."""
+    if parameters == "ema" and not metadata.config.optimizer.ema:
+        raise UserError(f"parameters=ema: checkpoint {checkpoint} holds no moving average, since its run had "
+                        "optimizer.ema=0. Set --config.parameters=raw, or give another checkpoint.")
+
+
 def later_metrics(path: Any) -> Mapping[str, float]:
     """Metrics of an evaluation after the step `path` was saved; empty if there was none. Raises Damaged."""
     if not (path / EVALUATION).exists():

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
 from igpt_jax.checkpoint.arrays import float64_enabled, load_arrays, load_state, partial_load_context
-from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata
+from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_parameters
 from igpt_jax.checkpoint.step_folders import NUMBER, directory_of_steps, is_step, step_path, steps_in
 from igpt_jax.config import UserError
 from igpt_jax.model.image_gpt import Model
@@ -83,8 +83,12 @@ def load_metadata(checkpoint: str) -> Metadata:
     return _newest_good(checkpoint, read_metadata)
 
 
-def identity(checkpoint: str) -> str:
+def identity(checkpoint: str, parameters: str = "raw") -> str:
     """A digest of a step's metadata and arrays: two steps with the same identity hold the same parameters.
+
+    Args:
+      checkpoint: a workdir, or one step of it.
+      parameters: raw, or ema: their moving average.
 
     Raises:
       UserError: there is no checkpoint.
@@ -94,10 +98,10 @@ def identity(checkpoint: str) -> str:
     # The metadata holds the checksums of the arrays. In the old format without them, the file hashes take their place.
     if not load_metadata(checkpoint).checksums and (path / hashes.HASHES).exists():
         data += storage.read(path / hashes.HASHES)
-    return hashlib.sha256(data).hexdigest()[:16]
+    return hashlib.sha256(data + (parameters.encode() if parameters != "raw" else b"")).hexdigest()[:16]
 
 
-def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "auto"
+def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "auto", parameters: str = "raw"
                ) -> tuple[Model, dict[str, Any], Metadata]:
     """Loads a checkpoint's parameters straight into `mesh`, without the rest of its training state.
 
@@ -106,15 +110,17 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
       mesh: where the parameters go, by the same sharding rules as in training.
       precision: of the computation; the parameters are float32, or float64 at precision float64.
       attention: the attention back-end, whichever one the training used.
+      parameters: raw, or ema: their moving average.
 
     Returns:
       (model, parameters, metadata)
 
     Raises:
-      UserError: there is no checkpoint, it is damaged, or its weights are not finite.
+      UserError: there is no checkpoint, it is damaged, its weights are not finite, or it holds no moving average.
     """
     def load(folder: str, step: int) -> tuple[Model, dict[str, Any], Metadata]:
         metadata = read_metadata(folder, step)
+        require_parameters(metadata, parameters, checkpoint)
 
         def model_for(precision: str) -> Model:
             return Model.of(metadata.config, len(metadata.palette_VC), metadata.image_size, mesh, metadata.classes,
@@ -126,7 +132,10 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
             abstract = jax.tree.map(lambda leaf, on: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on),
                                     abstract, sharding.parameter_shardings(abstract, mesh))
             with partial_load_context():  # parameters that the model does not use, such as a class head, are skipped
-                params = load_arrays(folder, step, {"params": abstract}, metadata)["params"]
+                if parameters == "raw":
+                    params = load_arrays(folder, step, {"params": abstract}, metadata)["params"]
+                else:
+                    params = load_arrays(folder, step, {"training": {"ema": abstract}}, metadata)["training"]["ema"]
         model = model_for(precision)
         params = jax.tree.map(lambda p, like: p.astype(like.dtype), params, model.abstract_parameters())
         if arrays := checksums.not_finite(params):

@@ -18,7 +18,7 @@ from igpt_jax.config.keys import (
     within,
 )
 from igpt_jax.config.model import ATTENTION_BACKENDS, OBJECTIVES
-from igpt_jax.config.training import MeshConfig, SampleMeshConfig
+from igpt_jax.config.training import PARAMETERS, MeshConfig, SampleMeshConfig
 
 
 def all_positive(name: str, values: tuple[float, ...]) -> None:
@@ -51,6 +51,8 @@ class ProbingConfig(Keys):
 class ProbeConfig(ProbingConfig):
     job: str = key("probe", "the job that this configuration is for", resume="same")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)", resume="same")
+    parameters: str = key("raw", "parameters of the checkpoint: raw, or ema (their moving average)", resume="same",
+                          rule=one_of(*PARAMETERS))
     objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT) or denoising",
                          resume="same", rule=one_of(*OBJECTIVES))
     mesh: MeshConfig = section(MeshConfig)
@@ -79,6 +81,8 @@ class EvaluateConfig(Keys):
     job: str = key("evaluate", "the job that this configuration is for", resume="same")
     checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob",
                            resume="free")
+    parameters: str = key("raw", "parameters of the checkpoints: raw, or ema (their moving average)", resume="same",
+                          rule=one_of(*PARAMETERS))
     watch: bool = key(False, "follow the runs: evaluate each new checkpoint once, until the runs are done",
                       resume="free")
     idle_seconds: float = key(7200.0, "watch: seconds without a new checkpoint before the job ends; 0: never",
@@ -112,6 +116,8 @@ class EvaluateConfig(Keys):
 class SampleConfig(Keys):
     job: str = key("sample", "the job that this configuration is for", resume="free")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)", resume="free")
+    parameters: str = key("raw", "parameters of the checkpoint: raw, or ema (their moving average)", resume="free",
+                          rule=one_of(*PARAMETERS))
     data: SplitConfig = section(SplitConfig)
     mesh: SampleMeshConfig = section(SampleMeshConfig)
     images: str = key("", "your own images to complete: a folder, a file or a glob (JPEG, PNG, WebP); empty: none",

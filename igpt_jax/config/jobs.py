@@ -8,7 +8,7 @@ from typing import ClassVar
 from igpt_jax.config.data import PrepareConfig
 from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, SampleConfig
 from igpt_jax.config.keys import Keys, at_least, each, key, one_of, positive, require, section, within
-from igpt_jax.config.training import FinetuneConfig, PretrainConfig
+from igpt_jax.config.training import PARAMETERS, FinetuneConfig, PretrainConfig
 
 JOBS: Mapping[str, str] = types.MappingProxyType({
     "prepare": "converts images to a pixel store, and fits or imports a palette",
@@ -91,6 +91,8 @@ class ConvertConfig(Keys):
                                 "pretrain, or one step of it)", resume="free")
     convert_to: str = key("", "the same kinds, or export:DIR (programs that need only jax); empty: orbax:WORKDIR, a "
                               "checkpoint for other jobs", resume="free")
+    parameters: str = key("raw", "convert_from=orbax: the checkpoint's parameters: raw, or ema (their moving average)",
+                          resume="free", rule=one_of(*PARAMETERS))
     palette: str = key("", "palette's .npy for weights without one, such as OpenAI's; empty: the weights' own",
                        resume="free")
     head: str = key("pixels", "model of transformers to write: pixels (ImageGPTForCausalImageModeling) or classes "

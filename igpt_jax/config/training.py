@@ -23,6 +23,7 @@ from igpt_jax.config.model import OBJECTIVES, FinetuneModelConfig, ModelConfig
 
 SECOND_MOMENTS = ("float32", "bfloat16", "factored")
 SCHEDULES = ("cosine", "constant", "wsd")
+PARAMETERS = ("raw", "ema")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,9 @@ class OptimizerConfig(Keys):
                               rule=at_least(0))
     clip_norm: float = key(0.0, "global gradient norm above which gradients are scaled down; 0: off, as in the paper",
                            resume="same", rule=at_least(0))
+    ema: float = key(0.0, "decay per update of an exponential moving average of the parameters, such as 0.999; 0: no "
+                          "average",
+                     resume="same", rule=within(0, 1, "[)"))
     spike_factor: float = key(0.0, "gradient norm above which an update is skipped, in multiples of its running mean; "
                                    "0: off, as in the paper", resume="same")
 
@@ -209,6 +213,8 @@ class FinetuneConfig(PretrainConfig):
     job: str = key("finetune", "the job that this configuration is for", resume="same")
     checkpoint: str = key("", "a workdir of pretrain or one step of it (DIR/checkpoints/STEP); empty: a new model, "
                               "model.name", resume="same", compiled=False)
+    parameters: str = key("raw", "the checkpoint's parameters to start from: raw, or ema (their moving average)",
+                          resume="same", rule=one_of(*PARAMETERS), compiled=False)
     generative_weight: float = key(1.0, "weight of the objective's loss on pixels; 0: classification only",
                                    resume="same", rule=at_least(0))
     class_weight: float = key(1.0, "weight of the classification loss (paper: both 1)", resume="same")

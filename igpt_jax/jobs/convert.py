@@ -52,7 +52,7 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
         raise UserError("convert runs in one process. Start it without launch/local.sh and without srun.")
     source_kind, source_path = kind_and_path("convert_from", config.convert_from)
     target_kind, target_path = kind_and_path("convert_to", config.convert_to or f"orbax:{workdir}", [*KINDS, "export"])
-    source = open_weights(source_kind, source_path)
+    source = open_weights(source_kind, source_path, config.parameters)
     palette_VC = palette_for(source, config.convert_from, config.palette, "--config.palette")
     refuse_non_square(source, config.convert_from)
     head = {"pixels": huggingface.PIXELS, "classes": huggingface.CLASSES}[config.head]

@@ -71,7 +71,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
             identity = checkpoint.identity(step)  # before the measurement, since its run may remove the step meanwhile
-            loaded = checkpoint.load_model(step, mesh, config.precision, config.attention)
+            loaded = checkpoint.load_model(step, mesh, config.precision, config.attention, config.parameters)
         except (UserError, OSError) as error:
             if not checkpoint.is_checkpoint(step):
                 say(f"{step}: its run has removed it in the meantime; skipped")

@@ -27,7 +27,8 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
-    model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention)
+    model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention,
+                                                    config.parameters)
     checkpoint.require_objective(metadata, config.objective, config.checkpoint)
     prober = Prober(config, metadata, max(config.labels_per_class, default=1))
     layers = prober.layers_of(model)
@@ -67,7 +68,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         tables.publish(folder, "probe", rows)
         step = checkpoint.step_path(checkpoint.locate(config.checkpoint)[0], metadata.steps_done)
         save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features,
-                                              checkpoint.identity(str(step))))
+                                              checkpoint.identity(str(step), config.parameters)))
         figures.save(folder / "figures" / "accuracy_by_layer.png", charts.accuracy_by_layer(
             [("", "layers, 95 % intervals", by_layer)], baselines, prober.test_count))
     return metrics

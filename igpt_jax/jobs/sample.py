@@ -43,7 +43,8 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     if not objective_of(trained).causal:
         raise UserError(f"checkpoint {config.checkpoint} was trained with objective={trained.objective}, which cannot "
                         "sample pixel by pixel. Give a checkpoint with objective=autoregressive.")
-    model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision)
+    model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision,
+                                                    parameters=config.parameters)
     size = metadata.image_size
     rows = size // 2 if config.rows < 0 else config.rows
     if rows > size:

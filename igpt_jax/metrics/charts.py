@@ -118,9 +118,11 @@ def training(lines: Sequence[Row], steps: int, palette_size: int = 0) -> list[Ch
     train, held_out = (points_of(lines, "step", f"{split}/nats_per_pixel") for split in ("train", "eval"))
     right = {name: points_of(lines, "step", f"{split}/accuracy", 100)
              for name, split in (("train", "train"), ("held-out", "eval"))}
+    averaged = points_of(lines, "step", "eval/ema_nats_per_pixel")
     level = math.log(palette_size) if palette_size else 0.0
     loss = Chart("loss", "step", "nats per pixel",
-                 [_with_last("train", train, dots=False), _with_last("held-out", held_out, hue=1)],
+                 [_with_last("train", train, dots=False), _with_last("held-out", held_out, hue=1),
+                  *([_with_last("held-out, averaged parameters", averaged, hue=2)] if averaged else [])],
                  {f"guessing: ln {palette_size} = {level:.3f}": level} if level else {},
                  "" if any(right.values()) else trend(held_out, steps), value=".3f")
     accuracy = Chart("accuracy", "step", "accuracy, %", [

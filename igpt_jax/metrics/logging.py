@@ -20,6 +20,7 @@ from igpt_jax.storage import side_files
 SHOWN = (
     ("train/nats_per_pixel", "loss", ".4f"),
     ("eval/nats_per_pixel", "held-out", ".4f"),
+    ("eval/ema_nats_per_pixel", "held-out, EMA", ".4f"),
     ("train/accuracy", "accuracy", ".1%"),
     ("eval/accuracy", "held-out accuracy", ".2%"),
     ("images_per_second", "images/s", ",.0f"),

@@ -84,6 +84,7 @@ class Answer:
             return rows
         others = v.temporaries_bytes - v.gradients_bytes
         rows += [("  parameters", _gib(v.params_bytes), EXACT), ("  moments", _gib(v.moments_bytes), EXACT),
+                 *([("  moving average of parameters", _gib(v.averages_bytes), EXACT)] if v.averages_bytes else []),
                  ("  gradients", _gib(v.gradients_bytes), EXACT),
                  ("  activations and other temporaries", _gib(max(0, others)), COMPILER)]
         if self.model_flops:

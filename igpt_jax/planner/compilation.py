@@ -44,7 +44,7 @@ class Verdict:
       message: of the refusal or failure.
       required_bytes: memory of the step: arguments, temporaries, outputs that reuse no argument, and code. If the
         compiler ran out of memory, what it asked for, or 0 if it did not say.
-      params_bytes, moments_bytes, batch_bytes: of the arguments.
+      params_bytes, moments_bytes, averages_bytes, batch_bytes: of the arguments; averages with optimizer.ema.
       checkpoint_bytes: of the whole training state, over all devices together.
       gradients_bytes: of one set of gradients, sharded like the parameters; part of `temporaries_bytes`.
       temporaries_bytes: activations, gradients and all else that lives only during the step.
@@ -64,6 +64,7 @@ class Verdict:
     required_bytes: int = 0
     params_bytes: int = 0
     moments_bytes: int = 0
+    averages_bytes: int = 0
     batch_bytes: int = 0
     checkpoint_bytes: int = 0
     gradients_bytes: int = 0
@@ -92,6 +93,7 @@ def compile_step(config: PlanConfig) -> Verdict:
              "params_bytes": _shard_bytes(params), "batch_bytes": _shard_bytes(arguments[1:])}
     if config.step == "train":
         known |= {"moments_bytes": _shard_bytes(state["optimizer"]), "gradients_bytes": _shard_bytes(params),
+                  "averages_bytes": _shard_bytes(state.get("ema", {})),
                   "checkpoint_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))}
     with jax.set_mesh(mesh):
         traced = function.trace(*arguments)
@@ -176,7 +178,7 @@ def _compile_error(message: str, known: dict[str, Any]) -> Verdict:
     asked = re.search(r"(?:[Uu]sed |required[\w ]*\()([\d.]+)([KMGT])", message)
     required = int(float(asked[1]) * UNITS[asked[2]]) if asked else 0
     if "for HLO temporaries" in message:  # the arguments come on top
-        required += sum(known.get(f"{name}_bytes", 0) for name in ("params", "moments", "batch"))
+        required += sum(known.get(f"{name}_bytes", 0) for name in ("params", "moments", "averages", "batch"))
     return Verdict("out_of_memory", line, required_bytes=required, **known)
 
 

@@ -36,7 +36,8 @@ def estimate(config: PlanConfig) -> Estimate:
 
     # Memory. Accumulation holds a sum of gradients and those of the current microbatch. The peak is in the backward
     # pass of one block or at the logits, whichever needs more, with all saved activations still held.
-    state = own * (2 * WHOLE + SECOND_MOMENT_BYTES[config.optimizer.second_moment])
+    state = own * (2 * WHOLE + SECOND_MOMENT_BYTES[config.optimizer.second_moment]
+                   + WHOLE * (config.optimizer.ema > 0))
     gradients = own * WHOLE * (1 if microbatches == 1 else 2)
     # Values of a block that its backward pass finds saved, for one token. Values that are split over tensor are divided
     # by it. `full`: the block's input. `attention`: also the heads' outputs. `dots`: also the results of all products,

@@ -21,6 +21,7 @@ HIDDEN = ("asked", "identity", "data", "draws", "bytes")  # columns that say not
 SHARES = re.compile(r"accuracy|interval|deviation|goodput|\bmfu\b|share")
 NAMES = {"eval/nats_per_pixel": "held-out nats per pixel", "train/nats_per_pixel": "training nats per pixel",
          "interval": "95 % interval", "probe_interval": "95 % interval", "eval/accuracy": "held-out accuracy",
+         "eval/ema_nats_per_pixel": "held-out nats per pixel, averaged parameters",
          "held_out_accuracy": "held-out accuracy", "mfu": "MFU",
          "model_tflops_per_second_per_device": "model TFLOP/s per device"}
 

@@ -149,8 +149,7 @@ class Run:
         state = jax.jit(lambda key: init_state(self.model, self.config, key), out_shardings=shardings)(self.key)
         finetuning = self.config.finetuning
         if finetuning and finetuning.checkpoint:
-            state["params"] = transfer.parameters(finetuning.checkpoint, self.model, self.config.precision, self.mesh,
-                                                  state["params"])
+            state["params"] = transfer.parameters(finetuning, self.model, self.mesh, state["params"])
         return state
 
     # Logs and evaluations.
@@ -180,18 +179,23 @@ class Run:
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluates the held-out split, logs the results and returns them.
 
-        They are empty without a held-out split, or if a stop is requested meanwhile.
+        They are empty without a held-out split, or if a stop is requested meanwhile. With a moving average of the
+        parameters, its results have `ema_` in their names; the best step is that of the raw parameters.
         """
         def give_up() -> bool:
             self.watchdog.beat("evaluating")
             return self.stop.should_stop()
 
         with self.timer("evaluate"):
-            held_out = self.inputs.held_out
-            found = self.measure(self.state["params"], held_out, give_up) if held_out else None
-            if found is None:
+            if not self.inputs.held_out:
                 return {}
-            found = {f"eval/{name}": figure for name, figure in found.items()}
+            found: dict[str, float] = {}
+            for prefix, tree in (("eval/", "params"), ("eval/ema_", "ema")):
+                if tree in self.state:
+                    measured = self.measure(self.state[tree], self.inputs.held_out, give_up)
+                    if measured is None:
+                        return {}
+                    found |= {prefix + name: figure for name, figure in measured.items()}
             self.metrics.log(step, found)
             self.checkpoints.note(step, found)
             return found

@@ -3,6 +3,7 @@
 B batch, T tokens.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from igpt_jax.parallel import sharding
 from igpt_jax.training.optimizer import learning_rate, make_optimizer
 
 # The training state: step, skipped (updates so far) and skipped_in_a_row, int32; params, a dict; optimizer, optax's
-# state. With optimizer.spike_factor also usual_gradient_norm, the running mean that the factor multiplies.
+# state. With optimizer.spike_factor also usual_gradient_norm, the running mean that the factor multiplies. With
+# optimizer.ema also ema, the moving average of the parameters.
 State = dict[str, Any]
 
 VIEW = 2**31  # folded into a step's key for the examples' views; dropout folds in the index of the microbatch, from 0
@@ -30,16 +32,18 @@ SPIKE_AFTER = 50  # accepted updates before the first update can count as a spik
 def init_state(model: Model, config: PretrainConfig, key: jax.Array) -> State:
     """The state before step 0."""
     params = model.init(key)
-    spikes = {"usual_gradient_norm": jnp.float32(0)} if config.optimizer.spike_factor else {}
-    return {**spikes, "step": jnp.int32(0), "skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0), "params": params,
-            "optimizer": make_optimizer(config.optimizer).init(params)}
+    optional = {"usual_gradient_norm": jnp.float32(0)} if config.optimizer.spike_factor else {}
+    if config.optimizer.ema:
+        optional["ema"] = jax.tree.map(jnp.zeros_like, params)  # the first update gives the parameters themselves
+    return {**optional, "step": jnp.int32(0), "skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0),
+            "params": params, "optimizer": make_optimizer(config.optimizer).init(params)}
 
 
 def state_shardings(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
-    """The sharding of each array of the state: moments are sharded like their parameters, counters replicated."""
+    """The sharding of each array of the state: moments and averages like their parameters, counters replicated."""
     abstract = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), abstract)
-    for name in ("params", "optimizer"):
+    for name in {"params", "optimizer", "ema"} & set(abstract):
         shardings[name] = sharding.parameter_shardings(abstract[name], mesh)
     return shardings
 
@@ -79,9 +83,9 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
         rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(rate)
         if config.optimizer.spike_factor:
-            good, spikes = _unless_spiking(state, good, gradient_norm, config.optimizer.spike_factor)
+            good, optional = _unless_spiking(state, good, gradient_norm, config.optimizer.spike_factor)
         else:
-            spikes = {}
+            optional = {}
         # A skipped update is computed too, and then not chosen: XLA fuses the choice into the last operation of the
         # update, so it costs no further pass over the state.
         directions, moments = optimizer.update(gradients, state["optimizer"], state["params"])
@@ -90,8 +94,11 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
         # pass over all parameters, and both copies of them in memory until it ends.
         params = jax.tree.map(lambda n, o: jnp.where(good & jnp.isfinite(n), n, o), params, state["params"])
         moments = jax.tree.map(lambda n, o: jnp.where(good, n, o), moments, state["optimizer"])
+        if config.optimizer.ema:
+            optional["ema"] = jax.tree.map(lambda n, o: jnp.where(good, n, o),
+                                           _averaged(state, params, config.optimizer.ema), state["ema"])
 
-        state = {**spikes, "step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(good, 0, 1),
+        state = {**optional, "step": state["step"] + 1, "skipped": state["skipped"] + jnp.where(good, 0, 1),
                  "skipped_in_a_row": jnp.where(good, 0, state["skipped_in_a_row"] + 1),
                  "params": params, "optimizer": moments}
         return state, {**measured, "train/gradient_norm": gradient_norm, "train/learning_rate": rate,
@@ -161,6 +168,17 @@ def jit_train_step(model: Model, config: PretrainConfig, mesh: Mesh, warmup_step
     # parameters and moments.
     return jax.jit(make_train_step(model, config, warmup_steps), donate_argnums=0,
                    out_shardings=(state_shardings(model, config, mesh), None))
+
+
+def _averaged(state: State, params: dict[str, Any], decay: float) -> dict[str, Any]:
+    """The moving average of the parameters after an accepted update to `params`.
+
+    After t updates it is sum_i decay^(t-i) p_i / sum_i decay^(t-i), i = 1 ... t, as Adam corrects its moments (Kingma
+    and Ba 2015, Section 3): the first parameters have no more weight than others. So it needs no correction on reading.
+    """
+    updates = state["step"] - state["skipped"] + 1
+    weight = (1 - decay) / -jnp.expm1(updates * math.log(decay))  # of the newest; expm1 keeps digits that 1 - d^t loses
+    return jax.tree.map(lambda a, p: (a + weight * (p - a)).astype(a.dtype), state["ema"], params)
 
 
 def _unless_spiking(state: State, good: jax.Array, gradient_norm: jax.Array,

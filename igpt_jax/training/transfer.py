@@ -40,19 +40,19 @@ def adopted(config: FinetuneConfig) -> FinetuneConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes), data=data)
 
 
-def parameters(path: str, model: Model, precision: str, mesh: Mesh, initial: dict[str, Any]) -> dict[str, Any]:
+def parameters(finetuning: FinetuneConfig, model: Model, mesh: Mesh, initial: dict[str, Any]) -> dict[str, Any]:
     """The parameters that fine-tuning starts from.
 
     They are the checkpoint's, with its position table resized to the model's image size, and a new class head.
 
     Args:
-      path: of the checkpoint.
+      finetuning: names the checkpoint.
       model: the model to train. Its sizes are the checkpoint's, except image size and classes.
-      precision: of the run.
       mesh: devices of the run.
       initial: the model's initial parameters: the class head, and the sharding of the position table.
     """
-    _, params, metadata = checkpoint.load_model(path, mesh, precision)
+    _, params, metadata = checkpoint.load_model(finetuning.checkpoint, mesh, finetuning.precision,
+                                                parameters=finetuning.parameters)
     side = round(model.dims.T ** 0.5)
     resize = jax.jit(lambda table_TD: resized(table_TD, side), out_shardings=initial["position_embed_TD"].sharding)
     if side != metadata.image_size:

@@ -24,9 +24,17 @@ def kind_and_path(key: str, value: str, kinds: Iterable[str] = KINDS) -> tuple[s
     return kind, path
 
 
-def open_weights(kind: str, path: str) -> Weights:
-    """The weights in `path`. Raises UserError if they are missing, damaged or not those of an ImageGPT."""
-    return KINDS[kind](path)
+def open_weights(kind: str, path: str, parameters: str = "raw") -> Weights:
+    """The weights in `path`: of our checkpoints the raw parameters or, with `ema`, their moving average.
+
+    Raises:
+      UserError: they are missing, damaged or not those of an ImageGPT; or there is no moving average.
+    """
+    if parameters == "raw":
+        return KINDS[kind](path)
+    if kind != "orbax":
+        raise UserError(f"parameters={parameters}: {kind}:{path} holds no moving average. Leave out parameters.")
+    return OurWeights(path, parameters)
 
 
 def palette_for(weights: Weights, given: str, file: str, option: str) -> np.ndarray:

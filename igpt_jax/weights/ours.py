@@ -31,11 +31,16 @@ class OurWeights:
 
     framework = "igpt_jax"
 
-    def __init__(self, path: str):
-        self._given, self._path = path, step_path(*checkpoint.locate(path))
+    def __init__(self, path: str, parameters: str = "raw"):
+        self._given, self._path, self._parameters = path, step_path(*checkpoint.locate(path)), parameters
         self.record = checkpoint.load_metadata(path)
+        checkpoint.require_parameters(self.record, parameters, path)
+        self._tree = {"raw": ("params",), "ema": ("training", "ema")}[parameters]
         checkpoint.prepare_orbax()
-        leaves = jax.tree_util.tree_leaves_with_path(ocp.checkpointables_metadata(self._path).metadata["params"])
+        tree = ocp.checkpointables_metadata(self._path).metadata
+        for name in self._tree:
+            tree = tree[name]
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
         self._shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
         self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
         self.names = tuple(path[-1] for path in self._shapes)
@@ -55,7 +60,7 @@ class OurWeights:
 
     def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None) -> dict[str, np.ndarray]:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-        model, params, _ = checkpoint.load_model(self._given, mesh, "float32")
+        model, params, _ = checkpoint.load_model(self._given, mesh, "float32", parameters=self._parameters)
         pixels_BTV, classes_BK = jax.jit(model.outputs)(params, tokens_BT.astype(np.int32), None, hidden_BT)
         found = {"pixels": pixels_BTV} | ({} if classes_BK is None else {"classes": classes_BK})
         return jax.tree.map(np.asarray, found)
@@ -63,18 +68,19 @@ class OurWeights:
     def _load(self, name: str) -> np.ndarray:
         """One parameter, float32, in the host's memory. Raises UserError where it is not what was saved, or not
         finite."""
-        path = (name,) if name in OUTSIDE_BLOCKS else ("blocks", name)
-        damaged = UserError(f"checkpoint {self._path} is damaged: the array params/{'/'.join(path)} is not what was "
-                            "saved. Name another step.")
+        folder, *path = (*self._tree, name) if name in OUTSIDE_BLOCKS else (*self._tree, "blocks", name)
+        full_name = "/".join(path if folder == "training" else (folder, *path))  # as in the metadata's checksums
+        damaged = UserError(f"checkpoint {self._path} is damaged: the array {full_name} is not what was saved. Name "
+                            "another step.")
         try:
-            array = _read(self._path / "params", ".".join(path))
+            array = _read(self._path / folder, ".".join(path))
         except ValueError:  # of TensorStore
             raise damaged from None
-        expected = self.record.checksums.get("/".join(("params", *path)))
+        expected = self.record.checksums.get(full_name)
         exact = self.record.config.precision != "float64"
         if expected is not None and exact and checksums.of_host_array(array) != expected:
             raise damaged
-        return names.finite(f"checkpoint {self._path}", f"params/{'/'.join(path)}", array)
+        return names.finite(f"checkpoint {self._path}", full_name, array)
 
 
 def _read(folder: storage.Path, name: str) -> np.ndarray:
@@ -111,7 +117,9 @@ def class_layer_of(weights: Weights) -> int:
 def record_for(weights: Weights, palette_VC: np.ndarray) -> Metadata:
     """Metadata of a checkpoint made of weights: our checkpoint's own, or derived from the sizes."""
     if isinstance(weights, OurWeights):
-        return dataclasses.replace(weights.record, palette_VC=palette_VC)
+        config = weights.record.config  # the checkpoint that is written has no moving average beside its parameters
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema=0.0))
+        return dataclasses.replace(weights.record, config=config, palette_VC=palette_VC)
     sizes = weights.sizes
     row = (sizes["L"], sizes["D"], sizes["N"])
     name = next((name for name, sized in MODELS.items() if sized == row), ModelConfig().name)
