@@ -35,9 +35,10 @@ class DataConfig(Keys):
                                    resume="same", compiled=False)
     split: str = key("train", "split to train on; several joined with +", resume="same", compiled=False)
     held_out: str = key("held_out", "split to evaluate on while training; empty: none", resume="free", compiled=False)
-    augment: str = key("none", "augmentation. none; cifar: reflect-pad 4, random crop, mirror; imagenet (tfds only): "
-                               "shorter side 256 to 384, random 224 crop (paper, Section 3.1)",
-                       resume="same", rule=one_of("none", "cifar", "imagenet"), compiled=False)
+    augment: str = key("none", "augmentation. none; shift: by up to 1 pixel, black fill; cifar: reflect-pad 4, random "
+                               "crop, mirror; imagenet (tfds only): shorter side 256 to 384, random 224 crop (paper, "
+                               "Section 3.1)",
+                       resume="same", rule=one_of("none", "shift", "cifar", "imagenet"), compiled=False)
     reader: str = key("auto", "input pipeline. tfdata: streams from the store; resident: all tokens in memory, without "
                               "TensorFlow; auto: resident up to 256 MiB of tokens",
                       resume="free", rule=one_of("auto", "tfdata", "resident"), compiled=False)

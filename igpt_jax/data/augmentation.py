@@ -1,9 +1,9 @@
-"""Random crops and mirrors. NumPy only.
+"""Random shifts, crops and mirrors. NumPy only.
 
 They are functions of (seed, position in the run's sequence of examples), so they do not depend on the number of hosts,
 on the reader, or on where a run resumes.
 
-- `cifar` moves pixels without changing any, so it can be applied before or after quantization.
+- `shift` and `cifar` move pixels without changing any, so they can be applied before or after quantization.
 - `imagenet` (paper, Section 3.1) scales the shorter side to a random size in [256, 384], takes a random 224x224 crop
   and reduces it. All three are one step here: the crop is a square window of the picture's own pixels (corner and side
   rounded to integers), which `images.decode` reduces in one area resampling.
@@ -11,13 +11,39 @@ on the reader, or on where a run resumes.
 Dimensions: B examples; Y rows, X columns.
 """
 
+import math
+
 import numpy as np
 
 from igpt_jax.data import order
 
-AUGMENTATIONS = ("none", "cifar", "imagenet")
 PAD = 4  # pixels
 CROP, SHORTEST, LONGEST = 224, 256, 384  # pixels
+
+
+def augmented(augment: str, tokens_BT: np.ndarray, seed: int, position_B: np.ndarray, black: int) -> np.ndarray:
+    """Tokens [B, T] of images after augment `shift` or `cifar`; unchanged after any other.
+
+    Args:
+      augment: value of the key data.augment.
+      position_B: of each image in the run's sequence of examples.
+      black: the token of black.
+    """
+    size = math.isqrt(tokens_BT.shape[1])
+    if augment == "shift":
+        return shifted(tokens_BT.reshape(-1, size, size), seed, position_B, black).reshape(tokens_BT.shape)
+    if augment == "cifar":
+        return moved(tokens_BT, *crop_and_mirror(seed, position_B, size))
+    return tokens_BT
+
+
+def shifted(tokens_BYX: np.ndarray, seed: int, position_B: np.ndarray, black: int) -> np.ndarray:
+    """Augment `shift`: pad with black by 1, crop at random to the original size."""
+    top_B, left_B = (order.draws(seed, position_B, 2) % 3).astype(np.int64).T
+    padded_BYX = np.pad(tokens_BYX, ((0, 0), (1, 1), (1, 1)), constant_values=black)
+    steps = np.arange(tokens_BYX.shape[1])
+    return padded_BYX[np.arange(len(padded_BYX))[:, None, None], (top_B[:, None] + steps)[:, :, None],
+                      (left_B[:, None] + steps)[:, None, :]]
 
 
 def crop_and_mirror(seed: int, position_B: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:

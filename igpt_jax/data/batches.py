@@ -190,7 +190,7 @@ def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, ba
       start_step: any step; seeking is free.
       sharding: of tokens [B, T]; each process reads only the rows that its devices hold.
       prefetch: batches that tfdata reads ahead.
-      augment: one of augmentation.AUGMENTATIONS.
+      augment: value of the key data.augment.
       window: chunks whose examples are shuffled together, in stores with several images per chunk; 0: WINDOW.
       labeled: whether to return labels.
 

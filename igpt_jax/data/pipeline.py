@@ -30,7 +30,7 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
       split: of a pixel store, or records.RecordSplit.
       rows: of the global batch, those that this process's devices hold.
       prefetch: batches read ahead.
-      augment: one of augmentation.AUGMENTATIONS.
+      augment: value of the key data.augment.
       window: as of `order.batch`.
 
     Raises:
@@ -63,9 +63,7 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
         ids_R, position_R = ids_at(step)[rows], step * batch_size + np.arange(rows.start, rows.stop)
         crops = (augmentation.unit_draws(seed, position_R, 3),) if augment == "imagenet" else ()
         tokens_RT = palette.encode(split.read(ids_R, *crops), table)
-        if augment == "cifar":
-            tokens_RT = augmentation.moved(tokens_RT, *augmentation.crop_and_mirror(seed, position_R, split.image_size))
-        return tokens_RT
+        return augmentation.augmented(augment, tokens_RT, seed, position_R, table[0])
 
     with tf.device("cpu"):
         dataset = tf.data.Dataset.range(start_step, tf.int64.max)

@@ -60,8 +60,6 @@ def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, star
     tokens_IT = load_tokens(split, table)
     for step in itertools.count(start_step):
         ids_B = order.batch(seed, step, batch_size, split.components, window)
-        tokens_RT = tokens_IT[ids_B[rows]]
-        if augment == "cifar":
-            position_R = step * batch_size + np.arange(rows.start, rows.stop)
-            tokens_RT = augmentation.moved(tokens_RT, *augmentation.crop_and_mirror(seed, position_R, split.image_size))
+        position_R = step * batch_size + np.arange(rows.start, rows.stop)
+        tokens_RT = augmentation.augmented(augment, tokens_IT[ids_B[rows]], seed, position_R, table[0])
         yield ids_B, tokens_RT.astype(np.int32)
