@@ -6,9 +6,12 @@ JAX takes seconds to import. It is imported only once the flags and the config a
 import ast
 import importlib
 import importlib.util
+import json
 import operator
 import os
+import pathlib
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -18,14 +21,29 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from igpt_jax import process, storage
-from igpt_jax.config import JOBS, UserError, aliases, base_config, keys, nearest, parse, plain
+from igpt_jax import __version__, completion, process, storage
+from igpt_jax.config import (
+    JOBS,
+    MODELS,
+    UserError,
+    aliases,
+    base_config,
+    keys,
+    nearest,
+    override,
+    parse,
+    plain,
+    to_dict,
+    wrong_type,
+)
 
 PROCESS_FLAGS = {
     "coordinator": "HOST:PORT on which process 0 listens; not needed under a known launcher such as srun",
     "processes": "number of processes",
     "process_id": "number of this process, from 0",
 }
+CONFIG_FOLDERS = (pathlib.Path(__file__).parent / "configs",  # of an installed package
+                  pathlib.Path(__file__).parent.parent / "configs")  # of a checkout
 USAGE = "python -m igpt_jax {job} [--config=FILE[:key=value,...]] --workdir=DIR [--config.key=value ...]"
 
 
@@ -39,11 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if job in ("-h", "--help", "help"):
         process.say(_job_list())
         return 0
+    if job in ("--version", "version"):
+        process.say(f"igpt_jax {__version__}")
+        return 0
+    if job == "completion":
+        process.say(completion.script(_config_names()))
+        return 0
     try:
         if job not in JOBS:
             raise UserError(f"this job is not known. {nearest(job, list(JOBS))}")
         if {"-h", "--help"} & set(rest):
             process.say(_job_help(job))
+            return 0
+        if "--print_config" in rest:
+            config, _ = _parse(job, [each for each in rest if each != "--print_config"] + ["--workdir=unused"])
+            process.say(json.dumps(to_dict(config), indent=2))
             return 0
         config, workdir = _parse(job, rest)
         # TensorFlow only reads files here. With oneDNN enabled it prints four lines of warnings when it is imported.
@@ -61,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from igpt_jax.runtime.job import run_job
     from igpt_jax.runtime.signals import leave
 
-    code = run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir)
+    command = shlex.join(["python", "-m", "igpt_jax", job, *rest])
+    code = run_job(importlib.import_module(f"igpt_jax.jobs.{job}").run, config, workdir, command)
     if arguments is None:
         leave(code)
     return code
@@ -77,10 +106,14 @@ def _import_jax() -> None:
 
 
 def _job_list() -> str:
-    width = max(map(len, JOBS))
+    width = max(map(len, [*JOBS, *MODELS]))
     lines = [f"  {job:{width}}  {does}" for job, does in JOBS.items()]
-    return "\n".join(["Image GPT in JAX. Jobs:", *lines, "", USAGE.format(job="JOB"),
-                      "python -m igpt_jax JOB --help lists a job's config keys.",
+    models = [f"  {name:{width}}  {layers} layers, width {embed}, {heads} heads"
+              for name, (layers, embed, heads) in MODELS.items()]
+    return "\n".join(["Image GPT in JAX. Jobs:", *lines, "", "Models (--config.model.name=NAME):", *models, "",
+                      f"Config files (--config=NAME): {', '.join(_config_names())}", "", USAGE.format(job="JOB"),
+                      "python -m igpt_jax JOB --help lists a job's config keys. --version prints the version.",
+                      'Completion of words in bash: eval "$(igpt completion)"',
                       "From Python: import igpt_jax; model = igpt_jax.load(WORKDIR); help(model)."])
 
 
@@ -92,9 +125,12 @@ def _job_help(job: str) -> str:
     table = [(f"{name}={default!r}", meaning) for name, default, meaning in keys(job) if name != "job"]
     width = max(len(setting) for setting, _ in table if len(setting) <= 40)
     lines = [f"  --config.{setting:{width}}  {meaning}" for setting, meaning in table]
-    process_flags = [f"  --{name:{width + 7}}  {meaning}" for name, meaning in PROCESS_FLAGS.items()]
-    return "\n".join([doc, "", USAGE.format(job=job), "", "Config keys and their defaults:", *lines, "",
-                      "Processes (docs/launching.md):", *process_flags])
+    def listed(flags: dict[str, str]) -> list[str]:
+        return [f"  --{name:{width + 7}}  {meaning}" for name, meaning in flags.items()]
+
+    return "\n".join([doc, "", USAGE.format(job=job), "", "Config keys and their defaults:", *lines, "", *listed(
+        {"print_config": "print the config that these flags give, as JSON, and stop"}), "",
+                      "Processes (docs/launching.md):", *listed(PROCESS_FLAGS)])
 
 
 def _parse(job: str, arguments: Sequence[str]) -> tuple[Any, str]:
@@ -123,8 +159,10 @@ def _override(job: str, config: ConfigDict, rest: list[str]) -> None:
     known = [name for name, *_ in keys(job) if name != "job"]
     for flag in filter(None, (re.match(r"--?([a-zA-Z][^=]*)", argument) for argument in rest[1:])):
         if not flag[1].startswith("config."):
-            raise UserError(f"flag {flag[0]!r} is not known. Flags: --config, --workdir, --config.key=value, "
-                            f"{', '.join(f'--{name}' for name in PROCESS_FLAGS)}.")
+            key = next((name for name in known if flag[1] in (name, name.rpartition(".")[2])), "")
+            raise UserError(f"flag {flag[0]!r} is not known. " + (
+                f"Config keys begin with --config: --config.{key}=VALUE" if key else "Flags: --config, --workdir, "
+                f"--config.key=value, {', '.join(f'--{name}' for name in PROCESS_FLAGS)}, --print_config."))
         if (name := flag[1].removeprefix("config.")) in (former := aliases(job)):
             process.say(f"igpt_jax {job}: config key {name!r} is now called {former[name]!r}.", sys.stderr)
         elif name not in known:
@@ -140,23 +178,46 @@ def _override(job: str, config: ConfigDict, rest: list[str]) -> None:
     except flags.IllegalFlagValueError as error:
         name, value = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL).groups()
         kind = type(operator.attrgetter(name)(config)).__name__
-        raise UserError(f"config key {name}={value!r} must be of type {kind}.") from None
+        raise wrong_type(name, value, kind) from None
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
     if left_over:
-        raise UserError(f"{left_over[0]!r} is not a flag. Settings are written --config.key=value.")
+        form = "--config." + (left_over[0] if left_over[0].partition("=")[0] in known else "key=value")
+        raise UserError(f"{left_over[0]!r} is not a flag. Settings are written {form}")
+
+
+def _config_names() -> list[str]:
+    """The names of the config files that come with the package."""
+    return sorted({file.stem for folder in CONFIG_FOLDERS for file in folder.glob("*.py")})
+
+
+def _config_file(name: str) -> bytes:
+    """The text of a config file: a path, or the name of one that comes with the package (igpt_l, configs/igpt_l.py).
+
+    Raises:
+      UserError: there is none.
+    """
+    path = storage.path(name)
+    if name.endswith((".py", ".json")) and path.exists():
+        return storage.read(path)
+    if re.fullmatch(r"(configs/)?\w+(\.py)?", name):
+        for folder in CONFIG_FOLDERS:
+            if (file := folder / f"{path.stem}.py").exists():
+                return file.read_bytes()
+    raise UserError(f"--config: {name} does not exist. Give a Python file, a run's config.json or a name. "
+                    f"{nearest(path.stem, _config_names())}")
 
 
 def _load(job: str, argument: str) -> ConfigDict:
-    """The config of `--config=FILE[:key=value,...]`: the job's base config with the changes of FILE's get_config.
+    """The config of `--config=FILE[:key=value,...]`: the job's base config with the changes of FILE's get_config, or of
+    a run's config.json.
 
     A config file is the user's own program, so any error in it is reported with its line number.
     """
-    match = re.fullmatch(r"(.+?\.py)(?::(.*))?", argument)
-    if not match:
-        raise UserError(f"--config={argument!r} must name a Python file: --config=configs/{job}.py[:key=value,...]")
-    file, arguments = match.groups()
-    source = storage.read(storage.path(file))
+    file, arguments = re.fullmatch(r"(.+?(?:\.py|\.json|(?=:)|$))(?::(.*))?", argument, re.DOTALL).groups()
+    source = _config_file(file)
+    if file.endswith(".json"):
+        return _recorded(job, file, source, arguments or "")
     try:
         names = {"__name__": "config_file", "__file__": file}
         exec(compile(source, file, "exec", dont_inherit=True), names)
@@ -177,6 +238,20 @@ def _load(job: str, argument: str) -> ConfigDict:
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"{file} line {line}" if line else file
         raise UserError(f"{where}: {_config_error(job, error)}") from None
+
+
+def _recorded(job: str, file: str, source: bytes, arguments: str) -> ConfigDict:
+    """The config in a run's config.json."""
+    try:
+        given = storage.parse_json(source)
+        parse(job, given)
+        config = base_config(job)
+        config.update(plain(job, given))
+        return override(config, arguments)
+    except (ValueError, AttributeError):
+        raise UserError(f"--config={file}: this is no config.json of a run. Give one of `igpt_jax {job}`.") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _config_error(job: str, error: Exception) -> str:

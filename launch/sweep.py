@@ -2,7 +2,8 @@
 
     python launch/sweep.py RUN
 
-RUN/lr-RATE are workdirs of pretrain, as launch/slurm/sweep.sh leaves them. Writes RUN/sweep.json and RUN/sweep.md.
+RUN/lr-RATE are workdirs of pretrain, as launch/sweep.sh and launch/slurm/sweep.sh leave them. Writes RUN/sweep.json and
+RUN/sweep.md.
 """
 
 import json
@@ -55,7 +56,7 @@ def main(run: str) -> int:
         rows = [row(child) for child in storage.children(folder)
                 if child.name.startswith("lr-") and (child / "config.json").exists()]
         if not rows:
-            raise UserError(f"{run} holds no lr-RATE with a training. Start launch/slurm/sweep.sh first.")
+            raise UserError(f"{run} holds no lr-RATE with a training. Start launch/sweep.sh first.")
     except UserError as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2

@@ -76,13 +76,13 @@ def test_readers_hosts_and_resumes_agree(tmp_path, table, augment, reader):
     tokens = palette.encode(pixels, table).reshape(-1, 8, 8)
 
     def expected(step):
-        ids = order.batch(3, step, 16, split.components, 2)
+        ids, positions = order.batch(3, step, 16, split.components, 2), step * 16 + np.arange(16)
         if augment == "none":
             return ids, tokens[ids].reshape(16, -1)
         if augment == "shift":
             black = palette.encode(np.zeros((1, 1, 1, 3), np.uint8), table).item()
-            return ids, augmentation.augmented(augment, tokens[ids].reshape(16, -1), 3, step * 16 + np.arange(16), black)
-        rows, columns = augmentation.crop_and_mirror(3, step * 16 + np.arange(16), 8)
+            return ids, augmentation.augmented("shift", tokens[ids].reshape(16, -1), 3, positions, black)
+        rows, columns = augmentation.crop_and_mirror(3, positions, 8)
         return ids, np.stack([tokens[i][r][:, c] for i, r, c in zip(ids, rows, columns, strict=True)]).reshape(16, -1)
 
     digests = []

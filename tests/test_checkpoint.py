@@ -85,7 +85,7 @@ def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
     """Neither a cosine nor a warm-up of one epoch, which may not fit. Seen to fail with `steps` always free."""
     _, config, *_, metadata = run
     longer = dataclasses.replace(metadata, config=dataclasses.replace(config, steps=config.steps * 2))
-    with pytest.raises(UserError, match="steps=2000000"):
+    with pytest.raises(UserError, match="steps=2000000 .* --config.accept_changes=steps stretches the schedule"):
         metadata.check_resumable(longer, "here")
 
     def constant(of, warmup_steps):
@@ -95,6 +95,23 @@ def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
     constant(metadata, 10).check_resumable(constant(longer, 10), "here")
     with pytest.raises(UserError, match="steps=2000000"):
         constant(metadata, -1).check_resumable(constant(longer, -1), "here")
+
+
+def test_a_store_that_moved_is_asked_for(run, tmp_path):
+    """Seen to fail with the checkpoint's store taken unseen."""
+    metadata = run[-1]
+
+    def trained_on(store):
+        data = dataclasses.replace(metadata.config.data, store=store)
+        return dataclasses.replace(metadata, config=dataclasses.replace(metadata.config, data=data))
+
+    (tmp_path / "a").mkdir()
+    for store in (f"{tmp_path}/a", f"{tmp_path}/a,tfds:cifar10", ""):
+        assert checkpoint.store_of(trained_on(store)) == store
+    for store in (f"{tmp_path}/b", f"{tmp_path}/a,{tmp_path}/b"):
+        assert checkpoint.store_of(trained_on(store), "mine") == "mine"
+        with pytest.raises(UserError, match=f"{store}, which is not there. .* pass --config.data.store=DIR"):
+            checkpoint.store_of(trained_on(store))
 
 
 @pytest.mark.parametrize("path", ["", "{}", "{}/checkpoints/99", "{}/../nowhere"])

@@ -12,8 +12,9 @@ import jax
 import pytest
 from conftest import ROOT, SCRIPTS, patience
 
-from igpt_jax import process, storage
-from igpt_jax.config import UserError, base_config, parse
+import igpt_jax
+from igpt_jax import command_line, process, storage
+from igpt_jax.config import UserError, base_config, parse, to_dict
 from igpt_jax.runtime import job as runtime
 from igpt_jax.runtime.exits import Diverged, Preempted
 from igpt_jax.runtime.signals import StopSignal
@@ -114,6 +115,12 @@ MISTAKES = {
     "pretran": "Did you mean 'pretrain'?",
     "pretrain": "--workdir is missing",
     "pretrain --workdir=W --wrong=1": "flag '--wrong' is not known",
+    "pretrain --workdir=W --data.store=S": "begin with --config: --config.data.store=VALUE",
+    "pretrain --workdir=W --steps=3": "begin with --config: --config.steps=VALUE",
+    "pretrain --workdir=W steps=3": "Settings are written --config.steps=3",
+    "pretrain --workdir=W --config.lr=3": "Did you mean 'optimizer.learning_rate'?",
+    "pretrain --workdir=W --config.gpu=3": ". --help lists all 57.",
+    "pretrain --workdir=W --config.steps=1e3": "steps='1e3' must be of type int. Write 1000.",
     "pretrain --workdir=W word": "'word' is not a flag",
     "pretrain --workdir=W --config.stepz=3": "Did you mean 'steps'?",
     "pretrain --workdir=W --config.optimizer=3": "Set optimizer.learning_rate or",
@@ -123,7 +130,8 @@ MISTAKES = {
     "pretrain --workdir=W --config.wandb=me/digits/2": "must be PROJECT or ENTITY/PROJECT",
     "pretrain --workdir=W --config.model.name=igpt_z": "Did you mean 'igpt_s'?",
     "pretrain --workdir=W --config=missing.py": "missing.py does not exist",
-    "pretrain --workdir=W --config=configs/pretrain": "must name a Python file",
+    "pretrain --workdir=W --config=igpt_ll": "igpt_ll does not exist. Give a Python file, a run's config.json or a "
+                                             "name. Did you mean 'igpt_l'?",
     "pretrain --workdir=W --config=configs/sample.py": "for the job 'sample', not 'pretrain'",
     "pretrain --workdir=W --config=configs/pretrain.py:stepz=1": "Did you mean 'steps'?",
     "pretrain --workdir=W --config=configs/pretrain.py:steps": "must have the form key=value",
@@ -172,6 +180,32 @@ def test_settings_are_applied_in_order(tmp_path, monkeypatch):
     assert config.keep_steps == (1, 2)
 
 
+@pytest.mark.parametrize("name", ["igpt_l", "igpt_l.py", "configs/igpt_l.py", "configs/igpt_l"])
+def test_config_files_of_the_package_are_found_by_name(name, tmp_path, monkeypatch):
+    """From any folder, and printed as JSON that `--config` takes. Seen to fail with the current folder's alone."""
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    monkeypatch.setattr(process, "say", lambda text, *_: printed.append(text))
+    assert command_line.main(["pretrain", f"--config={name}:batch_size=2", "--config.steps=7", "--print_config"]) == 0
+    given = json.loads(printed[0])
+    assert (given["model"]["embed"], given["batch_size"], given["steps"]) == (1536, 2, 7)
+    (tmp_path / "config.json").write_text(printed[0])
+    config, _ = command_line._parse("pretrain", ["--config=config.json:steps=8", "--workdir=w"])
+    assert json.loads(json.dumps(to_dict(config))) == {**given, "steps": 8}
+
+
+def test_another_jobs_config_json_is_refused(tmp_path):
+    for content, message in (('{"job": "probe"}', "for the job 'probe'"), ("[]", "no config.json"), ("{", "no config"),
+                             ('{"steps": "many"}', "must be of type int"), ('{"stepz": 1}', "Did you mean 'steps'")):
+        (tmp_path / "c.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            command_line._parse("pretrain", [f"--config={tmp_path / 'c.json'}", "--workdir=w"])
+
+
+def test_the_version(run_job):
+    assert run_job("--version").stdout == f"igpt_jax {igpt_jax.__version__}\n"
+
+
 @pytest.fixture
 def config():
     return parse("prepare", base_config("prepare"))
@@ -196,6 +230,30 @@ def test_a_job_leaves_its_config_and_its_result(config, tmp_path):
     assert result["metrics"] == {"examples": 3, "images_per_second": None}
     assert result["device"]["platform"] == "cpu" and result["device"]["processes"] == 1
     assert result["versions"]["jax"] and result["wall_seconds"] >= 0
+
+
+def test_precision_follows_the_platform_and_the_run(tmp_path):
+    """auto: float32 on this CPU, in config.json too; but what the workdir's run has, if there is one. Seen to fail with
+    bfloat16 as the default, and with the platform's alone."""
+    def used(workdir, arguments=""):
+        seen = []
+        given = parse("pretrain", base_config("pretrain", arguments))
+        assert runtime.run_job(lambda config, _: seen.append(config.precision) or {}, given, str(workdir)) == 0
+        assert record(workdir, "config.json")["precision"] == seen[0]
+        return seen[0]
+
+    assert used(tmp_path / "a") == "float32" and used(tmp_path / "b", "precision=bfloat16") == "bfloat16"
+    assert used(tmp_path / "b") == "bfloat16"
+
+
+def test_the_last_line_names_what_to_open_and_the_command_is_saved(config, tmp_path, capsys):
+    def run(config, workdir):
+        storage.publish(tmp_path / "figures" / "completions.png", b"")
+        return {}
+
+    assert runtime.run_job(run, config, str(tmp_path), "igpt prepare 'a b'") == 0
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"done. [{tmp_path / 'figures' / 'completions.png'}]")
+    assert (tmp_path / "command.txt").read_text() == "igpt prepare 'a b'\n"
 
 
 @pytest.mark.parametrize("error, code, status", [

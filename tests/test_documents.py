@@ -28,11 +28,11 @@ SMALL = {
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words after `python -m igpt_jax` of each indented command: continued lines joined, shell variables 1."""
+    """The words after `python -m igpt_jax` or `igpt` of each indented command: continued lines joined, shell variables
+    1."""
     lines = re.sub(r"\$\w+", "1", re.sub(r"\\\n\s*", " ", text)).splitlines()
-    found = [line.split("python -m igpt_jax ", 1)[1] for line in lines
-             if line.startswith("    ") and "python -m igpt_jax " in line]
-    return [shlex.split(command, comments=True) for command in found]
+    found = [re.match(r"    .*?(?:python -m igpt_jax|(?<!\S)igpt) (.*)", line) for line in lines]
+    return [shlex.split(command[1], comments=True) for command in found if command]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -196,6 +196,29 @@ def test_the_best_rate_of_a_sweep(tmp_path):
     assert json.loads((tmp_path / "sweep.json").read_text())["rows"][0]["eval/nats_per_pixel"] is None
 
 
+def test_a_sweep_on_this_machine(tmp_path):
+    """One training per rate; one that diverges does not end it, a refused one does."""
+    stand_in = tmp_path / "python"  # as pretrain: fails at 0.1 with the code in $CODE
+    stand_in.write_text(f"""#!/bin/sh
+[ "$1" = -m ] || exec {sys.executable} "$@"
+echo "$3 $4 $5" >> {tmp_path / "log"}
+[ "$5" = --config.optimizer.learning_rate=0.1 ] && exit $CODE
+mkdir -p {tmp_path}/run/lr-0.01 && cd {tmp_path}/run/lr-0.01
+echo '{{"optimizer": {{"learning_rate": 0.01}}}}' > config.json
+echo '{{"status": "done", "metrics": {{"eval/nats_per_pixel": 2.5, "steps": 1}}}}' > result.json
+""")
+    stand_in.chmod(0o755)
+    command = [ROOT / "launch/sweep.sh", tmp_path / "run", "--config.steps=1"]
+    environment = {**os.environ, "PYTHON": str(stand_in), "RATES": "0.1 0.01", "PYTHONPATH": str(ROOT)}
+    refused = subprocess.run(command, env={**environment, "CODE": "2"}, capture_output=True, text=True)
+    assert refused.returncode == 2 and len((tmp_path / "log").read_text().splitlines()) == 1
+    done = subprocess.run(command, env={**environment, "CODE": "77"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "Best: learning rate 0.01" in done.stdout, done
+    assert (tmp_path / "log").read_text().splitlines()[1:] == [
+        f"--workdir={tmp_path}/run/lr-{rate} --config.steps=1 --config.optimizer.learning_rate={rate}"
+        for rate in ("0.1", "0.01")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["reproduce", "reproduce_10m", "transfer"])
 def test_reproductions(tmp_path, script):

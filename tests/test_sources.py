@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -49,6 +50,13 @@ def test_folder(folder):
     source = sources.open_source(f"folder:{folder}", 8, 0)
     assert source.class_names == ("cat", "owl") and source.skipped == {".db": 1, ".gif": 1, ".txt": 1}
     assert rows_of(f"folder:{folder / 'owl'}") == [("b.PNG", None, 3)]
+
+
+@pytest.mark.parametrize("text, fix", [("pictures/train", "Write folder:pictures/train"), ("a/*.npz", "npz:a/*.npz"),
+                                       ("x/{0..9}.tar", "tar:x/{0..9}.tar"), ("folders:x", "Did you mean 'folder'?")])
+def test_a_path_without_its_kind(text, fix):
+    with pytest.raises(UserError, match=re.escape(fix)):
+        sources.open_source(text, 8, 0)
 
 
 def test_links_are_followed_once(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Processes connect by the variables of each launcher, name missing ones, and refuse to start if they differ."""
 
 import contextlib
+import fnmatch
 import http.server
 import os
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import jax
 import pytest
 from conftest import ROOT, SCRIPTS, patience, run_job_command
 
@@ -168,6 +170,23 @@ def test_an_unavailable_platform_is_reported_with_its_fix(monkeypatch, error, sa
     with pytest.raises(UserError) as raised:
         startup.find_devices()
     assert says in str(raised.value) and "pip install -e '.[cuda]'" in str(raised.value)
+
+
+@pytest.mark.parametrize("files, says", [
+    (["/dev/vfio/vfio", "/dev/accel"], ""), (["/dev/vfio/vfio", "/dev/vfio/0"], "'.[tpu]'"), (["/dev/accel3"], "a TPU"),
+    (["/dev/nvidia0"], "'.[cuda12]'"),
+])
+def test_an_accelerator_that_jax_does_not_use_is_named(monkeypatch, files, says):
+    """Seen to fail with /dev/vfio/vfio, which machines without a TPU have too, taken for one."""
+    monkeypatch.setattr(startup.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+    monkeypatch.setattr(startup.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
+    assert startup.unused_accelerator() == ""  # JAX_PLATFORMS=cpu is set in tests
+    platforms = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        assert says in startup.unused_accelerator() and bool(says) == bool(startup.unused_accelerator())
+    finally:
+        jax.config.update("jax_platforms", platforms)
 
 
 def test_hosts_of_missing_processes_are_named():

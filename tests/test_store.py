@@ -176,8 +176,9 @@ def test_missing_splits(path, images, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("splits", "asked", "fix"), [
-    (["train", "held_out"], "test", "prepare --config.test_source=..., or use --config.data.test=held_out"),
-    (["train"], "test", "It has train. Make one with prepare --config.test_source=...$"),
+    (["train", "held_out"], "test", "prepare --workdir=DIR --config.test_source=SOURCE.* --config.data.test=held_out"),
+    (["train"], "test", "It has train. Prepare another .* --config.test_source=SOURCE, and the other settings as "
+                        "before.$"),
     (["train", "test"], "held_out", "--config.held_out=0.1, or name another split. .*--config.data.held_out="),
     ([], "train", r"quarantined.json says why"),
 ])

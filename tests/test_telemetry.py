@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -69,6 +70,25 @@ def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
     assert [line["step"] for line in load_metrics(tmp_path)] == [1, 2]
     printed = capsys.readouterr().err
     assert "step 7/10  loss 0.1429" in printed and "\r" not in printed and "\x1b" not in printed
+
+
+def test_in_a_terminal_the_bar_moves_and_held_out_lines_stay(tmp_path, monkeypatch):
+    """Ten steps of a second, a log line at each fifth. Seen to fail with the bar moved by log lines alone, and with the
+    held-out loss in the bar only."""
+    terminal = io.StringIO()
+    terminal.isatty, now = lambda: True, [0.0]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    metrics = Metrics(tmp_path, total_steps=10)
+    metrics._bar._time = lambda: now[0]
+    for step in range(1, 11):
+        now[0] += 2
+        metrics.progress(step)
+        if step % 5 == 0:
+            metrics.log(step, {"eval/nats_per_pixel": 1 / step})
+    metrics.close()
+    shown = terminal.getvalue()
+    assert all(f" {step}/10 " in shown for step in range(1, 11))
+    assert "step 5/10  held-out 0.2000" in [line.split("  ETA")[0] for line in re.split(r"[\r\n]", shown)]
 
 
 @pytest.mark.parametrize("bad", [b"5", b'"step"', b"\xff\xfe\x00", b'{"step": 2, "train/nats\xff": 1.0}',

@@ -168,6 +168,13 @@ class Checkpoints:
             storage.publish(self._folder / str(step) / EVALUATION, json.dumps(sealed))
         self.note(step, metrics)
 
+    def check_resumable(self, metadata: Metadata) -> None:
+        """Raises the UserError of `restore` where another run wrote the newest good step; reads no arrays."""
+        for step in reversed(self.steps):
+            with contextlib.suppress(Damaged):  # `restore` reports it
+                read_metadata(self._folder, step).check_resumable(metadata, self._workdir)
+                return
+
     def restore(self, abstract: dict[str, Any], metadata: Metadata, at: int | None = None
                 ) -> tuple[dict[str, Any], Metadata] | None:
         """Restores the newest good step. Damaged steps are logged and moved to WORKDIR/quarantine.

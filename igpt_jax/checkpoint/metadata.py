@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_jax import storage
 from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.config import PretrainConfig, UserError, flat, key_attributes, parse, to_dict
 from igpt_jax.runtime.versions import versions
@@ -83,8 +84,11 @@ class Metadata:
         if refused:
             past = any(resume.get(key) == "schedule" for key in changes)
             reason = f" The first {self.steps_done:,} steps would have had other learning rates." if past else ""
+            longer = (" --config.accept_changes=steps stretches the schedule to the new number of steps."
+                      if "steps" in changes else "")
             raise UserError(f"the run in {workdir} was started with other settings: {'; '.join(refused)}.{reason} Use "
-                            "the same settings, name the keys in --config.accept_changes, or give a new --workdir.")
+                            "the same settings, name the keys in --config.accept_changes, or give a new --workdir."
+                            f"{longer}")
         return tuple({"step": self.steps_done, "key": key, "from": before, "to": after}
                      for key, (before, after) in changes.items())
 
@@ -141,6 +145,20 @@ def require_parameters(metadata: Metadata, parameters: str, checkpoint: str) -> 
     if parameters == "ema" and not metadata.config.optimizer.ema:
         raise UserError(f"parameters=ema: checkpoint {checkpoint} holds no moving average, since its run had "
                         "optimizer.ema=0. Set --config.parameters=raw, or give another checkpoint.")
+
+
+def store_of(metadata: Metadata, given: str = "") -> str:
+    """The store that a job reads: the `given` one, else the one that the checkpoint was trained on.
+
+    Raises:
+      UserError: the checkpoint's store has moved.
+    """
+    store = given or metadata.config.data.store
+    stores = [] if given or not store else [each for each in store.split(",") if not each.startswith("tfds:")]
+    if not all(storage.path(each).exists() for each in stores):
+        raise UserError(f"the checkpoint was trained on the store {store}, which is not there. If it has moved, pass "
+                        "--config.data.store=DIR")
+    return store
 
 
 def later_metrics(path: Any) -> Mapping[str, float]:

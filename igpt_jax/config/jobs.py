@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from igpt_jax.config.data import PrepareConfig
 from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, SampleConfig
-from igpt_jax.config.keys import Keys, at_least, each, key, one_of, positive, require, section, within
+from igpt_jax.config.keys import PRECISIONS, Keys, at_least, each, key, one_of, positive, require, section, within
 from igpt_jax.config.training import PARAMETERS, FinetuneConfig, PretrainConfig
 
 JOBS: Mapping[str, str] = types.MappingProxyType({
@@ -46,6 +46,8 @@ class PlanConfig(PretrainConfig):
                                     "h100:8x4 (nodes), h200:8, cpu:8; attached: this machine's devices", resume="free")
     step: str = key("train", "step to compile: train, evaluate or sample (unconditional, batch_size images at once)",
                     resume="free", rule=one_of("train", "evaluate", "sample"))
+    precision: str = key("bfloat16", "dtype of activations and matrix products: bfloat16 or float32; float64: "
+                                     "everything", resume="same", rule=one_of(*PRECISIONS))
     palette_size: int = key(512, "colors", resume="free", rule=at_least(1))
     search: bool = key(False, "search for the fastest mesh, accumulate, model.remat and model.attention that fit",
                        resume="free", compiled=False)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
+MOST_SHOWN = 20  # names in one message
 PRECISIONS = ("bfloat16", "float32", "float64")
 
 
@@ -19,9 +20,31 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """'Did you mean ...?' with the most similar of `known`, or a list of all of them."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    """'Did you mean ...?' with the most similar of `known`; else the three nearest, or all where they are few."""
+    ranked = sorted(known, key=lambda name: -_similarity(word, name))
+    if ranked and _similarity(word, ranked[0]) > 0.6:
+        return f"Did you mean {ranked[0]!r}?"
+    if len(known) <= MOST_SHOWN:
+        return f"Known: {', '.join(known)}."
+    return f"The nearest are {', '.join(ranked[:3])}. --help lists all {len(known)}."
+
+
+def _similarity(word: str, name: str) -> float:
+    """0 to 1. The last part of a dotted name counts as the whole, and so do the initials of its words (lr, bs)."""
+    given, last = word.rpartition(".")[2], name.rpartition(".")[2]
+    if len(given) > 1 and given in (last, "".join(part[:1] for part in last.split("_"))):
+        return 1.0
+    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((word, name), (given, last)))
+
+
+def precision_on(precision: str, platform: str) -> str:
+    """The key `precision`, with auto replaced for a platform of JAX.
+
+    auto is bfloat16 on accelerators. CPUs get float32: there bfloat16 is slower for small models.
+    """
+    if precision != "auto":
+        return precision
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def require(condition: bool, message: str) -> None:

@@ -126,11 +126,21 @@ def _cast(name: str, value: Any, kind: type) -> Any:
     if outer is float and type(value) is int:
         with contextlib.suppress(OverflowError):
             return float(value)
-    require(type(value) is outer, f"config key {name}={value!r} must be of type {outer.__name__}.")
+    if type(value) is not outer:
+        raise wrong_type(name, value, outer.__name__)
     require(outer is not float or math.isfinite(value), f"config key {name}={value!r} must be finite.")
     # TensorStore, NumPy and JAX take 64 bits, where Python's integers are unlimited.
     require(outer is not int or abs(value) < 2**63, f"config key {name}={value!r} must be below 2^63.")
     return value
+
+
+def wrong_type(name: str, value: Any, kind: str) -> UserError:
+    """The error for a value (or its text) that is not of type `kind`; for 1e3 as an int, with the number to write."""
+    hint = ""
+    with contextlib.suppress(ValueError, TypeError):
+        if kind == "int" and float(value).is_integer():
+            hint = f" Write {int(float(value))}."
+    return UserError(f"config key {name}={value!r} must be of type {kind}.{hint}")
 
 
 def parse(job: str, config: Mapping[str, Any]) -> Any:

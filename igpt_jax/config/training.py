@@ -159,9 +159,9 @@ class PretrainConfig(Keys):
                           resume="free", rule=at_least(1))
     seed: int = key(0, "seed of initial weights, data order, masks and dropout", resume="same", rule=seed_range,
                     compiled=False)
-    precision: str = key("bfloat16", "dtype of activations and matrix products: bfloat16 or float32 (parameters are "
-                                     "float32); float64: everything, for tests",
-                         resume="same", rule=one_of(*PRECISIONS))
+    precision: str = key("auto", "dtype of activations and matrix products: bfloat16 or float32 (parameters are "
+                                 "float32); auto: bfloat16, on CPUs float32; float64: everything, for tests",
+                         resume="same", rule=one_of("auto", *PRECISIONS))
     max_skipped_updates: int = key(20, "consecutive skipped updates (loss or gradient not finite, or a spike) after "
                                        "which the run ends as diverged (exit code 77)",
                                    resume="free", rule=at_least(1), compiled=False)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from igpt_jax import storage
-from igpt_jax.checkpoint import Metadata
+from igpt_jax.checkpoint import Metadata, store_of
 from igpt_jax.config import ProbingConfig, UserError
 from igpt_jax.data import count_classes, order, palette
 from igpt_jax.data.store import Split, Store
@@ -56,7 +56,7 @@ class Prober:
 
     def __init__(self, config: ProbingConfig, record: Metadata, labels_per_class: int = 1):
         self.config, data = config, config.data
-        store = Store.open(data.store or record.config.data.store)
+        store = Store.open(store_of(record, data.store))
         if store.image_size != record.image_size:
             raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
                             f"{record.image_size}. Prepare a store with image_size={record.image_size}.")

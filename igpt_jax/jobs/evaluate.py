@@ -126,6 +126,8 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
 def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh,
              folder: storage.Path) -> Row:
     """Measures one checkpoint and writes its loss maps. Returns its columns of the table."""
+    if not config.tokens:
+        checkpoint.store_of(metadata, config.data.store)  # raises UserError where it has moved
     split = _examples(config, *_needed(metadata))
     lookup = palette.lookup_table(metadata.palette_VC)
     labelled = not isinstance(split, TokenFile) and split.labeled

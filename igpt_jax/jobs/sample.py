@@ -102,7 +102,8 @@ def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, li
     if config.examples == 0 or not store and config.examples < 0:
         return np.zeros((0, size ** 2), np.int32), []
     if config.examples < 0 and not config.data.store and not storage.path(store).exists():
-        say(f"no completions: the checkpoint's store {store} does not exist here. Set data.store or images.")
+        say(f"no completions: the checkpoint's store {store} is not there. If it has moved, pass "
+            "--config.data.store=DIR; for pictures of your own, --config.images=FOLDER")
         return np.zeros((0, size ** 2), np.int32), []
     split = open_split(store, config.data.split, size)
     ids = np.arange(min(EXAMPLES if config.examples < 0 else config.examples, split.count))

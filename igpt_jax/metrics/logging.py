@@ -74,8 +74,8 @@ class Metrics:
         self._resumed = self._resume(path, start_step)
         self._lines = storage.LineWriter(path)
         self._writers = writers
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
-                         disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1,
+                         miniters=1, disable=not sys.stderr.isatty())
         self._latest: dict[str, float] = {}
 
     def _resume(self, path: storage.Path, start_step: int) -> dict[str, float]:
@@ -116,7 +116,14 @@ class Metrics:
             if values:
                 say(self._line(step, now, values))
         else:
-            self._bar.set_postfix_str(_describe(self._latest), refresh=False)
+            if any(name.startswith("eval/") for name in values):
+                say(self._line(step, now, values))  # stays above the bar
+            self._bar.n = step
+            self._bar.set_postfix_str(_describe(self._latest))
+
+    def progress(self, step: int) -> None:
+        """Moves the progress bar to `step`, at most once a second."""
+        if self._active:
             self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from igpt_jax.config import MeshConfig, ModelConfig, PretrainConfig
+from igpt_jax.config import MeshConfig, ModelConfig, PretrainConfig, precision_on
 from igpt_jax.model.attention import NAMES, attention, backend_for, is_saved
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.layers import Block, dropout, norm, pool, read_out
@@ -187,7 +187,7 @@ class Model:
           config: sizes and choices. Attention `auto` becomes the back-end of the mesh's platform.
           palette_size: number of colors, the vocabulary.
           image_size: height and width, pixels.
-          precision: a name from `config.PRECISIONS`.
+          precision: a name from `config.PRECISIONS`, or auto.
           mesh: devices to run on; None: one device of the default platform.
           objective: decides whether attention is causal; None: autoregressive.
           classes: outputs of the class head; 0: no class head.
@@ -199,10 +199,11 @@ class Model:
         self.dims = Dims.of(config, palette_size, image_size, classes)
         self.objective, self._class_layer = objective or Autoregressive(), class_layer
         self.causal = self.objective.causal
-        self.precision = Precision.of(precision)
         mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         sharding.check_model(self.dims.N, self.dims.T, mesh)
         platform = mesh.devices.flat[0].platform
+        precision = precision_on(precision, platform)
+        self.precision = Precision.of(precision)
         backend = backend_for(config.attention, platform, precision, self.dims.T, self.dims.H,
                               mesh.shape[sharding.CONTEXT])
         self._rounded_late = platform == "cpu" and precision == "bfloat16"

@@ -4,6 +4,7 @@ Locks the workdir, writes its config.json and result.json, and prints errors in 
 """
 
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 from igpt_jax import process, storage
-from igpt_jax.config import UserError, to_dict
+from igpt_jax.config import UserError, precision_on, to_dict
 from igpt_jax.metrics.logging import say
 from igpt_jax.runtime import launchers, startup
 from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, Ended, Preempted
@@ -26,6 +27,9 @@ from igpt_jax.storage import side_files, to_json
 
 # JAX has no exception of its own for a collective that fails because another process is dead; its text says so.
 PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
+# What a person opens first of what a job left: the first of these that exists.
+OPENED_FIRST = ("report.html", "figures/completions.png", "figures/samples.png", "figures/accuracy_by_layer.png",
+                "figures/loss.png", "figures/before_after.png", "result.json")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
@@ -50,26 +54,31 @@ def initialize(**facts: Any) -> None:
     startup.find_devices()
     if launch:
         startup.introduce(launch, hosts)
+    if idle := startup.unused_accelerator():
+        say(idle)
 
 
-def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str) -> int:
+def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str, command: str = "") -> int:
     """Runs a job in its workdir and returns the exit code.
 
-    Holds the workdir's lock, writes config.json first and result.json last. A workdir without result.json holds an
-    unfinished job. Errors that the user can fix become one line on stderr; other errors print a stack trace.
+    Holds the workdir's lock, writes config.json and command.txt first and result.json last. A workdir without
+    result.json holds an unfinished job. Errors that the user can fix become one line on stderr; other errors print a
+    stack trace.
 
     Args:
       run: the job: a function of config and workdir that returns metrics.
       config: the job's dataclass.
       workdir: local path, gs:// or s3://.
+      command: the command line, for command.txt; empty: no such file.
     """
     start, interrupted = time.time(), False
     name = f"igpt_jax {config.job}"
     try:
         with StopSignal():
             initialize(workdir=workdir, **to_dict(config))
+            config = _with_precision(config, workdir)
             set_precision(getattr(config, "precision", "float32"))
-            with _workdir_for(config, workdir) as folder:
+            with _workdir_for(config, workdir, command) as folder:
                 status, code, message = "done", DONE, ""
                 try:
                     metrics = run(config, workdir)
@@ -81,8 +90,9 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                 if jax.process_index() == 0:
                     result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
                               "versions": versions(), "wall_seconds": round(time.time() - start, 1)}
-                    say(f"{name}: {message or _summary(metrics)} [{folder / 'result.json'}]")
                     storage.publish(folder / "result.json", to_json(result))
+                    open_first = next(folder / file for file in OPENED_FIRST if (folder / file).exists())
+                    say(f"{name}: {message or _summary(metrics)} [{open_first}]")
         if not interrupted:
             if connected.is_set():
                 jax.distributed.shutdown()  # waits for the others
@@ -99,6 +109,15 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     if interrupted or connected.is_set():
         leave(code)
     return code
+
+
+def _with_precision(config: Any, workdir: str) -> Any:
+    """The config with precision=auto replaced: by what the run in the workdir has, else by the platform's."""
+    if getattr(config, "precision", "") != "auto":
+        return config
+    earlier = side_files.look(storage.path(workdir) / "config.json") or {}
+    auto = precision_on("auto", jax.devices()[0].platform)
+    return dataclasses.replace(config, precision=earlier.get("precision", auto))
 
 
 def _failure(error: Exception) -> tuple[int, str]:
@@ -127,8 +146,8 @@ def _failure(error: Exception) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _workdir_for(config: Any, workdir: str) -> Iterator[storage.Path]:
-    """Locks the workdir and writes its config.json, on process 0; the other processes wait for it."""
+def _workdir_for(config: Any, workdir: str, command: str) -> Iterator[storage.Path]:
+    """Locks the workdir and writes its config.json and command.txt, on process 0; the other processes wait for it."""
     folder = storage.path(workdir)
     with contextlib.ExitStack() as stack:
         # The other processes learn of an error on process 0 by `follow`. Raised before it, they would wait for ever.
@@ -138,7 +157,7 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.Path]:
                 storage.absolute(folder)  # raises UserError for a path that cannot hold checkpoints or stores
                 stack.enter_context(storage.lock(folder))
                 storage.sweep(folder)
-                stack.enter_context(_config_and_result(folder, config))
+                stack.enter_context(_config_and_result(folder, config, command))
             except UserError as error:
                 refusal = str(error)
             except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
@@ -148,10 +167,10 @@ def _workdir_for(config: Any, workdir: str) -> Iterator[storage.Path]:
 
 
 @contextlib.contextmanager
-def _config_and_result(folder: storage.Path, config: Any) -> Iterator[None]:
-    """Writes config.json and removes result.json. If the job raises UserError, both are restored.
+def _config_and_result(folder: storage.Path, config: Any, command: str) -> Iterator[None]:
+    """Writes config.json and command.txt, and removes result.json. If the job raises UserError, all are restored.
 
-    Each of the two files names the job that the workdir belongs to. A damaged file is set aside.
+    config.json and result.json name the job that the workdir belongs to. A damaged file is set aside.
 
     Raises:
       UserError: the workdir belongs to another job, or its files are not of a job.
@@ -164,9 +183,12 @@ def _config_and_result(folder: storage.Path, config: Any) -> Iterator[None]:
             owner = f"the job {job!r} (its {name})" if job else f"something else: its {name} is not a job's"
             raise UserError(f"workdir {folder} belongs to {owner}. Give {config.job!r} a --workdir of its own.")
     # A refused config, such as a typing error on a finished run, must leave that run's files as they were.
+    files.append(folder / "command.txt")
     former = [storage.read(file) if file.exists() else None for file in files]
     storage.publish(files[0], to_json(to_dict(config)))
     files[1].unlink(missing_ok=True)
+    if command:
+        storage.publish(files[2], command + "\n")
     try:
         yield
     except UserError:

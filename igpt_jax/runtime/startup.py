@@ -6,6 +6,7 @@ JAX's coordination service connects the processes and carries their messages.
 import collections
 import contextlib
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -226,6 +227,33 @@ def introduce(launch: Launch, hosts: list[str]) -> None:
         return
     names = list(dict.fromkeys(hosts))
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    say(f"{jax.process_count()} processes on {shown} (started by {launch.by}): {devices()}")
+
+
+def devices() -> str:
+    """The devices of all processes in words: `8 x NVIDIA H100 80GB HBM3`."""
     kinds = collections.Counter(device.device_kind for device in jax.devices())
-    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    say(f"{jax.process_count()} processes on {shown} (started by {launch.by}): {devices}")
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def unused_accelerator() -> str:
+    """A warning if JAX runs on the CPU of a machine with an accelerator, and JAX_PLATFORMS is not set; else empty."""
+    if jax.config.jax_platforms or jax.devices()[0].platform != "cpu":
+        return ""
+    # A TPU's chips are /dev/vfio/N or /dev/accelN. (/dev/vfio/vfio and the folder /dev/accel are on other machines.)
+    if glob.glob("/dev/vfio/[0-9]*") + glob.glob("/dev/accel[0-9]*"):
+        found, extra = "a TPU", "'.[tpu]'"
+    elif glob.glob("/dev/nvidia[0-9]*") or _nvidia_smi_lists_gpus():
+        found, extra = "an NVIDIA GPU", "'.[cuda]' (or '.[cuda12]' for a driver older than 580)"
+    else:
+        return ""
+    return (f"igpt_jax: this machine has {found}, but the installed JAX runs on the CPU only. Run: pip install {extra} "
+            "To use the CPU without this warning: JAX_PLATFORMS=cpu")
+
+
+def _nvidia_smi_lists_gpus() -> bool:
+    """Whether nvidia-smi sees a GPU, as it does under Windows' Linux, which has no /dev/nvidia0."""
+    try:
+        return b"GPU 0" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False

@@ -27,6 +27,7 @@ from igpt_jax.model.dims import count_parameters
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding, topology
+from igpt_jax.runtime import startup
 from igpt_jax.runtime.exits import Diverged, Preempted
 from igpt_jax.runtime.signals import StopSignal
 from igpt_jax.runtime.watchdog import Watchdog
@@ -62,6 +63,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     inputs = open_inputs(config)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         run = Run(config, workdir, mesh, inputs, timer, stack)
+        run.checkpoints.check_resumable(run.metadata)  # before the minutes that compiling may take
         run.compile()
         run.restore_or_initialize()
         run.open_logs()
@@ -109,6 +111,8 @@ class Run:
             return jax.ShapeDtypeStruct((self.config.batch_size, *dims), jnp.int32, sharding=batch)
 
         self.watchdog.beat("compiling")
+        if jax.process_index() == 0:
+            say(f"compiling the training step for {startup.devices()}, {self.config.precision} ...")
         with self.timer("compile"):
             step = jit_train_step(self.model, self.config, self.mesh, self.warmup_steps)
             labels = array() if self.inputs.classes else None
@@ -198,6 +202,7 @@ class Run:
                     found |= {prefix + name: figure for name, figure in measured.items()}
             self.metrics.log(step, found)
             self.checkpoints.note(step, found)
+            self._draw()
             return found
 
     def evaluate_if_owed(self) -> None:
@@ -273,6 +278,7 @@ class Run:
         skipped = int(values.pop("train/skipped_in_a_row"))
         if self.checkpoints.failed_saves:
             values["failed_saves"] = self.checkpoints.failed_saves
+        self.metrics.progress(step)
         if skipped or due(step, self.config).log:
             self.metrics.log(step, {**values, **self.throughput.read(), **self.batches.metrics()})
         if skipped >= self.config.max_skipped_updates:
@@ -313,7 +319,7 @@ class Run:
     # Summarize.
 
     def summarize(self) -> dict[str, float]:
-        """The metrics for result.json; draws the loss curve."""
+        """The metrics for result.json; draws the loss curve once more."""
         figures = {"parameters": count_parameters(self.abstract["params"]), "steps": self.end,
                    "best_step": self.checkpoints.best_step, **self.evaluated, **self.throughput.overall()}
         if jax.process_index() == 0:
@@ -323,9 +329,14 @@ class Run:
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
             figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
             figures["goodput"] = goodput(metrics_lines(self.workdir)).get("goodput")
-            save_figure(storage.path(self.workdir) / "figures" / "loss.png",
-                        *charts.training(lines, self.config.steps, self.model.dims.V))
+            self._draw()
         return figures
+
+    def _draw(self) -> None:
+        """Draws the loss curve, on process 0."""
+        if jax.process_index() == 0:
+            curves = charts.training(load_metrics(self.workdir), self.config.steps, self.model.dims.V)
+            save_figure(storage.path(self.workdir) / "figures" / "loss.png", *curves)
 
 
 def throughput_of(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -> Throughput:

@@ -36,7 +36,7 @@ def adopted(config: FinetuneConfig) -> FinetuneConfig:
     metadata = checkpoint.load_metadata(config.checkpoint)
     checkpoint.require_objective(metadata, config.objective, config.checkpoint)
     sizes = {name: getattr(metadata.config.model, name) for name in SIZES}
-    data = dataclasses.replace(config.data, store=config.data.store or metadata.config.data.store)
+    data = dataclasses.replace(config.data, store=checkpoint.store_of(metadata, config.data.store))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes), data=data)
 
 

@@ -1,5 +1,6 @@
 """Sources of images. Each kind is one file here and one row of SOURCES."""
 
+from igpt_jax import storage
 from igpt_jax.config import UserError, nearest
 from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source
@@ -30,7 +31,9 @@ def open_source(text: str, image_size: int, seed: int, shard: tuple[int, int] = 
     """
     name, _, argument = text.partition(":")
     if name not in SOURCES:
-        raise UserError(f"source {text!r} is not known. {nearest(name, list(SOURCES))}")
+        kind = {".npz": "npz", ".tar": "tar"}.get(storage.path(text).suffix, "folder")
+        hint = f"Write {kind}:{text}" if "/" in text or storage.path(text).exists() else nearest(name, list(SOURCES))
+        raise UserError(f"source {text!r} is not known. {hint}")
     source = SOURCES[name](argument, image_size, seed, shard)
     source.class_names = tuple(map(contents.nfc, source.class_names))  # names from two sources are compared
     if not source.count:

@@ -94,8 +94,10 @@ def _without(name: str, known: list[str]) -> str:
         return "None of the images could be used: quarantined.json says why."
     available = f"It has {', '.join(known)}."
     if name == "test":
-        instead = ", or use --config.data.test=held_out" if "held_out" in known else ""
-        return f"{available} Make one with prepare --config.test_source=...{instead}"
+        instead = (" Or name held_out in its place: --config.data.test=held_out (evaluate and sample: "
+                   "--config.data.split=held_out)" if "held_out" in known else "")
+        return (f"{available} Prepare another store with a test split: prepare --workdir=DIR "
+                f"--config.test_source=SOURCE, and the other settings as before.{instead}")
     if name == "held_out":
         return (f"{available} Make one with prepare --config.held_out=0.1, or name another split. To train without: "
                 "--config.data.held_out=")
