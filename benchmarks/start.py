@@ -16,7 +16,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PRETRAIN = ["-m", "igpt_jax", "pretrain", "--config=configs/pretrain.py:model=igpt_tiny", "--config.model.layers=4",
+PRETRAIN = ["-m", "igpt_jax", "pretrain", "--config.model.name=igpt_tiny", "--config.model.layers=4",
             "--config.model.embed=64", "--config.batch_size=64", "--config.precision=float32",
             "--config.data.reader=resident", "--config.log_every_steps=1"]
 JOB = "import igpt_jax.jobs.pretrain"

@@ -1,6 +1,6 @@
 """The paper's fine-tuning on CIFAR-10 (Section 4.5).
 
-    python -m igpt_jax finetune --config=configs/cifar10_finetune.py --workdir=DIR --config.checkpoint=CHECKPOINT \
+    igpt finetune --config=cifar10_finetune --workdir=DIR --config.checkpoint=CHECKPOINT \
         --config.data.store=STORE
 
 CHECKPOINT: a model of 32x32 pixels. STORE: CIFAR-10 at 32x32, a tenth of the training images held out.

@@ -1,6 +1,6 @@
 """The paper's linear probe of CIFAR-10 (Section 4.3) and its low-data rows (Section 4.7).
 
-    python -m igpt_jax probe --config=configs/cifar10_probe.py --workdir=DIR --config.checkpoint=CHECKPOINT \
+    igpt probe --config=cifar10_probe --workdir=DIR --config.checkpoint=CHECKPOINT \
         --config.data.store=STORE
 
 CHECKPOINT: a model of 32x32 pixels. STORE: CIFAR-10 at 32x32 (`prepare --config.source=tfds:cifar10

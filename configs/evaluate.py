@@ -1,6 +1,6 @@
 """Measures the exact loss of checkpoints over a whole split.
 
-    python -m igpt_jax evaluate --config=configs/evaluate.py --workdir=runs/evaluate \
+    igpt evaluate --config=evaluate --workdir=runs/evaluate \
         --config.checkpoints=runs/pretrain --config.data.store=runs/digits
 """
 

@@ -1,11 +1,11 @@
 """Fine-tunes a checkpoint on a labeled store: L_GEN + L_CLF, each with weight 1 (paper, Section 2.3).
 
-    python -m igpt_jax finetune --config=configs/finetune.py --workdir=runs/finetune --config.checkpoint=runs/pretrain \
+    igpt finetune --config=finetune --workdir=runs/finetune --config.checkpoint=runs/pretrain \
         --config.data.augment=cifar --config.eval_every_steps=200 --config.patience=5
 
 Then train again on all labels, for `best_step` steps (from result.json; paper, Section 3.1):
 
-    python -m igpt_jax finetune --config=configs/finetune.py --workdir=runs/finetune_all \
+    igpt finetune --config=finetune --workdir=runs/finetune_all \
         --config.checkpoint=runs/pretrain --config.data.augment=cifar --config.data.split=train+held_out \
         --config.data.held_out= --config.steps=1200
 

@@ -1,6 +1,6 @@
 """iGPT-L of the paper at 48x48 pixels: 1.4B parameters, 2,304 tokens.
 
-    python -m igpt_jax pretrain --config=configs/igpt_l_48.py --workdir=DIR --config.data.store=STORE
+    igpt pretrain --config=igpt_l_48 --workdir=DIR --config.data.store=STORE
 
 STORE: ImageNet at 48x48, with OpenAI's 512 colors and 4% of the training images held out.
 Paper (Sections 3.3 and 3.4): as iGPT-L at 32x32: batch 128, 1M steps.

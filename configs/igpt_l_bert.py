@@ -1,6 +1,6 @@
 """iGPT-L of the paper's Section 4.6, trained as BERT is: 15% of the pixels hidden, predicted from both sides.
 
-    python -m igpt_jax pretrain --config=configs/igpt_l_bert.py --workdir=DIR --config.data.store=STORE
+    igpt pretrain --config=igpt_l_bert --workdir=DIR --config.data.store=STORE
 
 STORE: ImageNet at 32x32, with OpenAI's 512 colors and 4% of the training images held out.
 Paper (Sections 2.1 and A.1): 15% hidden (20% did as well, 25% and more worse); else as iGPT-L.

@@ -1,6 +1,6 @@
 """iGPT-S of the paper: 76M parameters, 32x32 pixels.
 
-    python -m igpt_jax pretrain --config=configs/igpt_s.py --workdir=DIR --config.data.store=STORE
+    igpt pretrain --config=igpt_s --workdir=DIR --config.data.store=STORE
 
 STORE: ImageNet at 32x32, with OpenAI's 512 colors and 4% of the training images held out.
 Paper (Sections 3.3 and 3.4): batch 128, 1M steps, Adam (0.9, 0.95), one epoch of warm-up, then cosine to 0, float32,

@@ -1,6 +1,6 @@
 """iGPT-XL of the paper: 6.8B parameters, 64x64 pixels.
 
-    python -m igpt_jax pretrain --config=configs/igpt_xl.py --workdir=DIR --config.data.store=STORE
+    igpt pretrain --config=igpt_xl --workdir=DIR --config.data.store=STORE
 
 STORE: the paper used ImageNet and 100M web images that are not public, in a mixture of unknown weights. ImageNet at
 64x64 is what others can prepare; several stores are mixed by --config.data.store=A,B --config.data.weights='(1,9)'.

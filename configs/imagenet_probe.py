@@ -1,6 +1,6 @@
 """The paper's linear probe of ImageNet (Section 4.4), by SGD.
 
-    python -m igpt_jax probe --config=configs/imagenet_probe.py --workdir=DIR --config.checkpoint=CHECKPOINT \
+    igpt probe --config=imagenet_probe --workdir=DIR --config.checkpoint=CHECKPOINT \
         --config.data.store=STORE
 
 STORE: ImageNet at the model's resolution, labeled, 4% of the training images held out.

@@ -1,8 +1,8 @@
 """Makes a pixel store of images: reads, resizes, holds a share out, and fits or imports a palette.
 
-    python -m igpt_jax prepare --config=configs/prepare.py --workdir=runs/digits
-    python -m igpt_jax prepare --config=configs/prepare.py:data=cifar10 --workdir=runs/cifar10
-    python -m igpt_jax prepare --config=configs/prepare.py:image_size=16 --workdir=runs/cifar10_16 \
+    igpt prepare --config=prepare --workdir=runs/digits
+    igpt prepare --config=prepare:data=cifar10 --workdir=runs/cifar10
+    igpt prepare --config=prepare:image_size=16 --workdir=runs/cifar10_16 \
         --config.source='npz:cifar10_train_*.npz' --config.test_source=npz:cifar10_test.npz \
         --config.palette=kmeans_centers.npy
 

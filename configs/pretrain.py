@@ -1,10 +1,10 @@
 """Pretrains an iGPT on a pixel store.
 
-    python -m igpt_jax prepare --workdir=runs/digits --config.source=digits
-    python -m igpt_jax pretrain --config=configs/pretrain.py:model=igpt_tiny,steps=500,batch_size=64 \
+    igpt prepare --workdir=runs/digits --config.source=digits
+    igpt pretrain --config.model.name=igpt_tiny --config.steps=500 \
         --workdir=runs/pretrain --config.data.store=runs/digits
 
-For the masked (BERT) objective, add objective=masked after the colon.
+For the masked (BERT) objective: --config.objective=masked. After a colon, `--config=pretrain:steps=500` sets a key too.
 """
 
 from igpt_jax.config import base_config

@@ -1,6 +1,6 @@
 """Fits a linear probe to every layer of a checkpoint; chooses on the held-out split and reports test accuracy.
 
-    python -m igpt_jax probe --config=configs/probe.py --workdir=runs/probe --config.checkpoint=runs/pretrain
+    igpt probe --config=probe --workdir=runs/probe --config.checkpoint=runs/pretrain
 
 The paper's low-data rows (Section 4.7): --config.labels_per_class='(4, 25, 400)'.
 """

@@ -1,6 +1,6 @@
 """Makes one HTML page of the results in workdirs.
 
-    python -m igpt_jax report --config=configs/report.py --workdir=runs/report --config.workdirs='runs/quickstart/*'
+    igpt report --config=report --workdir=runs/report --config.workdirs='runs/quickstart/*'
 """
 
 from igpt_jax.config import base_config

@@ -1,6 +1,6 @@
 """Samples images, and completes the lower halves of held-out ones.
 
-    python -m igpt_jax sample --config=configs/sample.py:count=64 --workdir=runs/sample \
+    igpt sample --config=sample:count=64 --workdir=runs/sample \
         --config.checkpoint=runs/pretrain --config.data.store=runs/digits
 """
 

@@ -1,6 +1,6 @@
 """Checks every byte of checkpoints, or of a pixel store, against checksums.
 
-    python -m igpt_jax verify --config=configs/verify.py --workdir=runs/verify --config.path=runs/pretrain
+    igpt verify --config=verify --workdir=runs/verify --config.path=runs/pretrain
 """
 
 from igpt_jax.config import base_config

@@ -18,7 +18,7 @@ job prepare store --config.source="${SOURCE:-tfds:cifar10}" --config.test_source
   --config.image_size=16 --config.palette="${PALETTE:-fit:512}"
 checkpoints=()
 for size in 4x64 6x96 6x128; do
-  job pretrain "$size" --config=configs/pretrain.py:model=igpt_tiny --config.data.store="$folder/store" \
+  job pretrain "$size" --config.model.name=igpt_tiny --config.data.store="$folder/store" \
     --config.model.layers="${size%x*}" --config.model.embed="${size#*x}" --config.steps="$last" --config.batch_size=64 \
     --config.optimizer.learning_rate=3e-3 --config.optimizer.warmup_steps="${WARMUP:-100}" --config.precision=float32 \
     --config.mesh.data=-1 --config.mesh.fsdp=1 --config.keep_steps="($steps,)" --config.checkpoint_every_steps=250 \

@@ -46,8 +46,8 @@ case $verb in
       esac
     done
     archive=$(mktemp)
-    tar -czf "$archive" -C "$(dirname "$0")/.." igpt_jax configs setup.cfg pyproject.toml constraints.txt \
-      constraints-buckets.txt README.md LICENSE launch
+    tar -czf "$archive" -C "$(dirname "$0")/.." igpt_jax configs setup.py setup.cfg pyproject.toml \
+      constraints.txt constraints-buckets.txt README.md LICENSE launch
     everywhere scp "$archive" "$NAME:igpt.tar.gz"
     rm "$archive"
     everywhere ssh "$NAME" --command="mkdir -p igpt && tar -xzf igpt.tar.gz -C igpt && cd igpt && \

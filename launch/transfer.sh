@@ -17,7 +17,7 @@ job prepare store --config.source="${SOURCE:-tfds:imagenet_resized/16x16}" --con
   --config.palette="${PALETTE:-fit:512}"
 job prepare probed --config.source="${PROBED:-tfds:cifar10}" --config.test_source="${PROBED_TEST:-tfds:cifar10@test}" \
   --config.image_size=16 --config.palette="$folder/store/palette.npy"
-job pretrain pretrain --config=configs/pretrain.py:model=igpt_tiny --config.data.store="$folder/store" \
+job pretrain pretrain --config.model.name=igpt_tiny --config.data.store="$folder/store" \
   --config.steps="${STEPS:-1500}" --config.batch_size=64 --config.optimizer.learning_rate=3e-3 \
   --config.optimizer.warmup_steps="${WARMUP:-100}" --config.precision=float32 --config.mesh.data=-1 --config.mesh.fsdp=1 \
   --config.checkpoint_every_steps=250 --config.eval_every_steps=500

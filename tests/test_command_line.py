@@ -261,6 +261,7 @@ def test_the_last_line_names_what_to_open_and_the_command_is_saved(config, tmp_p
     (Diverged("non-finite since step 3."), 77, "diverged"),
     (UserError("no."), 2, None),
     (ZeroDivisionError("a bug"), 1, None),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, None),
 ])
 def test_each_end_has_its_exit_code(config, tmp_path, capsys, error, code, status):
     def run(config, workdir):

@@ -271,8 +271,11 @@ def test_saves_and_evaluations_wait_until_an_update_is_accepted(monkeypatch, sto
 
     Seen to fail with step 8 saved, and evaluated without being saved.
     """
+    drawn = []
+    monkeypatch.setattr(loop, "loss_curve", lambda path, lines, *_: drawn.append(lines[-1]["step"]))
     train_with_bad_rates(monkeypatch, store, tmp_path, [7, 8, 9, 10, 15], eval_every_steps=8, keep_newest=9,
                          keep_steps=(15,))
+    assert drawn == [11, 16, 24, 24]  # the loss curve, at each evaluation and at the end
     assert saved(tmp_path) == [4, 11, 12, 15, 16, 20, 24]
     evaluated = [step for step, name in losses(tmp_path) if name == "eval/nats_per_pixel"]
     assert evaluated == [11, 16, 24]

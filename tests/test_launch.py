@@ -253,7 +253,8 @@ def test_the_container_installs_by_the_constraints():
     """The image copies every file that its installation reads."""
     dockerfile = (ROOT / "launch/Dockerfile").read_text()
     copied = " ".join(re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE)).split()
-    needed = {"constraints.txt", "constraints-buckets.txt", "setup.cfg", "pyproject.toml", "igpt_jax", "launch"}
+    needed = {"constraints.txt", "constraints-buckets.txt", "setup.py", "setup.cfg", "pyproject.toml", "igpt_jax",
+              "launch"}
     assert needed <= set(copied) and all((ROOT / name).exists() for name in copied)
     assert "RUN launch/install.sh" in dockerfile
 
@@ -265,7 +266,7 @@ def test_an_editable_install_is_found_above_its_clone(tmp_path):
     """
     clone, site = tmp_path / "igpt_jax", tmp_path / "site"
     (clone / "igpt_jax").mkdir(parents=True)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
     for name in ("__init__.py", "process.py"):
         shutil.copy(ROOT / "igpt_jax" / name, clone / "igpt_jax")

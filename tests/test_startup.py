@@ -182,6 +182,7 @@ def test_an_accelerator_that_jax_does_not_use_is_named(monkeypatch, files, says)
     monkeypatch.setattr(startup.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
     assert startup.unused_accelerator() == ""  # JAX_PLATFORMS=cpu is set in tests
     platforms = jax.config.jax_platforms
+    jax.devices()  # chosen before the setting is taken back
     jax.config.update("jax_platforms", None)
     try:
         assert says in startup.unused_accelerator() and bool(says) == bool(startup.unused_accelerator())

@@ -76,9 +76,10 @@ def test_in_a_terminal_the_bar_moves_and_held_out_lines_stay(tmp_path, monkeypat
     """Ten steps of a second, a log line at each fifth. Seen to fail with the bar moved by log lines alone, and with the
     held-out loss in the bar only."""
     terminal = io.StringIO()
-    terminal.isatty, now = lambda: True, [0.0]
+    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     metrics = Metrics(tmp_path, total_steps=10)
+    now = [metrics._bar.last_print_t]
     metrics._bar._time = lambda: now[0]
     for step in range(1, 11):
         now[0] += 2

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from igpt_jax import process, storage
-from igpt_jax.config import UserError, precision_on, to_dict
+from igpt_jax.config import PRECISIONS, UserError, precision_on, to_dict
 from igpt_jax.metrics.logging import say
 from igpt_jax.runtime import launchers, startup
 from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, Ended, Preempted
@@ -115,9 +115,11 @@ def _with_precision(config: Any, workdir: str) -> Any:
     """The config with precision=auto replaced: by what the run in the workdir has, else by the platform's."""
     if getattr(config, "precision", "") != "auto":
         return config
-    earlier = side_files.look(storage.path(workdir) / "config.json") or {}
+    precision = None
+    with contextlib.suppress(UserError, OSError, ImportError):  # `_workdir_for` reports a workdir that cannot be used
+        precision = (side_files.look(storage.path(workdir) / "config.json") or {}).get("precision")
     auto = precision_on("auto", jax.devices()[0].platform)
-    return dataclasses.replace(config, precision=earlier.get("precision", auto))
+    return dataclasses.replace(config, precision=precision if precision in PRECISIONS else auto)
 
 
 def _failure(error: Exception) -> tuple[int, str]:
@@ -142,6 +144,10 @@ def _failure(error: Exception) -> tuple[int, str]:
             leave(PREEMPTED)
         return PEER, (f"another process died: {str(error).splitlines()[0]} The same command resumes from the newest "
                       "checkpoint.")
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return INPUT, (f"out of device memory: {' '.join(str(error).split())[:200]}. Split the batch with "
+                       "--config.images_per_pass (training) or a smaller --config.batch_size, or set "
+                       "--config.model.remat=full. `plan` says what fits.")
     return BUG, traceback.format_exc()
 
 
