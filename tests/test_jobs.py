@@ -271,8 +271,9 @@ def test_saves_and_evaluations_wait_until_an_update_is_accepted(monkeypatch, sto
 
     Seen to fail with step 8 saved, and evaluated without being saved.
     """
-    drawn = []
-    monkeypatch.setattr(loop, "loss_curve", lambda path, lines, *_: drawn.append(lines[-1]["step"]))
+    drawn, draw = [], loop.charts.training
+    monkeypatch.setattr(loop.charts, "training", lambda lines, *rest: drawn.append(lines[-1]["step"])
+                        or draw(lines, *rest))
     train_with_bad_rates(monkeypatch, store, tmp_path, [7, 8, 9, 10, 15], eval_every_steps=8, keep_newest=9,
                          keep_steps=(15,))
     assert drawn == [11, 16, 24, 24]  # the loss curve, at each evaluation and at the end
