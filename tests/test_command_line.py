@@ -119,7 +119,7 @@ MISTAKES = {
     "pretrain --workdir=W --steps=3": "begin with --config: --config.steps=VALUE",
     "pretrain --workdir=W steps=3": "Settings are written --config.steps=3",
     "pretrain --workdir=W --config.lr=3": "Did you mean 'optimizer.learning_rate'?",
-    "pretrain --workdir=W --config.gpu=3": ". --help lists all 57.",
+    "pretrain --workdir=W --config.gpu=3": ". --help lists all ",
     "pretrain --workdir=W --config.steps=1e3": "steps='1e3' must be of type int. Write 1000.",
     "pretrain --workdir=W word": "'word' is not a flag",
     "pretrain --workdir=W --config.stepz=3": "Did you mean 'steps'?",

@@ -201,8 +201,8 @@ def test_a_sweep_on_this_machine(tmp_path):
     stand_in = tmp_path / "python"  # as pretrain: fails at 0.1 with the code in $CODE
     stand_in.write_text(f"""#!/bin/sh
 [ "$1" = -m ] || exec {sys.executable} "$@"
-echo "$3 $4 $5" >> {tmp_path / "log"}
-[ "$5" = --config.optimizer.learning_rate=0.1 ] && exit $CODE
+echo "$4 $5 $6" >> {tmp_path / "log"}
+[ "$6" = --config.optimizer.learning_rate=0.1 ] && exit $CODE
 mkdir -p {tmp_path}/run/lr-0.01 && cd {tmp_path}/run/lr-0.01
 echo '{{"optimizer": {{"learning_rate": 0.01}}}}' > config.json
 echo '{{"status": "done", "metrics": {{"eval/nats_per_pixel": 2.5, "steps": 1}}}}' > result.json

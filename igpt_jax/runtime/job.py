@@ -215,4 +215,4 @@ def _device() -> dict[str, Any]:
 def _summary(metrics: dict[str, Any]) -> str:
     figures = [f"{name} {value:{',.0f' if isinstance(value, int) or abs(value) >= 1000 else '.5g'}}"
                for name, value in metrics.items() if isinstance(value, int | float)]
-    return f"done. {', '.join(figures)}"
+    return f"done. {', '.join(figures)}".rstrip()
