@@ -80,11 +80,14 @@ def _solve(x_ED: jax.Array, labels_E: jax.Array, l2_R: jax.Array, tolerance: flo
     has curvature near 1 in all directions. L-BFGS on u takes a few dozen steps instead of hundreds.
     """
     E, D = x_ED.shape
+    # One eigendecomposition serves all penalties, because a penalty only adds to the eigenvalues.
     gram_DD = jnp.dot(x_ED.T, x_ED, precision="highest") / E
     values_D, vectors_DD = jnp.linalg.eigh(gram_DD)
     onehot_EK = jax.nn.one_hot(labels_E, K, dtype=x_ED.dtype)
 
     def solve(l2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # At zero weights each class has the probability 1 / K, so the curvature along an eigenvector is about its value
+        # / K, and the penalty adds l2. Rounding can make a value slightly negative.
         scale_D = jax.lax.rsqrt((jnp.maximum(values_D, 0) + K * l2) / K)
 
         def weights(u_DK: jax.Array) -> jax.Array:
@@ -99,6 +102,8 @@ def _solve(x_ED: jax.Array, labels_E: jax.Array, l2_R: jax.Array, tolerance: flo
         at = _minimize(loss, {"u": jnp.zeros((D, K), x_ED.dtype), "biases": jnp.zeros(K, x_ED.dtype)}, tolerance)
         return weights(at["u"]), at["biases"] * math.sqrt(K)
 
+    # All penalties share one loop, so each pass over the features serves all of them. It ends when the last one is
+    # done.
     return jax.vmap(solve)(l2_R)
 
 
@@ -141,6 +146,7 @@ def fit_sgd(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, rates_R
       batches: ids of the examples of each step.
       steps: number of batches.
     """
+    # Evenly spaced, because the first examples of a set may all be of one class.
     sample = np.linspace(0, len(features_ED) - 1, min(len(features_ED), 50_000)).astype(int)
     mean_D, deviation_D = _standards(features_ED[sample])
     rates = jnp.asarray(rates_R, jnp.float32)
@@ -151,6 +157,8 @@ def fit_sgd(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, rates_R
     def step(params, velocity, index, x_ED, labels_E):
         def loss(params):
             logits_REK = jnp.einsum("ED,RDK->REK", x_ED, params["weights"]) + params["biases"][:, None]
+            # Summed over R: each probe's gradient depends on its own weights alone, so one backward pass serves all of
+            # them.
             return optax.softmax_cross_entropy_with_integer_labels(logits_REK, labels_E[None]).mean(1).sum()
 
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, jax.grad(loss)(params))

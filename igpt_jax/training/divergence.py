@@ -46,6 +46,9 @@ def note(workdir: str, newest_checkpoint: int, position: int) -> None:
 def offset_after(config: PretrainConfig, workdir: str, start: int, offset: int) -> int:
     """The run's offset: the examples of a step are those of step + offset in the data order.
 
+    Example: a run diverged 70 steps into the data order, and its newest checkpoint is step 60. It resumes with offset
+    10, so its step 60 reads the examples that follow those of the diverged step.
+
     Args:
       config: with `skip_divergence`, the offset moves past the examples on which the run diverged.
       workdir: of the run.

@@ -128,6 +128,7 @@ class Tar(Source):
         key, suffix = folder + slash + stem, f".{suffix.lower()}"
         problem = _problem(member)
         if problem:
+            # The number keeps several bad members of one name apart, and none of them replaces a good sample.
             found[f"{member.name} {len(found)}"] = _Sample(file, member.name, None, None, problem)
             return
         if base.startswith(".") or suffix not in (*images.SUFFIXES, *LABEL_SUFFIXES):
