@@ -9,7 +9,7 @@
 # make faults       the fault tests alone, with those of habits (names, environment, streams); make faults-long: 200 kills and all the rest, an hour
 # make wandb        the tests of Weights & Biases, with the real library, offline
 # make notebook     runs docs/igpt_jax.ipynb with few steps
-# make browser      the report page in headless Chromium
+# make browser      the report and the demo in headless Chromium
 # make environments fresh environments of Python 3.11, 3.12 and 3.13: quickstart and tests; writes docs/environments.md
 # make lint         ruff
 # make clean        removes the environment, caches and runs/quickstart
@@ -88,7 +88,7 @@ notebook: setup
 	$(INSTALL) --no-build-isolation --editable '.[notebook]'
 	$(VENV)/bin/python -m pytest -m slow tests/test_documents.py -k notebook
 
-# Needs Chromium: apt-get install chromium.
+# Needs Chromium and its driver: apt-get install chromium chromium-driver.
 browser: setup
 	$(VENV)/bin/python -m pytest -m browser
 

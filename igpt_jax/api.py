@@ -17,8 +17,8 @@ L layers, D embed, K classes, B batch.
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -41,15 +41,16 @@ from igpt_jax.evaluation.steps import make_class_step, make_eval_step
 from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
+from igpt_jax.runtime import startup
 from igpt_jax.runtime.precision import in_precision
 from igpt_jax.weights import ours
 
-Paths = str | Path
+Path = str | os.PathLike
 
 
-def load(path: Paths, step: int | None = None, *, device: jax.Device | str | None = None,
+def load(path: Path, step: int | None = None, *, device: jax.Device | str | None = None,
          mesh: Mesh | MeshConfig | Mapping[str, int] | None = None, precision: str = "float32",
-         attention: str = "auto", batch_size: int = 0, palette: Paths = "", probe: Paths = "",
+         attention: str = "auto", batch_size: int = 0, palette: Path = "", probe: Path = "",
          parameters: str = "raw") -> "ImageModel":
     """Loads a trained model.
 
@@ -74,12 +75,13 @@ def load(path: Paths, step: int | None = None, *, device: jax.Device | str | Non
     """
     one_of(*PRECISIONS)("precision", precision)
     one_of(*PARAMETERS)("parameters", parameters)
-    path, on = str(path), _mesh(device, mesh)
+    startup.find_devices()
+    path, on = os.fspath(path), _mesh(device, mesh)
     with in_precision(precision):
         if path.startswith(("huggingface:", "openai:")):
             if step is not None:
                 raise UserError(f"step={step}: {path} is not a workdir with steps. Leave step out.")
-            model, params, metadata = _foreign(path, on, precision, attention, str(palette), parameters)
+            model, params, metadata = _foreign(path, on, precision, attention, os.fspath(palette), parameters)
             source, identity, beside = path, "", []
         else:
             folder, steps = checkpoint.steps_of(path)
@@ -91,7 +93,7 @@ def load(path: Paths, step: int | None = None, *, device: jax.Device | str | Non
             source = path if storage.path(path).name == str(done) else f"{path} step {done}"
             identity = checkpoint.identity(str(checkpoint.step_path(folder, done)), parameters)
             beside = storage.children(storage.path(folder).parent.parent)
-    saved = _given_probe(str(probe), model, identity) if probe else _probe_of(identity, beside)
+    saved = _given_probe(os.fspath(probe), model, identity) if probe else _probe_of(identity, beside)
     return ImageModel(model, params, metadata, on, source, precision, batch_size or default_batch_size(on), saved)
 
 

@@ -44,7 +44,8 @@ PROCESS_FLAGS = {
 }
 CONFIG_FOLDERS = (pathlib.Path(__file__).parent / "configs",  # of an installed package
                   pathlib.Path(__file__).parent.parent / "configs")  # of a checkout
-USAGE = "python -m igpt_jax {job} [--config=FILE[:key=value,...]] --workdir=DIR [--config.key=value ...]"
+USAGE = "python -m igpt_jax {job} [--config=FILE[:key=value,...]] {workdir} [--config.key=value ...]"
+WITHOUT_WORKDIR = ("demo",)  # jobs that write nothing unless they are given one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +112,8 @@ def _job_list() -> str:
     models = [f"  {name:{width}}  {layers} layers, width {embed}, {heads} heads"
               for name, (layers, embed, heads) in MODELS.items()]
     return "\n".join(["Image GPT in JAX. Jobs:", *lines, "", "Models (--config.model.name=NAME):", *models, "",
-                      f"Config files (--config=NAME): {', '.join(_config_names())}", "", USAGE.format(job="JOB"),
+                      f"Config files (--config=NAME): {', '.join(_config_names())}", "",
+                      USAGE.format(job="JOB", workdir="--workdir=DIR"),
                       "python -m igpt_jax JOB --help lists a job's config keys. --version prints the version.",
                       'Completion of words in bash: eval "$(igpt completion)"',
                       "From Python: import igpt_jax; model = igpt_jax.load(WORKDIR); help(model)."])
@@ -128,7 +130,8 @@ def _job_help(job: str) -> str:
     def listed(flags: dict[str, str]) -> list[str]:
         return [f"  --{name:{width + 7}}  {meaning}" for name, meaning in flags.items()]
 
-    return "\n".join([doc, "", USAGE.format(job=job), "", "Config keys and their defaults:", *lines, "", *listed(
+    usage = USAGE.format(job=job, workdir="[--workdir=DIR]" if job in WITHOUT_WORKDIR else "--workdir=DIR")
+    return "\n".join([doc, "", usage, "", "Config keys and their defaults:", *lines, "", *listed(
         {"print_config": "print the config that these flags give, as JSON, and stop"}), "",
                       "Processes (docs/launching.md):", *listed(PROCESS_FLAGS)])
 
@@ -149,9 +152,10 @@ def _parse(job: str, arguments: Sequence[str]) -> tuple[Any, str]:
     os.environ.update({f"IGPT_{name.upper()}": own[name].value for name in PROCESS_FLAGS if own[name].value})
     config = _load(job, own["config"].value) if own["config"].present else base_config(job)
     _override(job, config, rest)
-    if not own["workdir"].value or own["workdir"].value.startswith("-"):
+    without = job in WITHOUT_WORKDIR and not own["workdir"].present
+    if not without and (not own["workdir"].value or own["workdir"].value.startswith("-")):
         raise UserError(f"--workdir is missing. Say where results go: --workdir=runs/{job}")
-    return parse(job, config), own["workdir"].value
+    return parse(job, config), own["workdir"].value or ""
 
 
 def _override(job: str, config: ConfigDict, rest: list[str]) -> None:

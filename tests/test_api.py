@@ -75,7 +75,7 @@ def tokens_of(images):
 
 
 def test_importing_the_package_is_free(python):
-    """Seen to fail with `from igpt_jax.api import load` at the top."""
+    """Seen to fail with `from igpt_jax.config import UserError` at the top."""
     python("import sys, igpt_jax; assert igpt_jax.__version__ and not {'numpy', 'jax', 'absl'} & set(sys.modules);"
            "assert igpt_jax.UserError and 'jax' not in sys.modules; assert callable(igpt_jax.load)", devices=1)
 
@@ -139,7 +139,7 @@ def test_drawings_are_those_of_the_sample_job(folder, model):
 def test_a_second_call_compiles_nothing(model, images):
     """Neither do other numbers of images that are padded to the same batch, nor another temperature or seed.
 
-    Seen to fail with jax.jit made at each call, and with the temperature as a constant of the program.
+    Seen to fail with jax.jit made at each call.
     """
     compiled = []
 
@@ -195,6 +195,20 @@ def test_features_of_hugging_faces_weights(tmp_path):
     np.testing.assert_allclose(found, torch.stack(normed, 1).mean(2).numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_openais_weights_come_with_a_palette_of_the_user(tmp_path):
+    """They give what their converted checkpoint gives. Seen to fail with the palette's colors in another order."""
+    from weights_files import make_openai, make_palette, run
+
+    make_openai(tmp_path / "model.ckpt-131000", "small", 0)
+    given, file = f"openai:{tmp_path}/model.ckpt-131000", make_palette(tmp_path / "palette.npy", 13)
+    with pytest.raises(igpt_jax.UserError, match="without its palette. Set palette to its .npy"):
+        igpt_jax.load(given)
+    run(tmp_path / "converted", given, "", palette=file)
+    images = np.random.default_rng(1).integers(0, 256, (3, 5, 5, 3), np.uint8)
+    ours, theirs = igpt_jax.load(tmp_path / "converted"), igpt_jax.load(given, palette=file)
+    np.testing.assert_array_equal(ours.nats(images, per_pixel=True), theirs.nats(images, per_pixel=True))
+
+
 def test_the_best_layer_and_the_classes_come_from_the_probe_of_this_step(folder, model, images, tmp_path):
     """A probe beside the run counts for the step that it was fit on, and no other.
 
@@ -231,7 +245,7 @@ def test_a_class_head_gives_probabilities(folder, images):
 def test_a_mesh_changes_no_result(folder, python):
     """Features, losses and classes in float64 on eight devices against one, to 1e-8; the same drawings.
 
-    Seen to fail with the results of one device's share of the batch.
+    Seen to fail with `in_precision` that leaves out 64-bit types.
     """
     python("api_meshes.py", folder)
 
@@ -261,14 +275,14 @@ def test_a_mesh_changes_no_result(folder, python):
      "only an autoregressive model"),
 ])
 def test_mistakes_are_one_line(folder, model, call, message):
-    """Seen to fail with the errors of NumPy, JAX and Python in place of ours."""
+    """Seen to fail with another exception in place of a UserError."""
     with pytest.raises(igpt_jax.UserError, match=message) as caught:
         call(model, folder)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_nothing_of_jaxs_settings_is_changed(folder, images):
-    """Seen to fail with `set_precision` in `load`."""
+    """Seen to fail with 64-bit types left on, which loading sets for Orbax's threads."""
     before = {name: jax.config.values[name] for name in ("jax_enable_x64", "jax_default_matmul_precision")}
     model = igpt_jax.load(folder / "runs/pretrain", precision="float64")
     assert model.features(images).dtype == np.float32 and model.nats(images).dtype == np.float64

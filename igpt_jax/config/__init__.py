@@ -7,7 +7,16 @@ nearest known one. `python -m igpt_jax JOB --help` prints a job's keys.
 
 from igpt_jax.config.data import DataConfig, PrepareConfig
 from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, ProbingConfig, SampleConfig
-from igpt_jax.config.jobs import JOB_CONFIGS, JOBS, ConvertConfig, ExportConfig, PlanConfig, ReportConfig, VerifyConfig
+from igpt_jax.config.jobs import (
+    JOB_CONFIGS,
+    JOBS,
+    ConvertConfig,
+    DemoConfig,
+    ExportConfig,
+    PlanConfig,
+    ReportConfig,
+    VerifyConfig,
+)
 from igpt_jax.config.keys import PRECISIONS, UserError, nearest, precision_on
 from igpt_jax.config.model import ATTENTION_BACKENDS, MODELS, FinetuneModelConfig, ModelConfig
 from igpt_jax.config.parsing import (
@@ -26,9 +35,10 @@ from igpt_jax.config.parsing import (
 from igpt_jax.config.training import FinetuneConfig, MeshConfig, OptimizerConfig, PretrainConfig, SampleMeshConfig
 
 __all__ = [
-    "ATTENTION_BACKENDS", "ConvertConfig", "DataConfig", "EvaluateConfig", "ExportConfig", "FinetuneConfig",
-    "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "MODELS", "MeshConfig", "ModelConfig", "OptimizerConfig",
-    "PRECISIONS", "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig", "ProbingConfig", "ReportConfig",
-    "SampleConfig", "SampleMeshConfig", "UserError", "VerifyConfig", "aliases", "base_config", "flat", "key_attributes",
-    "keys", "nearest", "override", "parse", "plain", "precision_on", "to_dict", "values_with", "wrong_type",
+    "ATTENTION_BACKENDS", "ConvertConfig", "DataConfig", "DemoConfig", "EvaluateConfig", "ExportConfig",
+    "FinetuneConfig", "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "MODELS", "MeshConfig", "ModelConfig",
+    "OptimizerConfig", "PRECISIONS", "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig", "ProbingConfig",
+    "ReportConfig", "SampleConfig", "SampleMeshConfig", "UserError", "VerifyConfig", "aliases", "base_config", "flat",
+    "key_attributes", "keys", "nearest", "override", "parse", "plain", "precision_on", "to_dict", "values_with",
+    "wrong_type",
 ]

@@ -1,11 +1,11 @@
-"""The table of jobs, and the keys of plan, convert, verify and report."""
+"""The table of jobs, and the keys of demo, plan, convert, verify and report."""
 
 import dataclasses
 import types
 from collections.abc import Mapping
 from typing import ClassVar
 
-from igpt_jax.config.data import PrepareConfig
+from igpt_jax.config.data import PrepareConfig, SplitConfig
 from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, SampleConfig
 from igpt_jax.config.keys import PRECISIONS, Keys, at_least, each, key, one_of, positive, require, section, within
 from igpt_jax.config.training import PARAMETERS, FinetuneConfig, PretrainConfig
@@ -17,6 +17,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
     "evaluate": "computes exact nats per pixel of checkpoints over a whole split; can follow a run",
     "probe": "fits a linear classifier on the features of every layer: accuracy by depth",
     "sample": "draws unconditional samples, and completes given images",
+    "demo": "serves a page to play with a model: completions row by row, loss maps, samples, classes",
     "plan": "compiles a training step for a TPU or GPU topology: memory, time per step, fastest mesh",
     "convert": "converts weights from and to OpenAI's and Hugging Face's formats, with a certificate",
     "verify": "checks checkpoints or a pixel store against their checksums",
@@ -35,6 +36,25 @@ class VerifyConfig(Keys):
 class ReportConfig(Keys):
     job: str = key("report", "the job that this configuration is for", resume="free")
     workdirs: str = key("", "workdirs of jobs: comma list or globs ('runs/*')", resume="free")
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig(Keys):
+    job: str = key("demo", "the job that this configuration is for", resume="free")
+    checkpoint: str = key("", "a workdir of pretrain or finetune, one step of it (DIR/checkpoints/STEP), "
+                              "huggingface:DIR or openai:PREFIX", resume="free")
+    parameters: str = key("raw", "parameters of the checkpoint: raw, or ema (their moving average)", resume="free",
+                          rule=one_of(*PARAMETERS))
+    palette: str = key("", "palette's .npy for weights without one, such as OpenAI's; empty: the weights' own",
+                       resume="free")
+    probe: str = key("", "workdir of the probe job that classifies; empty: one beside the checkpoint's workdir that "
+                         "probed this step, if any", resume="free")
+    data: SplitConfig = section(SplitConfig)
+    host: str = key("127.0.0.1", "address to listen on: 127.0.0.1 for this machine alone, 0.0.0.0 for its networks; "
+                                 "there is no password", resume="free")
+    port: int = key(8000, "port to listen on; 0: any free one", resume="free", rule=within(0, 65535))
+    precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="free",
+                         rule=one_of(*PRECISIONS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,5 +126,5 @@ class ConvertConfig(Keys):
 
 
 JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "finetune": FinetuneConfig,
-               "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig, "plan": PlanConfig,
-               "convert": ConvertConfig, "verify": VerifyConfig, "report": ReportConfig}
+               "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig, "demo": DemoConfig,
+               "plan": PlanConfig, "convert": ConvertConfig, "verify": VerifyConfig, "report": ReportConfig}

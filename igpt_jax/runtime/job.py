@@ -68,7 +68,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     Args:
       run: the job: a function of config and workdir that returns metrics.
       config: the job's dataclass.
-      workdir: local path, gs:// or s3://.
+      workdir: local path, gs:// or s3://; empty for a job that writes nothing.
       command: the command line, for command.txt; empty: no such file.
     """
     start, interrupted = time.time(), False
@@ -78,7 +78,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
             initialize(workdir=workdir, **to_dict(config))
             config = _with_precision(config, workdir)
             set_precision(getattr(config, "precision", "float32"))
-            with _workdir_for(config, workdir, command) as folder:
+            with _workdir_for(config, workdir, command) if workdir else contextlib.nullcontext() as folder:
                 status, code, message = "done", DONE, ""
                 try:
                     metrics = run(config, workdir)
@@ -90,9 +90,11 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
                 if jax.process_index() == 0:
                     result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
                               "versions": versions(), "wall_seconds": round(time.time() - start, 1)}
-                    storage.publish(folder / "result.json", to_json(result))
-                    open_first = next(folder / file for file in OPENED_FIRST if (folder / file).exists())
-                    say(f"{name}: {message or _summary(metrics)} [{open_first}]")
+                    where = ""
+                    if folder:
+                        storage.publish(folder / "result.json", to_json(result))
+                        where = f" [{next(folder / file for file in OPENED_FIRST if (folder / file).exists())}]"
+                    say(f"{name}: {message or _summary(metrics)}{where}")
         if not interrupted:
             if connected.is_set():
                 jax.distributed.shutdown()  # waits for the others

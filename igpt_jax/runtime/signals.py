@@ -38,10 +38,14 @@ class StopSignal:
     preemption service takes SIGTERM on any process, and all processes stop at the same call; SIGINT is forwarded to it.
 
     Use it from the main thread. Contexts may be nested.
+
+    Args:
+      saves: the first value of `saves`.
+      reply: what the job says it does on a signal.
     """
 
-    def __init__(self, saves: bool = False):
-        self.requested, self.saves = False, saves
+    def __init__(self, saves: bool = False, reply: str = "saving, then stopping"):
+        self.requested, self.saves, self._reply = False, saves, reply
         self._left = threading.Event()
         self._asked, self._agreed, self._requested_at = 0, False, 0.0
 
@@ -58,10 +62,10 @@ class StopSignal:
             # Preempted.
             raise KeyboardInterrupt
         if self._asked:
-            say("saving, then stopping; press Ctrl-C again to stop at once")
+            say(f"{self._reply}; press Ctrl-C again to stop at once")
             os.kill(os.getpid(), signal.SIGTERM)  # handled by the preemption service, which informs all processes
         else:
-            say("saving, then stopping; a second signal stops at once")
+            say(f"{self._reply}; a second signal stops at once")
 
     def _end_if_uninterruptible(self, pipe: int) -> None:
         """Handles signals while the main thread is inside C++, where Python's handlers do not run. Runs in a thread."""
