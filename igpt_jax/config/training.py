@@ -21,6 +21,7 @@ from igpt_jax.config.keys import (
 )
 from igpt_jax.config.model import OBJECTIVES, FinetuneModelConfig, ModelConfig
 
+OPTIMIZERS = ("adam", "adamw", "muon")
 SECOND_MOMENTS = ("float32", "bfloat16", "factored")
 SCHEDULES = ("cosine", "constant", "wsd")
 PARAMETERS = ("raw", "ema")
@@ -30,6 +31,9 @@ PARAMETERS = ("raw", "ema")
 class OptimizerConfig(Keys):
     group: ClassVar[str] = "optimizer."
 
+    name: str = key("adam", "adam (paper); adamw: with weight_decay; muon: orthogonalized momentum for the matrices of "
+                            "the blocks, Adam for the rest",
+                    resume="same", rule=one_of(*OPTIMIZERS))
     learning_rate: float = key(0.003, "peak learning rate (quoted from the paper by others: 0.003 for S, 0.001 for "
                                       "L, 0.0003 for XL)", resume="same", rule=positive, compiled=False)
     schedule: str = key("cosine", "schedule after warm-up: cosine (to 0 at the end), constant, or wsd (constant, then "
@@ -42,6 +46,7 @@ class OptimizerConfig(Keys):
     beta1: float = key(0.9, "Adam's decay of the first moment", resume="same", rule=within(0, 1, "[)"), compiled=False)
     beta2: float = key(0.95, "Adam's decay of the second moment (0.999 gave loss spikes in the paper)", resume="same",
                        rule=within(0, 1, "[)"), compiled=False)
+    muon_beta: float = key(0.95, "muon: decay of the momentum", resume="same", rule=within(0, 1, "[)"), compiled=False)
     second_moment: str = key("float32", "storage of Adam's second moment: float32; bfloat16: half the memory; "
                                         "factored: a row and a column per matrix, nearly no memory (Shazeer and Stern "
                                         "2018)",
@@ -63,10 +68,14 @@ class OptimizerConfig(Keys):
         require(self.warmup_steps >= -1, f"optimizer.warmup_steps={self.warmup_steps} must be -1 (one epoch) or more.")
         require(self.spike_factor == 0 or self.spike_factor > 1,
                 f"optimizer.spike_factor={self.spike_factor} must be above 1, or 0 to skip no updates.")
-        for name in ("decay_share", "decay_shape"):
-            require(self.schedule == "wsd" or getattr(self, name) == getattr(OptimizerConfig, name),
-                    f"optimizer.{name}={getattr(self, name)} has no effect on optimizer.schedule={self.schedule}. "
-                    "Set optimizer.schedule=wsd.")
+        require(self.name != "adamw" or self.weight_decay > 0,
+                "optimizer.name=adamw decays weights. Set optimizer.weight_decay, such as 0.1, or optimizer.name=adam.")
+        for name, needed, value in (("decay_share", "schedule", "wsd"), ("decay_shape", "schedule", "wsd"),
+                                    ("muon_beta", "name", "muon")):
+            given = getattr(self, needed)
+            require(given == value or getattr(self, name) == getattr(OptimizerConfig, name),
+                    f"optimizer.{name}={getattr(self, name)} has no effect on optimizer.{needed}={given}. "
+                    f"Set optimizer.{needed}={value}.")
 
     def constant_until(self, steps: int) -> float:
         """The first step, after warm-up, whose learning rate is below the peak; infinite if there is none."""

@@ -89,8 +89,9 @@ class Answer:
                  ("  activations and other temporaries", _gib(max(0, others)), COMPILER)]
         if self.model_flops:
             again = v.flops / self.model_flops - 1
+            causes = "remat, attention kernels" + (", Muon" if config.optimizer.name == "muon" else "")
             rows += [("model FLOPs per step", f"{self.model_flops:.4g} ({self.attention})", EXACT),
-                     ("executed FLOPs per step", f"{v.flops:.4g} ({again:+.0%}: remat and attention kernels)", EXACT)]
+                     ("executed FLOPs per step", f"{v.flops:.4g} ({again:+.0%}: {causes})", EXACT)]
         rows += [("memory traffic per device and step", _gib(v.memory_bytes), ESTIMATE)]
         rows += [(f"sent per device and step over {axes}", _gib(size), ESTIMATE)
                  for axes, size in sorted(v.collective_bytes.items()) if size >= 2**20]

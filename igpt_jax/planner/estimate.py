@@ -36,8 +36,9 @@ def estimate(config: PlanConfig) -> Estimate:
 
     # Memory. Accumulation holds a sum of gradients and those of the current microbatch. The peak is in the backward
     # pass of one block or at the logits, whichever needs more, with all saved activations still held.
-    state = own * (2 * WHOLE + SECOND_MOMENT_BYTES[config.optimizer.second_moment]
-                   + WHOLE * (config.optimizer.ema > 0))
+    muon = config.optimizer.name == "muon"  # has no second moment of the blocks' matrices
+    state = own * WHOLE * (3 if config.optimizer.ema else 2)
+    state += (tables / shards if muon else own) * SECOND_MOMENT_BYTES[config.optimizer.second_moment]
     gradients = own * WHOLE * (1 if microbatches == 1 else 2)
     # Values of a block that its backward pass finds saved, for one token. Values that are split over tensor are divided
     # by it. `full`: the block's input. `attention`: also the heads' outputs. `dots`: also the results of all products,
@@ -60,6 +61,7 @@ def estimate(config: PlanConfig) -> Estimate:
     again = {"full": products + attention, "offload": products, "attention": products + (attention if plain else 0),
              "dots": attention if plain else 0, "none": 0}[remat]
     flops = 3 * (products + attention + head) + again + (0 if plain else attention)
+    flops += newton_schulz_flops(d) if muon else 0
 
     # Memory traffic: weights and activations of each pass (forward, backward twice, remat), and the optimizer.
     passes = 3 if remat in ("none", "dots") else 4
@@ -76,3 +78,15 @@ def estimate(config: PlanConfig) -> Estimate:
         "context": (passes + 1) * microbatches * d.L * 2 * b * d.T * D / mesh.tensor * HALF
                    * (mesh.context - 1) / mesh.context}
     return Estimate(required, flops, moved, {axes: size for axes, size in sent.items() if size})
+
+
+def newton_schulz_flops(d: Dims) -> float:
+    """FLOPs of Muon's orthogonalization in one step: five iterations of X <- a X + (b A + c A A) X with A = X X^T.
+
+    Each costs 4 m^2 n + 2 m^3 for a matrix of m rows and n >= m columns; a block has four of D x D, two of D x F.
+    """
+    def of(one: int, other: int) -> float:
+        m, n = sorted((one, other))
+        return 5 * (4 * m * m * n + 2 * m**3)
+
+    return d.L * (4 * of(d.D, d.D) + 2 * of(d.D, d.F))

@@ -1,16 +1,20 @@
-"""Learning rate schedule and Adam, as in the paper (Section 3.4), and second moments in less memory."""
+"""Learning rate schedules; Adam, as in the paper (Section 3.4), with second moments in less memory; Muon."""
 
 import logging
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from igpt_jax.config import OptimizerConfig, UserError
 from igpt_jax.parallel.sharding import letters_for
 
 log = logging.getLogger(__name__)
+
+MUON_RMS = 0.2  # of Muon's updates, about that of Adam's, so that one learning rate serves both (arXiv 2502.16982, 2.2)
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array, steps: int, warmup_steps: int) -> jax.Array:
@@ -120,9 +124,47 @@ def _factored_adam(config: OptimizerConfig) -> optax.GradientTransformation:
 _ADAMS = {"float32": _adam, "bfloat16": _bfloat16_adam, "factored": _factored_adam}
 
 
+def _muon_labels(params: Any) -> Any:
+    """muon for the matrices of the blocks, adam for embeddings, heads, norms and the start vector."""
+    def label(path, leaf):
+        letters = letters_for(path[-1].key, leaf.ndim)
+        return "muon" if letters.startswith("L") and len(letters) > 2 else "adam"
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Which dims of each stacked weight are the rows and which the columns of a layer's matrix, all heads together.
+
+    Rows are the product's inputs: D of LDNH and LDF, N x H of LNHD, F of LFD. The dim L is a batch of matrices.
+    """
+    def dimensions(path, leaf):
+        letters = letters_for(path[-1].key, leaf.ndim)
+        split = 2 if letters[1] == "D" else leaf.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, leaf.ndim)))
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon: momentum, orthogonalized by five Newton-Schulz iterations (Jordan 2024), with updates of Adam's size."""
+    orthogonalized = optax.contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=_muon_dimensions)
+
+    def sized(update: jax.Array, dimensions: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        rows, columns = (math.prod(update.shape[dim] for dim in dims) for dims in dimensions)
+        return MUON_RMS * max(rows, columns) ** 0.5 * update
+
+    def update(gradients, state, params=None):
+        updates, state = orthogonalized.update(gradients, state, params)
+        return jax.tree.map(sized, updates, _muon_dimensions(updates)), state
+
+    return optax.GradientTransformation(orthogonalized.init, update)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam's update directions, before the learning rate: [clipping], moments, [decoupled weight decay]."""
-    chain = [_ADAMS[config.second_moment](config)]
+    """Update directions, before the learning rate: [clipping], Adam or Muon, [decoupled weight decay]."""
+    moments = _ADAMS[config.second_moment](config)
+    if config.name == "muon":
+        moments = optax.partition({"muon": _muon(config), "adam": moments}, _muon_labels)
+    chain = [moments]
     if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.weight_decay:

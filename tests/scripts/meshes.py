@@ -20,11 +20,11 @@ ALL = [MeshConfig(*sizes) for sizes in itertools.product((1, 2, 4, 8), repeat=4)
 FOUR = [MeshConfig(8, 1), MeshConfig(1, 8), MeshConfig(1, 2, 2, 2), MeshConfig(2, 1, 1, 4)]
 
 
-def setup(mesh_config, devices, precision, accumulate=1, second_moment="float32", job="pretrain",
-          objective="autoregressive", **model):
+def setup(mesh_config, devices, precision, accumulate=1, optimizer="", job="pretrain", objective="autoregressive",
+          **model):
     """Config, mesh and model of a run."""
     config = base_config(job, f"model=igpt_tiny,steps=20,batch_size=8,precision={precision},objective={objective},"
-                              f"accumulate={accumulate},optimizer.second_moment={second_moment}")
+                              f"accumulate={accumulate},{optimizer}")
     config.model.update({"layers": 2, "embed": 32, "heads": 8, **model})
     config = parse(job, config)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
@@ -89,6 +89,18 @@ def memory_levers():
         compare(accumulate, 1e-8, one, run(mesh, 8, "float64", accumulate=accumulate))
 
 
+def muon():
+    """Muon with a moving average: matrices split over heads, hidden dims or widths are orthogonalized whole."""
+    jax.config.update("jax_enable_x64", True)
+    options = {"optimizer": "optimizer.name=muon,optimizer.ema=0.9,optimizer.weight_decay=0.1", "steps": 10}
+    one = run(MeshConfig(), 1, "float64", **options)
+    assert one[0][-1, 0] < one[0][0, 0] - 0.1, "the model does not learn"
+    for mesh in FOUR:
+        many = run(mesh, 8, "float64", **options)
+        compare(mesh, 1e-8, one, many)
+        compare(f"{mesh}, average", 1e-8, (one[0], {"params": one[1]["ema"]}), (many[0], {"params": many[1]["ema"]}))
+
+
 def all_meshes():
     """Every mesh of 8 devices: losses, and the state of one mesh restored into it."""
     jax.config.update("jax_enable_x64", True)
@@ -115,13 +127,14 @@ def bytes_per_device():
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
     # Factored columns have no embed dim left to split; at this tiny size they still weigh.
-    for steps, second_moment, slack in ((1, "float32", 0.05), (0, "bfloat16", 0.05), (0, "factored", 0.3)):
-        _, replicated = run(MeshConfig(), 1, "float32", steps, second_moment=second_moment)
+    for steps, setting, slack in ((1, "second_moment=float32", 0.05), (0, "second_moment=bfloat16", 0.05),
+                                  (0, "second_moment=factored", 0.3), (0, "name=muon,optimizer.ema=0.9", 0.05)):
+        _, replicated = run(MeshConfig(), 1, "float32", steps, optimizer=f"optimizer.{setting}")
         for mesh in (MeshConfig(1, 8), MeshConfig(1, 4, 1, 2)):
-            _, sharded = run(mesh, 8, "float32", steps, second_moment=second_moment)
-            for name in ("params", "optimizer"):
+            _, sharded = run(mesh, 8, "float32", steps, optimizer=f"optimizer.{setting}")
+            for name in {"params", "optimizer", "ema"} & set(replicated):
                 ratio = bytes_on_a_device(sharded[name]) / bytes_on_a_device(replicated[name])
-                assert abs(ratio * 8 - 1) < slack, (second_moment, name, ratio)
+                assert abs(ratio * 8 - 1) < slack, (setting, name, ratio)
     _, state = run(MeshConfig(2, 2, 2, 1), 8, "float32", 1)
     adam = state["optimizer"][0]
     for moments in (adam.mu, adam.nu):
@@ -130,7 +143,7 @@ def bytes_per_device():
 
 
 def main(check, *arguments):
-    checks = (losses, fine_tuning, memory_levers, all_meshes, bytes_per_device)
+    checks = (losses, fine_tuning, memory_levers, muon, all_meshes, bytes_per_device)
     next(each for each in checks if each.__name__ == check)(*arguments)
 
 
