@@ -189,6 +189,9 @@ class PretrainConfig(Keys):
                              resume="free", compiled=False)
     profile: tuple[int, ...] = key((), "first and last step to trace, such as (100,105); empty: none", resume="free",
                                    rule=profile_range, compiled=False)
+    noise_scale_every_steps: int = key(0, "steps between measurements of the gradient noise scale, each at the cost of "
+                                          "one forward and backward pass; 0: never",
+                                       resume="free", rule=at_least(0), compiled=False)
     log_every_steps: int = key(50, "steps between metrics lines", resume="free", rule=at_least(1), compiled=False)
     wandb: str = key("", "Weights & Biases project to log to: PROJECT or ENTITY/PROJECT; empty: none",
                      resume="free", compiled=False)

@@ -34,6 +34,7 @@ from igpt_jax.runtime.watchdog import Watchdog
 from igpt_jax.training import divergence, transfer
 from igpt_jax.training.due import NOTHING, Due, due, enough, every
 from igpt_jax.training.inputs import Inputs, open_inputs
+from igpt_jax.training.noise_scale import NoiseScale
 from igpt_jax.training.optimizer import warmup_steps_for
 from igpt_jax.training.steps import State, abstract_state, init_state, jit_train_step
 
@@ -93,6 +94,7 @@ class Run:
         self.checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
         self.model = Model.of(config, len(inputs.palette_VC), inputs.image_size, mesh, inputs.classes)
         self.abstract = abstract_state(self.model, config, mesh)
+        self.noise_scale = NoiseScale(self.model, config, mesh) if config.noise_scale_every_steps else None
         self.measure = exact_loss.make_measure(self.model, mesh, config.batch_size, inputs.table)
         # Made on the devices, since `_one_step` forbids transfers from the host.
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
@@ -116,7 +118,10 @@ class Run:
         with self.timer("compile"):
             step = jit_train_step(self.model, self.config, self.mesh, self.warmup_steps)
             labels = array() if self.inputs.classes else None
-            self._compiled = step.lower(self.abstract, array(self.model.dims.T), self.key, labels).compile()
+            inputs = self.abstract, array(self.model.dims.T), self.key, labels
+            self._compiled = step.lower(*inputs).compile()
+            if self.noise_scale:
+                self._measure_noise = self.noise_scale.of_step.lower(*inputs).compile()
 
     def do_step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         return self._compiled(state, batch.tokens, self.key, batch.labels)
@@ -261,9 +266,12 @@ class Run:
         with jax.transfer_guard("disallow"):
             with self.timer("input"):
                 batch = next(self.batches)
+            noise = {}
+            if every(step, self.config.noise_scale_every_steps):
+                noise = self._measure_noise(self.state, batch.tokens, self.key, batch.labels)
             self.state, measured = self.do_step(self.state, batch)
         self.throughput.step()
-        return measured
+        return {**measured, **noise}
 
     def _report(self, step: int, measured: dict[str, jax.Array]) -> int:
         """Waits for a step's metrics and logs them if that is due or the update was skipped.
@@ -279,7 +287,10 @@ class Run:
         if self.checkpoints.failed_saves:
             values["failed_saves"] = self.checkpoints.failed_saves
         self.metrics.progress(step)
-        if skipped or due(step, self.config).log:
+        noise = {name: value for name, value in values.items() if name.startswith("noise/")}
+        if noise:
+            values |= self.noise_scale.smoothed(noise)
+        if skipped or noise or due(step, self.config).log:
             self.metrics.log(step, {**values, **self.throughput.read(), **self.batches.metrics()})
         if skipped >= self.config.max_skipped_updates:
             self.checkpoints.wait()

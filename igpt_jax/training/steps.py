@@ -64,21 +64,12 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
     schedule. In an accepted update a parameter that would overflow keeps its value, so parameters are always finite.
     """
     optimizer = make_optimizer(config.optimizer)
-    uses_dropout = config.model.dropout > 0
     loss_fn = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
     def train_step(state: State, tokens_BT: jax.Array, key: jax.Array, labels_B: jax.Array | None = None
                    ) -> tuple[State, dict[str, jax.Array]]:
-        # Keys follow from the run's key and the step, and no key is part of the state. A resumed run therefore draws
-        # what the interrupted one would have drawn.
-        step_key = jax.random.fold_in(key, state["step"]) if model.objective.random or uses_dropout else None
-        keys_B = None
-        if model.objective.random:
-            keys_B = objectives.example_keys(jax.random.fold_in(step_key, VIEW), jnp.arange(len(tokens_BT)))
-        # Views are drawn for the whole batch, before it is split. So they do not depend on the number of microbatches.
-        view = model.objective.view(tokens_BT, keys_B, model.dims.V)
-        (loss, measured), gradients = _accumulated(loss_fn, state["params"], (tokens_BT, labels_B, view),
-                                                   step_key if uses_dropout else None, config.accumulate)
+        batch, dropout_key = loss_inputs(model, config, state["step"], tokens_BT, key, labels_B)
+        (loss, measured), gradients = accumulated(loss_fn, state["params"], batch, dropout_key, config.accumulate)
         gradient_norm = optax.tree.norm(gradients)
         rate = learning_rate(config.optimizer, state["step"], config.steps, warmup_steps)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(rate)
@@ -108,6 +99,21 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
     return train_step
 
 
+def loss_inputs(model: Model, config: PretrainConfig, step: jax.Array, tokens_BT: jax.Array, key: jax.Array,
+                labels_B: jax.Array | None) -> tuple[tuple, jax.Array | None]:
+    """What the loss of a step reads: the batch (tokens_BT, labels_B, view), and the key of dropout, if any is used."""
+    # Keys follow from the run's key and the step, and no key is part of the state. A resumed run therefore draws what
+    # the interrupted one would have drawn.
+    uses_dropout = config.model.dropout > 0
+    step_key = jax.random.fold_in(key, step) if model.objective.random or uses_dropout else None
+    keys_B = None
+    if model.objective.random:
+        keys_B = objectives.example_keys(jax.random.fold_in(step_key, VIEW), jnp.arange(len(tokens_BT)))
+    # Views are drawn for the whole batch, before it is split. So they do not depend on the number of microbatches.
+    view = model.objective.view(tokens_BT, keys_B, model.dims.V)
+    return (tokens_BT, labels_B, view), step_key if uses_dropout else None
+
+
 def make_loss(model: Model, config: PretrainConfig) -> Callable:
     """(params, (tokens_BT, labels_B, view), key) -> (loss, metrics), means over the batch in nats.
 
@@ -130,11 +136,12 @@ def make_loss(model: Model, config: PretrainConfig) -> Callable:
     return loss
 
 
-def _accumulated(loss_and_gradients: Callable, params: dict[str, Any], batch: Any, key: jax.Array | None,
-                 microbatches: int) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict[str, Any]]:
+def accumulated(loss_and_gradients: Callable, params: dict[str, Any], batch: Any, key: jax.Array | None,
+                microbatches: int) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict[str, Any]]:
     """Gradient accumulation: loss, metrics and gradients, averaged over microbatches of equal size.
 
-    Each microbatch draws its dropout from `key`, folded with its index.
+    It averages whatever the function returns, as a tree of arrays. Each microbatch draws its dropout from `key`, folded
+    with its index.
     """
     if microbatches == 1:
         return loss_and_gradients(params, batch, key)
