@@ -30,7 +30,7 @@ joined, = (row for row in read("probe/probe.json") if row["features"].startswith
 print(f"""
 Learned     {metrics["pretrain"]["eval/nats_per_pixel"]:.3f} nats per pixel on held-out digits; guessing among 17 gray levels gives ln 17 = 2.833
 
-Accuracy on 360 test digits, which were used neither to train nor to choose:
+Accuracy on 360 test digits, used neither for training nor for model selection:
   {metrics["finetune"]["test_accuracy"]:5.1%}     the pretrained model, fine-tuned on 1,293 labels
   {joined["test_accuracy"]:5.1%}     logistic regression on the features of {joined["features"]}; pretraining saw no label
   {metrics["probe"]["raw_pixel_accuracy"]:5.1%}     logistic regression on the raw pixels
