@@ -32,13 +32,14 @@ from igpt_jax.config.parsing import (
     values_with,
     wrong_type,
 )
+from igpt_jax.config.scaling import ScalingConfig
 from igpt_jax.config.training import FinetuneConfig, MeshConfig, OptimizerConfig, PretrainConfig, SampleMeshConfig
 
 __all__ = [
     "ATTENTION_BACKENDS", "ConvertConfig", "DataConfig", "DemoConfig", "EvaluateConfig", "ExportConfig",
     "FinetuneConfig", "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "MODELS", "MeshConfig", "ModelConfig",
     "OptimizerConfig", "PRECISIONS", "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig", "ProbingConfig",
-    "ReportConfig", "SampleConfig", "SampleMeshConfig", "UserError", "VerifyConfig", "aliases", "base_config", "flat",
-    "key_attributes", "keys", "nearest", "override", "parse", "plain", "precision_on", "to_dict", "values_with",
-    "wrong_type",
+    "ReportConfig", "SampleConfig", "SampleMeshConfig", "ScalingConfig", "UserError", "VerifyConfig", "aliases",
+    "base_config", "flat", "key_attributes", "keys", "nearest", "override", "parse", "plain", "precision_on", "to_dict",
+    "values_with", "wrong_type",
 ]

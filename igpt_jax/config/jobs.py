@@ -8,6 +8,7 @@ from typing import ClassVar
 from igpt_jax.config.data import PrepareConfig, SplitConfig
 from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, SampleConfig
 from igpt_jax.config.keys import PRECISIONS, Keys, at_least, each, key, one_of, positive, require, section, within
+from igpt_jax.config.scaling import ScalingConfig
 from igpt_jax.config.training import PARAMETERS, FinetuneConfig, PretrainConfig
 
 JOBS: Mapping[str, str] = types.MappingProxyType({
@@ -18,6 +19,7 @@ JOBS: Mapping[str, str] = types.MappingProxyType({
     "probe": "fits a linear classifier on the features of every layer: accuracy by depth",
     "sample": "draws unconditional samples, and completes given images",
     "demo": "serves a page to play with a model: completions row by row, loss maps, samples, classes",
+    "scaling": "trains sizes at equal FLOPs and fits a scaling law: which size for which budget",
     "plan": "compiles a training step for a TPU or GPU topology: memory, time per step, fastest mesh",
     "convert": "converts weights from and to OpenAI's and Hugging Face's formats, with a certificate",
     "verify": "checks checkpoints or a pixel store against their checksums",
@@ -127,4 +129,5 @@ class ConvertConfig(Keys):
 
 JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "finetune": FinetuneConfig,
                "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig, "demo": DemoConfig,
-               "plan": PlanConfig, "convert": ConvertConfig, "verify": VerifyConfig, "report": ReportConfig}
+               "scaling": ScalingConfig, "plan": PlanConfig, "convert": ConvertConfig, "verify": VerifyConfig,
+               "report": ReportConfig}

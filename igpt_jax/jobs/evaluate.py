@@ -35,7 +35,7 @@ from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 from igpt_jax.runtime.exits import Ended
-from igpt_jax.storage import side_files, tables
+from igpt_jax.storage import side_files, slices, tables
 from igpt_jax.storage.hashes import json_digest
 from igpt_jax.storage.json import to_json
 
@@ -231,24 +231,10 @@ def _file_name(folder: storage.Path, step: str, steps_done: int) -> str:
 
 def _joined(folder: storage.Path) -> list[Row]:
     """The rows of all slices, each in a folder of the workdir. Raises UserError if a slice is missing or not done."""
-    slices: dict[str, list[Row]] = {}
-    config: dict[str, Any] = {}  # of any slice
-    for child in storage.children(folder):
-        given = child.is_dir() and side_files.look(child / "config.json")
-        if given and given.get("job") == "evaluate" and (
-                side_files.look(child / "result.json") or {}).get("status") == "done":
-            config, slices[given["shard"]] = given, side_files.look(child / f"{NAME}.json", list) or []
-    counts = {shard.partition("/")[2] for shard in slices} - {""}
-    if len(counts) != 1:
-        raise UserError(f"shard=merge: the folders in {folder} hold finished slices of {len(counts)} array jobs, "
-                        "not of one. Evaluate shard=i/n there first.")
-    n = int(counts.pop())
-    missing = [f"{i}/{n}" for i in range(n) if f"{i}/{n}" not in slices]
-    rows = [row for rows in slices.values() for row in rows]
+    config, rows = slices.joined(folder, "evaluate", NAME)
     same_data = bool(config["tokens"] or config["data"]["store"])  # else each run is measured on its own store
-    if missing or len({(row["asked"], same_data and row.get("data")) for row in rows}) > 1:
-        raise UserError(f"shard=merge: {folder}: " + (f"slices {', '.join(missing[:5])} are not done" if missing else
-                                                     "the slices measured different things") + ". Evaluate them again.")
+    if len({(row["asked"], same_data and row.get("data")) for row in rows}) > 1:
+        raise UserError(f"shard=merge: {folder}: the slices measured different things. Evaluate them again.")
     return rows
 
 

@@ -182,6 +182,11 @@ def _draw(figure: Any, chart: Chart, grid: str, width: float) -> Any:
             which(matplotlib.ticker.LogFormatter())  # the default writes 10^n as a formula
     if chart.log_x:
         axes.set_xscale("log", base=chart.log_x)
+    if chart.log_x == 10:
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+0", "e")
+                                                                       .replace("e+", "e")))
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    elif chart.log_x:
         ticks = [x for x, _ in chart.series[0].points]
         ticks = ticks[::1 + len(ticks) // 8]
         axes.set_xticks(ticks, [f"{x:,g}" for x in ticks])

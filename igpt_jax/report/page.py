@@ -15,6 +15,7 @@ from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.charts import Chart
 from igpt_jax.report import comparison, paper, pictures
 from igpt_jax.report.runs import Row, Run, whole
+from igpt_jax.scaling import charts as scaling
 
 ROWS_SHOWN = 200  # of a table
 HIDDEN = ("asked", "identity", "data", "draws", "bytes")  # columns that say nothing to a reader
@@ -62,7 +63,8 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
             "seconds": {name.removeprefix("seconds/"): seconds for name, seconds in run.goodput.items()
                         if name.startswith("seconds/") and seconds > 0},
             "sentences": whole(run, "comparison with the paper", [], paper.sentences, run, runs),
-            "results": [(name, value) for name, value in run.metrics.items() if not isinstance(value, Mapping)],
+            "results": [(name, value) for name, value in run.metrics.items() if name != "sentence" and not any(
+                isinstance(each, Mapping) for each in (value if isinstance(value, list) else [value]))],
             "tables": [(name, *_table(rows)) for name, rows in run.tables.items()],
             "pictures": [picture for picture in drawn if picture]}
 
@@ -123,6 +125,9 @@ def _charts(run: Run) -> list[Chart]:
                   (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "untrained model"))
                   if run.metrics.get(key) is not None}
         found.append(charts.accuracy_by_layer([("", "layers, 95 % intervals", rows)], others))
+    if rows := run.tables.get("scaling.json"):
+        optima = run.metrics.get("optima", {}).get("all", [])
+        found += [scaling.profiles(rows), *scaling.frontier(rows, optima), scaling.profiles(rows, "probe_accuracy")]
     return found + charts.evaluation(run.tables.get("evaluation.json", ()))
 
 

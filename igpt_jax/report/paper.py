@@ -79,5 +79,6 @@ def finetuning(run: Run, others: Sequence[Run]) -> list[str]:
 
 def sentences(run: Run, runs: Sequence[Run]) -> list[str]:
     """All that can be said of a run beside the paper's."""
-    say: Mapping[str, Any] = {"pretrain": pretraining, "probe": probing, "finetune": lambda run: finetuning(run, runs)}
+    say: Mapping[str, Any] = {"pretrain": pretraining, "probe": probing, "finetune": lambda run: finetuning(run, runs),
+                              "scaling": lambda run: [run.metrics.get("sentence") or run.metrics["not_fitted"]]}
     return say[run.job](run) if run.job in say else []

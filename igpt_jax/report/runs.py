@@ -15,7 +15,7 @@ from igpt_jax.metrics.logging import load_metrics, metrics_lines, say
 
 Row = Mapping[str, Any]
 
-TABLES = ("probe.json", "evaluation.json", "verify.json")  # files whose rows become tables
+TABLES = ("probe.json", "evaluation.json", "verify.json", "scaling.json")  # files whose rows become tables
 CHARTED = ("loss.png", "accuracy_by_layer.png", "accuracy_over_loss.png")  # the page draws them anew
 # Results before data, and data before checks of it.
 ORDER = ("pretrain", "probe", "finetune", "evaluate", "sample", "prepare", "plan", "convert", "verify")

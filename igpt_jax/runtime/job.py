@@ -71,30 +71,17 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
       workdir: local path, gs:// or s3://; empty for a job that writes nothing.
       command: the command line, for command.txt; empty: no such file.
     """
-    start, interrupted = time.time(), False
+    interrupted, code = False, DONE
     name = f"igpt_jax {config.job}"
     try:
         with StopSignal():
             initialize(workdir=workdir, **to_dict(config))
-            config = _with_precision(config, workdir)
-            set_precision(getattr(config, "precision", "float32"))
-            with _workdir_for(config, workdir, command) if workdir else contextlib.nullcontext() as folder:
-                status, code, message = "done", DONE, ""
-                try:
-                    metrics = run(config, workdir)
-                except Ended as end:
-                    status, code, message, metrics = end.status, end.code, str(end), end.metrics
-                    message += " The same command resumes from there." if isinstance(end, Preempted) else ""
-                    # The signal broke into the job, maybe in the middle of JAX's tracing: end without clean-up.
-                    interrupted = isinstance(end.__context__, KeyboardInterrupt)
-                if jax.process_index() == 0:
-                    result = {"job": config.job, "status": status, "metrics": metrics, "device": _device(),
-                              "versions": versions(), "wall_seconds": round(time.time() - start, 1)}
-                    where = ""
-                    if folder:
-                        storage.publish(folder / "result.json", to_json(result))
-                        where = f" [{next(folder / file for file in OPENED_FIRST if (folder / file).exists())}]"
-                    say(f"{name}: {message or _summary(metrics)}{where}")
+            try:
+                run_in_workdir(run, config, workdir, command)
+            except Ended as end:
+                code = end.code
+                # The signal broke into the job, maybe in the middle of JAX's tracing: end without clean-up.
+                interrupted = isinstance(end.__context__, KeyboardInterrupt)
         if not interrupted:
             if connected.is_set():
                 jax.distributed.shutdown()  # waits for the others
@@ -122,6 +109,40 @@ def _with_precision(config: Any, workdir: str) -> Any:
         precision = (side_files.look(storage.path(workdir) / "config.json") or {}).get("precision")
     auto = precision_on("auto", jax.devices()[0].platform)
     return dataclasses.replace(config, precision=precision if precision in PRECISIONS else auto)
+
+
+def run_in_workdir(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str, command: str = ""
+                   ) -> dict[str, Any]:
+    """Runs a job in its workdir, locked: config.json is written first, result.json last. Returns the job's metrics.
+
+    An empty workdir is for a job that writes nothing. `initialize` must have been called. A job calls this for another
+    job that is a part of it.
+
+    Raises:
+      UserError: the job refused its input; the workdir is as it was.
+      Ended: the job stopped early; result.json says so.
+    """
+    start = time.time()
+    config = _with_precision(config, workdir)
+    set_precision(getattr(config, "precision", "float32"))
+    with _workdir_for(config, workdir, command) if workdir else contextlib.nullcontext() as folder:
+        end = None
+        try:
+            metrics = run(config, workdir)
+        except Ended as error:
+            end, metrics = error, error.metrics
+        if jax.process_index() == 0:
+            result = {"job": config.job, "status": end.status if end else "done", "metrics": metrics,
+                      "device": _device(), "versions": versions(), "wall_seconds": round(time.time() - start, 1)}
+            message = f"{end} The same command resumes from there." if isinstance(end, Preempted) else end
+            where = ""
+            if folder:
+                storage.publish(folder / "result.json", to_json(result))
+                where = f" [{next(folder / file for file in OPENED_FIRST if (folder / file).exists())}]"
+            say(f"igpt_jax {config.job}: {message or _summary(metrics)}{where}")
+        if end:
+            raise end
+    return metrics
 
 
 def _failure(error: Exception) -> tuple[int, str]:

@@ -5,11 +5,11 @@
 #   launch/slurm/slices.sh 5 evaluate --workdir=runs/curve --config.checkpoints='runs/igpt_l/checkpoints/*' --config.probe=True
 #
 # Each slice is one process on one machine. In prepare it reads its share of the images, in evaluate its share of the
-# checkpoints. Rerunning resumes: finished work is not repeated. SBATCH="sbatch --partition=cpu" sets options of sbatch.
+# checkpoints, in scaling its share of the runs. Rerunning resumes: finished work is not repeated. SBATCH="sbatch --partition=cpu" sets options of sbatch.
 set -euo pipefail
 
 if [[ $# -lt 3 || ! $1 =~ ^[1-9][0-9]*$ || $3 != --workdir=?* ]]; then
-  echo "usage: $0 N prepare|evaluate --workdir=DIR ARGUMENTS..." >&2
+  echo "usage: $0 N prepare|evaluate|scaling --workdir=DIR ARGUMENTS..." >&2
   exit 2
 fi
 count=$1 job=$2 workdir=${3#--workdir=}

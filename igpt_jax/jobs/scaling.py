@@ -1,0 +1,190 @@
+"""Trains several sizes at equal FLOPs and fits a scaling law: which size is best for which budget?
+
+    python -m igpt_jax scaling --workdir=runs/scaling --config.pretrain.data.store=STORE \
+        --config.budgets='(1e12,3e12,1e13)' --config.sizes="('2x32','4x48','4x64','6x96','6x128')"
+
+Every run is an ordinary pretrain job in a folder of the workdir. The same command resumes: finished runs are skipped.
+More budgets or sizes can be added later. Writes scaling.json and scaling.csv with a row per run, result.json with the
+fitted laws, best sizes and predictions, and figures. An array job of n slices can share the runs:
+
+    python -m igpt_jax scaling --config.shard=I/N --workdir=DIR/slice-I ...   (each I from 0 to N-1)
+    python -m igpt_jax scaling --config.shard=merge --workdir=DIR ...
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from igpt_jax import checkpoint, storage
+from igpt_jax.config import (
+    MeshConfig,
+    PlanConfig,
+    PretrainConfig,
+    ScalingConfig,
+    UserError,
+    parse,
+    precision_on,
+    values_with,
+)
+from igpt_jax.data import open_split
+from igpt_jax.evaluation.probing import Prober
+from igpt_jax.metrics import figures
+from igpt_jax.metrics.logging import say
+from igpt_jax.model.dims import Dims
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding, topology
+from igpt_jax.parallel.topology import GIB
+from igpt_jax.planner.estimate import estimate
+from igpt_jax.runtime.exits import Diverged
+from igpt_jax.runtime.job import run_in_workdir
+from igpt_jax.scaling import analysis, charts
+from igpt_jax.scaling.study import Planned, model_of, parameter_counts, planned
+from igpt_jax.storage import side_files, slices, tables
+from igpt_jax.training import loop
+from igpt_jax.training.inputs import open_inputs
+
+NAME = "scaling"
+
+Row = dict[str, Any]
+
+
+def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
+    """Trains the runs that are not done, then fits. Returns `analysis.analyze`'s results; of a slice, only `runs`.
+
+    Raises:
+      UserError: the data or a config does not fit, a run's folder holds another run, or runs are of different data.
+      Preempted: a stop was requested; the same command resumes.
+    """
+    folder = storage.path(workdir)
+    precision = precision_on(config.pretrain.precision, jax.devices()[0].platform)
+    config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, precision=precision))
+    data = _open(config.pretrain)
+    rows = slices.joined(folder, config.job, NAME)[1] if config.shard == "merge" else tables.load(folder, NAME)
+    if other := [row["run"] for row in rows if row.get("data") != data.fingerprint]:
+        raise UserError(f"{folder}: {other[0]} was trained on other data than data.store={config.pretrain.data.store}. "
+                        "Name its store, or give another --workdir.")
+    if config.shard != "merge":
+        rows = _trained(config, planned(config, data.image_size, data.colors), data, folder)
+    if jax.process_index() == 0:
+        tables.publish(folder, NAME, rows)
+    if config.slice[1] > 1:
+        return {"runs": len(rows)}
+    done = [row for row in rows if row.get("nats_per_pixel") is not None]
+    paper = {name: parameter_counts(Dims.of(model_of(name, config.pretrain.model), data.colors, data.image_size))["all"]
+             for name in analysis.PAPER_TOKENS}
+    found = analysis.analyze(done, config.held_out_budgets, config.predict, paper)
+    say(found.get("sentence") or f"no law: {found['not_fitted']}")
+    if jax.process_index() == 0:
+        folder = folder / "figures"
+        figures.save(folder / "profiles.png", charts.profiles(done))
+        figures.save(folder / "frontier.png", *charts.frontier(done, found.get("optima", {}).get("all", [])))
+        if config.probe:
+            figures.save(folder / "probe_profiles.png", charts.profiles(done, "probe_accuracy"))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """The data of all runs."""
+    image_size: int
+    colors: int
+    examples: int  # of the training split
+    fingerprint: str
+
+
+def _open(config: PretrainConfig) -> _Data:
+    """Raises UserError if something is missing."""
+    if not config.data.held_out:
+        raise UserError("pretrain.data.held_out is empty, but runs are compared by their loss on held-out images.")
+    inputs = open_inputs(config)
+    return _Data(inputs.image_size, len(inputs.palette_VC), inputs.split.count, inputs.split.fingerprint)
+
+
+def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder: storage.Path) -> list[Row]:
+    """Trains and measures the runs of this slice. Returns their rows."""
+    index, count = config.slice
+    mine, rows = runs[index::count], []
+    mesh = sharding.make_mesh(config.pretrain.mesh)
+    # Everything is checked before any time is spent.
+    for name in config.probing.data.splits if config.probe else ():
+        open_split(config.probing.data.store or config.pretrain.data.store, name, data.image_size)
+    for each in mine:
+        _check(each, data, mesh)
+        _check_folder(each, folder / each.name)
+    for number, each in enumerate(mine, 1):
+        say(f"run {number} of {len(mine)}: {each.name}, {each.parameters['all']:,} parameters, {each.tokens:,} tokens, "
+            f"{each.config.steps:,} steps of {each.config.batch_size} images, {each.budget:.3g} FLOPs")
+        rows.append(_row(config, each, data, folder / each.name))
+        if jax.process_index() == 0:
+            tables.publish(folder, NAME, rows)
+    return rows
+
+
+def _check(planned: Planned, data: _Data, mesh: Mesh) -> None:
+    """Raises UserError if a run does not fit the mesh, or by the planner's formula not the devices' memory."""
+    config = planned.config
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
+    Model.of(config, data.colors, data.image_size, mesh)
+    chip = topology.chip_for(mesh.devices.flat[0].device_kind)
+    keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    sizes = MeshConfig(**dict(mesh.shape))
+    need = estimate(PlanConfig(**{**keys, "job": "plan", "mesh": sizes, "image_size": data.image_size,
+                                  "palette_size": data.colors})).required_bytes
+    if chip and need > chip.usable_bytes:
+        raise UserError(f"{planned.name} needs about {need / GIB:.0f} GiB per device, and a {chip.name} has "
+                        f"{chip.usable_bytes / GIB:.0f}. Set pretrain.images_per_pass, or more mesh.fsdp.")
+
+
+def _check_folder(planned: Planned, folder: storage.Path) -> None:
+    """Raises UserError if a run's folder holds a run with another config."""
+    given = side_files.look(folder / "config.json")
+    if given is None:
+        return
+    found, wanted = ({**values_with(each, "resume", "same"), "steps": each.steps}
+                     for each in (parse("pretrain", given), planned.config))
+    if changed := [f"{name}={found[name]!r} (now {wanted[name]!r})" for name in wanted if found[name] != wanted[name]]:
+        raise UserError(f"{folder} holds a run with {', '.join(changed[:3])}. Undo the change, or "
+                        "give another --workdir.")
+
+
+def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.Path) -> Row:
+    """Trains one run, unless it is done, and measures it."""
+    result = side_files.look(folder / "result.json") or {}
+    metrics, status = result.get("metrics", {}), result.get("status")
+    if status not in ("done", "diverged"):
+        try:
+            metrics, status = run_in_workdir(loop.train, planned.config, str(folder)), "done"
+        except Diverged:  # a size that diverges says something about the learning rate; the study goes on
+            metrics, status = {}, "diverged"
+        jax.clear_caches()  # each run compiles its own programs
+    row = {"run": planned.name, "budget": planned.budget, "flops": planned.flops, "tokens": planned.tokens,
+           **_columns(planned.parameters), "tokens_per_parameter": planned.tokens / planned.parameters["all"],
+           "layers": planned.config.model.layers, "embed": planned.config.model.embed, "steps": planned.config.steps,
+           "batch_size": planned.config.batch_size,
+           "epochs": planned.config.steps * planned.config.batch_size / data.examples, "status": status,
+           "nats_per_pixel": metrics.get("eval/nats_per_pixel"), "data": data.fingerprint}
+    return row | (_probed(config, folder) if config.probe and status == "done" else {})
+
+
+def _columns(counts: dict[str, int]) -> dict[str, int]:
+    return {f"parameters_{name}": count for name, count in counts.items()}
+
+
+def _probed(config: ScalingConfig, folder: storage.Path) -> Row:
+    """The accuracy of the best layer's linear probe, by held-out accuracy. Kept in the run's folder as probe.json."""
+    if known := side_files.load(folder / "probed.json"):
+        return known
+    mesh = sharding.make_mesh(config.pretrain.mesh)
+    model, params, metadata = checkpoint.load_model(str(folder), mesh, "float32")
+    prober = Prober(config.probing, metadata)
+    features_EPD = prober.features(model, params, mesh, config.pretrain.batch_size, "features")
+    by_layer, best, _ = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
+    chosen = by_layer[best]
+    found = {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
+             "probe_interval": chosen["interval"]}
+    if jax.process_index() == 0:
+        storage.publish(folder / "probed.json", storage.to_json(found))
+    return found

@@ -1,0 +1,1 @@
+"""Scaling studies: runs at equal FLOPs, fits of scaling laws, the best size for a budget."""

@@ -1,0 +1,56 @@
+"""Charts of a scaling study: profiles of each budget, and the best size by budget."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from igpt_jax.metrics.charts import Chart, Points, Series, points_of
+from igpt_jax.scaling import analysis
+from igpt_jax.scaling.study import label
+
+Row = Mapping[str, Any]
+
+
+def profiles(rows: Sequence[Row], measure: str = "nats_per_pixel") -> Chart:
+    """A measure of every run over its parameters, a hue per budget, with the parabola of each budget that has a best
+    size.
+
+    Args:
+      rows: the runs' rows.
+      measure: nats_per_pixel, or probe_accuracy (in percent).
+    """
+    unit = 100 if measure == "probe_accuracy" else 1
+    fitted = analysis.profiles(rows, measure=measure)
+    series = []
+    for hue, budget in enumerate(sorted({row["budget"] for row in rows})):
+        here = [row for row in rows if row["budget"] == budget]
+        points = sorted(points_of(here, "parameters_all", measure, unit))
+        series.append(Series(f"{label(budget)} FLOPs", points, hue=hue, line=budget not in fitted))
+        if points and budget in fitted:
+            N = np.geomspace(points[0][0], points[-1][0], 50)
+            curve = fitted[budget].value(N) * unit
+            smooth = list(zip(N.tolist(), curve.tolist(), strict=True))
+            series.append(Series("", smooth, hue=hue, shade=0.5, dots=False))
+    return Chart("profiles" if unit == 1 else "probe profiles", "parameters",
+                 "probe accuracy, %" if unit == 100 else "held-out loss, nats per pixel", series, log_x=10)
+
+
+def frontier(rows: Sequence[Row], optima: Sequence[Row]) -> list[Chart]:
+    """The best number of parameters, and of tokens per parameter, over the budget.
+
+    Args:
+      rows: the runs' rows, for the minima of the parabolas.
+      optima: of the fitted law, from `analysis.analyze`; empty: only the minima.
+    """
+    minima = analysis.minima(rows)
+    charts = []
+    for name, title in (("parameters", "parameters of the best size"),
+                        ("tokens_per_parameter", "tokens per parameter")):
+        law: Points = points_of(optima, "budget", name)
+        spread = [tuple(row[f"{name}_interval"]) for row in optima]
+        charts.append(Chart(title, "training FLOPs", title, [
+            Series("fitted law, 95 % interval", law, spread),
+            Series("lowest points of the parabolas", points_of(minima, "budget", name), hue=1, line=False)],
+            log_x=10, log_y=True))
+    return charts

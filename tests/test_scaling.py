@@ -1,0 +1,174 @@
+"""Scaling studies: the fit of the law, the best size for a budget, the plan of runs, and the job."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from igpt_jax.config import PretrainConfig, ScalingConfig, UserError
+from igpt_jax.model.dims import Dims
+from igpt_jax.model.flops import train_flops_per_image
+from igpt_jax.scaling import analysis, frontier, law, study
+from tests.conftest import run_job_command
+
+TRUE = law.Law(E=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, N0=1.0, D0=1.0)  # Hoffmann et al., Approach 3
+
+
+def runs(budgets=4, sizes=5, span=0.6):
+    """N and D of a study at equal FLOPs, C = 6 N D, around 20 tokens per parameter."""
+    C = np.geomspace(1e18, 1e21, budgets)
+    N = np.concatenate([np.sqrt(each / 120) * np.logspace(-span, span, sizes) for each in C])
+    return N, np.repeat(C, sizes) / 6 / N
+
+
+def coverage(draws, refits):
+    """How many intervals of alpha and beta hold the true value, with 1 % noise."""
+    N, D = runs()
+    rng, hits = np.random.default_rng(0), np.zeros(2, int)
+    for _ in range(draws):
+        loss = TRUE.loss(N, D) * np.exp(0.01 * rng.normal(size=len(N)))
+        found = law.fit(N, D, loss)
+        laws = law.bootstrap(found, N, D, loss, refits=refits)
+        for i, name in enumerate(("alpha", "beta")):
+            low, high = law.interval(getattr(laws, name), len(N))
+            hits[i] += low <= getattr(TRUE, name) <= high
+    return hits
+
+
+def test_a_law_without_noise_is_found():
+    """Fails if a term's exponent or the reference sizes are mixed up."""
+    N, D = runs()
+    found = law.fit(N, D, TRUE.loss(N, D))
+    assert [float(found.E), float(found.alpha), float(found.beta)] == pytest.approx([1.69, 0.34, 0.28], rel=1e-3)
+    assert found.loss(N * 10, D * 10) == pytest.approx(TRUE.loss(N * 10, D * 10), rel=1e-4)
+
+
+def test_intervals_hold_the_true_exponents():
+    """Fails with plain percentiles of few runs made narrower by half, or if refits do not move from the law."""
+    assert min(coverage(20, 300)) >= 18
+
+
+@pytest.mark.slow
+def test_93_of_100_intervals_hold_the_true_exponents():
+    assert min(coverage(100, 1000)) >= 93
+
+
+def test_the_best_size_has_the_lowest_loss_of_its_budget():
+    """The closed form against a search. Fails if kappa or a reference size is left out."""
+    N, D = runs()
+    cost = frontier.Cost(k=30.0, kappa=0.8)
+    best, tokens = frontier.optimum(TRUE, cost, 1e20)
+    grid = best * np.geomspace(0.5, 2, 20001)
+    assert grid[TRUE.loss(grid, cost.tokens(1e20, grid)).argmin()] == pytest.approx(best, rel=1e-3)
+    assert cost.tokens(1e20, best) == pytest.approx(tokens)
+    assert dataclasses.astuple(frontier.Cost.of(N, 30 * N**0.8)) == pytest.approx((30, 0.8))
+
+
+def test_parabolas_are_biased_where_the_law_is_not():
+    """Wide, lopsided profiles of an exact law: the parabolas' exponent is off by over 0.01, the law's is not."""
+    C = np.geomspace(1e18, 1e21, 4)
+    # Sizes from a third of the best to 30 times, further on the large side for larger budgets.
+    N = np.concatenate([each**0.45 * np.geomspace(0.3, 30 * (each / 1e18)**0.3, 7) for each in C])
+    D = np.repeat(C, 7) / 6 / N
+    loss, cost = TRUE.loss(N, D), frontier.Cost(6.0, 1.0)
+    minima = [frontier.profile(N[i * 7:i * 7 + 7], loss[i * 7:i * 7 + 7]).N for i in range(4)]
+    true = TRUE.beta / (TRUE.alpha + TRUE.beta)
+    found = law.fit(N, D, loss)
+    best = [frontier.optimum(found, cost, each)[0] for each in C]
+    assert frontier.power_law(C, np.array(best))[1] == pytest.approx(true, abs=0.002)
+    assert abs(frontier.power_law(C, np.array(minima))[1] - true) > 0.01
+
+
+def test_profiles_without_a_minimum_are_none():
+    N = np.array([1e6, 2e6, 4e6])
+    assert frontier.profile(N, np.array([3.0, 2.9, 2.7])) is None
+    assert frontier.profile(N, np.array([2.9, 3.0, 2.9])) is None  # a maximum
+    assert frontier.profile(N[:2], np.array([3.0, 2.9])) is None
+    assert frontier.profile(N, np.array([3.0, 2.9, 3.0])).N == pytest.approx(2e6)
+
+
+def test_few_runs_and_flat_losses_give_no_numbers():
+    N, D = runs(2, 2)
+    with pytest.raises(UserError, match="4 runs with .* do not determine"):
+        law.fit(N, D, TRUE.loss(N, D))
+    N, D = runs()
+    rows = [{"budget": 6 * n * d, "flops": 6 * n * d, "tokens": d, "nats_per_pixel": 2.0 + 0.01 * (i % 2),
+             **{f"parameters_{name}": n for name in study.COUNTS}} for i, (n, d) in enumerate(zip(N, D, strict=True))]
+    found = analysis.analyze(rows, (), (), {})
+    assert "is not determined" in found["not_fitted"] and "optima" not in found
+
+
+def config(**keys):
+    return ScalingConfig(**{"budgets": (1e14, 1e11), "sizes": ("2x32", "igpt_tiny"), **keys})
+
+
+def test_runs_take_the_budget_by_the_exact_count():
+    """Fails if steps come from 6 N D, or if the batch does not grow with the tokens."""
+    found = study.planned(config(), image_size=16, palette_size=512)
+    assert [run.name for run in found] == ["1e11-2x32", "1e11-igpt_tiny", "1e14-2x32", "1e14-igpt_tiny"]
+    for run in found:
+        model = run.config.model
+        per_image = train_flops_per_image(model.layers, model.embed, model.mlp, 512, 256)
+        assert run.flops == run.config.steps * run.config.batch_size * per_image
+        assert run.flops == pytest.approx(run.budget, rel=0.5 * run.config.batch_size * per_image / run.budget)
+        assert run.tokens == run.config.steps * run.config.batch_size * 256
+    assert found[2].config.batch_size > found[0].config.batch_size
+    assert study.batch_size_for(study.ANCHOR_TOKENS, 1024) == 128
+    counts = study.parameter_counts(Dims(6, 128, 4, 32, 512, 512, 256))
+    assert counts["all"] - counts["no_embedding"] == 768 * 128
+    assert counts["no_embedding"] - counts["blocks"] == 512 * 128
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"sizes": ("4by64",)}, "'4by64' is not a size"),
+    ({"budgets": (1e3,)}, "less than one step of 2x32"),
+    ({"budgets": (1e12,), "held_out_budgets": (1e12,)}, "name a budget twice"),
+    ({"sizes": ()}, "sizes is empty"),
+])
+def test_wrong_studies_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        study.planned(config(**keys), 16, 512)
+
+
+def test_defaults_of_runs_are_pretrains():
+    assert config().pretrain == PretrainConfig()
+
+
+STUDY = ["--config.sizes=('1x8','1x16','2x16')", "--config.batch_size=32", "--config.budgets=(5e8,1e9)",
+         "--config.pretrain.precision=float32", "--config.pretrain.log_every_steps=1000",
+         "--config.pretrain.optimizer.learning_rate=1e-2", "--config.probe=True", "--config.probing.limit=64",
+         "--config.probing.data.test=held_out"]
+
+
+def test_a_study_resumes_merges_and_reports(store, folder):
+    """A whole study on digits, the same again, and its runs as two slices."""
+    def job(workdir, *more):
+        return run_job_command("scaling", f"--workdir={folder / workdir}", *STUDY,
+                               f"--config.pretrain.data.store={store}", *more)
+
+    done = job("one")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "one" / "result.json").read_text())["metrics"]
+    rows = json.loads((folder / "one" / "scaling.json").read_text())
+    assert result["runs"] == len(rows) == 6 and {row["status"] for row in rows} == {"done"}
+    assert all(0 <= row["probe_accuracy"] <= 1 for row in rows)
+    assert "laws" in result
+
+    written = (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns
+    again = job("one")
+    assert again.returncode == 0 and (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns == written
+    assert json.loads((folder / "one" / "scaling.json").read_text()) == rows
+
+    other = job("one", "--config.pretrain.seed=1")
+    assert other.returncode == 2 and "holds a run with seed=0 (now 1)" in other.stderr, other.stderr
+
+    for i in range(2):  # the slices find their runs done
+        for row in rows:
+            shutil.copytree(folder / "one" / row["run"], folder / "many" / f"slice-{i}" / row["run"])
+        assert job(f"many/slice-{i}", f"--config.shard={i}/2").returncode == 0
+        assert len(json.loads((folder / "many" / f"slice-{i}" / "scaling.json").read_text())) == 3
+    assert job("many", "--config.shard=merge").returncode == 0
+    merged = json.loads((folder / "many" / "scaling.json").read_text())
+    assert sorted(merged, key=lambda row: row["run"]) == sorted(rows, key=lambda row: row["run"])
