@@ -23,6 +23,13 @@ def runs(budgets=4, sizes=5, span=0.6):
     return N, np.repeat(C, sizes) / 6 / N
 
 
+def rows_of(N, D, loss):
+    """Rows of a study's table."""
+    return [{"run": "", "budget": 6 * n * d, "flops": 6 * n * d, "tokens": d, "short": False,
+             "nats_per_pixel": loss(n, d),
+             **{f"parameters_{name}": n for name in study.COUNTS}} for n, d in zip(N, D, strict=True)]
+
+
 def coverage(draws, refits):
     """How many intervals of alpha and beta hold the true value, with 1 % noise."""
     N, D = runs()
@@ -93,11 +100,17 @@ def test_few_runs_and_flat_losses_give_no_numbers():
     N, D = runs(2, 2)
     with pytest.raises(UserError, match="4 runs with .* do not determine"):
         law.fit(N, D, TRUE.loss(N, D))
-    N, D = runs()
-    rows = [{"budget": 6 * n * d, "flops": 6 * n * d, "tokens": d, "nats_per_pixel": 2.0 + 0.01 * (i % 2),
-             **{f"parameters_{name}": n for name in study.COUNTS}} for i, (n, d) in enumerate(zip(N, D, strict=True))]
+    rows = rows_of(*runs(), lambda N, D: 2.0 + 0.01 * (N > 1e9))
     found = analysis.analyze(rows, (), (), {})
     assert "is not determined" in found["not_fitted"] and "optima" not in found
+
+
+def test_short_runs_are_not_fitted():
+    rows = rows_of(*runs(), TRUE.loss)
+    wrong = [{**rows[0], "nats_per_pixel": 9.0, "short": True}]
+    found = analysis.analyze(rows + wrong, (), (), {"igpt_s": 7.6e7})
+    assert found["runs_fitted"] == 20 and found["laws"]["all"]["alpha"]["value"] == pytest.approx(0.34, rel=1e-2)
+    assert "tokens per parameter" in found["sentence"] and found["predictions"]["igpt_s"]["nats_per_pixel"] > 1.69
 
 
 def config(**keys):
@@ -136,7 +149,8 @@ def test_defaults_of_runs_are_pretrains():
     assert config().pretrain == PretrainConfig()
 
 
-STUDY = ["--config.sizes=('1x8','1x16','2x16')", "--config.batch_size=32", "--config.budgets=(5e8,1e9)",
+STUDY = ["--config.fewest_steps=1",
+         "--config.sizes=('1x8','1x16','2x16')", "--config.batch_size=32", "--config.budgets=(5e8,1e9)",
          "--config.pretrain.precision=float32", "--config.pretrain.log_every_steps=1000",
          "--config.pretrain.optimizer.learning_rate=1e-2", "--config.probe=True", "--config.probing.limit=64",
          "--config.probing.data.test=held_out"]
@@ -152,7 +166,7 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "one" / "result.json").read_text())["metrics"]
     rows = json.loads((folder / "one" / "scaling.json").read_text())
-    assert result["runs"] == len(rows) == 6 and {row["status"] for row in rows} == {"done"}
+    assert result["runs"] == len(rows) == 6 == result["runs_fitted"] and {row["status"] for row in rows} == {"done"}
     assert all(0 <= row["probe_accuracy"] <= 1 for row in rows)
     assert "laws" in result
 

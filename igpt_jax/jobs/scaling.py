@@ -80,10 +80,11 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
     if jax.process_index() == 0:
         folder = folder / "figures"
         figures.save(folder / "profiles.png", charts.profiles(done))
-        figures.save(folder / "frontier.png", *charts.frontier(done, found.get("optima", {}).get("all", [])))
+        optima = found.get("optima", {}).get("all", [])
+        figures.save(folder / "frontier.png", *charts.frontier(found["profiles"], optima))
         if config.probe:
             figures.save(folder / "probe_profiles.png", charts.profiles(done, "probe_accuracy"))
-    return found
+    return {"runs": len(rows), **found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.P
     row = {"run": planned.name, "budget": planned.budget, "flops": planned.flops, "tokens": planned.tokens,
            **_columns(planned.parameters), "tokens_per_parameter": planned.tokens / planned.parameters["all"],
            "layers": planned.config.model.layers, "embed": planned.config.model.embed, "steps": planned.config.steps,
-           "batch_size": planned.config.batch_size,
+           "batch_size": planned.config.batch_size, "short": planned.config.steps < config.fewest_steps,
            "epochs": planned.config.steps * planned.config.batch_size / data.examples, "status": status,
            "nats_per_pixel": metrics.get("eval/nats_per_pixel"), "data": data.fingerprint}
     return row | (_probed(config, folder) if config.probe and status == "done" else {})

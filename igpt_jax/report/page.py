@@ -127,7 +127,8 @@ def _charts(run: Run) -> list[Chart]:
         found.append(charts.accuracy_by_layer([("", "layers, 95 % intervals", rows)], others))
     if rows := run.tables.get("scaling.json"):
         optima = run.metrics.get("optima", {}).get("all", [])
-        found += [scaling.profiles(rows), *scaling.frontier(rows, optima), scaling.profiles(rows, "probe_accuracy")]
+        found += [scaling.profiles(rows), scaling.profiles(rows, "probe_accuracy"),
+                  *scaling.frontier(run.metrics.get("profiles", []), optima)]
     return found + charts.evaluation(run.tables.get("evaluation.json", ()))
 
 

@@ -79,7 +79,7 @@ def profiles(rows: Sequence[Row], count: str = "all", measure: str = "nats_per_p
     sign = -1 if measure == "probe_accuracy" else 1
     found = {}
     for budget in sorted({row["budget"] for row in rows}):
-        here = [row for row in rows if row["budget"] == budget and row.get(measure) is not None]
+        here = [row for row in rows if row["budget"] == budget and row.get(measure) is not None and not row["short"]]
         fitted = frontier.profile(np.asarray([row[f"parameters_{count}"] for row in here], float),
                                   np.asarray([row[measure] for row in here], float), sign)
         if fitted:
@@ -104,13 +104,14 @@ def analyze(rows: Sequence[Row], held_out: Sequence[float], predict: Sequence[fl
     """Everything that scaling.json's `metrics` and the report show.
 
     Args:
-      rows: finished runs, with budget, flops, tokens, parameters_* and nats_per_pixel.
+      rows: finished runs, with budget, flops, tokens, parameters_* and nats_per_pixel. Those with `short` are left out.
       held_out: budgets that are not fitted, but predicted and compared.
       predict: further budgets.
       sizes: parameters of the paper's models, by name.
     """
+    rows = [row for row in rows if not row["short"]]
     fitted = [row for row in rows if row["budget"] not in held_out]
-    found: dict[str, Any] = {"runs": len(rows), "profiles": minima(rows)}
+    found: dict[str, Any] = {"runs_fitted": len(fitted), "profiles": minima(rows)}
     if probed := minima(rows, "probe_accuracy"):
         found["probe_profiles"] = probed
     try:

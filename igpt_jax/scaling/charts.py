@@ -36,14 +36,13 @@ def profiles(rows: Sequence[Row], measure: str = "nats_per_pixel") -> Chart:
                  "probe accuracy, %" if unit == 100 else "held-out loss, nats per pixel", series, log_x=10)
 
 
-def frontier(rows: Sequence[Row], optima: Sequence[Row]) -> list[Chart]:
+def frontier(minima: Sequence[Row], optima: Sequence[Row]) -> list[Chart]:
     """The best number of parameters, and of tokens per parameter, over the budget.
 
     Args:
-      rows: the runs' rows, for the minima of the parabolas.
-      optima: of the fitted law, from `analysis.analyze`; empty: only the minima.
+      minima: the best sizes by parabolas, `profiles` of `analysis.analyze`.
+      optima: those of the fitted law; empty: only the minima.
     """
-    minima = analysis.minima(rows)
     charts = []
     for name, title in (("parameters", "parameters of the best size"),
                         ("tokens_per_parameter", "tokens per parameter")):
