@@ -313,6 +313,26 @@ def test_loss_maps_count_each_pixel_once(tmp_path, monkeypatch):
     assert list(found.by_class) == [0, 1, 2]
 
 
+def test_samples_are_those_of_the_sample_job(folder, logs):
+    """Of each checkpoint, with its step; once. Seen to fail with another half given, with all steps under one name, and
+    with the second index of a sample counted."""
+    last = STEPS[-1]
+    given = (f"--config.checkpoints={folder / 'run'}/checkpoints/{last},{folder / 'run'}/checkpoints/{STEPS[0]}",
+             "--config.samples=3", "--config.data.split=test", "--config.limit=20")
+    evaluate(folder, "samples", *given)
+    done = run_job_command("sample", f"--workdir={folder / 'sample'}", "--config.data.split=test", "--config.count=3",
+                           f"--config.checkpoint={folder / 'run'}/checkpoints/{last}", "--config.examples=3",
+                           "--config.completions=1")
+    assert done.returncode == 0, done.stderr
+    found = {int(arrays["step"]): arrays for arrays in map(np.load, (folder / "samples" / "samples").iterdir())}
+    assert sorted(found) == [STEPS[0], last]
+    with np.load(folder / "sample" / "samples.npz") as expected:
+        for name in ("samples", "originals", "completions", "palette"):
+            np.testing.assert_array_equal(found[last][name], expected[name], err_msg=name)
+    assert (found[last]["completions"] != found[STEPS[0]]["completions"]).any()
+    assert "nats per pixel" not in evaluate(folder, "samples", *given).stderr
+
+
 def test_loss_maps_are_drawn_and_written(folder, logs):
     """Means over positions and over classes equal the loss in the table; maps have the size of their pictures."""
     evaluate(folder, "loss maps", f"--config.checkpoints={folder / 'run'}", "--config.loss_maps=3",

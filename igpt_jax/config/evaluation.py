@@ -97,6 +97,8 @@ class EvaluateConfig(Keys):
                      rule=at_least(0))
     loss_maps: int = key(0, "per-pixel loss maps to draw; above 0, also the loss by position and by class",
                          resume="same", rule=at_least(0), alias="surprise")
+    samples: int = key(0, "samples to draw from each checkpoint, and completions of as many examples, for the report",
+                       resume="same", rule=at_least(0))
     probe: bool = key(False, "also probe each checkpoint, as the probe job does", resume="same")
     probing: ProbingConfig = section(ProbingConfig)
     mesh: MeshConfig = section(MeshConfig)

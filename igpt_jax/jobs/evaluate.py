@@ -13,6 +13,7 @@ again evaluates only what is missing. An array job of n slices can share many ch
 
 import dataclasses
 import functools
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from igpt_jax.data import open_data, open_split, palette
 from igpt_jax.data.store import Split, Store, tokens_of
 from igpt_jax.data.token_file import TokenFile
 from igpt_jax.evaluation import exact_loss, loss_maps
+from igpt_jax.evaluation.drawing import Drawing, default_batch_size
 from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
@@ -65,7 +67,9 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
-    asked = json_digest(values_with(config, "resume", "same"))
+    # Tables of versions without the key `samples` stay valid where it is 0.
+    asked = json_digest({name: value for name, value in values_with(config, "resume", "same").items()
+                         if name != "samples" or value})
     rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
@@ -142,6 +146,8 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
         if jax.process_index() == 0:
             names = _class_names(config.data.store or metadata.config.data.store) if found.by_class else {}
             _publish_loss_maps(folder, step, found, split, lookup, metadata, names)
+    if config.samples:
+        _draw(config.samples, step, model, params, metadata, mesh, split, lookup, folder)
     return row | {"data": _fingerprint(config, split, *_needed(metadata))}
 
 
@@ -158,6 +164,37 @@ def _examples(config: EvaluateConfig, store: str, image_size: int, colors: int) 
         split = open_split(config.data.store or store, config.data.split, image_size)
     split.count = min(split.count, config.limit or split.count)
     return split
+
+
+def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh,
+          split: Split | TokenFile, lookup: np.ndarray, folder: storage.Path) -> None:
+    """Draws samples and completions of the first examples' upper halves, as the sample job does by default.
+
+    Writes samples/STEP-DIGEST.npz with all tokens.
+
+    Raises:
+      UserError: the model cannot sample.
+    """
+    if not model.causal:
+        raise UserError(f"samples={count}: {step} was trained with objective={metadata.config.objective}, which cannot "
+                        "sample pixel by pixel. Set samples=0.")
+    draw, size = Drawing(model, params, mesh, f"checkpoint {step}"), metadata.image_size
+    ids = np.arange(min(count, split.count))
+    originals_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
+
+    def drawn(kind: str, given_BP: np.ndarray) -> np.ndarray:
+        index_B2 = np.stack([np.arange(len(given_BP)), np.zeros(len(given_BP), int)], axis=1)
+        return draw(kind, given_BP, index_B2, batch_size=min(default_batch_size(mesh), len(given_BP)))
+
+    arrays = {"samples": drawn("samples", np.zeros((count, 0), np.int32)), "originals": originals_BT,
+              "completions": drawn("completions", originals_BT[:, :size // 2 * size].astype(np.int32))[:, None],
+              "names": np.array([f"example {i}" for i in ids]), "palette": metadata.palette_VC,
+              "checkpoint": np.array(step), "step": np.array(metadata.steps_done)}
+    if jax.process_index() == 0:
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        name = f"{metadata.steps_done}-{json_digest(step)[:8]}.npz"
+        storage.publish(folder / "samples" / name, file.getvalue())
 
 
 def _class_names(store: str) -> Mapping[int, str]:

@@ -15,11 +15,11 @@ from PIL import Image
 
 from igpt_jax import storage
 from igpt_jax.data import palette
+from igpt_jax.evaluation.drawing import UNKNOWN
 from igpt_jax.report.runs import Run, whole
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SHOWN = {"completions": 6, "samples": 8}  # pictures in a strip
-UNKNOWN = 127  # gray level of pixels that the model is not given
 GAP = 6  # between the pictures of a strip, in pixels
 CAPTIONS = {"surprise_means-": "mean loss by position and class: ", "surprise-": "loss maps: "}
 
@@ -63,7 +63,7 @@ def _url(png: bytes) -> str:
 
 
 class _Drawn(NamedTuple):
-    """What a sample job has drawn: `samples`, `originals`, `given` and `completions` as pictures, at a step."""
+    """Pictures of a step: `samples`, `original`, `given`, `completions`. Equal `settings` make them comparable."""
     run: str
     step: int
     label: str
@@ -73,10 +73,11 @@ class _Drawn(NamedTuple):
 
 def strips(runs: Sequence[Run]) -> list[Strips]:
     """Samples, and completions of the same pictures, of each training run, over the steps that were sampled."""
-    drawn = [each for run in runs if run.job == "sample"
-             for each in [whole(run, "samples", None, _drawn, run)] if each]
+    files = [(run, file) for run in runs if run.job in ("sample", "evaluate")
+             for file in (run.folder / "samples.npz", *(run.folder / "samples").glob("*.npz")) if file.exists()]
+    drawn = [whole(run, f"file {file.name}", None, _drawn, run, file) for run, file in files]
     groups: dict[tuple, list[_Drawn]] = {}
-    for each in sorted(drawn, key=lambda each: each.step or math.inf):
+    for each in sorted(filter(None, drawn), key=lambda each: each.step or math.inf):
         groups.setdefault((each.run, *each.settings), []).append(each)
     found = []
     for (run, *_), steps in groups.items():
@@ -96,10 +97,8 @@ def newest_completions(strips: Sequence[Strips]) -> list[Picture]:
     return rows[:2] + [row._replace(label="completed") for row in rows[-1:]]
 
 
-def _drawn(run: Run) -> _Drawn | None:
-    file = run.folder / "samples.npz"
-    if not file.exists():
-        return None
+def _drawn(run: Run, file: storage.Path) -> _Drawn:
+    """What samples.npz of a sample job, or a file of `evaluate` with samples, holds."""
     with np.load(io.BytesIO(storage.read(file))) as arrays:
         arrays = dict(arrays)
     colors_VC, shown = arrays["palette"], {}
@@ -112,18 +111,13 @@ def _drawn(run: Run) -> _Drawn | None:
         given = run.values.get("rows", -1)
         shown["given"] = shown["original"].copy()
         shown["given"][:, shown["given"].shape[1] // 2 if given < 0 else given:] = UNKNOWN
-    training, step = _checkpoint(run)
+    given = storage.path(str(arrays["checkpoint"]) if "checkpoint" in arrays else run.values["checkpoint"])
+    is_step = given.name.isdigit() and given.parent.name == "checkpoints"
+    step = int(arrays.get("step") or run.metrics.get("step") or (given.name if is_step else 0))
     names = tuple(arrays["names"][:SHOWN["completions"]]) if "names" in arrays else ()
     settings = tuple(run.values.get(name) for name in ("rows", "temperature", "top_k", "top_p", "seed"))
-    return _Drawn(training, step, f"step {step:,}" if step else "newest step", (names, *settings), shown)
-
-
-def _checkpoint(run: Run) -> tuple[str, int]:
-    """The workdir of the training run whose checkpoint was sampled, and its step; 0: unknown."""
-    given = storage.path(run.values["checkpoint"])
-    folder = given.parent.parent if given.name.isdigit() and given.parent.name == "checkpoints" else given
-    named = int(given.name) if given != folder else 0
-    return str(folder), int(run.metrics.get("step") or named)
+    return _Drawn(str(given.parent.parent if is_step else given), step, f"step {step:,}" if step else "newest step",
+                  (run.title if run.job == "evaluate" else "", names, *settings), shown)
 
 
 def _decoded(tokens_BT: np.ndarray, colors_VC: np.ndarray) -> np.ndarray:
