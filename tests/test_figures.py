@@ -51,7 +51,7 @@ def test_loss_and_accuracy_of_a_run():
     assert [series.label for series in loss.series] == ["train: 0.750 at step 4", "held-out: 1.000 at step 4"]
     assert loss.levels == {"guessing: ln 17 = 2.833": math.log(17)} and (loss.x, loss.y) == ("step", "nats per pixel")
     loss, accuracy = charts.training([*lines, {"step": 1200, "eval/accuracy": 0.875}], 1200)
-    assert accuracy.series[1].label == "held-out: 87.5 at step 1,200" and accuracy.series[1].points == [(1200, 87.5)]
+    assert accuracy.series[0].label == "held-out: 87.5 at step 1,200" and accuracy.series[0].points == [(1200, 87.5)]
     assert not loss.levels
 
 

@@ -15,6 +15,7 @@ Points = Sequence[tuple[float, float]]
 Row = Mapping[str, Any]
 
 CURVES = 10  # most curves of a chart: there are as many hues
+CURVES_OF_A_RUN = (("train", "train/"), ("held-out", "eval/"), ("held-out, averaged parameters", "eval/ema_"))
 STILL_FALLING = 0.01  # share of the held-out loss; see `trend`
 
 
@@ -115,20 +116,18 @@ def training(lines: Sequence[Row], steps: int, palette_size: int = 0) -> list[Ch
       steps: that the run has in all.
       palette_size: V, colors; draws the loss of uniform guessing, ln V. 0: not.
     """
-    train, held_out = (points_of(lines, "step", f"{split}/nats_per_pixel") for split in ("train", "eval"))
-    right = {name: points_of(lines, "step", f"{split}/accuracy", 100)
-             for name, split in (("train", "train"), ("held-out", "eval"))}
-    averaged = points_of(lines, "step", "eval/ema_nats_per_pixel")
+    def curves(metric: str, value: str, scale: float = 1.0) -> list[Series]:
+        found = [_with_last(name, points_of(lines, "step", prefix + metric, scale), value, hue=hue, dots=hue > 0)
+                 for hue, (name, prefix) in enumerate(CURVES_OF_A_RUN)]
+        return [each for each in found if each.points]
+
+    losses, accuracies = curves("nats_per_pixel", ".3f"), curves("accuracy", ".1f", 100)
     level = math.log(palette_size) if palette_size else 0.0
-    loss = Chart("loss", "step", "nats per pixel",
-                 [_with_last("train", train, dots=False), _with_last("held-out", held_out, hue=1),
-                  *([_with_last("held-out, averaged parameters", averaged, hue=2)] if averaged else [])],
+    loss = Chart("loss", "step", "nats per pixel", losses,
                  {f"guessing: ln {palette_size} = {level:.3f}": level} if level else {},
-                 "" if any(right.values()) else trend(held_out, steps), value=".3f")
-    accuracy = Chart("accuracy", "step", "accuracy, %", [
-        _with_last(name, points, ".1f", hue=hue, dots=name != "train")
-        for hue, (name, points) in enumerate(right.items())], value=".1f")
-    return [chart for chart in (loss, accuracy) if any(each.points for each in chart.series)]
+                 "" if accuracies else trend(points_of(lines, "step", "eval/nats_per_pixel"), steps), value=".3f")
+    accuracy = Chart("accuracy", "step", "accuracy, %", accuracies, value=".1f")
+    return [chart for chart in (loss, accuracy) if chart.series]
 
 
 def telemetry(lines: Sequence[Row]) -> list[Chart]:
