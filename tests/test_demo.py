@@ -225,7 +225,7 @@ def test_a_person_completes_a_picture_in_a_browser(server, folder, tmp_path, wid
     """
     drawn = """return [...document.querySelectorAll(arguments[0] + ' canvas')].map(canvas => {
         const rgb = canvas.getContext('2d').getImageData(0, 0, 8, 8).data;
-        return new Set(rgb).size; })"""
+        return rgb.at(-1) && new Set(rgb).size; })"""  # the colors of a canvas, 0 if its last pixel is not drawn
     (tmp_path / "notes.txt").write_text("not a picture")
     with browser(width, height, tmp_path / "profile") as page:
         page.open(server.url)

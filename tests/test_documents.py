@@ -93,6 +93,16 @@ def test_the_readmes_commands_run(tmp_path):
         assert json.loads((tmp_path / workdir / "result.json").read_text())["status"] == "done"
 
 
+def test_the_notebook_shows_what_it_does():
+    """Its outputs are stored, without an error, in a file that is quick to load. Seen to fail with outputs cleared."""
+    text = (ROOT / "docs" / "igpt_jax.ipynb").read_text()
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(cell["outputs"] for cell in cells)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert not any(output["output_type"] == "error" for output in outputs) and len(text) < 300_000
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """Every cell but the installation, with few steps; it leaves the report."""
