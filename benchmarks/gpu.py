@@ -85,8 +85,9 @@ TINY = {  # arguments that come after a program's own, and so replace them
 
 
 def tiny(step: Step) -> Step:
-    """The same step with tiny shapes."""
-    return dataclasses.replace(step, command=f"{step.command} {TINY[program(step)[1][0]]}")
+    """The same step with tiny shapes, which takes at most 80 s on two cores."""
+    command = f"{step.command} {TINY[program(step)[1][0]]}"
+    return Step(step.name, min(step.seconds, 80), command)
 
 
 def program(step: Step) -> tuple[dict[str, str], list[str]]:
@@ -216,6 +217,11 @@ def error_of_cudnn(figures: Figures) -> float:
                if name == "cudnn")
 
 
+def nats_per_pixel(figures: Figures) -> float:
+    """Only of a run that has finished."""
+    return {"done": figures["nats_per_pixel"]}[figures["jobs"]["pretrain"]["status"]]
+
+
 GOALS = (  # what, step, value, whether it should be at least or at most the goal, goal, format
     *((f"iGPT-{size}, MFU", f"step_igpt_{size.lower()}", mfu, "at least", goal, ".1%")
       for size, goal in (("S", 0.38), ("L", 0.48), ("M", 0.45), ("XL", 0.48))),
@@ -224,8 +230,7 @@ GOALS = (  # what, step, value, whether it should be at least or at most the goa
     *((f"iGPT-{size}, peak memory off the plan", f"step_igpt_{size.lower()}", memory, "at most", 0.1, ".1%")
       for size in ("S", "L", "M", "XL")),
     ("cuDNN attention, error in multiples of the reference's", "kernels", error_of_cudnn, "at most", 2, ".2f"),
-    ("igpt_10m, nats per pixel on CIFAR-10's test images", "reproduce_10m", lambda figures: figures["nats_per_pixel"],
-     "at most", 2.04, ".3f"),
+    ("igpt_10m, nats per pixel on CIFAR-10's test images", "reproduce_10m", nats_per_pixel, "at most", 2.04, ".3f"),
 )
 
 
@@ -238,10 +243,8 @@ def summary(folder: pathlib.Path, identity: Mapping[str, str]) -> list[str]:
             figures = json.loads((folder / f"{step}.json").read_text())
             found = value(figures)
             met = found >= goal if direction == "at least" else found <= goal
-            queue = figures["queue"]
-            notes = ", by other code or another device" * (not queue.items() >= identity.items())
-            notes += ", stopped early" * (queue["exit_code"] == STOPPED)
-            shown = f"{found:{form}}  {'met' if met else 'MISSED'}{notes}"
+            old = "" if figures["queue"].items() >= identity.items() else ", by other code or another device"
+            shown = f"{found:{form}}  {'met' if met else 'MISSED'}{old}"
         lines.append(f"{what:56} goal: {direction} {goal:{form}}  {shown}")
     return lines
 

@@ -230,7 +230,7 @@ def test_reproductions(tmp_path, script):
     train, test = (f"npz:{tmp_path}/{split}.npz" for split in ("train", "test"))
     sources = {"reproduce": {"SOURCE": train, "TEST_SOURCE": test, "STEPS": "1,2,3"},
                "reproduce_10m": {"SOURCE": train, "TEST_SOURCE": test, "STEPS": "3", "MODEL": "igpt_tiny",
-                                 "BATCH": "8"},
+                                 "BATCH": "8", "SLICE_SECONDS": str(patience(600))},
                "transfer": {"SOURCE": train, "PROBED": train, "PROBED_TEST": test, "STEPS": "3", "LABELS": "(2,)"}}
     checkpoints = None
     if script == "reproduce_10m":
