@@ -1,5 +1,6 @@
 """Tests of the benchmarks: comparing figures, packing images, and the queue of gpu.sh."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -161,19 +162,17 @@ def test_figures_of_cpus_stay_out_of_the_results(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_queue_on_tiny_shapes(tmp_path):
+def test_the_queue_on_tiny_shapes(tmp_path, monkeypatch):
     """All steps run on a CPU, and the second time none does."""
     random = np.random.default_rng(0)
-    np.save(tmp_path / "palette.npy", (random.integers(0, 256, (40, 3)) / 127.5 - 1).astype(np.float32))
+    palette_VC = (random.integers(0, 256, (40, 3)) / 127.5 - 1).astype(np.float32)
     for split, count in (("train", 200), ("test", 40)):
         np.savez(tmp_path / f"{split}.npz", images=random.integers(0, 256, (count, 32, 32, 3), np.uint8),
                  labels=np.arange(count) % 4)
-    pack.pack(tmp_path / "packed.xz", palette.load(tmp_path / "palette.npy"),
-              {split: [tmp_path / f"{split}.npz"] for split in pack.SPLITS})
-    command = [sys.executable, "benchmarks/gpu.py", str(patience(1000)), "--tiny", f"--data={tmp_path}/packed.xz",
-               f"--folder={tmp_path}/out"]
+    pack.pack(tmp_path / "packed.xz", palette_VC, {split: [tmp_path / f"{split}.npz"] for split in pack.SPLITS})
+    monkeypatch.setenv("DATA", str(tmp_path / "packed.xz"))
+    steps = [dataclasses.replace(gpu.tiny(step), seconds=patience()) for step in gpu.QUEUE]
     for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(1000))
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("measured before") == len(gpu.QUEUE)
+        assert gpu.run(steps, patience(2000), tmp_path / "out", {"code": "a", "device": "d"}) == 0
     assert {file.stem for file in tmp_path.glob("out/*.json")} == {step.name for step in gpu.QUEUE}
+    assert all(gpu.is_measured(step, tmp_path / "out", {"code": "a", "device": "d"}) for step in steps)

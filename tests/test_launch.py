@@ -15,7 +15,7 @@ import kubernetes_validate
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, run_job_command
+from conftest import ROOT, patience, run_job_command
 
 from igpt_jax import __version__, command_line
 
