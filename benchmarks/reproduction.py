@@ -7,6 +7,7 @@ samples are copied to that file's folder.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -45,19 +46,21 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     options = parser.parse_args()
-    start, images = time.monotonic(), options.folder / "images"
-    pack.unpack(os.environ["DATA"], images)
+    start, data = time.monotonic(), pathlib.Path(os.environ["DATA"])
+    folder = options.folder / hashlib.sha256(data.read_bytes()).hexdigest()[:8]  # only a run on the same images resumes
+    images = folder / "images"
+    pack.unpack(str(data), str(images))
     left = int(os.environ["SECONDS_LEFT"]) - MARGIN - round(time.monotonic() - start)
     settings = {"SOURCE": f"npz:{images}/train.npz", "TEST_SOURCE": f"npz:{images}/test.npz",
                 "PALETTE": f"{images}/palette.npy", "SLICE_SECONDS": str(left), "MODEL": options.model,
                 "STEPS": str(options.steps), "WARMUP": str(options.steps // 16), "BATCH": str(options.batch)}
-    code = subprocess.run([ROOT / "launch/reproduce_10m.sh", sys.executable, options.folder], cwd=ROOT,
+    code = subprocess.run([ROOT / "launch/reproduce_10m.sh", sys.executable, folder], cwd=ROOT,
                           env={**os.environ, **settings}).returncode
-    found = results(options.folder)
+    found = results(folder)
     print(f"{found['steps']} steps, {found['nats_per_pixel']} nats per pixel on the test images")
     if options.json and found["steps"]:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-        samples = options.folder / "sample/figures/samples.png"
+        samples = folder / "sample/figures/samples.png"
         if samples.exists():
             shutil.copy(samples, options.json.parent / "reproduce_10m_samples.png")
     return code
