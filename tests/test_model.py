@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpt_jax.config import ModelConfig
+from igpt_jax.config import ModelConfig, base_config, parse
 from igpt_jax.model import objectives
-from igpt_jax.model.dims import count_parameters
+from igpt_jax.model.dims import Dims, count_parameters, tokens_per_parameter
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.model.layers import activation
@@ -57,6 +57,22 @@ def test_parameter_counts_of_the_paper(name, image_size, parameters):
     """Seen to fail with a bias added to the MLP. No weights are made: shapes only."""
     model = Model(ModelConfig(name), palette_size=512, image_size=image_size, precision="float32")
     assert count_parameters(model.abstract_parameters()) == parameters == model.dims.parameter_count
+
+
+@pytest.mark.parametrize(("settings", "read", "advice"), [
+    ("model=igpt_s", "1,712", "A larger model on fewer images"), ("model=igpt_m", "288", ""),
+    ("model=igpt_l", "96", "A smaller model on more images"),
+    ("model=igpt_xl,steps=2000000,batch_size=64", "19", "A smaller model on more images"),
+    ("model=igpt_s,steps=5", "0.0086", "A smaller model on more images")])
+def test_tokens_per_parameter_of_the_paper(settings, read, advice):
+    """The paper's runs at 32x32: 1M steps of 128 images; 2M of 64 for XL. Advice is a factor of two from 200 to 400.
+
+    Seen to fail with the batch left out.
+    """
+    config = parse("pretrain", base_config("pretrain", settings))
+    dims = Dims.of(config.model, 512, 32)
+    found = tokens_per_parameter(config, dims.T, dims.parameter_count)
+    assert found[0] == read and bool(found[1]) == bool(advice) and advice in found[1]
 
 
 @pytest.mark.parametrize(("causal", "expected"), [(True, 41_472), (False, 43_008)])

@@ -64,6 +64,7 @@ def test_from_the_command_line(run_job, tmp_path):
     assert metrics["fits"] and 0 < metrics["bytes_per_device"] < 2**30 and 0 < metrics["mfu"] < 1
     table = json.loads((tmp_path / "plan/plan.json").read_text())["table"]
     assert {row["evidence"] for row in table.values()} == {"exact", "compiler", "estimate", "uncalibrated"}
+    assert table["tokens per parameter"]["value"].endswith("in 1,000,000 steps, far from the compute-optimal 200 to 400")
     assert "sent per device and step over" in done.stdout or "fsdp=4" in done.stdout
     assert (tmp_path / "plan/figures/plan.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "cache/verdicts").iterdir())) == 1

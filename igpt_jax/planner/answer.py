@@ -7,7 +7,7 @@ from typing import Any
 
 from igpt_jax.config import PlanConfig
 from igpt_jax.metrics import throughput as telemetry
-from igpt_jax.model.dims import Dims
+from igpt_jax.model.dims import Dims, tokens_per_parameter
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel.topology import GIB, Target
@@ -79,6 +79,7 @@ class Answer:
                 ("where", f"{config.topology}, {v.devices:,} x {v.device_kind}, mesh {mesh}", EXACT),
                 ("how", f"{v.attention} attention, remat {config.model.remat}, accumulate {config.accumulate}, "
                         f"{config.precision}", EXACT),
+                *self._tokens_per_parameter(),
                 ("fits", self._fit(), COMPILER)]
         if v.status != "compiled":
             return rows
@@ -99,6 +100,14 @@ class Answer:
         if v.unknown_loops:
             rows.append(("note", f"{v.unknown_loops} loops of unknown length, counted as one iteration each", ESTIMATE))
         return rows
+
+    def _tokens_per_parameter(self) -> list[tuple[str, str, Evidence]]:
+        v, config = self.verdict, self.config
+        if config.step != "train" or not v.parameters:
+            return []
+        read, advice = tokens_per_parameter(config, config.image_size ** 2, v.parameters)
+        far = ", far from the compute-optimal 200 to 400" if advice else ""
+        return [("tokens per parameter", f"{read} in {config.steps:,} steps{far}", EXACT)]
 
     def _fit(self) -> str:
         v = self.verdict

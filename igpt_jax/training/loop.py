@@ -23,7 +23,7 @@ from igpt_jax.metrics.phases import PhaseTimer, goodput
 from igpt_jax.metrics.profile import Profile
 from igpt_jax.metrics.throughput import Throughput
 from igpt_jax.metrics.writers import check_installed, open_writers
-from igpt_jax.model.dims import count_parameters
+from igpt_jax.model.dims import count_parameters, tokens_per_parameter
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding, topology
@@ -175,9 +175,14 @@ class Run:
         if jax.process_index() == 0:
             params = self.abstract["params"]
             storage.publish(storage.path(self.workdir) / "parameters.txt", sharding.table(params, self.mesh) + "\n")
-            say(f"{config.model.name}: {count_parameters(params):,} parameters, {model.dims.T:,} tokens of "
-                f"{model.dims.V} colors, {self.inputs.split.count:,} images, mesh {dict(self.mesh.shape)}, "
+            parameters = count_parameters(params)
+            read, advice = tokens_per_parameter(config, model.dims.T, parameters)
+            pretraining = "" if config.finetuning else f"{read} tokens per parameter, "
+            say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of {model.dims.V} colors, "
+                f"{self.inputs.split.count:,} images, {pretraining}mesh {dict(self.mesh.shape)}, "
                 f"{model.config.attention} attention, {config.precision}")
+            if pretraining and advice:
+                say(advice)
             if self.start >= config.steps:
                 say(f"already finished: the newest checkpoint is of step {self.start:,}; steps={config.steps:,}")
             elif self.start:
