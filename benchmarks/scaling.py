@@ -20,19 +20,17 @@ import time
 from tqdm import tqdm
 
 from igpt_jax import storage
-from igpt_jax.config import PlanConfig, UserError, base_config, parse
+from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.parallel import topology
 from igpt_jax.parallel.topology import GIB
 from igpt_jax.planner import search
 from igpt_jax.planner.answer import Answer, answer
 from igpt_jax.planner.compilation import Verdict
 from igpt_jax.planner.estimate import estimate
-from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.verdicts import verdict_for
 
 MARKS = "<!-- tables: made by benchmarks/scaling.py -->", "<!-- end of the tables -->"
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-SHARE = PlanConfig().roofline_share
 SLICES = {
     "igpt_s": ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x4", "h100:8", "h200:8"),
     "igpt_m": ("v4:2x2x4", "v5e:4x8", "v5p:2x2x2", "v6e:4x4", "h100:8", "h200:8"),
@@ -77,12 +75,12 @@ def plan(settings: str, choose: bool, python: str) -> dict:
     if target.platform == "gpu":
         config = dataclasses.replace(config, python=python)
     if choose:
-        config = search.candidates(config, target, SHARE)[0].config
+        config = search.candidates(config, target)[0].config
     start = time.time()
-    result = answer(config, target, verdict_for(config), SHARE, Evidence.UNCALIBRATED)
-    if choose and not result.fits and (tries := search.remedies(config, result.verdict, target, SHARE)):
+    result = answer(config, target, verdict_for(config))
+    if choose and not result.fits and (tries := search.remedies(config, result.verdict, target)):
         config = tries[0].config
-        result = answer(config, target, verdict_for(config), SHARE, Evidence.UNCALIBRATED)
+        result = answer(config, target, verdict_for(config))
     return {"wall_seconds": round(time.time() - start, 1), **record(result)}
 
 
@@ -91,7 +89,7 @@ def predict(settings: str, cell: dict) -> dict:
     chosen = cell["settings"].replace("--config.", "").replace(" ", ",")
     config = parse("plan", base_config("plan", f"{settings},{chosen}"))
     target = topology.parse(config.topology)
-    return cell | record(answer(config, target, Verdict(**cell["verdict"]), SHARE, Evidence.UNCALIBRATED))
+    return cell | record(answer(config, target, Verdict(**cell["verdict"])))
 
 
 def record(result: Answer) -> dict:
@@ -107,15 +105,23 @@ def row(title: str, cell: dict) -> str:
     setting = re.sub(r" accumulate=1\b", "", setting)
     setting = f"batch={cell['batch_size']} {setting}" if "alone" in title else setting
     if cell["fits"] is None:
-        return f"| {title} | {setting} | {cell['verdict']['message']} | | | | | |"
+        return f"| {title} | {setting} | {cell['verdict']['message']} | | | | | | |"
     if not cell["fits"]:
-        return f"| {title} | {setting} | {used / GIB:.1f} of {room / GIB:.1f}: does not fit | | | | | |"
+        return f"| {title} | {setting} | {used / GIB:.1f} of {room / GIB:.1f}: does not fit | | | | | | |"
     forecast, schedule = cell["forecast"], cell["schedule"]
     return (f"| {title} | {setting} | {used / GIB:.2f} | {1 - used / room:.0%} | {forecast['step_seconds']:.3g} | "
-            f"{cell['mfu']:.0%} | {schedule['days']:,.1f} | {schedule['dollars']:,.0f} |")
+            f"{cell['tokens_per_second_per_device']:,.0f} | {mfu(cell)} | {schedule['days']:,.1f} | "
+            f"{schedule['dollars']:,.0f} |")
 
 
-HEADER = ("| cell | setting | GiB/device | free | s/step | MFU | days | $ |\n|---|---|---|---|---|---|---|---|")
+def mfu(cell: dict) -> str:
+    """The predicted MFU with its interval, in per cent."""
+    low, high = (100 * bound for bound in cell["mfu_interval"])
+    return f"{100 * cell['mfu']:.0f} ({low:.0f} to {high:.0f})"
+
+
+HEADER = ("| cell | setting | GiB/device | free | s/step | tokens/s/device | MFU, % | days | $ |\n"
+          "|---|---|---|---|---|---|---|---|---|")
 
 
 def weak_points(known: dict[str, dict]) -> list[tuple[int, float, float | None]]:
@@ -133,13 +139,13 @@ def weak_points(known: dict[str, dict]) -> list[tuple[int, float, float | None]]
 def tables(known: dict[str, dict]) -> str:
     """The tables of all known cells, as Markdown."""
     lines = [HEADER, *(row(title, known[title]) for title in cells() if title in known and "weak" not in title)]
-    lines += ["", "| chips | GiB sent per chip, by formula | as compiled | GiB/device | s/step | MFU |",
+    lines += ["", "| chips | GiB sent per chip, by formula | as compiled | GiB/device | s/step | MFU, % |",
               "|---|---|---|---|---|---|"]
     for chips, formula, compiled in weak_points(known):
         cell = known.get(f"weak scaling, {chips} chips")
         rest = "not compiled | | |" if not cell else (
             f"{compiled:.2f} | {cell['bytes_per_device'] / GIB:.2f} | {cell['forecast']['step_seconds']:.3g} | "
-            f"{cell['mfu']:.0%}")
+            f"{mfu(cell)}")
         lines.append(f"| {chips:,} | {formula:.2f} | {rest} |")
     return "\n".join(lines)
 

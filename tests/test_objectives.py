@@ -19,7 +19,6 @@ from igpt_jax.model.objectives import Denoising, Masked
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.planner import compilation
 from igpt_jax.planner.answer import answer
-from igpt_jax.planner.evidence import Evidence
 from igpt_jax.training import transfer
 from igpt_jax.training.loop import throughput_of
 from igpt_jax.training.steps import init_state, make_loss, make_train_step
@@ -185,7 +184,7 @@ def test_throughput_and_plan_count_the_attention_of_the_objective(objective):
     planned.model.update(SIZES)
     planned = parse("plan", planned)
     verdict = compilation.Verdict("failed", devices=1)
-    plan = answer(planned, topology.parse(planned.topology), verdict, 0.5, Evidence.UNCALIBRATED)
+    plan = answer(planned, topology.parse(planned.topology), verdict)
     assert plan.model_flops == 8 * formula
 
 

@@ -77,11 +77,10 @@ class PlanConfig(PretrainConfig):
                                rule=at_least(1), compiled=False)
     python: str = key("", "Python interpreter with jax[cuda13], for GPU topologies; empty: this one",
                       resume="free", compiled=False)
-    roofline_share: float = key(0.6, "share of the roofline's speed that is assumed without calibration; public "
-                                     "transformers of these sizes report 0.35 to 0.7",
-                                resume="free", rule=positive, compiled=False)
-    calibration: str = key("", "finished pretrain workdirs on the same kind of device, whose speed replaces "
-                               "roofline_share: comma list or glob; empty: none", resume="free", compiled=False)
+    roofline_share: float = key(0.0, "share of the roofline's speed that is assumed; 0: the speed of public runs "
+                                     "(docs/scaling.md)", resume="free", rule=at_least(0), compiled=False)
+    calibration: str = key("", "finished pretrain workdirs on the same kind of device, whose speed replaces that of "
+                               "public runs: comma list or glob; empty: none", resume="free", compiled=False)
     dollars_per_device_hour: float = key(-1.0, "price of one device, dollars per hour; -1: the list price in "
                                                "parallel/topology.py", resume="free", compiled=False)
     save_gigabytes_per_second: float = key(5.0, "write bandwidth of storage over all hosts, GB/s", resume="free",

@@ -23,6 +23,7 @@ from igpt_jax.parallel.topology import GIB, Target
 from igpt_jax.planner import search
 from igpt_jax.planner.answer import Answer, answer, table
 from igpt_jax.planner.evidence import Evidence
+from igpt_jax.planner.roofline import PUBLIC, Speed, flat
 from igpt_jax.planner.verdicts import verdict_for
 from igpt_jax.runtime.exits import Ended
 from igpt_jax.storage import side_files, to_json
@@ -32,7 +33,8 @@ COUNTS = tuple(2**power for power in range(13))  # devices on the plot
 
 
 def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
-    """Plans one run. Returns `parameters`, `fits`, `bytes_per_device`, `hbm_bytes`, `step_seconds` and `mfu`.
+    """Plans one run. Returns `parameters`, `fits`, `bytes_per_device`, `hbm_bytes`, `step_seconds`, `mfu` and
+    `mfu_interval`, and `tokens_per_second_per_device`.
 
     Raises:
       UserError: the topology is unknown, does not fit the mesh, or its compiler is missing; or the batch cannot be
@@ -42,18 +44,17 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     target = _target(config)
     if config.data != DataConfig():
         say("igpt_jax plan: data.* has no effect: a plan reads no data.")
-    share, evidence = _calibrated(config, target) if config.calibration else (config.roofline_share,
-                                                                              Evidence.UNCALIBRATED)
+    speed = _speed(config, target)
     lines = []
     if config.search:
-        found = _search(config, target, share, evidence)
+        found = _search(config, target, speed)
         lines, result = [*_ranking(found), ""], found[0]
     else:
-        config = _with_mesh(config, target, share)
-        result = answer(config, target, verdict_for(config), share, evidence)
+        config = _with_mesh(config, target, speed)
+        result = answer(config, target, verdict_for(config), speed)
     rows, plan = result.rows(), result.to_dict()
     if result.fits is False and config.step == "train":
-        plan["what_would_fit"] = _remedy(result, share, evidence)
+        plan["what_would_fit"] = _remedy(result, speed)
         rows.append(("what would fit", plan["what_would_fit"], Evidence.COMPILER))
     text = "\n".join([*lines, table(rows)])
     process.say(text)
@@ -64,7 +65,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
         raise Ended(f"no plan for {config.topology}: {result.verdict.message.rstrip('.')}. Try another "
                             "model.attention, mesh or version of jaxlib.", result.metrics)
     if result.forecast and config.step == "train":
-        _draw(result, share, folder / "figures" / "plan.png")
+        _draw(result, speed, folder / "figures" / "plan.png")
     return result.metrics
 
 
@@ -76,16 +77,16 @@ def _target(config: PlanConfig) -> Target:
     return topology.like(jax.devices()[0].device_kind, len(jax.devices()))
 
 
-def _with_mesh(config: PlanConfig, target: Target, share: float) -> PlanConfig:
+def _with_mesh(config: PlanConfig, target: Target, speed: Speed) -> PlanConfig:
     """The config with its mesh resolved; without a mesh, with the one estimated to be the fastest."""
     if config.mesh != MeshConfig():
         return dataclasses.replace(config, mesh=config.mesh.resolve(target.devices))
-    return _candidates(config, target, share, vary=False)[0].config
+    return _candidates(config, target, speed, vary=False)[0].config
 
 
-def _candidates(config: PlanConfig, target: Target, share: float, vary: bool) -> list[search.Candidate]:
+def _candidates(config: PlanConfig, target: Target, speed: Speed, vary: bool) -> list[search.Candidate]:
     """The meshes (and with `vary` other settings) to choose from, the fastest first. Raises UserError if none works."""
-    found = search.candidates(config, target, share, vary)
+    found = search.candidates(config, target, speed, vary)
     if not found:
         raise UserError(f"batch_size={config.batch_size} with {config.model.heads} heads and {config.image_size ** 2:,}"
                         f" tokens cannot be split over the {target.devices} devices of {config.topology}. "
@@ -95,19 +96,21 @@ def _candidates(config: PlanConfig, target: Target, share: float, vary: bool) ->
 
 # Calibration.
 
-def _calibrated(config: PlanConfig, target: Target) -> tuple[float, Evidence]:
-    """The median share of the roofline that real runs on this kind of device reached."""
-    shares = []
+def _speed(config: PlanConfig, target: Target) -> Speed:
+    """That of public runs; or scaled by the median of the user's own; or a fixed share of the roofline."""
+    if not config.calibration:
+        return flat(config.roofline_share) if config.roofline_share else PUBLIC
+    scales = []
     for path in storage.patterns(config.calibration):
         for workdir in storage.matching(path):
-            shares.append(_share_of(config, target, str(workdir)))
-    if not shares:
+            scales.append(_scale_of(config, target, str(workdir)))
+    if not scales:
         raise UserError(f"calibration={config.calibration!r} names no workdir. Give finished workdirs of pretrain.")
-    return statistics.median(shares), Evidence.CALIBRATED
+    return dataclasses.replace(PUBLIC, scale=statistics.median(scales), evidence=Evidence.CALIBRATED)
 
 
-def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
-    """The share of the roofline that one run reached: its planned step time over its measured one."""
+def _scale_of(config: PlanConfig, target: Target, workdir: str) -> float:
+    """The measured step time of one run over its planned one."""
     metadata = checkpoint.load_metadata(workdir)
     if metadata.config.job != "pretrain":
         raise UserError(f"calibration={workdir} is a workdir of {metadata.config.job}. Give finished ones of pretrain.")
@@ -125,24 +128,24 @@ def _share_of(config: PlanConfig, target: Target, workdir: str) -> float:
             if field.name not in ("job", "mesh", "image_size")}
     ran = dataclasses.replace(config, **same, mesh=metadata.config.mesh.resolve(device["count"]), topology=ran_on.name,
                               step="train", image_size=metadata.image_size, palette_size=len(metadata.palette_VC))
-    planned = answer(ran, ran_on, verdict_for(ran), 1.0, Evidence.UNCALIBRATED)
+    planned = answer(ran, ran_on, verdict_for(ran))
     if not planned.forecast:
         raise UserError(f"calibration={workdir}: its step does not compile here: {planned.verdict.message}")
-    return planned.forecast.step_seconds * speed / ran.batch_size
+    return ran.batch_size / speed / planned.forecast.step_seconds
 
 
 # Search.
 
-def _search(config: PlanConfig, target: Target, share: float, evidence: Evidence) -> list[Answer]:
+def _search(config: PlanConfig, target: Target, speed: Speed) -> list[Answer]:
     """Compiles the most promising settings. Returns those that fit, the fastest first; then those that do not; then
     those that failed to compile."""
-    ranked = _candidates(config, target, share, vary=True)
+    ranked = _candidates(config, target, speed, vary=True)
     tried = search.distinct(ranked)[:config.search_compiles]
     say(f"igpt_jax plan: {len(ranked):,} settings by estimate; compiling {len(tried)}")
     found, refusal = [], None
     for candidate in tqdm(tried, unit="compile", desc="search", disable=None):
         try:
-            found.append(answer(candidate.config, target, verdict_for(candidate.config), share, evidence))
+            found.append(answer(candidate.config, target, verdict_for(candidate.config), speed))
         except UserError as error:  # an attention back-end may refuse a setting that the estimate accepts
             refusal = error
     if refusal and not found:
@@ -162,12 +165,12 @@ def _ranking(found: list[Answer]) -> list[str]:
     return [f"{memory:18}  {seconds:10}  {setting}" for memory, seconds, setting in lines]
 
 
-def _remedy(result: Answer, share: float, evidence: Evidence) -> str:
+def _remedy(result: Answer, speed: Speed) -> str:
     """The smallest change of settings with which the step fits, found by compiling."""
-    tried = search.remedies(result.config, result.verdict, result.target, share)[:REMEDY_COMPILES]
+    tried = search.remedies(result.config, result.verdict, result.target, speed)[:REMEDY_COMPILES]
     for candidate in tqdm(tried, unit="compile", desc="looking for settings that fit", disable=None):
         try:
-            other = answer(candidate.config, result.target, verdict_for(candidate.config), share, evidence)
+            other = answer(candidate.config, result.target, verdict_for(candidate.config), speed)
         except UserError:  # an attention back-end refuses the setting
             continue
         if other.fits:
@@ -176,12 +179,12 @@ def _remedy(result: Answer, share: float, evidence: Evidence) -> str:
     return f"nothing tried ({len(tried)} settings); more devices might: {larger.name if larger else 'a larger slice'}"
 
 
-def _draw(result: Answer, share: float, path: Any) -> None:
+def _draw(result: Answer, speed: Speed, path: Any) -> None:
     """Draws step time and memory over the number of devices."""
     curve = []
     for count in COUNTS:
         target = topology.resized(result.target, count)
-        found = target and search.candidates(result.config, target, share, vary=False)
+        found = target and search.candidates(result.config, target, speed, vary=False)
         if found:
             curve.append((count, found[0].forecast.step_seconds, found[0].estimate.required_bytes))
     config = result.config

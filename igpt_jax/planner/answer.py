@@ -14,7 +14,7 @@ from igpt_jax.parallel.topology import GIB, Target
 from igpt_jax.planner.compilation import Verdict
 from igpt_jax.planner.cost import RunCost, run_cost
 from igpt_jax.planner.evidence import Evidence
-from igpt_jax.planner.roofline import Forecast, forecast
+from igpt_jax.planner.roofline import PUBLIC, Forecast, Speed, forecast
 
 EXACT, COMPILER, ESTIMATE = Evidence.EXACT, Evidence.COMPILER, Evidence.ESTIMATE
 
@@ -50,17 +50,29 @@ class Answer:
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilization (see `telemetry.mfu`)."""
-        if not self.forecast:
-            return None
-        speed = self.model_flops / self.target.devices / self.forecast.step_seconds
-        return telemetry.mfu(speed, self.target.chip.peak_bf16_flops)
+        return self.forecast and self._mfu(self.forecast.step_seconds)
+
+    @property
+    def mfu_interval(self) -> tuple[float, float] | None:
+        """The lowest and highest MFU that the prediction allows for."""
+        return self.forecast and (self._mfu(self.forecast.high_seconds), self._mfu(self.forecast.low_seconds))
+
+    def _mfu(self, seconds: float) -> float:
+        return telemetry.mfu(self.model_flops / self.target.devices / seconds, self.target.chip.peak_bf16_flops)
+
+    @property
+    def tokens_per_second_per_device(self) -> float | None:
+        """Training speed."""
+        tokens = self.config.batch_size * self.config.image_size ** 2
+        return self.forecast and tokens / self.target.devices / self.forecast.step_seconds
 
     @property
     def metrics(self) -> dict[str, Any]:
         """Figures for result.json."""
         return {"parameters": self.verdict.parameters, "fits": self.fits,
                 "bytes_per_device": self.verdict.required_bytes, "hbm_bytes": self.usable_bytes,
-                "step_seconds": self.forecast and self.forecast.step_seconds, "mfu": self.mfu}
+                "step_seconds": self.forecast and self.forecast.step_seconds, "mfu": self.mfu,
+                "mfu_interval": self.mfu_interval, "tokens_per_second_per_device": self.tokens_per_second_per_device}
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, for plan.json; `table` has each figure with its evidence."""
@@ -124,14 +136,16 @@ class Answer:
         f, evidence = self.forecast, self.forecast.evidence
         rows = [("at peak", f"compute {f.compute_seconds:.3g} s, memory {f.memory_seconds:.3g} s; network "
                             f"{f.exposed_seconds:.3g} s exposed, {f.overlapped_seconds:.3g} s overlapped", ESTIMATE),
-                ("step time", f"{f.step_seconds:.3g} s ({f.bound_seconds / f.step_seconds:.0%} of the bound's speed)",
-                 evidence)]
+                ("step time", f"{f.step_seconds:.3g} s ({f.low_seconds:.3g} to {f.high_seconds:.3g})", evidence)]
         if self.config.step == "train":
-            s = self.schedule
-            rows += [("MFU", f"{self.mfu:.1%} ({self.attention})", evidence),
-                     ("images per second", f"{self.config.batch_size / f.step_seconds:,.1f}", evidence),
-                     (f"{self.config.steps:,} steps", f"{s.days:,.2f} days, {s.device_hours:,.0f} device-hours, "
-                                                      f"${s.dollars:,.0f}", evidence),
+            s, (low, high) = self.schedule, self.mfu_interval
+            least, most = (s.days * seconds / f.step_seconds for seconds in (f.low_seconds, f.high_seconds))
+            mfu = f"{100 * self.mfu:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+            rows += [("MFU", f"{mfu}, {self.attention}", evidence),
+                     ("images per second", f"{self.config.batch_size / f.step_seconds:,.1f}, "
+                                           f"{self.tokens_per_second_per_device:,.0f} tokens per device", evidence),
+                     (f"{self.config.steps:,} steps", f"{s.days:,.2f} days ({least:,.2f} to {most:,.2f}), "
+                                              f"{s.device_hours:,.0f} device-hours, ${s.dollars:,.0f}", evidence),
                      ("  in the paper's unit", f"{s.v100_days:,.0f} V100-days", ESTIMATE),
                      ("checkpoint", _gib(s.checkpoint_bytes), EXACT),
                      ("  save", f"{s.save_seconds:,.1f} s; best every {s.save_every_seconds / 60:,.0f} minutes, "
@@ -141,8 +155,8 @@ class Answer:
         return rows
 
 
-def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, evidence: Evidence) -> Answer:
-    """Computes every figure of a plan; `share` and `evidence` are those of `roofline.forecast`."""
+def answer(config: PlanConfig, target: Target, verdict: Verdict, speed: Speed = PUBLIC) -> Answer:
+    """Computes every figure of a plan."""
     d = Dims.of(config.model, config.palette_size, config.image_size)
     flops = config.batch_size * train_flops_per_image(d.L, d.D, d.F, d.V, d.T, objective_of(config).causal)
     flops = flops if config.step == "train" else 0.0
@@ -152,8 +166,7 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, share: float, e
     plain = Answer(config, target, verdict, usable, flops)
     if verdict.status != "compiled":
         return plain
-    time = forecast(target, verdict.mesh, verdict.flops, verdict.memory_bytes, verdict.collective_bytes, share,
-                    evidence)
+    time = forecast(target, verdict.mesh, verdict.flops, verdict.memory_bytes, verdict.collective_bytes, speed)
     return dataclasses.replace(plain, forecast=time, schedule=run_cost(
         config, target, time.step_seconds, flops, verdict.checkpoint_bytes))
 

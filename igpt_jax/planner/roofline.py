@@ -1,13 +1,13 @@
-"""Predicts the time of a step from its FLOPs and bytes (a roofline).
+"""Predicts the time of a step from its FLOPs and bytes, at the speed that public runs reached.
 
-    busy       = max(FLOPs / peak, memory bytes / bandwidth)
+    compute    = FLOPs / peak
+    memory     = memory bytes / bandwidth
     exposed    = bytes sent over tensor and context / bandwidth of their links: the next product needs the result
     overlapped = bytes sent over data and fsdp / bandwidth of their links: sent while other layers compute
-    bound      = max(busy + exposed, overlapped)
-    seconds    = bound / share
+    seconds    = a compute + b memory + exposed + c overlapped
 
-The bound assumes that every unit runs at its peak. `share` is the fraction of that speed that real runs reach. It is a
-setting until runs on the same kind of device replace it (`jobs/plan.py`).
+`benchmarks/roofline.py` fits a, b and c to steps that others measured. Width and tokens per chip enter through memory:
+a narrow model moves more bytes per FLOP. Runs of the user's own replace the fit's scale (`jobs/plan.py`).
 """
 
 import dataclasses
@@ -23,23 +23,61 @@ class Forecast:
     """Seconds of one step.
 
     Each of `compute_seconds`, `memory_seconds`, `exposed_seconds` and `overlapped_seconds` is the time of one part
-    alone, at peak speed. `step_seconds` is the prediction.
+    alone, at peak speed. `step_seconds` is the prediction, from `low_seconds` to `high_seconds`.
     """
     compute_seconds: float
     memory_seconds: float
     exposed_seconds: float
     overlapped_seconds: float
-    step_seconds: float
-    evidence: Evidence
+    step_seconds: float = 0.0
+    low_seconds: float = 0.0
+    high_seconds: float = 0.0
+    evidence: Evidence = Evidence.UNCALIBRATED
 
     @property
     def bound_seconds(self) -> float:
-        """The step at peak speed."""
+        """The step if every unit ran at its peak, and all that can overlap did."""
         return max(max(self.compute_seconds, self.memory_seconds) + self.exposed_seconds, self.overlapped_seconds)
 
 
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """How the seconds of a real step follow from its parts at peak.
+
+    Attributes:
+      compute, memory, overlapped: a, b and c above.
+      low, high: real seconds over predicted ones: 80 % of the measurements, each predicted without itself, lie between.
+      scale: of all seconds, from runs of the user's own.
+      share: of the bound's speed, in place of the fit; 0: the fit.
+    """
+    compute: float
+    memory: float
+    overlapped: float
+    low: float = 1.0
+    high: float = 1.0
+    scale: float = 1.0
+    share: float = 0.0
+    evidence: Evidence = Evidence.UNCALIBRATED
+
+    def seconds(self, parts: Forecast) -> float:
+        """The seconds of a step."""
+        if self.share:
+            return parts.bound_seconds / self.share
+        return self.scale * (self.compute * parts.compute_seconds + self.memory * parts.memory_seconds
+                             + parts.exposed_seconds + self.overlapped * parts.overlapped_seconds)
+
+
+# The result of benchmarks/roofline.py, in docs/roofline.json.
+PUBLIC = Speed(compute=1.758, memory=1.014, overlapped=0.428, low=0.75, high=1.39)
+
+
+def flat(share: float) -> Speed:
+    """A fixed share of the bound's speed."""
+    return dataclasses.replace(PUBLIC, share=share, low=1.0, high=1.0)
+
+
 def forecast(target: topology.Target, mesh_shape: Mapping[str, int], flops: float, memory_bytes: float,
-             collective_bytes: Mapping[str, float], share: float, evidence: Evidence) -> Forecast:
+             collective_bytes: Mapping[str, float], speed: Speed = PUBLIC) -> Forecast:
     """Predicts the time of one step.
 
     Args:
@@ -48,8 +86,6 @@ def forecast(target: topology.Target, mesh_shape: Mapping[str, int], flops: floa
       flops: of all devices together.
       memory_bytes: read and written by one device.
       collective_bytes: sent by one device, by mesh axes joined with +.
-      share: fraction of the bound's speed that a run reaches.
-      evidence: where `share` comes from.
     """
     exposed = overlapped = 0.0
     for axes, sent in collective_bytes.items():
@@ -61,6 +97,8 @@ def forecast(target: topology.Target, mesh_shape: Mapping[str, int], flops: floa
             overlapped += seconds
         else:
             exposed += seconds
-    result = Forecast(flops / target.devices / target.chip.peak_bf16_flops, memory_bytes / target.chip.hbm_bandwidth,
-                      exposed, overlapped, 0.0, evidence)
-    return dataclasses.replace(result, step_seconds=result.bound_seconds / share)
+    parts = Forecast(flops / target.devices / target.chip.peak_bf16_flops, memory_bytes / target.chip.hbm_bandwidth,
+                     exposed, overlapped, evidence=speed.evidence)
+    seconds = speed.seconds(parts)
+    return dataclasses.replace(parts, step_seconds=seconds, low_seconds=speed.low * seconds,
+                               high_seconds=speed.high * seconds)

@@ -10,8 +10,7 @@ from igpt_jax.model.dims import Dims
 from igpt_jax.parallel import topology
 from igpt_jax.planner.compilation import Verdict
 from igpt_jax.planner.estimate import Estimate, estimate
-from igpt_jax.planner.evidence import Evidence
-from igpt_jax.planner.roofline import Forecast, forecast
+from igpt_jax.planner.roofline import PUBLIC, Forecast, Speed, forecast
 
 ATTENTIONS = ("auto", "reference")  # auto is the platform's kernel
 REMATS = ("none", "dots", "attention", "full")
@@ -55,13 +54,14 @@ def meshes(config: PlanConfig, target: topology.Target) -> Iterator[MeshConfig]:
         yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
 
 
-def candidates(config: PlanConfig, target: topology.Target, share: float, vary: bool = True) -> list[Candidate]:
+def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLIC, vary: bool = True
+               ) -> list[Candidate]:
     """Every setting that could run: those estimated to fit first, fastest on top, then the others by memory.
 
     Args:
       config: keeps everything but its mesh and, with `vary`, accumulate, remat and attention.
       target: the devices; they must have a known chip.
-      share: fraction of the roofline's speed (see `roofline`).
+      speed: of the devices (see `roofline`).
       vary: also try other accumulations, remat policies and, with attention=auto, attention back-ends.
     """
     attentions = ATTENTIONS if config.model.attention == "auto" else (config.model.attention,)
@@ -78,7 +78,7 @@ def candidates(config: PlanConfig, target: topology.Target, share: float, vary: 
             changed = dataclasses.replace(config, mesh=mesh, accumulate=accumulate, model=model)
             guess = estimate(changed)
             time = forecast(target, dataclasses.asdict(mesh), guess.flops, guess.memory_bytes, guess.collective_bytes,
-                            share, Evidence.UNCALIBRATED)
+                            speed)
             found.append(Candidate(changed, guess, time))
     room = target.chip.usable_bytes
 
@@ -102,7 +102,8 @@ def distinct(ranked: list[Candidate]) -> list[Candidate]:
     return list(first.values())
 
 
-def remedies(config: PlanConfig, verdict: Verdict, target: topology.Target, share: float) -> list[Candidate]:
+def remedies(config: PlanConfig, verdict: Verdict, target: topology.Target, speed: Speed = PUBLIC
+             ) -> list[Candidate]:
     """Settings that should fit where `config` did not, the smallest change first.
 
     Estimates are scaled by the error of the estimate for `config`.
@@ -116,5 +117,5 @@ def remedies(config: PlanConfig, verdict: Verdict, target: topology.Target, shar
         new = candidate.config
         return ((new.mesh != config.mesh) * 2 + (new.accumulate != config.accumulate)
                 + (new.model.remat != config.model.remat) + (new.model.attention != config.model.attention))
-    fitting = [each for each in candidates(config, target, share) if each.estimate.required_bytes < room]
+    fitting = [each for each in candidates(config, target, speed) if each.estimate.required_bytes < room]
     return sorted(fitting, key=lambda each: (changes(each), each.forecast.step_seconds))
