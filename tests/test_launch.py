@@ -249,6 +249,18 @@ def test_reproductions(tmp_path, script):
         checkpoints = found
 
 
+@pytest.mark.slow
+def test_the_quickstart(tmp_path):
+    """On the real digits: the fine-tuned model is above the raw pixels, as its closing lines say, and the features are
+    above an untrained model's. Unshifted, with 500 steps of 64, fine-tuning reached 85.8 %."""
+    done = subprocess.run([ROOT / "launch/quickstart.sh", sys.executable, tmp_path], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    tuned, features, pixels, untrained = map(float, re.findall(r"^ *([\d.]+)%  ", done.stdout, re.MULTILINE))
+    assert tuned > pixels + 2 and features > untrained + 10, done.stdout
+    assert pathlib.Path(re.search(r"Report +(\S+)", done.stdout)[1]).exists()
+
+
 def test_the_container_installs_by_the_constraints():
     """The image copies every file that its installation reads."""
     dockerfile = (ROOT / "launch/Dockerfile").read_text()
