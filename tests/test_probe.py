@@ -13,9 +13,10 @@ from test_model import random_parameters
 from threadpoolctl import threadpool_limits
 
 from igpt_jax import storage
-from igpt_jax.config import ModelConfig
+from igpt_jax.config import ModelConfig, ProbingConfig
+from igpt_jax.config.data import ProbeDataConfig
 from igpt_jax.data.store import Writer
-from igpt_jax.evaluation import linear_probe
+from igpt_jax.evaluation import linear_probe, probing
 from igpt_jax.model import features
 from igpt_jax.model.attention import attention
 from igpt_jax.model.image_gpt import Model
@@ -89,6 +90,17 @@ def test_sgd_comes_close_to_the_optimum():
                linear_probe.fit_sgd(x_ED, labels, 4, (3.0, 0.3, 0.03), batches, len(batches)))
     (exact,) = linear_probe.fit(x_ED, labels, 4, (1e-4,))
     assert abs(best - exact.accuracy(x_ED, labels)) < 0.01
+
+
+def test_held_out_images_as_test_images_are_not_fit_on():
+    """Random labels: held-out accuracy stays at chance. Seen to fail with the last fit on train and held-out images."""
+    random = np.random.default_rng(0)
+    splits = [random.normal(size=(count, 250)).astype(np.float32) for count in (200, 60)]
+    labels = [random.integers(0, 2, len(split)) for split in splits]
+    prober = object.__new__(probing.Prober)
+    prober.classes, prober.config = 2, ProbingConfig(data=ProbeDataConfig(test="held_out"))
+    found = prober.row(probing.Labeled([*splits, splits[1][:, None]], [*labels, labels[1]]))
+    assert found["test_accuracy"] < 0.8
 
 
 def test_wilson_interval():

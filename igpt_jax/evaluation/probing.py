@@ -134,7 +134,9 @@ class Prober:
         probes = self._fit(data.features_ED[0], data.labels_E[0], options, tolerance=CHOOSING)
         held_out = [probe.accuracy(data.features_ED[1], data.labels_E[1]) for probe in probes]
         chosen = max(range(len(options)), key=lambda index: held_out[index])
-        both = [np.concatenate(each[:2]) for each in (data.features_ED, data.labels_E)]
+        # Not on the images that the accuracy is measured on, where the config names held-out images as the test split.
+        fitted = 1 if self.config.data.test == self.config.data.held_out else 2
+        both = [np.concatenate(each[:fitted]) for each in (data.features_ED, data.labels_E)]
         probe, = self._fit(*both, options[chosen:chosen + 1])
         accuracy = self._test_accuracy(probe, data)
         return probe, {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],

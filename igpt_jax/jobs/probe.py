@@ -25,6 +25,8 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
       UserError: the checkpoint is missing or has another objective; or the data does not fit it, or has no labels or
         too few per class.
     """
+    if config.data.test == config.data.held_out and jax.process_index() == 0:
+        say(f"accuracies are optimistic: the images of {config.data.held_out!r} also choose the layer and the penalty")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention,
