@@ -29,7 +29,7 @@ from igpt_jax.storage import side_files, to_json
 PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
 # What a person opens first of what a job left: the first of these that exists.
 OPENED_FIRST = ("report.html", "figures/completions.png", "figures/samples.png", "figures/accuracy_by_layer.png",
-                "figures/loss.png", "figures/before_after.png", "result.json")
+                "figures/loss.png", "figures/before_after.png", "plan.txt", "result.json")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
