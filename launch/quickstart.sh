@@ -39,6 +39,6 @@ Accuracy on 360 test digits, used neither for training nor for model selection:
 Pictures    {folder}/sample/figures/completions.png   held-out digits: the whole image, its upper half, four completions
             {folder}/sample/figures/samples.png       generated digits
 Report      {folder}/report/report.html               all results on one page; open it in a browser
-Try next    {python} -m igpt_jax demo --config.checkpoint={folder}/pretrain   a page to play with the model
+Try next    {python} -m igpt_jax demo --config.checkpoint={folder}/finetune   a page to play with the model
             {python} -m igpt_jax pretrain --help          every setting, with its unit""")
 END
