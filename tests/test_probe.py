@@ -168,7 +168,7 @@ def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained
                                "--config.probing.l2=(0.01, 0.1)", "--config.precision=float64", devices=devices)
         assert done.returncode == 0, done.stderr
         (found[devices],) = json.loads((workdir / "evaluation.json").read_text())
-        assert (workdir / "figures" / "accuracy_over_loss.png").stat().st_size > 10_000
+        assert (workdir / "figures" / "accuracy_by_layer.png").stat().st_size > 10_000
     one, eight = found[1], found[8]
     np.testing.assert_allclose(eight["nats_per_pixel"], one["nats_per_pixel"], rtol=1e-8)
     probe = json.loads((trained / "probe" / "result.json").read_text())["metrics"]["accuracy_by_layer"]
