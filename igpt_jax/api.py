@@ -359,7 +359,7 @@ class ImageModel:
                                        "nats": lambda: make_eval_step(model),
                                        "loss maps": lambda: loss_maps.make_pixel_step(model),
                                        "classes": lambda: make_class_step(model, exact_loss.VOTES)}
-        return exact_loss.jit_over_batches(makers[what](), self._mesh)
+        return exact_loss.jit_over_batches(makers[what](), model, self._mesh)
 
     def _compute(self, what: str, kind: str, tokens_NT: np.ndarray) -> Any:
         """Results of a step for all images, NumPy arrays [N, ...]."""

@@ -101,8 +101,8 @@ def identity(checkpoint: str, parameters: str = "raw") -> str:
     return hashlib.sha256(data + (parameters.encode() if parameters != "raw" else b"")).hexdigest()[:16]
 
 
-def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "auto", parameters: str = "raw"
-               ) -> tuple[Model, dict[str, Any], Metadata]:
+def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "auto", parameters: str = "raw",
+               options: str = "") -> tuple[Model, dict[str, Any], Metadata]:
     """Loads a checkpoint's parameters straight into `mesh`, without the rest of its training state.
 
     Args:
@@ -111,6 +111,7 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
       precision: of the computation; the parameters are float32, or float64 at precision float64.
       attention: the attention back-end, whichever one the training used.
       parameters: raw, or ema: their moving average.
+      options: the job's `compiler_options`, whichever ones the training used.
 
     Returns:
       (model, parameters, metadata)
@@ -124,7 +125,7 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
 
         def model_for(precision: str) -> Model:
             return Model.of(metadata.config, len(metadata.palette_VC), metadata.image_size, mesh, metadata.classes,
-                            precision, attention)
+                            precision, attention, options)
 
         # Loaded in the dtype in which they were saved, since their checksums hold for that dtype. Then cast.
         with float64_enabled(metadata.config.precision == "float64"):

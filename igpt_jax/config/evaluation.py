@@ -7,6 +7,7 @@ from igpt_jax.config.keys import (
     PRECISIONS,
     Keys,
     at_least,
+    compiler_options_key,
     key,
     one_of,
     positive,
@@ -67,6 +68,7 @@ class ProbeConfig(ProbingConfig):
     precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="same",
                          rule=one_of(*PRECISIONS))
     attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free")
+    compiler_options: str = compiler_options_key()
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,6 +109,7 @@ class EvaluateConfig(Keys):
     precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="same",
                          rule=one_of(*PRECISIONS))
     attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free")
+    compiler_options: str = compiler_options_key()
 
     @property
     def slice(self) -> tuple[int, int]:
@@ -142,6 +145,7 @@ class SampleConfig(Keys):
                          rule=one_of(*PRECISIONS))
     cache_dtype: str = key("", "dtype of cached keys and values: bfloat16 or float32; empty: precision", resume="free",
                            rule=one_of("", *PRECISIONS))
+    compiler_options: str = compiler_options_key()
 
     def __post_init__(self):
         super().__post_init__()

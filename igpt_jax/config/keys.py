@@ -5,10 +5,11 @@
 A group is a frozen dataclass that derives from `Keys`. A job's configuration is a group that contains other groups.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 MOST_SHOWN = 20  # names in one message
@@ -139,6 +140,44 @@ class Keys:
         for field in dataclasses.fields(self):
             if rule := field.metadata.get("rule"):
                 rule(self.group + field.name, getattr(self, field.name))
+
+
+def compiler_options_of(text: str) -> dict[str, bool | int | float | str]:
+    """The options of a key `compiler_options`: NAME=VALUE with spaces between them, as in XLA_FLAGS. Raises UserError.
+
+    A word `none` drops the chip's own options and is none itself.
+    """
+    options: dict[str, bool | int | float | str] = {}
+    for word in text.split():
+        name, equals, value = word.removeprefix("--").partition("=")
+        require(bool(name and value) or word == "none",
+                f"compiler_options: {word!r} must have the form NAME=VALUE. Put spaces between options.")
+        if equals:
+            options[name] = _literal(value)
+    return options
+
+
+def _literal(text: str) -> bool | int | float | str:
+    """A value as XLA distinguishes them: true or false, a number, or text."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def compiler_options_text(options: Mapping[str, Any]) -> str:
+    """The inverse of `compiler_options_of`."""
+    return " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+                    for name, value in options.items())
+
+
+def compiler_options_key() -> Any:
+    """The key `compiler_options`, which several jobs have."""
+    return key("", "options of XLA's compiler, NAME=VALUE with spaces between, added to the chip's in "
+                   "parallel/compiler_options.py; none: without the chip's", resume="free",
+               rule=lambda name, value: compiler_options_of(value) and None)
 
 
 def slice_of(shard: str) -> tuple[int, int]:

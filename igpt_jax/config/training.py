@@ -10,6 +10,7 @@ from igpt_jax.config.keys import (
     PRECISIONS,
     Keys,
     at_least,
+    compiler_options_key,
     each,
     key,
     one_of,
@@ -171,6 +172,7 @@ class PretrainConfig(Keys):
     precision: str = key("auto", "dtype of activations and matrix products: bfloat16 or float32 (parameters are "
                                  "float32); auto: bfloat16, on CPUs float32; float64: everything, for tests",
                          resume="same", rule=one_of("auto", *PRECISIONS))
+    compiler_options: str = compiler_options_key()
     max_skipped_updates: int = key(20, "consecutive skipped updates (loss or gradient not finite, or a spike) after "
                                        "which the run ends as diverged (exit code 77)",
                                    resume="free", rule=at_least(1), compiled=False)

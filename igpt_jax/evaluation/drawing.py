@@ -3,6 +3,7 @@
 B batch, T tokens of an image, P given tokens.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,9 +63,10 @@ class Drawing:
             drawn = Sampling(temperature, top_k, top_p)
             return sampling.extend(model, params, carry, start, end, keys(key, index_B2), drawn)
 
-        self._run = jax.jit(run, out_shardings=replicated)
-        self._begin = jax.jit(begin, out_shardings=by_image)
-        self._extend = jax.jit(extend, donate_argnums=1, out_shardings=by_image)
+        jit = functools.partial(jax.jit, compiler_options=model.compiler_options)
+        self._run = jit(run, out_shardings=replicated)
+        self._begin = jit(begin, out_shardings=by_image)
+        self._extend = jit(extend, donate_argnums=1, out_shardings=by_image)
 
     def __call__(self, kind: str, given_BP: np.ndarray, index_B2: np.ndarray, *, temperature: float = 1.0,
                  seed: int = 0, batch_size: int, progress: bool = False) -> np.ndarray:

@@ -65,9 +65,9 @@ def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, b
         yield jax.tree.map(lambda x: np.asarray(x)[:split.count - start], running)
 
 
-def jit_over_batches(step: Callable, mesh: Mesh) -> Callable:
-    """Jits a step for `over_split`, with its result on all devices."""
-    return jax.jit(step, out_shardings=sharding.replicated(mesh))
+def jit_over_batches(step: Callable, model: Model, mesh: Mesh) -> Callable:
+    """Jits a step of `model` for `over_split`, with its result on all devices."""
+    return jax.jit(step, out_shardings=sharding.replicated(mesh), compiler_options=model.compiler_options)
 
 
 def make_measure(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray, seed: int = 0
@@ -84,7 +84,7 @@ def make_measure(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray, s
       seed: of the masks, and of ties between classes.
     """
     votes = VOTES if model.dims.K and model.objective.random else 1
-    step = jit_over_batches(make_eval_step(model, votes, seed), mesh)
+    step = jit_over_batches(make_eval_step(model, votes, seed), model, mesh)
 
     def measure(params: Any, split: Split | Tokens, give_up: Callable[[], bool] | None = None,
                 labeled: bool = True) -> dict[str, float] | None:

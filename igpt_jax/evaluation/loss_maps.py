@@ -56,7 +56,7 @@ def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, bat
     if not model.causal:
         raise UserError(f"loss_maps={shown}: only an autoregressive model predicts each pixel from those before it. "
                         "Set loss_maps=0.")
-    step = exact_loss.jit_over_batches(make_pixel_step(model), mesh)
+    step = exact_loss.jit_over_batches(make_pixel_step(model), model, mesh)
     sum_T, by_example_E, first = np.zeros(model.dims.T), np.empty(split.count), []
     at = 0
     for nats_BT in exact_loss.over_split(step, params, split, mesh, batch_size, table):

@@ -94,7 +94,7 @@ class Prober:
         def of_split(split: Split, masks: int) -> np.ndarray:
             masks = masks if model.objective.random else 1
             step = exact_loss.jit_over_batches(make_feature_step(model, self.config.features, masks, self.config.seed),
-                                               mesh)
+                                               model, mesh)
             out_EMPD = np.empty((split.count, masks, len(layers), model.dims.D), np.float32)
             at = 0
             with tqdm(total=split.count, unit="image", desc=f"{what}, {split.name}", disable=None) as bar:

@@ -35,7 +35,7 @@ from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.runtime.exits import Ended
 from igpt_jax.storage import side_files, slices, tables
 from igpt_jax.storage.hashes import json_digest
@@ -67,6 +67,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
+    options = {"compiler_options": compiler_options.resolve(mesh, config.compiler_options)}
     # Tables of versions without the key `samples` stay valid where it is 0.
     asked = json_digest({name: value for name, value in values_with(config, "resume", "same").items()
                          if name != "samples" or value})
@@ -75,7 +76,8 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
             identity = checkpoint.identity(step)  # before the measurement, since its run may remove the step meanwhile
-            loaded = checkpoint.load_model(step, mesh, config.precision, config.attention, config.parameters)
+            loaded = checkpoint.load_model(step, mesh, config.precision, config.attention, config.parameters,
+                                           config.compiler_options)
         except (UserError, OSError) as error:
             if not checkpoint.is_checkpoint(step):
                 say(f"{step}: its run has removed it in the meantime; skipped")
@@ -93,8 +95,8 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         say(f"{step}: {_summary(row)}")
     _publish(folder, rows)
     if damaged:
-        raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows))
-    return _metrics(rows)
+        raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows) | options)
+    return _metrics(rows) | options
 
 
 def _check_stores(config: EvaluateConfig) -> None:

@@ -33,7 +33,7 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
     step = metrics["best_step"] or metrics["steps"]
     mesh = sharding.make_mesh(config.mesh)
     model, params, metadata = checkpoint.load_model(str(storage.path(workdir) / "checkpoints" / str(step)), mesh,
-                                                  config.precision)
+                                                  config.precision, options=config.compiler_options)
     measure = exact_loss.make_measure(model, mesh, config.batch_size, palette.lookup_table(metadata.palette_VC))
     accuracy = measure(params, test)["accuracy"]
     say(f"step {step:,}: {accuracy:.2%} of {test.count:,} test images")

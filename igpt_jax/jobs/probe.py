@@ -30,7 +30,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention,
-                                                    config.parameters)
+                                                    config.parameters, config.compiler_options)
     checkpoint.require_objective(metadata, config.objective, config.checkpoint)
     prober = Prober(config, metadata, max(config.labels_per_class, default=1))
     layers = prober.layers_of(model)
@@ -39,7 +39,8 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     by_layer, best, best_probe = prober.by_layer(features_EPD, layers, "layer")
     rows = list(by_layer)
     metrics = {"accuracy_by_layer": {str(row["layer"]): row["test_accuracy"] for row in rows},
-               "best_layer": layers[best], "test_accuracy": rows[best]["test_accuracy"]}
+               "best_layer": layers[best], "test_accuracy": rows[best]["test_accuracy"],
+               "compiler_options": model.compiler_options}
 
     if config.concatenate > 1:
         # The best layer and its neighbors, concatenated to one feature vector, as the paper does for iGPT-XL.

@@ -44,7 +44,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
         raise UserError(f"checkpoint {config.checkpoint} was trained with objective={trained.objective}, which cannot "
                         "sample pixel by pixel. Give a checkpoint with objective=autoregressive.")
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision,
-                                                    parameters=config.parameters)
+                                                    parameters=config.parameters, options=config.compiler_options)
     size = metadata.image_size
     rows = size // 2 if config.rows < 0 else config.rows
     if rows > size:
@@ -89,7 +89,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
         storage.publish(storage.path(workdir) / "samples.npz", file.getvalue())
     completions = len(names) * config.completions
     return {"step": metadata.steps_done, "images_per_second": (count + completions) / seconds, "samples": count,
-            "completions": completions}
+            "completions": completions, "compiler_options": model.compiler_options}
 
 
 def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, list[str]]:

@@ -20,7 +20,7 @@ from igpt_jax.model.attention import NAMES, attention, backend_for, is_saved
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.layers import Block, dropout, norm, pool, read_out
 from igpt_jax.model.objectives import Autoregressive, Objective, objective_of
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
 _POLICIES = jax.checkpoint_policies
@@ -181,7 +181,7 @@ class Model:
 
     def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str,
                  mesh: Mesh | None = None, objective: Objective | None = None, classes: int = 0,
-                 class_layer: int = -1):
+                 class_layer: int = -1, options: str = ""):
         """
         Args:
           config: sizes and choices. Attention `auto` becomes the back-end of the mesh's platform.
@@ -192,9 +192,11 @@ class Model:
           objective: decides whether attention is causal; None: autoregressive.
           classes: outputs of the class head; 0: no class head.
           class_layer: layer of the stream that the class head reads, 0 (the embedding) to L; -1: the last.
+          options: `compiler_options` of the config. `self.compiler_options` are those to compile this model with.
 
         Raises:
-          UserError: the heads or tokens do not divide over the mesh, or the attention back-end cannot run there.
+          UserError: the heads or tokens do not divide over the mesh, the attention back-end cannot run there, or the
+            compiler refuses an option.
         """
         self.dims = Dims.of(config, palette_size, image_size, classes)
         self.objective, self._class_layer = objective or Autoregressive(), class_layer
@@ -206,18 +208,19 @@ class Model:
         self.precision = Precision.of(precision)
         backend = backend_for(config.attention, platform, precision, self.dims.T, self.dims.H,
                               mesh.shape[sharding.CONTEXT])
+        self.compiler_options = compiler_options.resolve(mesh, options)
         self._rounded_late = platform == "cpu" and precision == "bfloat16"
         self.config = dataclasses.replace(config, attention=backend)
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
     @classmethod
     def of(cls, config: PretrainConfig, palette_size: int, image_size: int, mesh: Mesh, classes: int = 0,
-           precision: str = "", attention: str = "") -> "Model":
-        """The model that a training job's config describes; `precision` and `attention` override the config's."""
+           precision: str = "", attention: str = "", options: str | None = None) -> "Model":
+        """The model that a training job's config describes; the last three arguments override the config's."""
         sizes = dataclasses.replace(config.model, attention=attention) if attention else config.model
         class_layer = config.model.class_layer if config.finetuning else -1
         return cls(sizes, palette_size, image_size, precision or config.precision, mesh, objective_of(config), classes,
-                   class_layer)
+                   class_layer, config.compiler_options if options is None else options)
 
     def _build(self, key: jax.Array) -> ImageGPT:
         return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters,

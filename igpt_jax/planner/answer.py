@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from igpt_jax.config import PlanConfig
+from igpt_jax.config.keys import compiler_options_text
 from igpt_jax.metrics import throughput as telemetry
 from igpt_jax.model.dims import Dims, tokens_per_parameter
 from igpt_jax.model.flops import train_flops_per_image
@@ -72,7 +73,8 @@ class Answer:
         return {"parameters": self.verdict.parameters, "fits": self.fits,
                 "bytes_per_device": self.verdict.required_bytes, "hbm_bytes": self.usable_bytes,
                 "step_seconds": self.forecast and self.forecast.step_seconds, "mfu": self.mfu,
-                "mfu_interval": self.mfu_interval, "tokens_per_second_per_device": self.tokens_per_second_per_device}
+                "mfu_interval": self.mfu_interval, "tokens_per_second_per_device": self.tokens_per_second_per_device,
+                "compiler_options": self.verdict.compiler_options}
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, for plan.json; `table` has each figure with its evidence."""
@@ -92,6 +94,7 @@ class Answer:
                 ("how", f"{v.attention} attention, remat {config.model.remat}, accumulate {config.accumulate}, "
                         f"{config.precision}", EXACT),
                 *self._tokens_per_parameter(),
+                ("compiler options", compiler_options_text(v.compiler_options) or "none", EXACT),
                 ("fits", self._fit(), COMPILER)]
         if v.status != "compiled":
             return rows

@@ -60,6 +60,7 @@ class Verdict:
     devices: int = 0
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     attention: str = ""
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     parameters: int = 0
     required_bytes: int = 0
     params_bytes: int = 0
@@ -89,8 +90,9 @@ def compile_step(config: PlanConfig) -> Verdict:
     state = arguments[0]
     params = state["params"] if config.step == "train" else state
     known = {"device_kind": mesh.devices.flat[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape),
-             "attention": model.config.attention, "parameters": count_parameters(params),
-             "params_bytes": _shard_bytes(params), "batch_bytes": _shard_bytes(arguments[1:])}
+             "attention": model.config.attention, "compiler_options": model.compiler_options,
+             "parameters": count_parameters(params), "params_bytes": _shard_bytes(params),
+             "batch_bytes": _shard_bytes(arguments[1:])}
     if config.step == "train":
         known |= {"moments_bytes": _shard_bytes(state["optimizer"]), "gradients_bytes": _shard_bytes(params),
                   "averages_bytes": _shard_bytes(state.get("ema", {})),
@@ -141,7 +143,7 @@ def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...],
         step = jit_train_step(model, config, mesh, max(0, config.optimizer.warmup_steps))
         return step, (state, tokens_BT, array(key.shape, key.dtype, everywhere)), model
     if config.step == "evaluate":
-        step = exact_loss.jit_over_batches(make_eval_step(model), mesh)
+        step = exact_loss.jit_over_batches(make_eval_step(model), model, mesh)
         return step, (state["params"], tokens_BT, array((config.batch_size,), jnp.int32, by_image)), model
 
     def sample(params: Any, given_BP: jax.Array, index_B: jax.Array) -> jax.Array:
@@ -150,7 +152,8 @@ def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...],
 
     nothing_BP = array((config.batch_size, 0), jnp.int32, by_image)
     index_B = array((config.batch_size,), jnp.int32, by_image)
-    return jax.jit(sample, out_shardings=everywhere), (state["params"], nothing_BP, index_B), model
+    step = jax.jit(sample, out_shardings=everywhere, compiler_options=model.compiler_options)
+    return step, (state["params"], nothing_BP, index_B), model
 
 
 def _shard_bytes(tree: Any) -> int:

@@ -17,6 +17,7 @@ import jax
 
 from igpt_jax import process, storage
 from igpt_jax.config import PRECISIONS, UserError, precision_on, to_dict
+from igpt_jax.config.keys import compiler_options_text
 from igpt_jax.metrics.logging import say
 from igpt_jax.runtime import launchers, startup
 from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, Ended, Preempted
@@ -238,4 +239,6 @@ def _device() -> dict[str, Any]:
 def _summary(metrics: dict[str, Any]) -> str:
     figures = [f"{name} {value:{',.0f' if isinstance(value, int) or abs(value) >= 1000 else '.5g'}}"
                for name, value in metrics.items() if isinstance(value, int | float)]
+    if options := metrics.get("compiler_options"):
+        figures.append(f"compiled with {compiler_options_text(options)}")
     return f"done. {', '.join(figures)}".rstrip()

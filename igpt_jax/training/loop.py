@@ -14,6 +14,7 @@ import numpy as np
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import PretrainConfig
+from igpt_jax.config.keys import compiler_options_text
 from igpt_jax.data import Batch, Batches
 from igpt_jax.evaluation import exact_loss
 from igpt_jax.metrics import charts
@@ -180,7 +181,8 @@ class Run:
             pretraining = "" if config.finetuning else f"{read} tokens per parameter, "
             say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of {model.dims.V} colors, "
                 f"{self.inputs.split.count:,} images, {pretraining}mesh {dict(self.mesh.shape)}, "
-                f"{model.config.attention} attention, {config.precision}")
+                f"{model.config.attention} attention, {config.precision}, compiler options: "
+                f"{compiler_options_text(model.compiler_options) or 'none'}")
             if pretraining and advice:
                 say(advice)
             if self.start >= config.steps:
@@ -337,7 +339,8 @@ class Run:
     def summarize(self) -> dict[str, float]:
         """The metrics for result.json; draws the loss curve once more."""
         figures = {"parameters": count_parameters(self.abstract["params"]), "steps": self.end,
-                   "best_step": self.checkpoints.best_step, **self.evaluated, **self.throughput.overall()}
+                   "best_step": self.checkpoints.best_step, "compiler_options": self.model.compiler_options,
+                   **self.evaluated, **self.throughput.overall()}
         if jax.process_index() == 0:
             lines = load_metrics(self.workdir)
             losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]

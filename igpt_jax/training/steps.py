@@ -174,6 +174,7 @@ def jit_train_step(model: Model, config: PretrainConfig, mesh: Mesh, warmup_step
     # With donation the new state takes the old one's memory. Without it a step would need room for two copies of
     # parameters and moments.
     return jax.jit(make_train_step(model, config, warmup_steps), donate_argnums=0,
+                   compiler_options=model.compiler_options,
                    out_shardings=(state_shardings(model, config, mesh), None))
 
 

@@ -1,0 +1,64 @@
+"""Options for XLA's compiler, by kind of chip. Every job that runs a model, and `plan`, compiles with them.
+
+An option is in the table only if the compiled program shows that it helps; its comment gives the reason and the effect.
+`compiler_options` of a config adds to the table or replaces it.
+"""
+
+import functools
+import logging
+import types
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from igpt_jax.config.keys import UserError, compiler_options_of
+from igpt_jax.parallel import sharding, topology
+
+log = logging.getLogger(__name__)
+
+Value = bool | int | float | str
+
+# libtpu splits a product with a gathered weight into one product per part of the weight ("windowed einsum"), to overlap
+# it with the gather. The sums of the parts go through memory every time. Above this threshold it gathers first, and
+# overlaps the gather with other layers' products. Memory traffic of a step, libtpu 0.0.51: iGPT-L 32x32 on v5p:2x4x4
+# from 425 to 98 GiB, iGPT-S 48x48 on v6e:2x4 from 253 to 130 GiB and on v5e:4x4 from 82 to 41 GiB.
+GATHER_FIRST = types.MappingProxyType({"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000})
+
+OPTIONS: Mapping[str, Mapping[str, Value]] = types.MappingProxyType({
+    "TPU v5e": GATHER_FIRST, "TPU v5p": GATHER_FIRST, "TPU v6e": GATHER_FIRST})
+
+
+def resolve(mesh: Mesh, given: str) -> dict[str, Value]:
+    """The options to compile with for the devices of `mesh`.
+
+    Args:
+      given: the config's `compiler_options`.
+
+    Raises:
+      UserError: the compiler does not know a given option, or not with that value.
+    """
+    chip = topology.chip_for(mesh.devices.flat[0].device_kind)
+    own = compiler_options_of(given)
+    ours = {} if "none" in given.split() else OPTIONS.get(chip.name if chip else "", {})
+    for name, value in own.items():
+        if refusal := _refusal(mesh, name, value):
+            raise UserError(f"compiler_options={given!r}: the compiler refuses {name}: {refusal}. "
+                            "Correct or remove it.")
+    # Other versions of a compiler may lack an option of ours.
+    refused = {name: why for name, value in ours.items() if name not in own and (why := _refusal(mesh, name, value))}
+    for name, why in refused.items():
+        log.warning("compiler option %s is not used: %s", name, why)
+    return {name: value for name, value in {**ours, **own}.items() if name not in refused}
+
+
+@functools.cache
+def _refusal(mesh: Mesh, name: str, value: Value) -> str:
+    """Why the compiler refuses an option; empty if it accepts it."""
+    nothing = jax.jit(lambda: jnp.zeros(()), out_shardings=sharding.replicated(mesh), compiler_options={name: value})
+    try:
+        nothing.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return str(error).splitlines()[0].rstrip(".")
+    return ""
