@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from igpt_jax.config import MeshConfig, ModelConfig, PretrainConfig, precision_on
 from igpt_jax.model.attention import NAMES, attention, backend_for, is_saved
 from igpt_jax.model.dims import Dims
-from igpt_jax.model.layers import Block, dropout, norm, pool, read_out
+from igpt_jax.model.layers import Block, Product, dropout, norm, pool, product_for, read_out
 from igpt_jax.model.objectives import Autoregressive, Objective, objective_of
 from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.parallel.sharding import constrain, gather_weight
@@ -54,7 +54,7 @@ class ImageGPT(nnx.Module):
     """The whole model. The letters at the end of a parameter's name are its dims (see `sharding`)."""
 
     def __init__(self, config: ModelConfig, dims: Dims, causal: bool, key: jax.Array, dtype: Any, parameter_dtype: Any,
-                 rounded_late: bool, class_layer: int = -1):
+                 product: Product, class_layer: int = -1):
         deviations = _standard_deviations(config.init, dims)
         keys = iter(jax.random.split(key, len(deviations)))
 
@@ -68,7 +68,7 @@ class ImageGPT(nnx.Module):
         if causal:
             self.start_D = nnx.Param(make("start_D"))
         self.position_embed_TD = nnx.Param(make("position_embed_TD"))
-        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout, rounded_late)
+        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout, product)
         self.final_norm_D = nnx.Param(make("final_norm_D"))
         self.head_VD = nnx.Param(make("head_VD"))
         if dims.K:
@@ -209,7 +209,7 @@ class Model:
         backend = backend_for(config.attention, platform, precision, self.dims.T, self.dims.H,
                               mesh.shape[sharding.CONTEXT])
         self.compiler_options = compiler_options.resolve(mesh, options)
-        self._rounded_late = platform == "cpu" and precision == "bfloat16"
+        self._product = product_for(platform, precision)
         self.config = dataclasses.replace(config, attention=backend)
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
@@ -224,7 +224,7 @@ class Model:
 
     def _build(self, key: jax.Array) -> ImageGPT:
         return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters,
-                        self._rounded_late, self._class_layer)
+                        self._product, self._class_layer)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Initial parameters. Jitted with `out_shardings`, each device makes only its own shards."""
