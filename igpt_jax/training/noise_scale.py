@@ -67,7 +67,8 @@ class NoiseScale:
             batch, key = loss_inputs(model, config, state["step"], tokens_BT, key, labels_B)
             return measure(loss_and_gradients, state["params"], batch, key, parts, config.batch_size)
 
-        self.of_step = jax.jit(of_step, out_shardings=sharding.replicated(mesh))
+        self.of_step = jax.jit(of_step, out_shardings=sharding.replicated(mesh),
+                               compiler_options=model.compiler_options)
 
     def smoothed(self, measured: Mapping[str, float]) -> dict[str, float]:
         """The measured values and `noise/scale_images`, the ratio of their running means since the run started.
