@@ -9,9 +9,9 @@ square, so 2,048 tokens are 48x48 and 8,192 are 96x96. A gated MLP or shared key
 MFU counts as everywhere here (`model/flops.py`): 6 x weights of matrices + 6 x layers x tokens x width FLOPs per token,
 which is half of attention, over the bf16 peak in `parallel/topology.py`.
 
-A stand-in's FLOPs and bytes are those of its compiled program, which --compile adds to docs/roofline.json; without it,
-those of the search's formula. The fit, each row's prediction by a fit without it, and the table of docs/scaling.md
-follow.
+A stand-in's FLOPs and bytes come from the search's formula, or, once --compile has added all of them to
+docs/roofline.json, from its compiled program. Until then the compiled ones are a check of the fit. The fit, each row's
+prediction by a fit without it, and the table of docs/scaling.md follow.
 """
 
 import argparse
@@ -74,33 +74,43 @@ def fit(cases: list[tuple[Forecast, float]]) -> Speed:
     return Speed(*map(float, found))
 
 
-def left_out(cases: list[tuple[Forecast, float]], groups: list) -> list[float]:
-    """Measured over predicted seconds of each case, by a fit without its group."""
-    ratios = []
-    for (part, seconds), group in zip(cases, groups, strict=True):
-        speed = fit([case for case, other in zip(cases, groups, strict=True) if other != group])
-        ratios.append(seconds / speed.seconds(part))
-    return ratios
+def left_out(cases: list[tuple[Forecast, float]], groups: list) -> list[Speed]:
+    """The fit without the group of each case."""
+    return [fit([case for case, other in zip(cases, groups, strict=True) if other != group]) for group in groups]
+
+
+def errors(cases: list[tuple[Forecast, float]], speeds: list[Speed]) -> list[float]:
+    """Measured over predicted seconds, which is predicted over measured MFU."""
+    return [seconds / speed.seconds(part) for (part, seconds), speed in zip(cases, speeds, strict=True)]
+
+
+def median_error(ratios: list[float]) -> float:
+    """The median relative error of the predicted MFU."""
+    return statistics.median(abs(ratio - 1) for ratio in ratios)
 
 
 def result_of(rows: list[dict], known: dict[str, dict]) -> dict:
     """The fit, its errors and every row's prediction. `known` holds compiled figures by stand-in."""
-    cases = [parts(row, known.get(row["plan"])) for row in rows]
-    ratios = left_out(cases, list(range(len(rows))))
-    by_source = left_out(cases, ["/".join(urlsplit(row["source"]).path.split("/")[:3]) for row in rows])
+    complete = all(row["plan"] in known for row in rows)
+    cases = [parts(row, known[row["plan"]] if complete else None) for row in rows]
+    speeds = left_out(cases, list(range(len(rows))))
+    ratios = errors(cases, speeds)
+    sources = ["/".join(urlsplit(row["source"]).path.split("/")[:3]) for row in rows]
     low = np.quantile(ratios, (1 - WITHIN) / 2, method="lower")
     high = np.quantile(ratios, (1 + WITHIN) / 2, method="higher")
     speed = dataclasses.replace(fit(cases), low=math.floor(100 * low) / 100, high=math.ceil(100 * high) / 100)
-    # MFU is inverse to seconds, so that the error of an MFU is ratio - 1.
+    compiled_rows = [(row, without) for row, without in zip(rows, speeds, strict=True) if row["plan"] in known]
+    check = errors([parts(row, known[row["plan"]]) for row, _ in compiled_rows], [each for _, each in compiled_rows])
     return {
         "speed": {name: round(getattr(speed, name), 3) for name in ("compute", "memory", "overlapped", "low", "high")},
-        "median_error": statistics.median(abs(ratio - 1) for ratio in ratios),
-        "median_error_without_the_source": statistics.median(abs(ratio - 1) for ratio in by_source),
-        "rows": [{"name": row["name"], "measured_mfu": measured_mfu(row), "predicted_mfu": measured_mfu(row) * ratio,
-                  "figures": "compiled" if row["plan"] in known else "formula",
-                  "parts": {name: getattr(part, f"{name}_seconds") / seconds
-                            for name in ("compute", "memory", "overlapped")}}
-                 for row, (part, seconds), ratio in zip(rows, cases, ratios, strict=True)],
+        "figures": "compiled" if complete else "formula",
+        "median_error": median_error(ratios),
+        "median_error_without_the_source": median_error(errors(cases, left_out(cases, sources))),
+        "check_of_compiled": {"rows": len(check), "median_error": median_error(check) if check else None,
+                              "median_ratio": statistics.median(check) if check else None,
+                              "in_interval": sum(speed.low <= ratio <= speed.high for ratio in check)},
+        "rows": [{"name": row["name"], "measured_mfu": measured_mfu(row), "predicted_mfu": measured_mfu(row) * ratio}
+                 for row, ratio in zip(rows, ratios, strict=True)],
         "compiled": known,
     }
 
