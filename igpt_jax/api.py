@@ -56,7 +56,7 @@ def load(path: Path, step: int | None = None, *, device: jax.Device | str | None
 
     Args:
       path: a workdir of pretrain or finetune (its newest good step), one step of it (DIR/checkpoints/STEP),
-        `huggingface:DIR` or `openai:PATH`.
+        `huggingface:DIR` or `openai:PREFIX`.
       step: of the workdir; None: the newest.
       device: to run on: 'cpu', 'gpu', 'tpu' or one of jax.devices(); None: all local devices of JAX's default platform,
         each with a copy of the weights.

@@ -253,7 +253,7 @@ def _recorded(job: str, file: str, source: bytes, arguments: str) -> ConfigDict:
         config.update(plain(job, given))
         return override(config, arguments)
     except (ValueError, AttributeError):
-        raise UserError(f"--config={file}: this is no config.json of a run. Give one of `igpt_jax {job}`.") from None
+        raise UserError(f"--config={file}: this is not a run's config.json. Give one of `igpt {job}`.") from None
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

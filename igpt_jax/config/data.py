@@ -42,7 +42,7 @@ class DataConfig(Keys):
     reader: str = key("auto", "input pipeline. tfdata: streams from the store; resident: all tokens in memory, without "
                               "TensorFlow; auto: resident up to 256 MiB of tokens",
                       resume="free", rule=one_of("auto", "tfdata", "resident"), compiled=False)
-    stage: str = key("", "local folder that the store is copied to first, once; empty: no copy",
+    stage: str = key("", "local folder to copy the store to before training; empty: no copy",
                      resume="free", compiled=False)
     window: int = key(0, "chunks whose images are shuffled together, for stores with chunk > 1; 0: 1024",
                       resume="same", rule=at_least(0), compiled=False)

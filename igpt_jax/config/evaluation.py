@@ -31,7 +31,7 @@ def all_positive(name: str, values: tuple[float, ...]) -> None:
 class ProbingConfig(Keys):
     """Keys of fitting a probe: those of the probe job, and `probing` of evaluate."""
     data: ProbeDataConfig = section(ProbeDataConfig)
-    limit: int = key(0, "examples of each split, from the first; 0: all", resume="same", rule=at_least(0))
+    limit: int = key(0, "number of examples of each split, from the first; 0: all", resume="same", rule=at_least(0))
     features: str = key("normalized", "normalized: means over the tokens after the next norm, as in the paper; "
                                       "residual: means of the residual stream itself",
                         resume="same", rule=one_of("normalized", "residual"))
@@ -89,13 +89,14 @@ class EvaluateConfig(Keys):
                       resume="free")
     idle_seconds: float = key(7200.0, "watch: seconds without a new checkpoint before the job ends; 0: never",
                               resume="free", rule=at_least(0))
-    poll_seconds: float = key(10.0, "watch: seconds between looks for new checkpoints", resume="free", rule=positive)
+    poll_seconds: float = key(10.0, "watch: seconds between checks for new checkpoints", resume="free",
+                              rule=positive)
     shard: str = key("", "i/n: only slice i of n of the checkpoints, from 0; merge: join the tables in the workdir's "
                          "folders; empty: all", resume="free", rule=shard_syntax)
     data: SplitConfig = section(SplitConfig)
     tokens: str = key("", "instead of data: an .npy of tokens [n, T], such as OpenAI's imagenet_teX.npy; empty: none",
                       resume="same")
-    limit: int = key(0, "examples, from the first; 0: all (OpenAI's results are of 49984)", resume="same",
+    limit: int = key(0, "number of examples, from the first; 0: all (OpenAI's results are for 49984)", resume="same",
                      rule=at_least(0))
     loss_maps: int = key(0, "per-pixel loss maps to draw; above 0, also the loss by position and by class",
                          resume="same", rule=at_least(0), alias="surprise")
@@ -134,12 +135,12 @@ class SampleConfig(Keys):
     completions: int = key(4, "completions per image", resume="free", rule=at_least(1))
     temperature: float = key(1.0, "divisor of the logits; 0: always the most likely color", resume="free",
                              rule=at_least(0))
-    top_k: int = key(0, "number of most likely colors to sample from; 0: all", resume="free", rule=at_least(0))
-    top_p: float = key(1.0, "sample from the most likely colors that together have this probability",
+    top_k: int = key(0, "number of most likely colors to sample from; 0: all of them", resume="free", rule=at_least(0))
+    top_p: float = key(1.0, "nucleus sampling: sample from the fewest colors that together have this probability",
                        resume="free", rule=within(0, 1, "(]"))
     batch_size: int = key(0, "images sampled at once over all devices; any size gives the same samples; "
                              "0: 16 on CPU, 64 elsewhere", resume="free")
-    seed: int = key(0, "seed; each sample's random stream also depends on the indices of its image and itself",
+    seed: int = key(0, "seed; each sample's random stream also depends on its image's index and its own",
                     resume="free", rule=seed_range)
     precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="free",
                          rule=one_of(*PRECISIONS))

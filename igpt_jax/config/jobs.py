@@ -52,8 +52,8 @@ class DemoConfig(Keys):
     probe: str = key("", "workdir of the probe job that classifies; empty: one beside the checkpoint's workdir that "
                          "probed this step, if any", resume="free")
     data: SplitConfig = section(SplitConfig)
-    host: str = key("127.0.0.1", "address to listen on: 127.0.0.1 for this machine alone, 0.0.0.0 for its networks; "
-                                 "there is no password", resume="free")
+    host: str = key("127.0.0.1", "address to listen on; 127.0.0.1: for this machine only; 0.0.0.0: for other machines "
+                                 "too, without a password", resume="free")
     port: int = key(8000, "port to listen on; 0: any free one", resume="free", rule=within(0, 65535))
     precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="free",
                          rule=one_of(*PRECISIONS))
@@ -70,14 +70,14 @@ class PlanConfig(PretrainConfig):
                     resume="free", rule=one_of("train", "evaluate", "sample"))
     precision: str = key("bfloat16", "dtype of activations and matrix products: bfloat16 or float32; float64: "
                                      "everything", resume="same", rule=one_of(*PRECISIONS))
-    palette_size: int = key(512, "colors", resume="free", rule=at_least(1))
+    palette_size: int = key(512, "number of colors in the palette", resume="free", rule=at_least(1))
     search: bool = key(False, "search for the fastest mesh, accumulate, model.remat and model.attention that fit",
                        resume="free", compiled=False)
     search_compiles: int = key(4, "number of candidates that the search compiles, best estimates first", resume="free",
                                rule=at_least(1), compiled=False)
     python: str = key("", "Python interpreter with jax[cuda13], for GPU topologies; empty: this one",
                       resume="free", compiled=False)
-    roofline_share: float = key(0.0, "share of the roofline's speed that is assumed; 0: the speed of public runs "
+    roofline_share: float = key(0.0, "assumed fraction of the roofline's speed; 0: fitted to public runs "
                                      "(docs/scaling.md)", resume="free", rule=at_least(0), compiled=False)
     calibration: str = key("", "finished pretrain workdirs on the same kind of device, whose speed replaces that of "
                                "public runs: comma list or glob; empty: none", resume="free", compiled=False)

@@ -34,15 +34,15 @@ class ModelConfig(Keys):
     mlp: int = key(0, "width of the MLP's hidden layer; 0: 4 x embed", resume="same")
     init: str = key("released", "released: as OpenAI's code; paper: as Sparse Transformers (paper, Section 3.3)",
                     resume="same", rule=one_of("released", "paper"))
-    dropout: float = key(0.0, "share of residual activations dropped in training; the paper uses none",
+    dropout: float = key(0.0, "dropout rate of residual activations in training; the paper uses none",
                          resume="same", rule=within(0, 1, "[)"))
     attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free",
                          rule=one_of(*ATTENTION_BACKENDS))
-    remat: str = key("attention", "recomputation in the backward pass: none; dots: all but matrix products and "
-                                  "attention; attention: all but attention; offload: the same, with the saved "
-                                  "activations in host memory; full: everything",
+    remat: str = key("attention", "rematerialization, activations recomputed in the backward pass: none; dots: all but "
+                                  "matrix products and attention; attention: all but attention; offload: the same, "
+                                  "with the saved ones in host memory; full: all",
                      resume="free", rule=one_of(*REMAT_POLICIES))
-    unroll: int = key(1, "blocks per iteration of the loop over blocks; model.layers: no loop, which compiles longer",
+    unroll: int = key(1, "blocks per iteration of the loop over blocks; model.layers: no loop, slower to compile",
                       resume="free", rule=at_least(1))
 
     def __post_init__(self):

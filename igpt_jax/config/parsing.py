@@ -151,7 +151,7 @@ def parse(job: str, config: Mapping[str, Any]) -> Any:
     """
     given = config.get("job", job)
     if given != job:
-        raise UserError(f"this config is for the job {given!r}, not {job!r}: pass it to `igpt_jax {given}`.")
+        raise UserError(f"this config is for the job {given!r}, not {job!r}: pass it to `igpt {given}`.")
     return _build(JOB_CONFIGS[job], plain(job, config), "")
 
 

@@ -98,10 +98,11 @@ class MeshConfig(Keys):
     """Sizes of the mesh axes. Their product is the number of devices; one of them may be -1 for the devices left."""
     group: ClassVar[str] = "mesh."
 
-    data: int = key(1, "copies of the state; the batch is split over data x fsdp", resume="free")
+    data: int = key(1, "copies of the state (data parallel); the batch is split over data x fsdp", resume="free")
     fsdp: int = key(-1, "devices that share one copy of the state (fully sharded data parallel)", resume="free")
-    tensor: int = key(1, "devices that share each layer's heads and MLP", resume="free")
-    context: int = key(1, "devices that share each sequence; they share one copy of the state too", resume="free")
+    tensor: int = key(1, "devices that share each layer's heads and MLP (tensor parallel)", resume="free")
+    context: int = key(1, "devices that share each sequence (context parallel), and one copy of the state",
+                       resume="free")
 
     def __post_init__(self):
         super().__post_init__()

@@ -38,7 +38,8 @@ class Records:
 
     def __init__(self, path: str, image_size: int):
         if not image_size:
-            raise UserError(f"data.store={path} has pictures of any size. Set image_size to the model's.")
+            raise UserError(f"data.store={path} has pictures of different sizes. Set image_size, such as "
+                            "--config.image_size=32.")
         self._builder, self._train = open_builder(path.removeprefix("tfds:"))
         file_format = self._builder.info.file_format
         if file_format is None or file_format.value != "array_record":

@@ -273,7 +273,7 @@ def _joined(folder: storage.Path) -> list[Row]:
     config, rows = slices.joined(folder, "evaluate", NAME)
     same_data = bool(config["tokens"] or config["data"]["store"])  # else each run is measured on its own store
     if len({(row["asked"], same_data and row.get("data")) for row in rows}) > 1:
-        raise UserError(f"shard=merge: {folder}: the slices measured different things. Evaluate them again.")
+        raise UserError(f"shard=merge: {folder}: the slices differ in settings or data. Evaluate them again.")
     return rows
 
 

@@ -69,7 +69,7 @@ def compare_replicas(step: int, state: dict[str, Any], mesh: jax.sharding.Mesh) 
     odd = checksums.odd_devices(state, mesh)
     if odd:
         array, devices = next(iter(odd.items()))
-        raise Diverged(f"copies of {len(odd)} arrays differ between devices at step {step:,}: of {array} those on "
+        raise Diverged(f"replicas of {len(odd)} arrays differ between devices at step {step:,}: {array} on "
                        f"{', '.join(devices)}. Nothing is saved. Take that device out of service: the same command "
                        "then resumes from the newest checkpoint.")
 

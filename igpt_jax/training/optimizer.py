@@ -39,7 +39,8 @@ def warmup_steps_for(config: OptimizerConfig, steps: int, examples: int, batch_s
     if config.warmup_steps < 0:
         epoch = -(-examples // batch_size)
         if epoch > steps:
-            log.warning("warm-up of one epoch, %d steps, exceeds steps=%d: warming up over a tenth.", epoch, steps)
+            log.warning("warm-up of one epoch, %d steps, exceeds steps=%d: warming up over a tenth of them.", epoch,
+                        steps)
         return epoch if epoch <= steps else max(1, steps // 10)
     if config.warmup_steps > steps:
         raise UserError(f"optimizer.warmup_steps={config.warmup_steps} exceeds steps={steps}. Choose fewer.")

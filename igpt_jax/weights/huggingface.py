@@ -144,9 +144,9 @@ def _safetensors_in(folder: Path, where: str) -> list[Path]:
         return [folder / shard for shard in shards]
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
-        raise UserError(f"{where}: {pickles[0]} is a pickle. Pickles are not read, because that can run any code. On a "
-                        "machine that holds nothing of value, load the folder with transformers' from_pretrained, "
-                        "save it to a new folder with save_pretrained, and convert the new folder.")
+        raise UserError(f"{where}: {pickles[0]} is a pickle. Pickles are not read, because that can run any code. On "
+                        "an isolated machine, load the folder with transformers' from_pretrained, save it to a new "
+                        "folder with save_pretrained, and convert the new folder.")
     raise UserError(f"{where} holds no model.safetensors. Give a folder that transformers' save_pretrained made.")
 
 

@@ -43,5 +43,6 @@ def open_source(text: str, image_size: int, seed: int, shard: tuple[int, int] = 
         raise UserError(f"image_size={image_size}: {text!r} has images of {min(source.sizes)} pixels. Images are "
                         f"never enlarged. Set image_size to {min(source.sizes)} or less.")
     if not source.sizes and not image_size:
-        raise UserError(f"source {text!r} has pictures of any size. Set image_size to the size of the stored squares.")
+        raise UserError(f"source {text!r} has pictures of different sizes. Set image_size, such as "
+                        "--config.image_size=32.")
     return source
