@@ -185,4 +185,5 @@ def test_a_study_resumes_merges_and_reports(store, folder):
         assert len(json.loads((folder / "many" / f"slice-{i}" / "scaling.json").read_text())) == 3
     assert job("many", "--config.shard=merge").returncode == 0
     merged = json.loads((folder / "many" / "scaling.json").read_text())
-    assert sorted(merged, key=lambda row: row["run"]) == sorted(rows, key=lambda row: row["run"])
+    assert merged == rows
+    assert json.loads((folder / "many" / "result.json").read_text())["metrics"] == result

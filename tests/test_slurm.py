@@ -193,6 +193,21 @@ def test_each_checkpoint_is_evaluated_once(cluster, undisturbed):
     assert set(of_slices) == {step for step in steps if step.isdigit()} and rows[0] and rows[1]
 
 
+def test_a_scaling_study_in_slices_equals_one_machines(cluster, store):
+    """scaling as an array of two and a merge: the table and the fit of a study on one machine."""
+    study = [f"--config.pretrain.data.store={store}", "--config.sizes=('1x8','1x16','2x16')",
+             "--config.budgets=(5e8,1e9)", "--config.batch_size=32", "--config.fewest_steps=1"]
+    workdir, alone = cluster.folder / "study", cluster.folder / "alone"
+    shown = cluster(ROOT / "launch/slurm/slices.sh", 2, "scaling", f"--workdir={workdir}", *study,
+                    SBATCH="sbatch --cpus-per-task=1 --gpus-per-node=0")
+    cluster.wait(shown.splitlines()[-1])
+    done = run_job_command("scaling", f"--workdir={alone}", *study)
+    assert done.returncode == 0, done.stderr
+    tables = [json.loads((folder / "scaling.json").read_text()) for folder in (workdir, alone)]
+    assert tables[0] == tables[1] and len(tables[0]) == 6
+    assert result(workdir)["metrics"]["laws"] == result(alone)["metrics"]["laws"]
+
+
 def test_a_sweep_picks_its_best_rate(cluster, store):
     """Two rates as an array, one of them useless; the table names the other."""
     run = cluster.folder / "sweep"

@@ -68,6 +68,7 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
                         "Name its store, or give another --workdir.")
     if config.shard != "merge":
         rows = _trained(config, planned(config, data.image_size, data.colors), data, folder)
+    rows.sort(key=lambda row: (row["budget"], row["parameters_all"]))  # however they were shared, one fit
     if jax.process_index() == 0:
         tables.publish(folder, NAME, rows)
     if config.slice[1] > 1:
