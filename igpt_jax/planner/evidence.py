@@ -8,5 +8,5 @@ class Evidence(enum.StrEnum):
     EXACT = "exact"  # from shapes and shardings
     COMPILER = "compiler"  # reported by the vendor's compiler for this very step
     ESTIMATE = "estimate"  # read from the compiled text or a formula
-    UNCALIBRATED = "uncalibrated"  # the roofline at an assumed share of peak
-    CALIBRATED = "calibrated"  # the roofline, corrected by real runs on this kind of device
+    UNCALIBRATED = "uncalibrated"  # the roofline at the speed of public runs
+    CALIBRATED = "calibrated"  # the same, scaled by the user's runs on this kind of device
