@@ -61,7 +61,7 @@ def test_from_the_command_line(run_job, tmp_path):
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "plan/result.json").read_text())["metrics"]
     assert set(metrics) == {"parameters", "fits", "bytes_per_device", "hbm_bytes", "step_seconds", "mfu",
-                            "mfu_interval", "tokens_per_second_per_device"}
+                            "mfu_interval", "tokens_per_second_per_device", "compiler_options"}
     assert metrics["fits"] and 0 < metrics["bytes_per_device"] < 2**30
     low, high = metrics["mfu_interval"]
     assert 0 < low < metrics["mfu"] < high < 1
