@@ -37,10 +37,10 @@ ABOUT = """# Environments
 
     make environments
 
-makes a fresh environment for each row, runs the quickstart and tests there, and writes this page: the last results, on
-two CPU cores. Install times are without pip's cache. The GPU image has JAX, Flax and Orbax, but no TensorFlow, TFDS or
-tensorboardX. torch comes with `make test` alone, since PyPI's Linux wheel for it brings CUDA, several GB. Where it is
-missing, the tests that need it are skipped.
+This creates fresh environments, runs the quickstart and tests in each, and writes the results to this page. They are
+from two CPU cores, and installed without pip's cache. An environment that has not been run has no row. "GPU image" has
+JAX, Flax and Orbax, but no TensorFlow, TFDS or tensorboardX. Rows without torch skip the tests that need it;
+`make test` installs it.
 """
 
 
@@ -135,7 +135,7 @@ def page(rows: dict[str, dict]) -> str:
                          for step in ("install", "install_tests"))
         tests = f"{re.sub(r' in [0-9.]+s.*', '', row['tests'])} ({row['files']} files, {row['tests_seconds']} s)"
         lines.append(f"| {name} | {row['date']} | {install} | {test} | {quickstart} | {tests} |")
-    lines += ["", "Where a row does not say all, tests are the fast ones of the files whose names begin with: "
+    lines += ["", "The tests are the fast ones of the files whose names begin with: "
               + ", ".join(FILES) + "; without TensorFlow not pipeline and records.", "",
               "| environment | " + " | ".join(("Python", *SHOWN)) + " |", "|---" * (len(SHOWN) + 2) + "|"]
     lines += [f"| {name} | " + " | ".join(row["versions"].get(each, "-") for each in ("python", *SHOWN)) + " |"
