@@ -20,6 +20,7 @@ MODELS: Mapping[str, tuple[int, int, int]] = types.MappingProxyType({
 
 ATTENTION_BACKENDS = ("auto", "reference", "blocked", "splash", "cudnn")
 REMAT_POLICIES = ("none", "attention", "dots", "offload", "full")
+PARAMETRIZATIONS = ("standard", "completep")
 OBJECTIVES = ("autoregressive", "masked", "denoising")
 
 
@@ -34,6 +35,12 @@ class ModelConfig(Keys):
     mlp: int = key(0, "width of the MLP's hidden layer; 0: 4 x embed", resume="same")
     init: str = key("released", "released: as OpenAI's code; paper: as Sparse Transformers (paper, Section 3.3)",
                     resume="same", rule=one_of("released", "paper"))
+    parametrization: str = key("standard", "standard: as released; completep: learning rates transfer over width and "
+                                           "depth (arXiv 2505.01618)",
+                               resume="same", rule=one_of(*PARAMETRIZATIONS))
+    base_embed: int = key(512, "completep: width at which it is the standard model; that of the model whose learning "
+                               "rate is known", resume="same", rule=at_least(1))
+    base_layers: int = key(24, "completep: depth at which it is the standard model", resume="same", rule=at_least(1))
     dropout: float = key(0.0, "dropout rate of residual activations in training; the paper uses none",
                          resume="same", rule=within(0, 1, "[)"))
     attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free",
@@ -53,6 +60,10 @@ class ModelConfig(Keys):
             object.__setattr__(self, name, size or row)
         require(self.mlp >= 0, f"model.mlp={self.mlp} must be positive, or 0 for 4 x model.embed.")
         object.__setattr__(self, "mlp", self.mlp or 4 * self.embed)
+        for name in ("base_embed", "base_layers"):
+            require(self.parametrization == "completep" or getattr(self, name) == getattr(ModelConfig, name),
+                    f"model.{name}={getattr(self, name)} has no effect on model.parametrization="
+                    f"{self.parametrization}. Set model.parametrization=completep.")
         require(self.embed % self.heads == 0,
                 f"model.embed={self.embed} is not a multiple of model.heads={self.heads}. Choose heads that divide it.")
 

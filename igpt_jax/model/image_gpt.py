@@ -20,6 +20,7 @@ from igpt_jax.model.attention import NAMES, attention, backend_for, is_saved
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.layers import Block, Product, dropout, norm, pool, product_for, read_out
 from igpt_jax.model.objectives import Autoregressive, Objective, objective_of
+from igpt_jax.model.parametrization import branch_multiplier, head_multiplier, standard_deviations
 from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
@@ -34,28 +35,12 @@ REMAT_POLICIES: Mapping[str, Callable] = {  # activations of a block that the fo
 }
 
 
-def _standard_deviations(init: str, d: Dims) -> dict[str, float]:
-    """Standard deviations of the initial weights; norms start at 1 and the head at 0 in both schemes.
-
-    released: the initializers in OpenAI's code. paper: Section 3.3 refers to Sparse Transformers (Child et al. 2019,
-    Section 6): 0.125 / sqrt(fan in), and the last matrix of each residual branch divided by sqrt(2 L) besides.
-    """
-    if init == "released":
-        return {"token_embed_VD": 0.02, "start_D": 0.02, "position_embed_TD": 0.01,
-                "query_DNH": d.D ** -0.5, "key_DNH": d.D ** -0.5, "value_DNH": d.D ** -0.5,
-                "out_NHD": (d.D * d.L) ** -0.5, "up_DF": 0.02, "down_FD": 0.02}
-    narrow, wide, branch = 0.125 * d.D ** -0.5, 0.125 * d.F ** -0.5, (2 * d.L) ** -0.5
-    return {"token_embed_VD": narrow, "start_D": narrow, "position_embed_TD": narrow,
-            "query_DNH": narrow, "key_DNH": narrow, "value_DNH": narrow, "out_NHD": narrow * branch,
-            "up_DF": narrow, "down_FD": wide * branch}
-
-
 class ImageGPT(nnx.Module):
     """The whole model. The letters at the end of a parameter's name are its dims (see `sharding`)."""
 
     def __init__(self, config: ModelConfig, dims: Dims, causal: bool, key: jax.Array, dtype: Any, parameter_dtype: Any,
                  product: Product, class_layer: int = -1):
-        deviations = _standard_deviations(config.init, dims)
+        deviations = standard_deviations(config, dims)
         keys = iter(jax.random.split(key, len(deviations)))
 
         def make(name: str, stacked: str = "") -> jax.Array:
@@ -68,7 +53,8 @@ class ImageGPT(nnx.Module):
         if causal:
             self.start_D = nnx.Param(make("start_D"))
         self.position_embed_TD = nnx.Param(make("position_embed_TD"))
-        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout, product)
+        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout, product,
+                            branch_multiplier(config))
         self.final_norm_D = nnx.Param(make("final_norm_D"))
         self.head_VD = nnx.Param(make("head_VD"))
         if dims.K:
@@ -118,7 +104,9 @@ class ImageGPT(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 or wider: the final norm and the untied head."""
         head_VD = gather_weight(self.head_VD[...], "VD", self.dtype)
-        return constrain(read_out(norm(x_BTD, self.final_norm_D[...]), head_VD), "BTV")
+        # The multiplier goes into the gain: it has D elements, and norms compute in float32.
+        gain_D, multiplier = self.final_norm_D[...], head_multiplier(self.config)
+        return constrain(read_out(norm(x_BTD, gain_D if multiplier == 1 else multiplier * gain_D), head_VD), "BTV")
 
     def stream(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None,
                read: Callable[[jax.Array, jax.Array], Any] = lambda x_BTD, gain_D: None) -> tuple[jax.Array, Any]:
@@ -161,8 +149,11 @@ class ImageGPT(nnx.Module):
         else:
             x_BTD, features_LBD = self.stream(tokens_BT, key, hidden_BT, read=pool)
             feature_BD = features_LBD[layer]
-        classes_BK = feature_BD @ constrain(self.class_head_KD[...], "KD").T if self.dims.K else None
-        return self.logits(x_BTD), classes_BK
+        if not self.dims.K:
+            return self.logits(x_BTD), None
+        multiplier = head_multiplier(self.config)
+        feature_BD = feature_BD if multiplier == 1 else multiplier * feature_BD
+        return self.logits(x_BTD), feature_BD @ constrain(self.class_head_KD[...], "KD").T
 
 
 @dataclasses.dataclass(frozen=True)

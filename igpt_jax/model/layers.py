@@ -143,7 +143,8 @@ read_out.defvjp(lambda n_BTD, head_VD: (read_out(n_BTD, head_VD), (n_BTD, head_V
 class Block(nnx.Module):
     """x + Attention(norm(x)), then x + MLP(norm(x)). Holds the stacked weights [L, ...] of all blocks when built."""
 
-    def __init__(self, dims: Dims, make: Callable[[str], jax.Array], dtype: Any, rate: float, product: Product):
+    def __init__(self, dims: Dims, make: Callable[[str], jax.Array], dtype: Any, rate: float, product: Product,
+                 branch_multiplier: float = 1.0):
         self.attention_norm_D = nnx.Param(make("attention_norm_D"))
         self.query_DNH = nnx.Param(make("query_DNH"))
         self.key_DNH = nnx.Param(make("key_DNH"))
@@ -152,7 +153,7 @@ class Block(nnx.Module):
         self.mlp_norm_D = nnx.Param(make("mlp_norm_D"))
         self.up_DF = nnx.Param(make("up_DF"))
         self.down_FD = nnx.Param(make("down_FD"))
-        self.dtype, self.rate, self.product = dtype, rate, product
+        self.dtype, self.rate, self.product, self.branch_multiplier = dtype, rate, product, branch_multiplier
 
     def _weight(self, name: str) -> jax.Array:
         return gather_weight(getattr(self, name)[...], name.rsplit("_", 1)[-1], self.dtype)
@@ -170,8 +171,13 @@ class Block(nnx.Module):
         """The rest of the block: projects the heads' outputs, adds them to the stream, and adds the MLP."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         out_BTD = self._project(o_BTNH, "out_NHD", contracted=2)
-        x_BTD = constrain(x_BTD + dropout(out_BTD, self.rate, attention_key), "BTD")
+        x_BTD = self._added(x_BTD, out_BTD, attention_key)
         hidden_BTF = self._project(norm(x_BTD, self.mlp_norm_D[...]), "up_DF")
         hidden_BTF = constrain(activation(hidden_BTF), "BTF")
         out_BTD = self._project(hidden_BTF, "down_FD")
-        return constrain(x_BTD + dropout(out_BTD, self.rate, mlp_key), "BTD")
+        return self._added(x_BTD, out_BTD, mlp_key)
+
+    def _added(self, x_BTD: jax.Array, out_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The residual stream plus the output of a branch."""
+        out_BTD = dropout(out_BTD, self.rate, key)
+        return constrain(x_BTD + (out_BTD if self.branch_multiplier == 1 else self.branch_multiplier * out_BTD), "BTD")

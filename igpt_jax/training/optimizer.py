@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from igpt_jax.config import OptimizerConfig, UserError
+from igpt_jax.config import ModelConfig, OptimizerConfig, UserError
+from igpt_jax.model.parametrization import epsilon_multiplier, is_hidden, learning_rate_multiplier, ratios
 from igpt_jax.parallel.sharding import letters_for
 
 log = logging.getLogger(__name__)
@@ -127,10 +129,8 @@ _ADAMS = {"float32": _adam, "bfloat16": _bfloat16_adam, "factored": _factored_ad
 
 def _muon_labels(params: Any) -> Any:
     """muon for the matrices of the blocks, adam for embeddings, heads, norms and the start vector."""
-    def label(path, leaf):
-        letters = letters_for(path[-1].key, leaf.ndim)
-        return "muon" if letters.startswith("L") and len(letters) > 2 else "adam"
-    return jax.tree_util.tree_map_with_path(label, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: "muon" if is_hidden(path[-1].key, leaf.ndim) else "adam", params)
 
 
 def _muon_dimensions(params: Any) -> Any:
@@ -160,12 +160,29 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(orthogonalized.init, update)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Update directions, before the learning rate: [clipping], Adam or Muon, [decoupled weight decay]."""
+def _multiplied(multiplier: Callable[[str, int], float]) -> optax.GradientTransformation:
+    """Multiplies each array by `multiplier(name, number of dims)`."""
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(
+        lambda path, x: multiplier(path[-1].key, x.ndim) * x, updates))
+
+
+def make_optimizer(config: OptimizerConfig, model: ModelConfig | None = None) -> optax.GradientTransformation:
+    """Update directions, before the learning rate: [clipping], Adam or Muon, [decoupled weight decay].
+
+    Args:
+      config: of the optimizer.
+      model: decides the multipliers of learning rates and epsilon by its parametrization; None: standard.
+    """
     moments = _ADAMS[config.second_moment](config)
     if config.name == "muon":
         moments = optax.partition({"muon": _muon(config), "adam": moments}, _muon_labels)
     chain = [moments]
+    if model and ratios(model) != (1, 1):
+        # Adam divides by the gradient's size, so only epsilon notices if all gradients are multiplied: gradients times
+        # 1 / c are gradients with epsilon times c. Weight decay comes later and is not scaled by the width: with the
+        # learning rate alone it would shrink as the model grows (Dey et al. 2025, Table 1).
+        chain = [_multiplied(lambda name, ndim: 1 / epsilon_multiplier(model, name, ndim)), moments,
+                 _multiplied(lambda name, ndim: learning_rate_multiplier(model, name, ndim, config.name))]
     if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.weight_decay:

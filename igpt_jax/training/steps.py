@@ -36,7 +36,7 @@ def init_state(model: Model, config: PretrainConfig, key: jax.Array) -> State:
     if config.optimizer.ema:
         optional["ema"] = jax.tree.map(jnp.zeros_like, params)  # the first update gives the parameters themselves
     return {**optional, "step": jnp.int32(0), "skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0),
-            "params": params, "optimizer": make_optimizer(config.optimizer).init(params)}
+            "params": params, "optimizer": make_optimizer(config.optimizer, config.model).init(params)}
 
 
 def state_shardings(model: Model, config: PretrainConfig, mesh: Mesh) -> State:
@@ -63,7 +63,7 @@ def make_train_step(model: Model, config: PretrainConfig, warmup_steps: int) -> 
     of parameters and moments and is counted in `skipped`; the step counter still advances, and with it data order and
     schedule. In an accepted update a parameter that would overflow keeps its value, so parameters are always finite.
     """
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model)
     loss_fn = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
     def train_step(state: State, tokens_BT: jax.Array, key: jax.Array, labels_B: jax.Array | None = None

@@ -14,7 +14,7 @@ from igpt_jax import checkpoint
 from igpt_jax.config import FinetuneConfig, UserError
 from igpt_jax.model.image_gpt import Model
 
-SIZES = ("name", "layers", "embed", "heads", "mlp", "init")
+SIZES = ("name", "layers", "embed", "heads", "mlp", "init", "parametrization", "base_embed", "base_layers")
 
 
 def adopted(config: FinetuneConfig) -> FinetuneConfig:

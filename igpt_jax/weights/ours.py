@@ -17,6 +17,7 @@ from igpt_jax.checkpoint import Metadata
 from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.config import MODELS, MeshConfig, ModelConfig, PretrainConfig, UserError
 from igpt_jax.model.dims import Dims
+from igpt_jax.model.parametrization import folded
 from igpt_jax.parallel import checksums, sharding
 from igpt_jax.parallel.trees import by_name
 from igpt_jax.storage import hashes
@@ -80,7 +81,8 @@ class OurWeights:
         exact = self.record.config.precision != "float64"
         if expected is not None and exact and checksums.of_host_array(array) != expected:
             raise damaged
-        return names.finite(f"checkpoint {self._path}", full_name, array)
+        factor = folded(self.record.config.model, name)
+        return names.finite(f"checkpoint {self._path}", full_name, array if factor == 1 else np.float32(factor) * array)
 
 
 def _read(folder: storage.Path, name: str) -> np.ndarray:
@@ -117,8 +119,12 @@ def class_layer_of(weights: Weights) -> int:
 def record_for(weights: Weights, palette_VC: np.ndarray) -> Metadata:
     """Metadata of a checkpoint made of weights: our checkpoint's own, or derived from the sizes."""
     if isinstance(weights, OurWeights):
-        config = weights.record.config  # the checkpoint that is written has no moving average beside its parameters
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema=0.0))
+        # What is written has no moving average beside its parameters, and the multipliers of completep are in them.
+        config, base = weights.record.config, ModelConfig()
+        config = dataclasses.replace(
+            config, optimizer=dataclasses.replace(config.optimizer, ema=0.0),
+            model=dataclasses.replace(config.model, parametrization="standard", base_embed=base.base_embed,
+                                      base_layers=base.base_layers))
         return dataclasses.replace(weights.record, config=config, palette_VC=palette_VC)
     sizes = weights.sizes
     row = (sizes["L"], sizes["D"], sizes["N"])
