@@ -218,7 +218,9 @@ def _load(job: str, argument: str) -> ConfigDict:
 
     A config file is the user's own program, so any error in it is reported with its line number.
     """
-    file, arguments = re.fullmatch(r"(.+?(?:\.py|\.json|(?=:)|$))(?::(.*))?", argument, re.DOTALL).groups()
+    match = (re.fullmatch(r"((?:configs/)?\w+)(?::(?!//)(.*))?", argument, re.DOTALL)  # a name; not gs://
+             or re.fullmatch(r"(.+?\.(?:py|json))(?::(.*))?", argument, re.DOTALL))
+    file, arguments = match.groups() if match else (argument, None)
     source = _config_file(file)
     if file.endswith(".json"):
         return _recorded(job, file, source, arguments or "")

@@ -189,8 +189,9 @@ def test_config_files_of_the_package_are_found_by_name(name, tmp_path, monkeypat
     assert command_line.main(["pretrain", f"--config={name}:batch_size=2", "--config.steps=7", "--print_config"]) == 0
     given = json.loads(printed[0])
     assert (given["model"]["embed"], given["batch_size"], given["steps"]) == (1536, 2, 7)
-    (tmp_path / "config.json").write_text(printed[0])
-    config, _ = command_line._parse("pretrain", ["--config=config.json:steps=8", "--workdir=w"])
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "config.json").write_text(printed[0])
+    config, _ = command_line._parse("pretrain", [f"--config={tmp_path}/a:b/config.json:steps=8", "--workdir=w"])
     assert json.loads(json.dumps(to_dict(config))) == {**given, "steps": 8}
 
 
