@@ -98,7 +98,7 @@ def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
 
 
 def test_a_store_that_moved_is_asked_for(run, tmp_path):
-    """Seen to fail with the checkpoint's store taken unseen."""
+    """The store of a checkpoint is a path as its run was given it, so it may be relative to another folder."""
     metadata = run[-1]
 
     def trained_on(store):

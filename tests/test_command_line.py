@@ -234,8 +234,7 @@ def test_a_job_leaves_its_config_and_its_result(config, tmp_path):
 
 
 def test_precision_follows_the_platform_and_the_run(tmp_path):
-    """auto: float32 on this CPU, in config.json too; but what the workdir's run has, if there is one. Seen to fail with
-    bfloat16 as the default, and with the platform's alone."""
+    """auto: float32 on this CPU, in config.json too; but what the workdir's run has, if there is one."""
     def used(workdir, arguments=""):
         seen = []
         given = parse("pretrain", base_config("pretrain", arguments))

@@ -41,7 +41,7 @@ def built(folder):
 
 
 def test_the_wheel_is_complete(built):
-    """Every file of the package and every config. Seen to fail without setup.py, MANIFEST.in or package_data."""
+    """Every file of the package and every config. Seen to fail without setup.py's copy and MANIFEST.in."""
     names = [{name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} for wheel in built]
     package = {str(file.relative_to(ROOT)) for file in (ROOT / "igpt_jax").rglob("*.*")
                if "__pycache__" not in file.parts}

@@ -177,7 +177,7 @@ def test_an_unavailable_platform_is_reported_with_its_fix(monkeypatch, error, sa
     (["/dev/nvidia0"], "'.[cuda12]'"),
 ])
 def test_an_accelerator_that_jax_does_not_use_is_named(monkeypatch, files, says):
-    """Seen to fail with /dev/vfio/vfio, which machines without a TPU have too, taken for one."""
+    """Machines without a TPU have /dev/vfio/vfio or the folder /dev/accel too."""
     monkeypatch.setattr(startup.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
     monkeypatch.setattr(startup.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
     assert startup.unused_accelerator() == ""  # JAX_PLATFORMS=cpu is set in tests

@@ -73,8 +73,7 @@ def test_a_resumed_run_writes_each_line_once(tmp_path, capsys):
 
 
 def test_in_a_terminal_the_bar_moves_and_held_out_lines_stay(tmp_path, monkeypatch):
-    """Ten steps of a second, a log line at each fifth. Seen to fail with the bar moved by log lines alone, and with the
-    held-out loss in the bar only."""
+    """Ten steps of two seconds, a log line at each fifth. Seen to fail with the bar moved by log lines alone."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
