@@ -16,7 +16,7 @@ from jax.interpreters import partial_eval
 # The backward kernels compute the scores again, and splash does so in both of its kernels.
 KERNEL_PRODUCTS = {
     "splash_mha_fwd": 2,
-    "splash_mha_dkv": 4,  # scores, dv, d weights, dk
+    "splash_mha_dkv": 4,  # scores, dv, d weights, dk; one more where it computes dq too, as a fifth result
     "splash_mha_dq": 3,  # scores, d weights, dq
     "dot_product_attention_fwd": 2,
     "dot_product_attention_bwd": 5,  # scores, dv, d weights, dq, dk
@@ -79,6 +79,7 @@ def _of_kernel(equation: Any, causal: bool) -> float:
     if name.startswith("splash"):  # [..., N, T, H]
         *batch, T, H = q
         S = k[-2]
+        products += name.startswith("splash_mha_dkv") and len(equation.outvars) > 4
     else:  # [B, T, N, H]
         B, T, N, H = q
         batch, S = (B, N), k[1]

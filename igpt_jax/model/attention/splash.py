@@ -42,8 +42,12 @@ def _kernel(heads: int, tokens: int, shards: int, head_shards: int, causal: bool
     # A full mask is the same for any queries, so it covers one device's and is replicated.
     mask = CausalMask(tokens, shards) if causal else splash_attention_mask.FullMask((tokens // shards, tokens))
     q, kv = block_for(tokens // shards), block_for(tokens)
+    # One backward kernel reads queries, keys, values and gradients once and computes the scores once, where two do so
+    # twice. It writes a part of the queries' gradient for each block of keys, so that it pays for a single block.
+    fused = kv == tokens
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv)
+        block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=None if fused else q,
+        block_kv_dq=None if fused else kv, use_fused_bwd_kernel=fused)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=head_shards,
         q_seq_shards=shards if causal else 1, residual_checkpoint_name=SAVED, interpret=interpret)
