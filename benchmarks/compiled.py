@@ -27,7 +27,6 @@ from igpt_jax.parallel import sharding, topology
 from igpt_jax.planner import compilation, flops, hlo, program, targets
 from igpt_jax.runtime.precision import set_precision
 
-COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while", "call")
 REARRANGES = ("transpose", "copy")
 WORTH_COUNTING = 4096  # bytes that an instruction moves
 
@@ -62,11 +61,11 @@ def evidence(config: PlanConfig) -> dict[str, Any]:
                 for leaf in jax.tree.leaves(arguments[0]))
     moved = program.traffic(text, dict(mesh.shape))
     module = hlo.parse(text)
-    overlapped, waiting = overlap(module, dict(mesh.shape))
     counts, rearranged = instructions(module)
     return {"products": dict(products), "recomputed": flops.count(traced.jaxpr, model.causal) / saved,
             "memory_bytes": moved.memory_bytes, "rearranged_bytes": rearranged, "instructions": counts,
-            "overlapped_bytes": overlapped, "waiting_bytes": waiting,
+            "overlapped_bytes": moved.overlapped_bytes,
+            "waiting_bytes": sum(moved.collective_bytes.values()) - moved.overlapped_bytes,
             "updated_in_place": min(1.0, memory.alias_size_in_bytes / state)}  # TPUs pad arrays
 
 
@@ -87,25 +86,6 @@ def instructions(module: dict[str, hlo.Computation]) -> tuple[dict[str, int], fl
             counts[instruction.base] += round(times)
             moved += times * size * (instruction.base in REARRANGES)
     return dict(counts.most_common()), moved
-
-
-def overlap(module: dict[str, hlo.Computation], mesh_shape: dict[str, int]) -> tuple[float, float]:
-    """Bytes sent by collectives with computation between their start and their end, and by all others (exposed)."""
-    sent = {True: 0.0, False: 0.0}
-    for send in program.sends(module, mesh_shape):
-        sent[send.spread or _computes_until_done(send.computation, send.instruction)] += send.bytes
-    return sent[True], sent[False]
-
-
-def _computes_until_done(computation: hlo.Computation, start: hlo.Instruction) -> bool:
-    """Whether something is computed between a start and its done, in the order of the schedule."""
-    order = list(computation.values())
-    for each in order[order.index(start) + 1:]:
-        if start.name in each.operands:
-            return False
-        if each.opcode in COMPUTES and start.opcode.endswith("-start"):
-            return True
-    return False
 
 
 def main() -> None:

@@ -21,13 +21,15 @@ log = logging.getLogger(__name__)
 Value = bool | int | float | str
 
 # libtpu splits a product with a gathered weight into one product per part of the weight ("windowed einsum"), to overlap
-# it with the gather. The sums of the parts go through memory every time. Above this threshold it gathers first, and
-# overlaps the gather with other layers' products. Memory traffic of a step, libtpu 0.0.51: iGPT-L 32x32 on v5p:2x4x4
-# from 425 to 98 GiB, iGPT-S 48x48 on v6e:2x4 from 253 to 130 GiB and on v5e:4x4 from 82 to 41 GiB.
+# it with the gather. The sums of the parts go through memory every time. Above this threshold it gathers first. Memory
+# traffic of a step, libtpu 0.0.51: iGPT-L 32x32 on v5p:2x4x4 from 425 to 98 GiB, iGPT-S 48x48 on v6e:2x4 from 253 to
+# 130 GiB and on v5e:4x4 from 82 to 41 GiB; four layers of an MLP of iGPT-L's widths on v4:2x2x4 from 10.9 to 2.6 GiB.
+# On v4, v5p and v6e the gathers then no longer overlap with products. For iGPT-L on v5p:2x4x4 that exposes at most 0.02
+# of 0.13 s, by the planner's links.
 GATHER_FIRST = types.MappingProxyType({"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000})
 
 OPTIONS: Mapping[str, Mapping[str, Value]] = types.MappingProxyType({
-    "TPU v5e": GATHER_FIRST, "TPU v5p": GATHER_FIRST, "TPU v6e": GATHER_FIRST})
+    "TPU v4": GATHER_FIRST, "TPU v5e": GATHER_FIRST, "TPU v5p": GATHER_FIRST, "TPU v6e": GATHER_FIRST})
 
 
 def resolve(mesh: Mesh, given: str) -> dict[str, Value]:

@@ -51,6 +51,7 @@ class Verdict:
       flops: of matrix products over all devices, including remat's recomputation.
       memory_bytes: read from and written to memory.
       collective_bytes: sent to other devices, by mesh axes.
+      overlapped_bytes: the part of them that travels during computation.
       collectives: number of collectives that run, by kind.
       unknown_loops: number of loops whose length the compiled text does not show.
     """
@@ -73,6 +74,7 @@ class Verdict:
     flops: float = 0.0
     memory_bytes: float = 0.0
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    overlapped_bytes: float = 0.0
     collectives: dict[str, float] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     compile_seconds: float = 0.0
@@ -114,7 +116,8 @@ def compile_step(config: PlanConfig) -> Verdict:
     required = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs + code
     return Verdict("compiled", required_bytes=required, temporaries_bytes=memory.temp_size_in_bytes,
                    memory_bytes=moved.memory_bytes, collective_bytes=moved.collective_bytes,
-                   collectives=moved.collectives, unknown_loops=moved.unknown_loops, compile_seconds=seconds, **known)
+                   overlapped_bytes=moved.overlapped_bytes, collectives=moved.collectives,
+                   unknown_loops=moved.unknown_loops, compile_seconds=seconds, **known)
 
 
 def compile_with_text(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:

@@ -24,6 +24,7 @@ import numpy as np
 from igpt_jax.planner.hlo import Computation, Instruction, bytes_of, executed, parse, trip_count
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while", "call")
 # Opcodes that move nothing themselves: bookkeeping, containers, or the second half of a pair whose first half counts.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
         "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "send", "recv"}
@@ -36,11 +37,13 @@ class Traffic:
     Attributes:
       memory_bytes: read from and written to its memory.
       collective_bytes: sent to other devices, by the mesh axes that they differ along ('fsdp', 'data+fsdp').
+      overlapped_bytes: the part of them that travels during computation.
       collectives: number of collectives that run, by kind.
       unknown_loops: number of loops of unknown length, which count as one iteration each.
     """
     memory_bytes: float
     collective_bytes: Mapping[str, float]
+    overlapped_bytes: float
     collectives: Mapping[str, float]
     unknown_loops: int
 
@@ -53,14 +56,15 @@ def traffic(text: str, mesh_shape: Mapping[str, int]) -> Traffic:
       mesh_shape: sizes of the mesh axes by name. Their order is that of the device numbers in the text.
     """
     program = parse(text)
-    memory, sent, counts, unknown = 0.0, defaultdict(float), defaultdict(float), 0
+    memory, overlapped, sent, counts, unknown = 0.0, 0.0, defaultdict(float), defaultdict(float), 0
     for computation, instruction, times in executed(program, program["ENTRY"], 1.0):
         unknown += instruction.opcode == "while" and trip_count(program, computation, instruction) is None
         memory += times * memory_bytes_of(program, computation, instruction)
     for send in sends(program, mesh_shape):
         sent[send.axes] += send.bytes
         counts[send.kind] += send.times
-    return Traffic(memory, dict(sent), dict(counts), unknown)
+        overlapped += send.bytes * (send.spread or _computes_until_done(send.computation, send.instruction))
+    return Traffic(memory, dict(sent), overlapped, dict(counts), unknown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,17 @@ def sends(program: dict[str, Computation], mesh_shape: Mapping[str, int]) -> Ite
             if size > 1:
                 yield Send(computation, instruction, kind, axes, times, times * _sent(collective, where, kind, size),
                            bool(chain))
+
+
+def _computes_until_done(computation: Computation, start: Instruction) -> bool:
+    """Whether something is computed between a start and its done, in the order of the schedule."""
+    order = list(computation.values())
+    for each in order[order.index(start) + 1:]:
+        if start.name in each.operands:
+            return False
+        if each.opcode in COMPUTES and start.opcode.endswith("-start"):
+            return True
+    return False
 
 
 # Collectives.
