@@ -84,10 +84,12 @@ def main() -> None:
     todo.sort(key=lambda title: ("now" in known[title], title not in FIRST))
     for title in tqdm(todo[:options.limit], unit="cell", disable=None):
         try:
-            known[title]["now"] = measure(config_of(title, known[title]["settings"], options.python))
+            found = measure(config_of(title, known[title]["settings"], options.python))
         except UserError as error:
             print(f"{title}: {error}", file=sys.stderr)
             continue
+        known = json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
+        known[title]["now"] = found
         storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
         print(row(title, known[title]), flush=True)
     page = DOCS / "performance.md"

@@ -59,7 +59,7 @@ def parts(row: dict, figures: dict | None) -> tuple[Forecast, float]:
     config = config_of(row)
     target, model = topology.parse(config.topology), config.model
     figures = figures or {name: getattr(estimate(config), name) for name in FIGURES}
-    at_peak = forecast(target, dataclasses.asdict(config.mesh), *(figures[name] for name in FIGURES))
+    at_peak = forecast(target, config.mesh.sizes, *(figures[name] for name in FIGURES))
     flops = config.batch_size * train_flops_per_image(model.layers, model.embed, model.mlp, config.palette_size,
                                                       config.image_size ** 2)
     return at_peak, flops / target.devices / target.chip.peak_bf16_flops / measured_mfu(row)

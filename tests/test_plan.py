@@ -1,6 +1,5 @@
 """The plan job: it compiles the step that trains, predicts its memory, searches, caches, and refuses mistakes."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -150,8 +149,8 @@ def test_a_step_that_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
     def compiled(config):
         if config.model.remat == "full" and config.accumulate == 4:
             return compilation.Verdict("compiled", required_bytes=2**33, parameters=1, devices=16,
-                                       mesh=dataclasses.asdict(config.mesh))
-        return compilation._compile_error(TOO_MUCH, {"devices": 16, "mesh": dataclasses.asdict(config.mesh),
+                                       mesh=config.mesh.sizes)
+        return compilation._compile_error(TOO_MUCH, {"devices": 16, "mesh": config.mesh.sizes,
                                                      "params_bytes": 2**30})
 
     asked = []
@@ -178,7 +177,7 @@ def test_the_search_ranks_what_it_compiled(monkeypatch, tmp_path, capsys):
         if len(seen) == 2:
             return compilation.Verdict("failed", "it crashed")
         return compilation.Verdict("compiled", required_bytes=2 ** (50 if len(seen) == 1 else 30), devices=16,
-                                   flops=1e15 * (10 - len(seen)), mesh=dataclasses.asdict(config.mesh))
+                                   flops=1e15 * (10 - len(seen)), mesh=config.mesh.sizes)
 
     monkeypatch.setattr(plan, "verdict_for", compiled)
     plan.run(config_for("model=igpt_s,topology=v5e:4x4,search=True,search_compiles=5"), str(tmp_path))

@@ -104,23 +104,35 @@ class MeshConfig(Keys):
     context: int = key(1, "devices that share each sequence (context parallel), and one copy of the state",
                        resume="free")
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by axis."""
+        return {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context")}
+
     def __post_init__(self):
         super().__post_init__()
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes
         for name, size in sizes.items():
             require(size == -1 or size >= 1, f"mesh.{name}={size} must be positive, or -1 for the devices left.")
         require(list(sizes.values()).count(-1) <= 1, f"mesh={sizes}: only one axis may be -1.")
 
     def resolve(self, devices: int) -> "MeshConfig":
         """The mesh with -1 replaced, for `devices` devices. Raises UserError if their number is not the product."""
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes
         fixed = math.prod(size for size in sizes.values() if size != -1)
         filled = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
         given = " x ".join(f"{name}={size}" for name, size in sizes.items())
         require(math.prod(filled.values()) == devices,
                 f"mesh {given} does not multiply to the {devices} devices here. "
                 f"Set mesh.fsdp=-1 for the devices left, and other axes that divide {devices}.")
-        return MeshConfig(**filled)
+        return dataclasses.replace(self, **filled)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainMeshConfig(MeshConfig):
+    reduce_dtype: str = key("bfloat16", "dtype in which gradients of the blocks' weights are sent and summed over "
+                                        "devices: bfloat16 or float32, at precision=bfloat16; wider ones sum in their "
+                                        "own", resume="same", rule=one_of("bfloat16", "float32"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +165,7 @@ class PretrainConfig(Keys):
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
-    mesh: MeshConfig = section(MeshConfig)
+    mesh: TrainMeshConfig = section(TrainMeshConfig)
     image_size: int = key(0, "height and width, pixels, which must be the store's; 0: the store's",
                           resume="free", rule=at_least(0))
     palette: str = key("", "a palette's .npy; empty: the store's own", resume="free", compiled=False)

@@ -79,7 +79,7 @@ def _target(config: PlanConfig) -> Target:
 
 def _with_mesh(config: PlanConfig, target: Target, speed: Speed) -> PlanConfig:
     """The config with its mesh resolved; without a mesh, with the one estimated to be the fastest."""
-    if config.mesh != MeshConfig():
+    if config.mesh.sizes != MeshConfig().sizes:
         return dataclasses.replace(config, mesh=config.mesh.resolve(target.devices))
     return _candidates(config, target, speed, vary=False)[0].config
 

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import (
-    MeshConfig,
     PlanConfig,
     PretrainConfig,
     ScalingConfig,
@@ -132,9 +131,8 @@ def _check(planned: Planned, data: _Data, mesh: Mesh) -> None:
     Model.of(config, data.colors, data.image_size, mesh)
     chip = topology.chip_for(mesh.devices.flat[0].device_kind)
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    sizes = MeshConfig(**dict(mesh.shape))
-    need = estimate(PlanConfig(**{**keys, "job": "plan", "mesh": sizes, "image_size": data.image_size,
-                                  "palette_size": data.colors})).required_bytes
+    need = estimate(PlanConfig(**{**keys, "job": "plan", "mesh": config.mesh.resolve(mesh.size),
+                                  "image_size": data.image_size, "palette_size": data.colors})).required_bytes
     if chip and need > chip.usable_bytes:
         raise UserError(f"{planned.name} needs about {need / GIB:.0f} GiB per device, and a {chip.name} has "
                         f"{chip.usable_bytes / GIB:.0f}. Set pretrain.images_per_pass, or more mesh.fsdp.")

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from igpt_jax.config import MeshConfig, ModelConfig, PretrainConfig, precision_on
 from igpt_jax.model.attention import NAMES, attention, backend_for, is_saved
 from igpt_jax.model.dims import Dims
-from igpt_jax.model.layers import Block, Product, dropout, norm, pool, product_for, read_out
+from igpt_jax.model.layers import Block, dropout, norm, pool, read_out
 from igpt_jax.model.objectives import Autoregressive, Objective, objective_of
 from igpt_jax.model.parametrization import branch_multiplier, head_multiplier, standard_deviations
+from igpt_jax.model.products import Product, product_for
 from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
@@ -53,7 +54,7 @@ class ImageGPT(nnx.Module):
         if causal:
             self.start_D = nnx.Param(make("start_D"))
         self.position_embed_TD = nnx.Param(make("position_embed_TD"))
-        self.blocks = Block(dims, lambda name: make(name, stacked="L"), dtype, config.dropout, product,
+        self.blocks = Block(dims, lambda name: make(name, stacked="L"), config.dropout, product,
                             branch_multiplier(config))
         self.final_norm_D = nnx.Param(make("final_norm_D"))
         self.head_VD = nnx.Param(make("head_VD"))
@@ -103,7 +104,7 @@ class ImageGPT(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 or wider: the final norm and the untied head."""
-        head_VD = gather_weight(self.head_VD[...], "VD", self.dtype)
+        head_VD = gather_weight(self.head_VD[...], "head_VD", self.dtype)
         # The multiplier goes into the gain: it has D elements, and norms compute in float32.
         gain_D, multiplier = self.final_norm_D[...], head_multiplier(self.config)
         return constrain(read_out(norm(x_BTD, gain_D if multiplier == 1 else multiplier * gain_D), head_VD), "BTV")
@@ -172,7 +173,7 @@ class Model:
 
     def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str,
                  mesh: Mesh | None = None, objective: Objective | None = None, classes: int = 0,
-                 class_layer: int = -1, options: str = ""):
+                 class_layer: int = -1, options: str = "", reduce_dtype: str = "float32"):
         """
         Args:
           config: sizes and choices. Attention `auto` becomes the back-end of the mesh's platform.
@@ -184,6 +185,7 @@ class Model:
           classes: outputs of the class head; 0: no class head.
           class_layer: layer of the stream that the class head reads, 0 (the embedding) to L; -1: the last.
           options: `compiler_options` of the config. `self.compiler_options` are those to compile this model with.
+          reduce_dtype: in which gradients are summed over devices; see `products.Product`.
 
         Raises:
           UserError: the heads or tokens do not divide over the mesh, the attention back-end cannot run there, or the
@@ -200,7 +202,7 @@ class Model:
         backend = backend_for(config.attention, platform, precision, self.dims.T, self.dims.H,
                               mesh.shape[sharding.CONTEXT])
         self.compiler_options = compiler_options.resolve(mesh, options)
-        self._product = product_for(platform, precision)
+        self._product = product_for(mesh.devices.flat[0], precision, reduce_dtype)
         self.config = dataclasses.replace(config, attention=backend)
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
@@ -211,7 +213,8 @@ class Model:
         sizes = dataclasses.replace(config.model, attention=attention) if attention else config.model
         class_layer = config.model.class_layer if config.finetuning else -1
         return cls(sizes, palette_size, image_size, precision or config.precision, mesh, objective_of(config), classes,
-                   class_layer, config.compiler_options if options is None else options)
+                   class_layer, config.compiler_options if options is None else options,
+                   config.mesh.reduce_dtype)
 
     def _build(self, key: jax.Array) -> ImageGPT:
         return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters,

@@ -14,7 +14,7 @@ No other file but config/training.py names mesh axes.
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -193,11 +193,93 @@ def constrain(x: jax.Array, letters: str, rules: Mapping[str, tuple[str, ...]] =
     return jax.lax.with_sharding_constraint(x, spec_for(letters, rules))
 
 
-def gather_weight(weight: jax.Array, letters: str, dtype: Any) -> jax.Array:
+def gather_weight(weight: jax.Array, name: str, dtype: Any) -> jax.Array:
     """A parameter in the compute dtype. It is cast before it is gathered, so that devices exchange `dtype`."""
     # The constraint gives the cast array the parameter's own sharding. Without it XLA may gather float32 and cast then,
     # which moves twice the bytes of bfloat16.
-    return constrain(weight.astype(dtype), letters, PARAMETER_RULES)
+    return constrain(weight.astype(dtype), letters_for(name, weight.ndim), PARAMETER_RULES)
+
+
+def gathered(weight: jax.Array, name: str, at_once: int) -> jax.Array:
+    """A parameter from `gather_weight`. XLA gathers it where a product needs it. If more than `at_once` devices of an
+    axis share it, it is gathered here, in two stages."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if weight_shards() <= at_once:
+        return weight
+    spec = parameter_spec(name, weight.shape, mesh)
+    if PARAMETER_RULES["D"] not in spec:  # its dim does not divide and is replicated
+        return weight
+    dim = spec.index(PARAMETER_RULES["D"])
+
+    def on_each_device(part: jax.Array) -> jax.Array:
+        for axis in reversed(PARAMETER_RULES["D"]):
+            for groups in reversed(_stages(mesh.shape[axis], at_once)):
+                part = jax.lax.all_gather(part, axis, axis=dim, axis_index_groups=groups, tiled=True)
+        return part
+
+    whole = PartitionSpec(*(*spec[:dim], None, *spec[dim + 1:]))
+    return jax.shard_map(on_each_device, in_specs=spec, out_specs=whole, check_vma=False)(weight)
+
+
+def weight_shards() -> int:
+    """The largest number of devices along one axis that share a weight: fsdp or context; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else max(mesh.shape[axis] for axis in PARAMETER_RULES["D"])
+
+
+def gradient_shards() -> int:
+    """The number of devices over which a weight's gradient is summed: data x fsdp x context; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, CONTEXT))
+
+
+def summed_gradient(gradient: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, x_letters: str, d: jax.Array,
+                    d_letters: str, name: str, shape: tuple[int, ...], at_once: int) -> jax.Array:
+    """The sum over devices of `gradient(x, d)` of their parts of x and d, in the sharding of the parameter `name`.
+
+    Each device receives the sum of its own part alone (reduce-scatter), in the dtype that `gradient` returns.
+
+    Args:
+      gradient: of the activation x and the gradient d, whose dims the letters name.
+      shape: of the parameter.
+      at_once: the most devices of a reduce-scatter. More of them scatter in two stages.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = parameter_spec(name, shape, mesh)
+
+    def on_each_device(x: jax.Array, d: jax.Array) -> jax.Array:
+        part = gradient(x, d)
+        axes = [axis for axis in (*BATCH_AXES, CONTEXT) if mesh.shape[axis] > 1]
+        scattered = [axis for axis in axes if axis in PARAMETER_RULES["D"] and PARAMETER_RULES["D"] in spec]
+        for axis in scattered:
+            for groups in _stages(mesh.shape[axis], at_once):
+                part = jax.lax.psum_scatter(part, axis, scatter_dimension=spec.index(PARAMETER_RULES["D"]),
+                                            axis_index_groups=groups, tiled=True)
+        rest = [axis for axis in axes if axis not in scattered]
+        return jax.lax.psum(part, rest) if rest else part
+
+    parts = tuple(_divisible_spec(letters, each.shape, mesh) for letters, each in ((x_letters, x), (d_letters, d)))
+    return jax.shard_map(on_each_device, in_specs=parts, out_specs=spec, check_vma=False)(x, d)
+
+
+def _stages(devices: int, at_once: int) -> list[list[list[int]] | None]:
+    """Groups of devices for each stage of a reduce-scatter over one axis; None is all of them at once.
+
+    With 8 devices in two stages, groups 0 2 4 6 and 1 3 5 7 scatter quarters, and then 0 1, 2 3, 4 5 and 6 7 the halves
+    of these. So device i ends with eighth i.
+    """
+    if devices <= at_once:
+        return [None]
+    inner = max(n for n in range(1, math.isqrt(devices) + 1) if devices % n == 0)
+    return [[list(range(first, devices, inner)) for first in range(inner)],
+            [list(range(first, first + inner)) for first in range(0, devices, inner)]]
+
+
+def _divisible_spec(letters: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The PartitionSpec of an activation; dims that do not divide are replicated."""
+    rules = (ACTIVATION_RULES.get(letter, ()) for letter in letters)
+    return PartitionSpec(*(axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+                           for axes, size in zip(rules, shape, strict=True)))
 
 
 def table(params: Any, mesh: Mesh) -> str:

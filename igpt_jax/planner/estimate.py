@@ -70,10 +70,12 @@ def estimate(config: PlanConfig) -> Estimate:
 
     # Collectives: weights are gathered forward and backward, and gradients scattered. Tensor parallelism sums
     # activations twice per layer and pass, and context parallelism gathers keys and values.
+    reduced = HALF if mesh.reduce_dtype == "bfloat16" else WHOLE
     sent = {
         "data": 2 * WHOLE * own * (mesh.data - 1) / mesh.data,
         "fsdp" if mesh.context == 1 else "fsdp+context":
-            3 * microbatches * HALF * blocks / mesh.tensor * (shards - 1) / shards + 3 * WHOLE * tables * (shards > 1),
+            (2 * HALF + reduced) * microbatches * blocks / mesh.tensor * (shards - 1) / shards
+            + 3 * WHOLE * tables * (shards > 1),
         "tensor": (2 * passes - 2) * microbatches * d.L * 2 * b * t * D * HALF * (mesh.tensor - 1) / mesh.tensor,
         "context": (passes + 1) * microbatches * d.L * 2 * b * d.T * D / mesh.tensor * HALF
                    * (mesh.context - 1) / mesh.context}

@@ -28,8 +28,7 @@ class Candidate:
 
 def settings(config: PlanConfig) -> str:
     """The command-line flags for what the search chose."""
-    mesh = dataclasses.asdict(config.mesh)
-    flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items() if size != 1 or axis == "fsdp"]
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in config.mesh.sizes.items() if size != 1 or axis == "fsdp"]
     attention = [] if config.model.attention == "auto" else [f"--config.model.attention={config.model.attention}"]
     return " ".join([*flags, f"--config.accumulate={config.accumulate}", f"--config.model.remat={config.model.remat}",
                      *attention])
@@ -51,7 +50,7 @@ def meshes(config: PlanConfig, target: topology.Target) -> Iterator[MeshConfig]:
         # Links between slices or nodes are slow, so that only the batch is split over them.
         if target.groups > 1 and (data * fsdp) % target.groups:
             continue
-        yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
+        yield dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, context=context)
 
 
 def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLIC, vary: bool = True
@@ -77,8 +76,7 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
             model = dataclasses.replace(config.model, remat=remat, attention=attention)
             changed = dataclasses.replace(config, mesh=mesh, accumulate=accumulate, model=model)
             guess = estimate(changed)
-            time = forecast(target, dataclasses.asdict(mesh), guess.flops, guess.memory_bytes, guess.collective_bytes,
-                            speed)
+            time = forecast(target, mesh.sizes, guess.flops, guess.memory_bytes, guess.collective_bytes, speed)
             found.append(Candidate(changed, guess, time))
     room = target.chip.usable_bytes
 

@@ -21,13 +21,13 @@ COLORS, TOKENS, EMBED = 64, 64, 128
 MESHES = MeshConfig(1, 8), MeshConfig(1, 2, 2, 2)
 
 
-def lower(mesh_config, devices=None, image_size=8, **model):
+def lower(mesh_config, devices=None, image_size=8, reduce_dtype="bfloat16", **model):
     """The lowered training step and its abstract state."""
     config = base_config("pretrain", "model=igpt_tiny,batch_size=8,precision=bfloat16")
     config.model.update({"layers": LAYERS, "embed": EMBED, "heads": 8, **model})
     config = parse("pretrain", config)
     mesh = sharding.make_mesh(mesh_config, devices)
-    model = Model(config.model, COLORS, image_size, "bfloat16", mesh)
+    model = Model(config.model, COLORS, image_size, "bfloat16", mesh, reduce_dtype=reduce_dtype)
     with jax.set_mesh(mesh):
         state = abstract_state(model, config, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -64,6 +64,17 @@ def gathers():
         assert max(sizes) <= max(COLORS, TOKENS) * EMBED, outside
 
 
+def gradients():
+    """The gradients of a block's six weights are summed in float32 on request, and none is all-reduced."""
+    step, _ = lower(MESHES[0], reduce_dtype="float32")
+    operands = re.findall(r'"stablehlo.reduce_scatter".*?\}\) : \(tensor<([^>]*)>', step.as_text(), re.DOTALL)
+    assert len(operands) == 6 and all(operand.endswith("f32") for operand in operands), operands
+    sums = re.findall(r"= (.*?) all-reduce(?:-start)?\(", step.compile().as_text())
+    sizes = [np.prod([int(n) for n in dims.split(",") if n]) for found in sums
+             for dims in re.findall(r"\[([\d,]*)\]", found)]
+    assert max(sizes) <= max(COLORS, TOKENS) * EMBED, sums
+
+
 def update_in_place():
     """The new state takes the old one's memory, and little more."""
     for mesh in MESHES:
@@ -91,7 +102,7 @@ def on_tpu():
 
 
 def main(check):
-    next(each for each in (products, gathers, update_in_place, on_tpu) if each.__name__ == check)()
+    next(each for each in (products, gathers, gradients, update_in_place, on_tpu) if each.__name__ == check)()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 CHECK is one of the functions below that `main` lists. Needs 8 devices.
 """
 
+import dataclasses
 import itertools
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import numpy as np
 
 from igpt_jax import checkpoint
 from igpt_jax.config import MeshConfig, base_config, parse
+from igpt_jax.model import image_gpt
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 from igpt_jax.training.steps import abstract_state, init_state, jit_train_step, state_shardings
@@ -75,6 +77,15 @@ def fine_tuning(objective):
     assert one[0].shape == (10, 3) and one[0][-1, 0] < one[0][0, 0]
     compare("fsdp x tensor x context", 1e-8, one, run(MeshConfig(1, 2, 2, 2), 8, "float64", **options))
     compare("data, microbatches", 1e-8, one, run(MeshConfig(2, 1), 2, "float64", accumulate=4, **options))
+
+
+def stages():
+    """Weights gathered and gradients scattered in two stages, as over many TPUs."""
+    jax.config.update("jax_enable_x64", True)
+    one, at_once = run(MeshConfig(), 1, "float64"), image_gpt.product_for
+    image_gpt.product_for = lambda *given: dataclasses.replace(at_once(*given), gathered=2, scattered=2)
+    for mesh in (MeshConfig(1, 8), MeshConfig(1, 4, 1, 2)):
+        compare(mesh, 1e-8, one, run(mesh, 8, "float64"))
 
 
 def memory_levers():
@@ -143,7 +154,7 @@ def bytes_per_device():
 
 
 def main(check, *arguments):
-    checks = (losses, fine_tuning, memory_levers, muon, all_meshes, bytes_per_device)
+    checks = (losses, fine_tuning, stages, memory_levers, muon, all_meshes, bytes_per_device)
     next(each for each in checks if each.__name__ == check)(*arguments)
 
 

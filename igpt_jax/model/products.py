@@ -1,0 +1,142 @@
+"""Products of activations with weights: gathered, multiplied, and their gradients summed over devices.
+
+B batch, T tokens, D embed, N heads, H head dim, F mlp hidden; M rows, K and N columns of matrices.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.parallel import sharding, topology
+from igpt_jax.parallel.sharding import gather_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """How a platform multiplies activations with weights, forward and for the weights' gradients.
+
+    Attributes:
+      multiply: (x, w, contracted) -> y. The last `contracted` dims of x [B, T, ...] meet the first ones of w.
+      gradient: (x, d, dtype) -> the gradient of w from that of y, summed over B and T, in `dtype`.
+      reduce_dtype: in which gradients are summed over devices, unless the computation's is wider.
+      gathered, scattered: the most devices over which the compiler gathers a weight and scatters a sum at once.
+    """
+    multiply: Callable[[jax.Array, jax.Array, int], jax.Array]
+    gradient: Callable[[jax.Array, jax.Array, Any], jax.Array]
+    reduce_dtype: Any
+    gathered: int = sys.maxsize
+    scattered: int = sys.maxsize
+
+
+# The most devices that gather and scatter at once. More of them sum whole arrays instead (all-reduce), also where a
+# shard_map asks for a reduce-scatter (libtpu 0.0.51). That sends twice as much: iGPT-L on v5p:2x4x4 9.84 GiB for each
+# chip and step instead of 7.4. In two stages they gather and scatter.
+AT_ONCE = {"TPU v4": (32, 4), "TPU v5e": (sys.maxsize, 32), "TPU v5p": (32, 4), "TPU v6e": (sys.maxsize, 32)}
+
+
+def product_for(device: jax.Device, precision: str, reduce_dtype: str) -> Product:
+    """The products of a device: the one place where the step's arithmetic depends on the platform."""
+    dtype = jnp.dtype(reduce_dtype)
+    # Compilers for TPUs choose a layout for each dim of a product. If B and T are merged first, libtpu writes the MLP's
+    # gradient in float32 and column-major, and copies it to row-major: 24 to 38 GiB of a step's memory traffic.
+    if device.platform != "cpu":
+        chip = topology.chip_for(device.device_kind)
+        return Product(jnp.tensordot, _gradient, dtype, *AT_ONCE.get(chip.name if chip else "", ()))
+    matrices = _product_rounded_late if precision == "bfloat16" else jnp.matmul
+    return Product(functools.partial(_flat, matrices), _flat_gradient, dtype)
+
+
+def project(x: jax.Array, weight: jax.Array, name: str, contracted: int, product: Product) -> jax.Array:
+    """x [B, T, ...] times the parameter `weight` in the dtype of x; `name` ends with the letters of its dims."""
+    # XLA's partitioner sums gradients over devices in the products' dtype. What it cannot do is done here. Its own way
+    # is better where a backward pass repeats products: it gathers a weight once for both, and `_project` twice.
+    wider = jnp.promote_types(x.dtype, product.reduce_dtype) != x.dtype and sharding.gradient_shards() > 1
+    if wider or sharding.weight_shards() > product.scattered:
+        return _project(x, weight, name, contracted, product)
+    return product.multiply(x, gather_weight(weight, name, x.dtype), contracted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _project(x: jax.Array, weight: jax.Array, name: str, contracted: int, product: Product) -> jax.Array:
+    return _project_forward(x, weight, name, contracted, product)[0]
+
+
+def _project_forward(x, weight, name, contracted, product):
+    # The cast weight is saved, so that a backward pass that repeats the forward one gathers it once for both. It is not
+    # gathered yet; XLA gathers it where a product needs it.
+    cast = gather_weight(weight, name, x.dtype)
+    y = product.multiply(x, sharding.gathered(cast, name, product.gathered), contracted)
+    return y, (x, cast, jnp.zeros(0, weight.dtype))
+
+
+def _project_backward(name, contracted, product, saved, d):
+    x, cast, like = saved
+    whole = sharding.gathered(cast, name, product.gathered)
+    _, back = jax.vjp(lambda x: product.multiply(x, whole, contracted), x)
+    letters = name.rsplit("_", 1)[-1]
+    local = functools.partial(product.gradient, dtype=jnp.promote_types(x.dtype, product.reduce_dtype))
+    gradient = sharding.summed_gradient(local, x, "BT" + letters[:contracted], d, "BT" + letters[contracted:], name,
+                                        cast.shape, product.scattered)
+    return *back(d), gradient.astype(like.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _gradient(x: jax.Array, d: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.dot_general(x, d, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
+
+
+# CPUs.
+
+def _flat(matrices: Callable, x: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
+    """A product of two matrices: XLA's CPU compiler runs the equal einsum 2.5 times slower in the training step."""
+    if sharding.context_shards() > 1:  # merged into one dim, B and T could not both be sharded
+        return jnp.tensordot(x, weight, contracted)
+    rows, columns = x.shape[:x.ndim - contracted], weight.shape[contracted:]
+    return matrices(x.reshape(math.prod(rows), -1), weight.reshape(-1, math.prod(columns))).reshape(*rows, *columns)
+
+
+def _flat_gradient(x: jax.Array, d: jax.Array, dtype: Any) -> jax.Array:
+    x_MK, d_MN = (each.reshape(math.prod(each.shape[:2]), -1) for each in (x, d))
+    if x.dtype == jnp.bfloat16:
+        product = _wide_product(_transposed(x_MK), d_MN).astype(dtype)
+    else:
+        product = x_MK.T @ d_MN
+    return product.reshape(*x.shape[2:], *d.shape[2:])
+
+
+@jax.custom_vjp
+def _product_rounded_late(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    """a b in bfloat16, accumulated in float32 and then rounded, as other compilers already do; gradients likewise."""
+    # XLA's CPU compiler has fast bfloat16 products only with float32 results, and only of [M, K] x [K, N] as the arrays
+    # lie in memory. It converts all others to float32 first, at half the speed. So the result is float32 and is rounded
+    # in an operation of its own, and the backward pass transposes its factors itself.
+    return _wide_product(a_MK, b_KN).astype(a_MK.dtype)
+
+
+def _wide_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    return jnp.matmul(a_MK, b_KN, preferred_element_type=jnp.float32)
+
+
+def _product_rounded_late_backward(saved: tuple[jax.Array, jax.Array], d_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a_MK, b_KN = saved
+    return (_wide_product(d_MN, _transposed(b_KN)).astype(a_MK.dtype),
+            _wide_product(_transposed(a_MK), d_MN).astype(b_KN.dtype))
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """The transpose, written to memory in row-major order."""
+    # Two things would make XLA compute the product in float32. It folds a transpose into the product that reads it: the
+    # barrier prevents this. And JAX asks for a transpose in column-major layout: the extra dim resets the layout.
+    return jax.lax.optimization_barrier(x.T[None])[0]
+
+
+_product_rounded_late.defvjp(lambda a_MK, b_KN: (_product_rounded_late(a_MK, b_KN), (a_MK, b_KN)),
+                             _product_rounded_late_backward)
