@@ -1,0 +1,157 @@
+"""Compares training settings by real runs, one after the other; the same command resumes where it stopped.
+
+    python benchmarks/training_settings.py STUDY --store=runs/cifar16 --workdir=runs/settings [--steps=3000] [--runs=N]
+        [--table]
+
+schedules: cosine, WSD as branches of one constant trunk, and the trunk itself with averaged parameters; at two lengths.
+optimizers: Adam and Muon at several learning rates; steps in which Muon reaches the final loss of the best Adam.
+transfer: learning rates over widths and depths, standard and completep: does the best one stay?
+
+Each run is a `pretrain` in WORKDIR/STUDY/NAME. After each, WORKDIR/STUDY.json and WORKDIR/STUDY.md hold the table of
+all finished ones. --runs stops after so many runs, --table runs none.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+Settings = dict[str, Any]  # config keys of pretrain
+NATS = "eval/nats_per_pixel"
+
+
+def schedules(steps: int) -> dict[str, Settings]:
+    """Runs of `steps` and of twice as many. The trunk covers both lengths."""
+    found: dict[str, Settings] = {}
+    for rate in (0.001, 0.003):
+        trunk = {"optimizer.schedule": "constant", "optimizer.ema": 0.99, "optimizer.learning_rate": rate,
+                 "optimizer.warmup_steps": steps // 20}
+        lengths = (steps, 2 * steps)
+        branches = [length - length // 5 for length in lengths]
+        found[f"constant-{rate}"] = {**trunk, "steps": lengths[-1], "eval_every_steps": steps,
+                                     "keep_steps": f"({','.join(map(str, branches))})"}
+        for length, start in zip(lengths, branches, strict=True):
+            found[f"wsd-{rate}-{length}"] = {**trunk, "steps": length, "optimizer.schedule": "wsd",
+                                             "branch_from": f"{{study}}/constant-{rate}/checkpoints/{start}"}
+            found[f"cosine-{rate}-{length}"] = {**trunk, "steps": length, "optimizer.schedule": "cosine",
+                                                "optimizer.ema": 0.0}
+    return found
+
+
+def optimizers(steps: int) -> dict[str, Settings]:
+    """Learning rates a factor of 2 apart; held-out losses twenty times per run."""
+    return {f"{name}-{rate}": {"steps": steps, "optimizer.name": name, "optimizer.learning_rate": rate,
+                               "optimizer.warmup_steps": steps // 20, "eval_every_steps": steps // 20}
+            for name in ("adam", "muon") for rate in (0.001, 0.002, 0.004, 0.008)}
+
+
+def transfer(steps: int) -> dict[str, Settings]:
+    """Widths at 4 layers, depths at a width of 128; the base of completep is 64 wide and 2 deep."""
+    shapes = [(64, 4), (128, 4), (256, 4), (128, 2), (128, 8)]
+    return {f"{parametrization}-{width}x{depth}-{rate}": {
+        "steps": steps, "optimizer.learning_rate": rate, "optimizer.warmup_steps": steps // 20, "model.embed": width,
+        "model.heads": width // 32, "model.layers": depth, "model.init": "paper",
+        "model.parametrization": parametrization,
+        **({"model.base_embed": 64, "model.base_layers": 2} if parametrization == "completep" else {})}
+        for parametrization in ("standard", "completep") for width, depth in shapes
+        for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
+
+
+def evaluations(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a run's log that hold a held-out loss."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get(NATS) is not None]
+
+
+def row(name: str, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """A finished run's figures; None where it is not finished."""
+    result = workdir / "result.json"
+    if not result.exists() or json.loads(result.read_text())["status"] != "done":
+        return None
+    metrics = json.loads(result.read_text())["metrics"]
+    return {"name": name, "steps": metrics["steps"], "nats": metrics.get(NATS), "ema": metrics.get(
+        "eval/ema_nats_per_pixel"), "images_per_second": metrics.get("images_per_second"),
+        "curve": [(line["step"], line[NATS], line.get("eval/ema_nats_per_pixel")) for line in evaluations(workdir)]}
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(rows, key=lambda each: each["nats"])
+
+
+def optimizer_verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """Steps and time in which the best Muon reaches the final loss of the best Adam."""
+    by_name = {name: [each for each in rows if each["name"].startswith(name)] for name in ("adam", "muon")}
+    if not all(by_name.values()):
+        return []
+    adam, muon = best(by_name["adam"]), best(by_name["muon"])
+    reached = next((step for step, nats, _ in muon["curve"] if nats <= adam["nats"]), None)
+    share = f"after step {reached:,}, {reached / adam['steps']:.0%} of them" if reached else "in no evaluation"
+    slower = adam["images_per_second"] / muon["images_per_second"]
+    return [f"Best Adam: {adam['name']}, {adam['nats']:.4f} nats per pixel after {adam['steps']:,} steps. Best Muon: "
+            f"{muon['name']}, {muon['nats']:.4f}; it reaches Adam's loss {share}, at {slower:.2f} times the time per "
+            "step."]
+
+
+def transfer_verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """The best learning rate of each parametrization and shape."""
+    shapes: dict[str, list[dict[str, Any]]] = {}
+    for each in rows:
+        shapes.setdefault(each["name"].rpartition("-")[0], []).append(each)
+    return [f"{shape}: best learning rate {best(found)['name'].rpartition('-')[2]} of {len(found)} finished"
+            for shape, found in shapes.items()]
+
+
+STUDIES = {"schedules": (schedules, lambda rows: []), "optimizers": (optimizers, optimizer_verdict),
+           "transfer": (transfer, transfer_verdict)}
+
+
+def publish(study: str, workdir: pathlib.Path, runs: dict[str, Settings], verdict: Any) -> None:
+    """Writes and prints the table of the finished runs."""
+    rows = [found for name in runs if (found := row(name, workdir / study / name))]
+    (workdir / f"{study}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = ["| run | steps | held-out nats per pixel | of averaged parameters | images/s |", "|---|---|---|---|---|"]
+    for each in rows:
+        ema = f"{each['ema']:.4f}" if each["ema"] else ""
+        lines.append(f"| {each['name']} | {each['steps']:,} | {each['nats']:.4f} | {ema} | "
+                     f"{each['images_per_second'] or 0:,.1f} |")
+    if len(rows) < len(runs):
+        lines += ["", f"{len(rows)} of {len(runs)} runs are finished."]
+    text = "\n".join([*lines, "", *(verdict(rows) if rows else [])])
+    (workdir / f"{study}.md").write_text(text + "\n")
+    print(text, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=10**6)
+    parser.add_argument("--model", default="igpt_tiny")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    make, verdict = STUDIES[arguments.study]
+    runs, left = make(arguments.steps), 0 if arguments.table else arguments.runs
+    folder = arguments.workdir / arguments.study
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, settings in runs.items():
+        if row(name, folder / name) or not left:
+            continue
+        left -= 1
+        common = {"data.store": arguments.store, "model.name": arguments.model, "batch_size": arguments.batch,
+                  "precision": "float32", "eval_every_steps": 0, "keep_newest": 1}
+        words = [f"--config.{key}={str(value).format(study=folder)}" for key, value in (common | settings).items()]
+        done = subprocess.run([sys.executable, "-m", "igpt_jax", "pretrain", f"--workdir={folder / name}", *words])
+        if done.returncode:  # of a preempted run, 75: the same command resumes it
+            return done.returncode
+        publish(arguments.study, arguments.workdir, runs, verdict)
+    publish(arguments.study, arguments.workdir, runs, verdict)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
