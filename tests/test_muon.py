@@ -23,8 +23,6 @@ def orthogonalized(matrix):
 
 def test_muon_equals_a_step_in_numpy():
     """Three steps of each stacked weight, float64: Nesterov momentum, corrected as Adam's; all heads are one matrix.
-
-    Seen to fail with heads orthogonalized one by one, with layers as one matrix, and without the scale.
     """
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
@@ -49,7 +47,7 @@ def test_muon_equals_a_step_in_numpy():
 
 
 def test_settings_without_effect_are_refused():
-    """Seen to fail without the rules."""
+    """Each in one line that names the key to set."""
     with pytest.raises(UserError, match="muon_beta=0.9 has no effect on optimizer.name=adam"):
         OptimizerConfig(muon_beta=0.9)
     with pytest.raises(UserError, match="adamw decays weights. Set optimizer.weight_decay"):

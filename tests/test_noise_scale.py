@@ -13,10 +13,7 @@ from igpt_jax.training import loop, noise_scale
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_known_noise_is_measured(parts):
-    """Gradients of 64 examples in 20 dims with known mean and deviations: both estimates are right on average.
-
-    Seen to fail with the estimates swapped, and with squares of sums for sums of squares.
-    """
+    """Gradients of 64 examples in 20 dims with known mean and deviations: both estimates are right on average."""
     random = np.random.default_rng(0)
     mean_D, deviations_D = random.normal(size=20), random.uniform(0.5, 4, 20)
 
@@ -44,8 +41,7 @@ def train(store, workdir, **more):
 
 
 def test_a_run_logs_it_and_trains_on_the_same_bits(store, tmp_path):
-    """At its own steps, as a ratio of running means. Seen to fail with the ratio averaged, and with the step's batch
-    taken twice."""
+    """At its own steps, as a ratio of running means."""
     plain, _ = train(store, tmp_path / "plain")
     measured, lines = train(store, tmp_path / "measured", noise_scale_every_steps=3)
     assert measured == plain

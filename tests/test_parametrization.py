@@ -33,7 +33,7 @@ def test_adam_follows_the_table():
     """Learning rates and epsilon by width 4 and depth 2: one step in NumPy with gradients near epsilon; weight decay is
     not divided by the width. At the base size nothing differs.
 
-    Seen to fail with each ratio left out, and with the decay before the multiplier.
+    Seen to fail with each ratio left out.
     """
     model = config_of(**COMPLETEP).model
     shapes = {"query_DNH": (2, 32, 2, 16), "mlp_norm_D": (2, 32), "head_VD": (5, 32), "final_norm_D": (32,)}
@@ -71,8 +71,6 @@ def test_coordinate_check(python, tmp_path):
     """Updates of stream and logits after a few steps, over a factor of 8 in width and 4 in depth: no slope under
     completep, steep ones under standard. (The script has 4 widths x 3 depths by default. The logits follow a norm,
     which hides the depth.)
-
-    Seen to fail with the learning rates, the branch multiplier, the head multiplier or the initial weights of standard.
     """
     python(str(ROOT / "benchmarks/coordinate_check.py"), "--cross", "--widths", "16", "128", "--depths", "2", "8",
            "--json", tmp_path / "found.json", devices=1)
@@ -107,6 +105,6 @@ def test_weights_leave_as_a_standard_model(store, tmp_path):
 
 
 def test_a_base_without_completep_is_refused():
-    """Seen to fail without the rule."""
+    """In one line that names the key to set."""
     with pytest.raises(UserError, match="model.base_embed=8 has no effect on model.parametrization=standard"):
         config_of(base_embed=8)

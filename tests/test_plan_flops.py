@@ -59,8 +59,6 @@ def test_full_remat_costs_the_forward_pass_again():
 
 def test_muon_adds_its_newton_schulz_iterations():
     """Exactly, by the formula of the search, which also knows that Muon keeps no second moment of the blocks' matrices.
-
-    Seen to fail with the last product of an iteration left out, and with the second moment counted.
     """
     tiny = "model=igpt_tiny,image_size=16,model.attention=reference,model.remat=none"
     config = parse("plan", base_config("plan", f"{tiny},mesh.fsdp=1,optimizer.name=muon"))

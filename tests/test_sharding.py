@@ -45,10 +45,7 @@ def test_memory_levers_give_the_same_losses(python):
 
 
 def test_muon_is_the_same_on_any_mesh(python):
-    """10 steps in float64: losses, weights and their moving average, on 1 and on 8 devices.
-
-    Seen to fail with each device's heads orthogonalized by themselves.
-    """
+    """10 steps in float64: losses, weights and their moving average, on 1 and on 8 devices."""
     python("meshes.py", "muon")
 
 
