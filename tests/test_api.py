@@ -75,13 +75,13 @@ def tokens_of(images):
 
 
 def test_importing_the_package_is_free(python):
-    """Seen to fail with `from igpt_jax.config import UserError` at the top."""
+    """Neither NumPy nor JAX."""
     python("import sys, igpt_jax; assert igpt_jax.__version__ and not {'numpy', 'jax', 'absl'} & set(sys.modules);"
            "assert igpt_jax.UserError and 'jax' not in sys.modules; assert callable(igpt_jax.load)", devices=1)
 
 
 def test_the_guides_examples_run(folder, monkeypatch):
-    """docs/python.md. Seen to fail with a shape of the guide changed."""
+    """docs/python.md. Seen to fail with another line for the model."""
     monkeypatch.chdir(folder)
     failed, tried = doctest.testfile(str(ROOT / "docs/python.md"), module_relative=False,
                                      optionflags=doctest.NORMALIZE_WHITESPACE)
@@ -90,8 +90,6 @@ def test_the_guides_examples_run(folder, monkeypatch):
 
 def test_images_of_every_kind_are_the_same(model, images, tmp_path):
     """Arrays, Pillow's images and files, each twice as large and wider than high, equal the small arrays.
-
-    Seen to fail with arrays cut at the left instead of the center.
     """
     expected = model.features(images)
     large = np.pad(images.repeat(2, 1).repeat(2, 2), ((0, 0), (0, 0), (3, 3), (0, 0)))
@@ -105,7 +103,7 @@ def test_images_of_every_kind_are_the_same(model, images, tmp_path):
 
 
 def test_losses_are_those_of_the_formulas(folder, model, images):
-    """Against a NumPy forward pass. Seen to fail with maps [N, T] transposed to columns first."""
+    """Against a NumPy forward pass."""
     params = make_run(folder / "again", 500, model.metadata.config)
     logits_NTV, tokens_NT = numpy_logits(params, tokens_of(images), 4), tokens_of(images)
     chosen_NT = np.take_along_axis(logits_NTV, tokens_NT[..., None], -1)[..., 0]
@@ -116,8 +114,6 @@ def test_losses_are_those_of_the_formulas(folder, model, images):
 
 def test_drawings_are_those_of_the_sample_job(folder, model):
     """The same seed draws the same images, in other batches and row by row; rows still to come are gray.
-
-    Seen to fail with `by_row` starting one pixel late, and with its key of another kind.
     """
     settings = {"temperature": 0.7, "seed": 3, "top_k": 9}
     sample.run(SampleConfig(checkpoint=f"{folder}/runs/pretrain", images=f"{folder}/*.png", rows=3, completions=3,
@@ -138,8 +134,6 @@ def test_drawings_are_those_of_the_sample_job(folder, model):
 
 def test_a_second_call_compiles_nothing(model, images):
     """Neither do other numbers of images that are padded to the same batch, nor another temperature or seed.
-
-    Seen to fail with jax.jit made at each call.
     """
     compiled = []
 
@@ -166,8 +160,6 @@ def test_a_second_call_compiles_nothing(model, images):
 
 def test_features_of_hugging_faces_weights(tmp_path):
     """They are those that the probe job computes of the converted checkpoint, and those of transformers' own model.
-
-    Seen to fail with the features of the next layer.
     """
     import torch
     from weights_files import make_huggingface, run
@@ -196,7 +188,7 @@ def test_features_of_hugging_faces_weights(tmp_path):
 
 
 def test_openais_weights_come_with_a_palette_of_the_user(tmp_path):
-    """They give what their converted checkpoint gives. Seen to fail with the palette's colors in another order."""
+    """They give what their converted checkpoint gives."""
     from weights_files import make_openai, make_palette, run
 
     make_openai(tmp_path / "model.ckpt-131000", "small", 0)
@@ -211,8 +203,6 @@ def test_openais_weights_come_with_a_palette_of_the_user(tmp_path):
 
 def test_the_best_layer_and_the_classes_come_from_the_probe_of_this_step(folder, model, images, tmp_path):
     """A probe beside the run counts for the step that it was fit on, and no other.
-
-    Seen to fail with a probe taken by its folder alone.
     """
     assert model.best_layer == 3
     np.testing.assert_array_equal(model.features(images), model.features(images, layer="all")[:, 3])
@@ -232,7 +222,7 @@ def test_the_best_layer_and_the_classes_come_from_the_probe_of_this_step(folder,
 
 
 def test_a_class_head_gives_probabilities(folder, images):
-    """Against softmax of the head's logits on the last layer's features. Seen to fail with the layer before."""
+    """Against softmax of the head's logits on the last layer's features."""
     model = igpt_jax.load(folder / "runs/finetune")
     params = make_run(folder / "head", 300, model.metadata.config, classes=10)
     logits_NK = model.features(images, layer=4) @ params["class_head_KD"].T
@@ -244,8 +234,6 @@ def test_a_class_head_gives_probabilities(folder, images):
 
 def test_a_mesh_changes_no_result(folder, python):
     """Features, losses and classes in float64 on eight devices against one, to 1e-8; the same drawings.
-
-    Seen to fail with `in_precision` that leaves out 64-bit types.
     """
     python("api_meshes.py", folder)
 
@@ -275,7 +263,7 @@ def test_a_mesh_changes_no_result(folder, python):
      "only an autoregressive model"),
 ])
 def test_mistakes_are_one_line(folder, model, call, message):
-    """Seen to fail with another exception in place of a UserError."""
+    """Each is a UserError."""
     with pytest.raises(igpt_jax.UserError, match=message) as caught:
         call(model, folder)
     assert len(str(caught.value).splitlines()) == 1

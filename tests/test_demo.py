@@ -91,7 +91,7 @@ def test_samples_are_those_of_the_python_interface(server, model):
 def test_rows_come_as_they_are_drawn(server, model, monkeypatch):
     """The first row arrives while the second is not drawn yet. A reader who leaves frees the model for others.
 
-    Seen to fail with the lines joined before they are sent.
+    Seen to hang with the lines joined before they are sent.
     """
     wait = threading.Event()
 
@@ -110,7 +110,7 @@ def test_rows_come_as_they_are_drawn(server, model, monkeypatch):
 
 
 def test_an_error_while_drawing_is_the_last_line(server, model, monkeypatch):
-    """Seen to fail with the error raised in the server."""
+    """After the rows that were drawn."""
     def rows(*_, **__):
         yield np.zeros((1, 1, 8, 8, 3), np.uint8)
         raise igpt_jax.UserError("its logits are not finite")
@@ -147,7 +147,7 @@ def bomb():
     ("/sample", None, {"Host": "localhost:8000", "Origin": "null"}, 403, "pages of null"),
 ])
 def test_what_is_refused(server, path, body, headers, status, message):
-    """Each with its reason, and nothing is drawn. Seen to fail without each check."""
+    """Each with its reason, and nothing is drawn. Seen to fail without the checks of the origin and of the length."""
     answer = request(server, "POST", path, body, headers)
     assert (answer.status, server.drawn) == (status, 0)
     assert message in json.loads(answer.read())["error"]
@@ -155,14 +155,14 @@ def test_what_is_refused(server, path, body, headers, status, message):
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "[::1]:8000", "192.168.0.7:80", "LOCALHOST:9000"])
 def test_names_of_this_machine_are_answered(server, host):
-    """Through tunnels with other ports too. Seen to fail with the port compared."""
+    """Through tunnels with other ports too."""
     headers = {"Host": host, "Origin": f"http://{host}"}
     assert json.loads(request(server, "GET", "/model", headers=headers).read())["image_size"] == 8
     assert request(server, "GET", "/", headers={"Host": "evil.example"}).status == 403
 
 
 def test_the_page_loads_nothing_from_elsewhere(server):
-    """Its policy forbids it, and it does not try. Seen to fail with a font of another site."""
+    """Its policy forbids it, and it does not try."""
     answer = request(server, "GET", "/")
     page = answer.read().decode()
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
@@ -183,8 +183,6 @@ def job(folder, *arguments):  # noqa: F811
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_job_serves_until_a_signal(folder, number):  # noqa: F811
     """It then ends with 0, in one line, and has written nothing. A second one on its port is refused in one line.
-
-    Seen to fail with the signal left to `run_job`, which ends with 75.
     """
     before = sorted(folder.rglob("*"))
     with job(folder, "--config.port=0") as process:
@@ -220,8 +218,7 @@ def test_mistakes_are_one_line(folder, arguments, message):  # noqa: F811
 def test_a_person_completes_a_picture_in_a_browser(server, folder, tmp_path, width, height):  # noqa: F811
     """Upload, click, result; an unusable file and a stopped server are told; the console stays empty.
 
-    Seen to fail with a script from another site in the page, with rows painted at the top, and with main wider than a
-    phone.
+    Seen to fail with a script from another site in the page.
     """
     drawn = """return [...document.querySelectorAll(arguments[0] + ' canvas')].map(canvas => {
         const rgb = canvas.getContext('2d').getImageData(0, 0, 8, 8).data;
