@@ -50,7 +50,7 @@ def test_loss_and_accuracy_of_a_run():
     assert [series.points for series in loss.series] == [[(1, 3), (2, 1.5), (4, 0.75)], [(4, 1)]]
     assert [series.label for series in loss.series] == ["train: 0.750 at step 4", "held-out: 1.000 at step 4"]
     assert loss.levels == {"guessing: ln 17 = 2.833": math.log(17)} and (loss.x, loss.y) == ("step", "nats per pixel")
-    loss, accuracy = charts.training([*lines, {"step": 1200, "eval/accuracy": 0.875}], 1200)
+    loss, accuracy = charts.training([*lines, {"step": 1200, "eval/accuracy": 0.875}], 1200, palette_size=17)
     assert accuracy.series[0].label == "held-out: 87.5 at step 1,200" and accuracy.series[0].points == [(1200, 87.5)]
     assert not loss.levels
 
@@ -162,7 +162,7 @@ def test_an_svg_shows_values_under_the_pointer():
     holds its own points. Seen to fail with values of several x in one box, and with y not flipped."""
     chart = Chart("loss", "step (of two runs)", "nats", [
         Series("train: 1.5 at step 3", [(step, 3 / step) for step in range(1, 4)]),
-        Series("held-out", [(2, 1.75)], [(1.5, 2)], hue=1)])
+        Series("held-out", [(2, 1.75)], [(1.5, 2)], hue=1), Series("too near to be told apart", [(2.01, 1.5)], hue=2)])
     svg = figures.svg(chart)
     strips = svg.split('<g class="strip">')[1:]
     assert [re.findall(r"<text [^>]*>(.*?)</text>", strip) for strip in strips] == [

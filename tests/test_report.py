@@ -134,7 +134,7 @@ def test_it_opens_with_results(workdirs, tmp_path):
     assert "2.500" in card and "sweep/lr-0.001, step 3" in card and "45.0 %" in card and "layer 1" in card
     probe = text[text.index('id="run5"'):]
     assert probe.count("43.0 % to 46.0 %") == 1 and probe.count("<td>45.0 %</td>") == 1
-    assert ">probe: probe<" not in text and "Figures" not in text
+    assert "<dt>accuracy by layer" not in probe and ">probe: probe<" not in text and "Figures" not in text
 
 
 def test_runs_are_compared(workdirs):
@@ -165,20 +165,21 @@ def test_a_sweep_is_a_comparison(workdirs):
 
 
 def test_pictures_over_training(tmp_path):
-    """A strip per step in order, under the original and the given pictures; other settings are other strips. Seen to
-    fail with steps in the order of names, and with the lower half given."""
-    for step, color in ((1000, 4), (200, 2)):
+    """A strip per step in order, eight at most, under the original and the given pictures; other settings are other
+    strips. Seen to fail with steps in the order of names, and with the lower half given."""
+    for step, color in ((1000, 4), *((step, 3) for step in range(210, 290, 10)), (200, 2)):
         sampled(tmp_path, step, color)
     sampled(tmp_path, 300, 3, temperature=0.5)
     completions, samples, *others = pictures.strips(runs.load(f"{tmp_path}/*"))
-    assert [row.label for row in completions.rows] == ["original", "given", "step 200", "step 1,000"]
-    assert [row.label for row in samples.rows] == ["step 200", "step 1,000"]
-    assert [each.steps for each in (completions, samples, *others)] == [2, 2, 1, 1]
+    labels = [row.label for row in completions.rows]
+    assert labels[:4] == ["original", "given", "step 200", "step 210"] and labels[-1] == "step 1,000"
+    assert [row.label for row in samples.rows] == labels[2:] and len(samples.rows) == 8  # of 10 steps
+    assert [each.steps for each in (completions, samples, *others)] == [8, 8, 1, 1]
 
     def pixels(row):
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(row.url.partition(",")[2]))))
 
-    original, given, first, last = map(pixels, completions.rows)
+    original, given, first, last = map(pixels, (*completions.rows[:3], completions.rows[-1]))
     assert original.shape == (64, 2 * 64 + 6, 4) == given.shape and (original[:, 64:70, 3] == 0).all()
     original, given, first, last = (strip[:, :64, :3] for strip in (original, given, first, last))
     assert (original == 0).all() and (given[:32] == 0).all() and (given[32:] == 127).all()

@@ -78,6 +78,11 @@ def points_of(rows: Iterable[Row], x: str, y: str, scale: float = 1.0) -> Points
     return [(row[x], scale * row[y]) for row in rows if finite(row.get(x)) and finite(row.get(y))]
 
 
+def spaced(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many items, evenly spaced, with the first and the last."""
+    return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, most).round().astype(int))]
+
+
 def finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -114,7 +119,7 @@ def training(lines: Sequence[Row], steps: int, palette_size: int = 0) -> list[Ch
     Args:
       lines: from `load_metrics`.
       steps: that the run has in all.
-      palette_size: V, colors; draws the loss of uniform guessing, ln V. 0: not.
+      palette_size: V, colors; of a pretraining, draws the loss of uniform guessing, ln V. 0: not.
     """
     def curves(metric: str, value: str, scale: float = 1.0) -> list[Series]:
         found = [_with_last(name, points_of(lines, "step", prefix + metric, scale), value, hue=hue, dots=hue > 0)
@@ -122,7 +127,7 @@ def training(lines: Sequence[Row], steps: int, palette_size: int = 0) -> list[Ch
         return [each for each in found if each.points]
 
     losses, accuracies = curves("nats_per_pixel", ".3f"), curves("accuracy", ".1f", 100)
-    level = math.log(palette_size) if palette_size else 0.0
+    level = math.log(palette_size) if palette_size and not accuracies else 0.0  # far above a fine-tuning's losses
     loss = Chart("loss", "step", "nats per pixel", losses,
                  {f"guessing: ln {palette_size} = {level:.3f}": level} if level else {},
                  "" if accuracies else trend(points_of(lines, "step", "eval/nats_per_pixel"), steps), value=".3f")
@@ -144,9 +149,8 @@ def telemetry(lines: Sequence[Row]) -> list[Chart]:
 
 def _some(curves: Sequence[Any], what: str) -> tuple[list[Any], str]:
     """All curves; if there are more than CURVES, an evenly spaced selection, and a line that says so."""
-    shown = np.unique(np.linspace(0, len(curves) - 1, CURVES).round().astype(int))
-    note = f"{len(shown)} of {len(curves)} {what}" if len(shown) < len(curves) else ""
-    return [curves[index] for index in shown], note
+    some = spaced(curves, CURVES)
+    return some, f"{len(some)} of {len(curves)} {what}" if len(some) < len(curves) else ""
 
 
 def over_steps(runs: Mapping[str, Points], name: str = "loss", unit: str = "nats per pixel",

@@ -16,10 +16,12 @@ from PIL import Image
 from igpt_jax import storage
 from igpt_jax.data import palette
 from igpt_jax.evaluation.drawing import UNKNOWN
+from igpt_jax.metrics.charts import spaced
 from igpt_jax.report.runs import Run, whole
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SHOWN = {"completions": 6, "samples": 8}  # pictures in a strip
+STEPS_SHOWN = 8  # strips of a run
 GAP = 6  # between the pictures of a strip, in pixels
 CAPTIONS = {"surprise_means-": "mean loss by position and class: ", "surprise-": "loss maps: "}
 
@@ -81,7 +83,7 @@ def strips(runs: Sequence[Run]) -> list[Strips]:
         groups.setdefault((each.run, *each.settings), []).append(each)
     found = []
     for (run, *_), steps in groups.items():
-        steps = list({each.step: each for each in steps}.values())
+        steps = spaced(list({each.step: each for each in steps}.values()), STEPS_SHOWN)
         for kind in SHOWN:
             rows = [_strip(each.label, each.pictures[kind]) for each in steps if kind in each.pictures]
             if kind == "completions" and rows:
