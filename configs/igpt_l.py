@@ -10,8 +10,7 @@ ImageNet, 96.3% on CIFAR-10. At 48x48: igpt_l_48.py.
 Ours: products and activations in bfloat16 over float32 parameters; --config.precision=float32 is the paper's.
 Left open: Adam's epsilon, how images are reduced to 32x32.
 Memory: parameters and Adam's moments take 16 GB; the backward pass recomputes each block.
-Cost, planned and not measured (docs/scaling.md; --config.model.remat=dots): 2.8 days of 8 H100, $4,300, or
-1.8 days of v5e:8x8, $3,300.
+Cost on TPUs and GPUs, planned and not measured: docs/scaling.md.
 """
 
 from igpt_jax.config import base_config, override

@@ -8,8 +8,7 @@ Figures: linear probe 65.2% on ImageNet; fine-tuned 72.6%.
 Ours: the learning rate of iGPT-L at 32x32. The 0.01 that is quoted second-hand for this run is higher than those of
 smaller models; launch/slurm/sweep.sh tries rates downward, as the paper did.
 Left open: the learning rate, Adam's epsilon, how images are reduced to 48x48.
-Cost, planned and not measured (docs/scaling.md; --config.model.remat=dots): 6.7 days of 8 H100, $10,000, or
-4.4 days of v5e:8x8, $8,100.
+Cost on TPUs and GPUs, planned and not measured: docs/scaling.md.
 """
 
 from igpt_jax.config import base_config, override

@@ -7,7 +7,7 @@ Paper (Sections 2.1 and A.1): 15% hidden (20% did as well, 25% and more worse); 
 Figures: linear probe on CIFAR-10 over 1 point and on ImageNet 6 points below the autoregressive model's; fine-tuned
 98.6% on CIFAR-10 and 66.5% on ImageNet, where the autoregressive model reaches 99.0% and 66.3%.
 Left open: the learning rate (here iGPT-L's), and whether the figures are votes over five masks.
-Cost, planned and not measured (docs/scaling.md; --config.model.remat=dots): 1.9 days of v5e:8x8, $3,500.
+Cost on TPUs and GPUs, planned and not measured: docs/scaling.md.
 """
 
 from igpt_jax.config import base_config, override

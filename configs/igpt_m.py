@@ -9,8 +9,7 @@ Figures: 2.0614 nats per pixel on the ImageNet test split (OpenAI's released che
 Ours: products and activations in bfloat16 over float32 parameters; --config.precision=float32 is the paper's.
 Left open: Adam's epsilon, how images are reduced to 32x32. The learning rate is in a table that we could not read; the
 paper tries 0.01, 0.003, 0.001, ... downward until the held-out loss rises, and 0.003 is a start for that search.
-Cost, planned and not measured (docs/scaling.md; --config.model.remat=dots): 1.2 days of 8 H100, $1,800, or
-1.2 days of v5e:4x8, $1,100.
+Cost on TPUs and GPUs, planned and not measured: docs/scaling.md.
 """
 
 from igpt_jax.config import base_config, override

@@ -8,8 +8,7 @@ no weight decay, dropout or clipping. The learning rate 0.003 is quoted from the
 Figures: 2.0895 nats per pixel on the ImageNet test split (OpenAI's released checkpoint), 41.9% by linear probe.
 Ours: products and activations in bfloat16 over float32 parameters; --config.precision=float32 is the paper's.
 Left open: Adam's epsilon, how images are reduced to 32x32, the images that the palette was fitted on.
-Cost, planned and not measured (docs/scaling.md; --config.model.remat=dots): 0.4 days of 8 H100, $620, or
-0.5 days of v5e:4x4, $210.
+Cost on TPUs and GPUs, planned and not measured: docs/scaling.md.
 """
 
 from igpt_jax.config import base_config, override

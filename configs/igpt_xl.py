@@ -11,8 +11,7 @@ Ours: products and activations in bfloat16 over float32 parameters; --config.pre
 Left open: the number of heads (24 of 128 here, for matrix units), what one epoch is on 101M images, Adam's epsilon.
 Memory: parameters and Adam's moments take 82 GB, split over mesh.fsdp; with more than 64 devices
 there are fewer images than devices: let several share each image with mesh.tensor or mesh.context.
-Cost, planned and not measured (docs/scaling.md; --config.model.remat=dots): 59 days of 8 H100, $90,000, or
-12 days of v5e:16x16, $91,000.
+Cost on TPUs and GPUs, planned and not measured: docs/scaling.md.
 """
 
 from igpt_jax.config import base_config, override
