@@ -123,7 +123,7 @@ MISTAKES = {
     "pretrain --workdir=W --config.steps=1e3": "steps='1e3' must be of type int. Write 1000.",
     "pretrain --workdir=W word": "'word' is not a flag",
     "pretrain --workdir=W --config.stepz=3": "Did you mean 'steps'?",
-    "pretrain --workdir=W --config.optimizer=3": "Set optimizer.learning_rate or",
+    "pretrain --workdir=W --config.optimizer=3": "Set optimizer.name or optimizer.learning_rate or",
     "pretrain --workdir=W --config.steps=abc": "steps='abc' must be of type int",
     "pretrain --workdir=W --config.steps=0": "steps=0 must be at least 1",
     "pretrain --workdir=W --config.keep_steps=a": "keep_steps[0]='a' must be of type int",
@@ -196,7 +196,8 @@ def test_config_files_of_the_package_are_found_by_name(name, tmp_path, monkeypat
 
 
 def test_another_jobs_config_json_is_refused(tmp_path):
-    for content, message in (('{"job": "probe"}', "for the job 'probe'"), ("[]", "no config.json"), ("{", "no config"),
+    for content, message in (('{"job": "probe"}', "for the job 'probe'"), ("[]", "not a run's config"),
+                             ("{", "not a run's config"),
                              ('{"steps": "many"}', "must be of type int"), ('{"stepz": 1}', "Did you mean 'steps'")):
         (tmp_path / "c.json").write_text(content)
         with pytest.raises(UserError, match=message):

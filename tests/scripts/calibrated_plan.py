@@ -12,7 +12,8 @@ def main(folder):
     for job, settings, workdir in (
             (prepare, "source=synthetic:64,image_size=8,palette=fit:16", "store"),
             (pretrain, f"{small}steps=20,log_every_steps=5,data.store={folder}/store,data.held_out=", "run"),
-            (plan, f"{small}image_size=8,palette_size=16,topology=cpu:1,calibration={folder}/run", "plan")):
+            (plan, f"{small}precision=float32,image_size=8,palette_size=16,topology=cpu:1,calibration={folder}/run",
+             "plan")):
         name = job.__name__.rpartition(".")[2]
         assert run_job(job.run, parse(name, base_config(name, settings)), f"{folder}/{workdir}") == 0
 
