@@ -1,6 +1,9 @@
 """The Python interface computes what the jobs compute; images of every kind; mistakes; the guide's examples."""
 
 import doctest
+import json
+import re
+import textwrap
 
 import jax
 import numpy as np
@@ -86,6 +89,17 @@ def test_the_guides_examples_run(folder, monkeypatch):
     failed, tried = doctest.testfile(str(ROOT / "docs/python.md"), module_relative=False,
                                      optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried > 15 and not failed
+
+
+def test_the_readmes_example_runs(folder, monkeypatch):
+    """With the shapes that its comments state. Seen to fail with another n."""
+    monkeypatch.chdir(folder)
+    example = re.search(r"(    import igpt_jax\n(?:    .*\n)+)", (ROOT / "README.md").read_text())[1]
+    names = {}
+    exec(textwrap.dedent(example).replace("runs/quickstart/", "runs/"), names)
+    shapes = [list(names[name].shape) for name in ("images", "features", "completions")]
+    stated = [json.loads(shape) for shape in re.findall(r"#.*? (\[.*?\])", example)]
+    assert shapes == stated
 
 
 def test_images_of_every_kind_are_the_same(model, images, tmp_path):
