@@ -27,13 +27,13 @@ def test_the_table_adds_to_what_is_given(monkeypatch, caplog):
     """Seen to fail with `none` ignored, and with the table winning over the key."""
     assert set(compiler_options.OPTIONS) <= {chip.name for chip in CHIPS}
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    ours = {"xla_cpu_use_thunk_runtime": True, "xla_made_up": 1, "xla_backend_optimization_level": 2}
+    ours = {"xla_cpu_enable_fast_min_max": True, "xla_made_up": 1, "xla_backend_optimization_level": 2}
     monkeypatch.setattr(compiler_options, "OPTIONS", {"": ours})
     given = "xla_backend_optimization_level=1"
     assert compiler_options.resolve(mesh, f"none {given}") == {"xla_backend_optimization_level": 1}
     with pytest.raises(UserError, match="refuses xla_typo: .*No such compile option"):
         compiler_options.resolve(mesh, "xla_typo=1")
-    del ours["xla_cpu_use_thunk_runtime"]
+    del ours["xla_cpu_enable_fast_min_max"]
     assert compiler_options.resolve(mesh, given) == {"xla_backend_optimization_level": 1}
     assert "xla_made_up is not used" in caplog.text  # another version of the compiler may lack one of ours
 
