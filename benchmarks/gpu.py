@@ -4,7 +4,7 @@
 
 A step is a program that writes its figures to FOLDER/NAME.json. It starts if its estimate fits into the seconds that
 are left. It is ended after three times its estimate, or with the budget. A step that fails leaves FOLDER/NAME.log, and
-the queue goes on.
+the queue continues.
 
 The same command resumes: figures of the same command, code and device are not measured again, and steps that failed
 come last. At the end it prints each figure beside its goal. Exit code 1: a step failed.

@@ -35,7 +35,7 @@ from igpt_jax.data.pictures import Pictures, pixels
 from igpt_jax.data.store.manifest import load_manifest
 from igpt_jax.data.token_file import Tokens
 from igpt_jax.evaluation import exact_loss, loss_maps
-from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size
+from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs
 from igpt_jax.evaluation.probing import PROBE, SavedProbe, load_probe
 from igpt_jax.evaluation.steps import make_class_step, make_eval_step
 from igpt_jax.model.features import make_feature_step
@@ -263,7 +263,7 @@ class ImageModel:
           uint8 [n, Y, X, 3].
         """
         self._check_drawing(n, 0, temperature, top_k, top_p, seed)
-        return self._pictures(self._draw("samples", np.zeros((n, 0), np.int32), _pairs(n, 1), top_k, top_p, temperature,
+        return self._pictures(self._draw("samples", np.zeros((n, 0), np.int32), pairs(n), top_k, top_p, temperature,
                                          seed))
 
     def complete(self, images: Pictures, rows: int | None = None, n: int = 1, *, temperature: float = 1.0,
@@ -282,7 +282,7 @@ class ImageModel:
         rows = self.image_size // 2 if rows is None else rows
         self._check_drawing(n, rows, temperature, top_k, top_p, seed)
         tokens_NT = self._tokens(images)
-        index_B2 = _pairs(len(tokens_NT), n)
+        index_B2 = pairs(len(tokens_NT), n)
         given_BP = tokens_NT[index_B2[:, 0], :rows * self.image_size]
         return self._pictures(self._draw("completions", given_BP, index_B2, top_k, top_p, temperature, seed), n)
 
@@ -298,10 +298,10 @@ class ImageModel:
         rows = 0 if images is None else size // 2 if rows is None else rows
         self._check_drawing(n, rows, temperature, top_k, top_p, seed)
         if images is None:
-            kind, index_B2, tokens_BT = "samples", _pairs(n, 1), np.zeros((n, size ** 2), np.int32)
+            kind, index_B2, tokens_BT = "samples", pairs(n), np.zeros((n, size ** 2), np.int32)
         else:
             tokens_NT = self._tokens(images)
-            kind, index_B2 = "completions", _pairs(len(tokens_NT), n)
+            kind, index_B2 = "completions", pairs(len(tokens_NT), n)
             tokens_BT = tokens_NT[index_B2[:, 0]]
         drawing = self._drawing(top_k, top_p).by_row(kind, tokens_BT, index_B2, rows, temperature=temperature,
                                                      seed=seed)
@@ -344,14 +344,11 @@ class ImageModel:
 
     def _pictures(self, tokens_BT: np.ndarray, n: int = 0) -> np.ndarray:
         """uint8 [B, Y, X, 3] of tokens; [N, n, Y, X, 3] where n is given."""
-        size = self.image_size
-        images_BYXC = palettes.decode(tokens_BT, self.metadata.palette_VC).reshape(-1, size, size, 3)
-        return images_BYXC.reshape(-1, n, size, size, 3) if n else images_BYXC
+        images_BYXC = palettes.pictures(tokens_BT, self.metadata.palette_VC)
+        return images_BYXC.reshape(-1, n, *images_BYXC.shape[1:]) if n else images_BYXC
 
     def _batch(self, count: int) -> int:
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        batch = min(self._batch_size, 1 << (count - 1).bit_length())
-        return -(-batch // shards) * shards
+        return sharding.whole_batch(min(self._batch_size, 1 << (count - 1).bit_length()), self._mesh)
 
     def _make_step(self, what: str, kind: str) -> Callable:
         model = self._model
@@ -387,8 +384,3 @@ class ImageModel:
             raise UserError(f"n={n} must be at least 1.")
         if not 0 <= rows <= self.image_size:
             raise UserError(f"rows={rows}: the images have {self.image_size} rows. Choose 0 to {self.image_size}.")
-
-
-def _pairs(images: int, n: int) -> np.ndarray:
-    """[images * n, 2]: the image and its drawing of each row."""
-    return np.stack(np.divmod(np.arange(images * n), n), axis=1)

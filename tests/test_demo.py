@@ -216,7 +216,7 @@ def test_mistakes_are_one_line(folder, arguments, message):  # noqa: F811
 @pytest.mark.browser
 @pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)])
 def test_a_person_completes_a_picture_in_a_browser(server, folder, tmp_path, width, height):  # noqa: F811
-    """Upload, click, result; an unusable file and a stopped server are told; the console stays empty.
+    """Upload, click, result. The page reports an unusable file and a stopped server. The console stays empty.
 
     Seen to fail with a script from another site in the page.
     """

@@ -246,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _with_errors(lines: Iterator[Line]) -> Iterator[Line]:
-    """The lines; an error that the user can mend is the last of them."""
+    """The lines. A UserError ends them: its message is the last line."""
     try:
         yield from lines
     except UserError as error:

@@ -28,6 +28,11 @@ def default_batch_size(mesh: Mesh) -> int:
     return 16 if mesh.devices.flat[0].platform == "cpu" else 64
 
 
+def pairs(images: int, n: int = 1) -> np.ndarray:
+    """[images * n, 2]: the index of the image, and that of the drawing among its n, of each drawing."""
+    return np.stack(np.divmod(np.arange(images * n), n), axis=1)
+
+
 class Drawing:
     """Draws images with one model; compiled once per number of given pixels and batch size.
 
@@ -84,8 +89,7 @@ class Drawing:
         Raises:
           UserError: the logits are not finite.
         """
-        count, shards = len(given_BP), self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        batch_size = -(-batch_size // shards) * shards
+        count, batch_size = len(given_BP), sharding.whole_batch(batch_size, self._mesh)
         key, temperature = _key(kind, seed), _float32(temperature)
         out = []
         with (jax.set_mesh(self._mesh),
@@ -111,9 +115,8 @@ class Drawing:
           rows: number of given rows.
         """
         count, side = len(tokens_BT), round(tokens_BT.shape[1] ** 0.5)
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         batch_size = max(2, 1 << (count - 1).bit_length())  # one image alone is drawn twice (see `generate`)
-        padded = np.arange(-(-batch_size // shards) * shards) % count
+        padded = np.arange(sharding.whole_batch(batch_size, self._mesh)) % count
         key, temperature, index_B2 = _key(kind, seed), _float32(temperature), self._put(index_B2[padded])
         with jax.set_mesh(self._mesh):
             carry = self._begin(self._params, self._put(tokens_BT[padded]), np.int32(rows * side))

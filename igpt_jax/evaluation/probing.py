@@ -124,6 +124,15 @@ class Prober:
         best = max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
         return rows, best, probes[best]
 
+    def columns(self, model: Model, params: Any, mesh: Mesh, batch_size: int) -> dict[str, Any]:
+        """Probes each layer of a model. Returns the columns that tables of many models have: the best layer by held-out
+        accuracy, its test accuracy and interval, the number of test examples, and the row of each layer."""
+        features_EPD = self.features(model, params, mesh, batch_size, "features")
+        by_layer, best, _ = self.by_layer(features_EPD, self.layers_of(model), "layer")
+        chosen = by_layer[best]
+        return {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
+                "probe_interval": chosen["interval"], "probe_examples": self.test_count, "accuracy_by_layer": by_layer}
+
     def row(self, data: Labeled) -> dict[str, Any]:
         """Fits one probe and returns its figures."""
         return self.fit(data)[1]

@@ -30,7 +30,7 @@ from igpt_jax.data import open_data, open_split, palette
 from igpt_jax.data.store import Split, Store, tokens_of
 from igpt_jax.data.token_file import TokenFile
 from igpt_jax.evaluation import exact_loss, loss_maps
-from igpt_jax.evaluation.drawing import Drawing, default_batch_size
+from igpt_jax.evaluation.drawing import Drawing, default_batch_size, pairs
 from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
@@ -185,8 +185,7 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
     originals_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
 
     def drawn(kind: str, given_BP: np.ndarray) -> np.ndarray:
-        index_B2 = np.stack([np.arange(len(given_BP)), np.zeros(len(given_BP), int)], axis=1)
-        return draw(kind, given_BP, index_B2, batch_size=min(default_batch_size(mesh), len(given_BP)))
+        return draw(kind, given_BP, pairs(len(given_BP)), batch_size=min(default_batch_size(mesh), len(given_BP)))
 
     arrays = {"samples": drawn("samples", np.zeros((count, 0), np.int32)), "originals": originals_BT,
               "completions": drawn("completions", originals_BT[:, :size // 2 * size].astype(np.int32))[:, None],
@@ -216,15 +215,11 @@ def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *
 
 
 def _probed(config: EvaluateConfig, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh) -> Row:
-    """Probes every layer of one checkpoint. Returns the columns of the best layer and the accuracy by layer."""
+    """Probes every layer of one checkpoint. Returns `Prober.columns`."""
     data = config.probing.data
     data = dataclasses.replace(data, store=data.store or config.data.store)
     prober = Prober(dataclasses.replace(config.probing, data=data), metadata)
-    features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
-    by_layer, best, _ = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
-    chosen = by_layer[best]
-    return {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
-            "probe_interval": chosen["interval"], "probe_examples": prober.test_count, "accuracy_by_layer": by_layer}
+    return prober.columns(model, params, mesh, config.batch_size)
 
 
 def _publish(folder: storage.Path, rows: list[Row]) -> None:
@@ -252,7 +247,7 @@ def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMap
         "pictures": [{"example": index, "nats_per_pixel": float(nats_YX.mean(dtype=np.float64)),
                       "nats": nats_YX.astype(np.float64).round(5).tolist()} for index, nats_YX in enumerate(shown_NYX)],
     }, indent=None))
-    images_NYXC = palette.decode(tokens_BT, metadata.palette_VC).reshape(-1, size, size, 3)
+    images_NYXC = palette.pictures(tokens_BT, metadata.palette_VC)
     labels = split.labels(ids) if found.by_class else ()
     figures.loss_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX,
                       [names.get(label, str(label)) for label in labels])

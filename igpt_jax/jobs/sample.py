@@ -20,7 +20,7 @@ from igpt_jax.config import SampleConfig, UserError
 from igpt_jax.data import open_split, palette
 from igpt_jax.data.images import SUFFIXES, Unusable, decode, read
 from igpt_jax.data.store import tokens_of
-from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size
+from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs
 from igpt_jax.metrics.figures import image_grid, save_png
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.objectives import objective_of
@@ -65,20 +65,21 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     start = time.perf_counter()
 
     if count:
-        index_B2 = np.stack([np.arange(count), np.zeros(count, int)], axis=1)
-        arrays["samples"] = draw("samples", np.zeros((count, 0), np.int32), index_B2)
-        _save_grid(figures / "samples.png", _pictures(arrays["samples"], metadata), math.isqrt(count - 1) + 1)
+        arrays["samples"] = draw("samples", np.zeros((count, 0), np.int32), pairs(count))
+        _save_grid(figures / "samples.png", palette.pictures(arrays["samples"], metadata.palette_VC),
+                   math.isqrt(count - 1) + 1)
 
     if len(names):
-        index_B2 = np.stack(np.divmod(np.arange(len(names) * config.completions), config.completions), axis=1)
+        index_B2 = pairs(len(names), config.completions)
         given_BP = originals_BT[index_B2[:, 0], :rows * size]
         completed_BT = draw("completions", given_BP, index_B2)
         arrays |= {"originals": originals_BT, "names": np.array(names),
                    "completions": completed_BT.reshape(len(names), config.completions, -1)}
-        original_BYXC = _pictures(originals_BT, metadata)
+        original_BYXC = palette.pictures(originals_BT, metadata.palette_VC)
         known_BYXC = original_BYXC.copy()
         known_BYXC[:, rows:] = UNKNOWN
-        completions = _pictures(completed_BT, metadata).reshape(len(names), config.completions, size, size, 3)
+        completions = palette.pictures(completed_BT, metadata.palette_VC)
+        completions = completions.reshape(len(names), config.completions, size, size, 3)
         grid = np.concatenate([original_BYXC[:, None], known_BYXC[:, None], completions], axis=1)
         _save_grid(figures / "completions.png", grid.reshape(-1, size, size, 3), grid.shape[1], HEADINGS)
 
@@ -146,12 +147,6 @@ def _named(files: Iterable[storage.Path]) -> dict[str, storage.Path]:
         named = {"/".join(file.parts[-depth:]): file for file in files}
         if len(named) == len(files):
             return named
-
-
-def _pictures(tokens_BT: np.ndarray, metadata: Metadata) -> np.ndarray:
-    """RGB uint8 [B, Y, X, C] of tokens."""
-    size = metadata.image_size
-    return palette.decode(tokens_BT, metadata.palette_VC).reshape(-1, size, size, 3)
 
 
 def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int, headings: Sequence[str] = ()) -> None:

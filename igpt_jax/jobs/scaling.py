@@ -157,7 +157,7 @@ def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.P
     if status not in ("done", "diverged"):
         try:
             metrics, status = run_in_workdir(loop.train, planned.config, str(folder)), "done"
-        except Diverged:  # a size that diverges says something about the learning rate; the study goes on
+        except Diverged:  # its learning rate was too high for this size; the other runs are still worth training
             metrics, status = {}, "diverged"
         jax.clear_caches()  # each run compiles its own programs
     row = {"run": planned.name, "budget": planned.budget, "flops": planned.flops, "tokens": planned.tokens,
@@ -174,17 +174,13 @@ def _columns(counts: dict[str, int]) -> dict[str, int]:
 
 
 def _probed(config: ScalingConfig, folder: storage.Path) -> Row:
-    """The accuracy of the best layer's linear probe, by held-out accuracy. Kept in the run's folder as probe.json."""
+    """The accuracy of the best layer's linear probe, by held-out accuracy. Kept in the run's folder as probed.json."""
     if known := side_files.load(folder / "probed.json"):
         return known
     mesh = sharding.make_mesh(config.pretrain.mesh)
     model, params, metadata = checkpoint.load_model(str(folder), mesh, "float32")
-    prober = Prober(config.probing, metadata)
-    features_EPD = prober.features(model, params, mesh, config.pretrain.batch_size, "features")
-    by_layer, best, _ = prober.by_layer(features_EPD, prober.layers_of(model), "layer")
-    chosen = by_layer[best]
-    found = {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
-             "probe_interval": chosen["interval"]}
+    columns = Prober(config.probing, metadata).columns(model, params, mesh, config.pretrain.batch_size)
+    found = {name: columns[name] for name in ("probe_layer", "probe_accuracy", "probe_interval")}
     if jax.process_index() == 0:
         storage.publish(folder / "probed.json", storage.to_json(found))
     return found

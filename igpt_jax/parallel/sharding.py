@@ -140,9 +140,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """The number of devices that share a batch: data x fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def whole_batch(images: int, mesh: Mesh) -> int:
+    """The smallest batch of at least `images` that divides over data x fsdp."""
+    shards = batch_shards(mesh)
+    return -(-images // shards) * shards
+
+
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raises UserError where the global batch does not divide over data x fsdp and `accumulate` microbatches."""
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    devices = batch_shards(mesh)
     multiple = devices * accumulate
     if batch_size % multiple:
         rule = f"mesh.data x mesh.fsdp = {devices} devices" + (f" x accumulate={accumulate}" if accumulate > 1 else "")
@@ -153,7 +164,7 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 def microbatches_for(batch_size: int, mesh: Mesh, images_per_pass: int) -> int:
     """The smallest number of equal microbatches in which a device has at most `images_per_pass` images at a time."""
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    devices = batch_shards(mesh)
     # Microbatches must be of equal size, since the step averages their means. Therefore the count has to divide a
     # device's images, and the search takes the first divisor that makes them few enough.
     images = max(1, batch_size // devices)

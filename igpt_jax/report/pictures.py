@@ -105,11 +105,11 @@ def _drawn(run: Run, file: storage.Path) -> _Drawn:
         arrays = dict(arrays)
     colors_VC, shown = arrays["palette"], {}
     if "samples" in arrays:
-        shown["samples"] = _decoded(arrays["samples"][:SHOWN["samples"]], colors_VC)
+        shown["samples"] = palette.pictures(arrays["samples"][:SHOWN["samples"]], colors_VC)
     if "completions" in arrays:
         count = SHOWN["completions"]
-        shown["original"] = _decoded(arrays["originals"][:count], colors_VC)
-        shown["completions"] = _decoded(arrays["completions"][:count, 0], colors_VC)
+        shown["original"] = palette.pictures(arrays["originals"][:count], colors_VC)
+        shown["completions"] = palette.pictures(arrays["completions"][:count, 0], colors_VC)
         given = run.values.get("rows", -1)
         shown["given"] = shown["original"].copy()
         shown["given"][:, shown["given"].shape[1] // 2 if given < 0 else given:] = UNKNOWN
@@ -120,12 +120,6 @@ def _drawn(run: Run, file: storage.Path) -> _Drawn:
     settings = tuple(run.values.get(name) for name in ("rows", "temperature", "top_k", "top_p", "seed"))
     return _Drawn(str(given.parent.parent if is_step else given), step, f"step {step:,}" if step else "newest step",
                   (run.title if run.job == "evaluate" else "", names, *settings), shown)
-
-
-def _decoded(tokens_BT: np.ndarray, colors_VC: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [B, Y, X, C] of tokens."""
-    size = round(tokens_BT.shape[1] ** 0.5)
-    return palette.decode(tokens_BT, colors_VC).reshape(-1, size, size, 3)
 
 
 def _strip(label: str, images_BYXC: np.ndarray) -> Picture:

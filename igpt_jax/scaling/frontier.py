@@ -22,8 +22,7 @@ class Cost:
 
     @classmethod
     def of(cls, N: np.ndarray, flops_per_token: np.ndarray) -> "Cost":
-        kappa, log_k = np.polyfit(np.log(N), np.log(flops_per_token), 1)
-        return cls(float(np.exp(log_k)), float(kappa))
+        return cls(*power_law(N, flops_per_token))
 
     def tokens(self, C: np.ndarray, N: np.ndarray) -> np.ndarray:
         """D that a budget of C FLOPs pays for."""

@@ -115,8 +115,7 @@ def _projected(alpha: np.ndarray, beta: np.ndarray, x_n: np.ndarray, x_D: np.nda
         predicted = np.einsum("...ni,...i->...n", terms, coefficients)
         residual = np.log(predicted) - log_loss
         weights = _huber_weights(residual)
-    size = np.abs(residual)
-    return coefficients, np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum(-1)
+    return coefficients, _huber(residual).sum(-1)
 
 
 def _nonnegative(scaled: np.ndarray, weights: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -144,19 +143,16 @@ def _descended(law: Law, weights_Rn: np.ndarray, x_n: np.ndarray, x_D: np.ndarra
     theta = np.tile(np.log(np.maximum([getattr(law, name) for name in FIELDS], 1e-6)), (R, 1))
     damping = np.full(R, 1e-3)
 
-    def terms(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def terms(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Residuals [R, n] of log loss and their slopes [R, n, 5]."""
         E, a, alpha, b, beta = (np.exp(theta[:, i, None]) for i in range(5))
         of_n, of_D = a * np.exp(-alpha * x_n), b * np.exp(-beta * x_D)
         predicted = E + of_n + of_D
         slopes = np.stack([E + 0 * predicted, of_n, -of_n * alpha * x_n, of_D, -of_D * beta * x_D], -1)
         return np.log(predicted) - log_loss, slopes / predicted[..., None]
 
-    def objective(residual: np.ndarray) -> np.ndarray:
-        size = np.abs(residual)
-        return (weights_Rn * np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2))).sum(-1)
-
     residual, slopes = terms(theta)
-    value = objective(residual)
+    value = (weights_Rn * _huber(residual)).sum(-1)
     for _ in range(60):
         weights = weights_Rn * _huber_weights(residual)
         curvature = np.einsum("Rni,Rn,Rnj->Rij", slopes, weights, slopes)
@@ -167,7 +163,7 @@ def _descended(law: Law, weights_Rn: np.ndarray, x_n: np.ndarray, x_D: np.ndarra
         tried = np.clip(theta - np.clip(step, -1, 1), -20, 5)
         tried[:, (2, 4)] = np.clip(tried[:, (2, 4)], *np.log(RANGE))
         new_residual, new_slopes = terms(tried)
-        new_value = objective(new_residual)
+        new_value = (weights_Rn * _huber(new_residual)).sum(-1)
         better = new_value <= value
         theta, value = np.where(better[:, None], tried, theta), np.where(better, new_value, value)
         residual, slopes = (np.where(better[:, None], new_residual, residual),
@@ -176,5 +172,12 @@ def _descended(law: Law, weights_Rn: np.ndarray, x_n: np.ndarray, x_D: np.ndarra
     return Law(*np.exp(theta).T, law.N0, law.D0)
 
 
+def _huber(residual: np.ndarray) -> np.ndarray:
+    """The Huber loss of each residual."""
+    size = np.abs(residual)
+    return np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2))
+
+
 def _huber_weights(residual: np.ndarray) -> np.ndarray:
+    """The weights with which least squares has the Huber loss's gradient."""
     return np.minimum(1, HUBER / np.maximum(np.abs(residual), 1e-300))
