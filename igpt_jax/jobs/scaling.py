@@ -42,6 +42,7 @@ from igpt_jax.runtime.job import run_in_workdir
 from igpt_jax.scaling import analysis, charts
 from igpt_jax.scaling.study import Planned, model_of, parameter_counts, planned
 from igpt_jax.storage import side_files, slices, tables
+from igpt_jax.storage.hashes import json_digest
 from igpt_jax.training import loop
 from igpt_jax.training.inputs import open_inputs
 
@@ -175,12 +176,13 @@ def _columns(counts: dict[str, int]) -> dict[str, int]:
 
 def _probed(config: ScalingConfig, folder: storage.Path) -> Row:
     """The accuracy of the best layer's linear probe, by held-out accuracy. Kept in the run's folder as probed.json."""
-    if known := side_files.load(folder / "probed.json"):
+    known, asked = side_files.load(folder / "probed.json") or {}, json_digest(dataclasses.asdict(config.probing))
+    if known.pop("asked", "") == asked:
         return known
     mesh = sharding.make_mesh(config.pretrain.mesh)
     model, params, metadata = checkpoint.load_model(str(folder), mesh, "float32")
     columns = Prober(config.probing, metadata).columns(model, params, mesh, config.pretrain.batch_size)
     found = {name: columns[name] for name in ("probe_layer", "probe_accuracy", "probe_interval")}
     if jax.process_index() == 0:
-        storage.publish(folder / "probed.json", storage.to_json(found))
+        storage.publish(folder / "probed.json", storage.to_json({**found, "asked": asked}))
     return found
