@@ -28,7 +28,8 @@ from PIL import Image
 
 from igpt_jax import data
 from igpt_jax.config import DataConfig, PrepareConfig
-from igpt_jax.data import palette, pipeline
+from igpt_jax.data import pipeline
+from igpt_jax.data.codecs import Palette
 from igpt_jax.jobs import prepare
 
 ROUNDS, SECONDS = 3, 2.0
@@ -109,17 +110,17 @@ def rows(folder: str, store: str) -> dict[str, tuple[Callable[[], tuple[float, f
         store = f"{folder}/store"
         prepare.run(PrepareConfig(source="synthetic:20000", image_size=32), store)
     opened = data.open_data(DataConfig(store=store))
-    split, table = opened.split("train"), palette.lookup_table(opened.palette)
+    split, codec = opened.split("train"), Palette(opened.palette)
     Pictures(data_dir=folder, file_format="array_record").download_and_prepare()
     records = data.open_data(DataConfig(store=f"tfds:{folder}/pictures/1.0.0"), 32).split("train+held_out")
     sharding = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
 
     def streamed(given, augment: str, batch_size: int) -> tuple[float, float]:
-        return rate(pipeline.batches(given, table, seed=0, batch_size=batch_size, start_step=0,
+        return rate(pipeline.batches(given, codec, seed=0, batch_size=batch_size, start_step=0,
                                      rows=slice(0, batch_size), prefetch=4, augment=augment), batch_size)
 
     def resident(augment: str) -> tuple[float, float]:
-        batches = data.train_batches(split, table, reader="resident", seed=0, batch_size=128, start_step=0,
+        batches = data.train_batches(split, codec, reader="resident", seed=0, batch_size=128, start_step=0,
                                      sharding=sharding, prefetch=4, augment=augment)
         on_device = iter(lambda: next(batches).tokens.block_until_ready(), None)
         return rate(on_device, 128)

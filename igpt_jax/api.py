@@ -11,12 +11,13 @@
 Images are uint8 arrays [N, H, W, 3], Pillow's images or paths, of any size: each is cut to the largest centered square
 and reduced to the model's size by area averaging (data/images.py). Results are NumPy arrays.
 
-N images, n drawings, H and W height and width of a picture, Y = X the model's image size, T = Y X tokens, V palette,
+N images, n drawings, H and W height and width of a picture, Y = X the model's image size, T tokens, V vocabulary,
 L layers, D embed, K classes, B batch.
 """
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -30,7 +31,6 @@ from igpt_jax.checkpoint import Metadata
 from igpt_jax.config import MeshConfig, SampleConfig, SampleMeshConfig, UserError
 from igpt_jax.config.keys import PRECISIONS, one_of
 from igpt_jax.config.training import PARAMETERS
-from igpt_jax.data import palette as palettes
 from igpt_jax.data.pictures import Pictures, pixels
 from igpt_jax.data.store.manifest import load_manifest
 from igpt_jax.data.token_file import Tokens
@@ -121,7 +121,7 @@ def _foreign(path: str, mesh: Mesh, precision: str, attention: str, palette: str
     source = weights.open_weights(*weights.kind_and_path("path", path), parameters)
     record = ours.record_for(source, weights.palette_for(source, path, palette, "palette"))
     weights.refuse_non_square(source, path)
-    model = Model.of(record.config, len(record.palette_VC), record.image_size, mesh, record.classes, precision,
+    model = Model.of(record.config, record.codec.vocabulary, record.image_size, mesh, record.classes, precision,
                      attention)
     params = ours.parameters(source, lambda shape, name: np.empty(shape, np.float32))
     like = model.abstract_parameters()
@@ -176,7 +176,12 @@ class ImageModel:
     def __repr__(self) -> str:
         dims, device = self._model.dims, self._mesh.devices.flat[0]
         return (f"ImageModel({self.source}: {dims.L} layers, width {dims.D}, {self.image_size}x{self.image_size} "
-                f"pixels, {dims.V} colors, on {self._mesh.size} {device.platform})")
+                f"pixels, {self.metadata.codec}, on {self._mesh.size} {device.platform})")
+
+    @property
+    def guessing(self) -> float:
+        """The loss of uniform guessing, nats per pixel."""
+        return self._model.dims.C * math.log(self._model.dims.V)
 
     @property
     def causal(self) -> bool:
@@ -201,7 +206,7 @@ class ImageModel:
         return tuple(names) if len(names) == count else tuple(map(str, range(count)))
 
     def quantize(self, images: Pictures) -> np.ndarray:
-        """Images as the model sees them, uint8 [N, Y, X, 3]: of its size, in the colors of its palette."""
+        """Images as the model sees them, uint8 [N, Y, X, 3]: of its size, in the colors of its codec."""
         return self._pictures(self._tokens(images))
 
     def features(self, images: Pictures, layer: int | Literal["best", "all"] = "best",
@@ -227,7 +232,8 @@ class ImageModel:
         return features_NPD[:, index]
 
     def nats(self, images: Pictures, per_pixel: bool = False) -> np.ndarray:
-        """How well the model predicts images: negative log likelihood in nats per pixel. Divide by ln 2 for bits.
+        """How well the model predicts images: negative log likelihood in nats per pixel. Divide by ln 2 for bits, and
+        with codec=rgb by 3 for bits per dimension.
 
         Args:
           images: N images.
@@ -246,7 +252,8 @@ class ImageModel:
                                 "Leave per_pixel out.")
             return self._compute("nats", "", self._tokens(images))["nats_per_pixel"]
         nats_NT = self._compute("loss maps", "", self._tokens(images))
-        return nats_NT.reshape(-1, self.image_size, self.image_size) if per_pixel else nats_NT.mean(axis=1)
+        nats_NYX = nats_NT.reshape(-1, self.image_size, self.image_size, self._model.dims.C).sum(axis=-1)
+        return nats_NYX if per_pixel else nats_NYX.mean(axis=(1, 2))
 
     def sample(self, n: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
                ) -> np.ndarray:
@@ -283,7 +290,7 @@ class ImageModel:
         self._check_drawing(n, rows, temperature, top_k, top_p, seed)
         tokens_NT = self._tokens(images)
         index_B2 = pairs(len(tokens_NT), n)
-        given_BP = tokens_NT[index_B2[:, 0], :rows * self.image_size]
+        given_BP = tokens_NT[index_B2[:, 0], :rows * self._model.dims.row]
         return self._pictures(self._draw("completions", given_BP, index_B2, top_k, top_p, temperature, seed), n)
 
     def complete_by_row(self, images: Pictures | None, rows: int | None = None, n: int = 1, *,
@@ -298,7 +305,7 @@ class ImageModel:
         rows = 0 if images is None else size // 2 if rows is None else rows
         self._check_drawing(n, rows, temperature, top_k, top_p, seed)
         if images is None:
-            kind, index_B2, tokens_BT = "samples", pairs(n), np.zeros((n, size ** 2), np.int32)
+            kind, index_B2, tokens_BT = "samples", pairs(n), np.zeros((n, self._model.dims.T), np.int32)
         else:
             tokens_NT = self._tokens(images)
             kind, index_B2 = "completions", pairs(len(tokens_NT), n)
@@ -336,15 +343,11 @@ class ImageModel:
 
     def _tokens(self, images: Pictures) -> np.ndarray:
         """Tokens int32 [N, T] of images."""
-        return palettes.encode(pixels(images, self.image_size), self._table).astype(np.int32)
-
-    @functools.cached_property
-    def _table(self) -> np.ndarray:
-        return palettes.lookup_table(self.metadata.palette_VC)
+        return self.metadata.codec.encode(pixels(images, self.image_size)).astype(np.int32)
 
     def _pictures(self, tokens_BT: np.ndarray, n: int = 0) -> np.ndarray:
         """uint8 [B, Y, X, 3] of tokens; [N, n, Y, X, 3] where n is given."""
-        images_BYXC = palettes.pictures(tokens_BT, self.metadata.palette_VC)
+        images_BYXC = self.metadata.codec.decode(tokens_BT)
         return images_BYXC.reshape(-1, n, *images_BYXC.shape[1:]) if n else images_BYXC
 
     def _batch(self, count: int) -> int:

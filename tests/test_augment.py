@@ -1,6 +1,7 @@
 """Shifts, crops and mirrors: compared with NumPy's padding, and between readers, hosts and resumed runs."""
 
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,15 +10,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igpt_jax import data, storage
 from igpt_jax.config import DataConfig, UserError
-from igpt_jax.data import augmentation, order, palette, pipeline, resident, store
+from igpt_jax.data import augmentation, order, pipeline, resident, store
+from igpt_jax.data.codecs import Palette
 
 PALETTE_VC = np.random.default_rng(0).uniform(-1, 1, (12, 3)).astype(np.float32)
 FIELDS = {"source": "test", "resize": "none", "seed": 0, "held_out": {}, "config": {}}
 
 
 @pytest.fixture(scope="module")
-def table():
-    return palette.build_lookup_table(PALETTE_VC)
+def codec():
+    return Palette(PALETTE_VC)
 
 
 def write(path, count, seed, chunk=1, size=8):
@@ -50,44 +52,44 @@ def test_shift_against_numpy():
     padded = np.pad(image, 1, constant_values=77)
     crops = [padded[top:top + 8, left:left + 8].reshape(-1) for top in range(3) for left in range(3)]
     images = np.broadcast_to(image.reshape(-1), (9000, 64))
-    made = augmentation.augmented("shift", images, 5, np.arange(9000), 77)
+    codec = SimpleNamespace(channels=1, black=77)
+    made = augmentation.augmented("shift", images, 5, np.arange(9000), codec)
     counts = [(made == crop).all(axis=1).sum() for crop in crops]
     assert made.dtype == np.uint16 and sum(counts) == 9000 and min(counts) > 900
     top, left = (order.draws(5, np.arange(9), 2) % 3).T
     np.testing.assert_array_equal(made[:9], [crops[3 * int(y) + int(x)] for y, x in zip(top, left, strict=True)])
-    np.testing.assert_array_equal(augmentation.augmented("shift", images[:2], 5, np.arange(7, 9), 77), made[7:9])
+    np.testing.assert_array_equal(augmentation.augmented("shift", images[:2], 5, np.arange(7, 9), codec), made[7:9])
 
 
-def batches_of(split, table, **options):
+def batches_of(split, codec, **options):
     sharding = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
-    return data.train_batches(split, table, **{"seed": 3, "batch_size": 16, "start_step": 0, "sharding": sharding,
+    return data.train_batches(split, codec, **{"seed": 3, "batch_size": 16, "start_step": 0, "sharding": sharding,
                                                "prefetch": 2, **options})
 
 
 @pytest.mark.parametrize("augment", ["none", "shift", "cifar"])
 @pytest.mark.parametrize("reader", ["resident", "tfdata"])
-def test_readers_hosts_and_resumes_agree(tmp_path, table, augment, reader):
+def test_readers_hosts_and_resumes_agree(tmp_path, codec, augment, reader):
     """A mixture of two stores, with chunks and windows: each batch is compared with NumPy, from the start and from the
     middle, and on 1, 2, 4 and 8 simulated hosts; digests of epochs agree. Seen to fail with positions counted from the
     host's first row, in either reader."""
     pixels = np.concatenate([write(tmp_path / "a", 30, 1), write(tmp_path / "b", 50, 2, chunk=8)])
     config = DataConfig(store=f"{tmp_path}/a,{tmp_path}/b", weights=(1, 2))
     split = data.open_data(config).split("train")
-    tokens = palette.encode(pixels, table).reshape(-1, 8, 8)
+    tokens = codec.encode(pixels).reshape(-1, 8, 8)
 
     def expected(step):
         ids, positions = order.batch(3, step, 16, split.components, 2), step * 16 + np.arange(16)
         if augment == "none":
             return ids, tokens[ids].reshape(16, -1)
         if augment == "shift":
-            black = palette.encode(np.zeros((1, 1, 1, 3), np.uint8), table).item()
-            return ids, augmentation.augmented("shift", tokens[ids].reshape(16, -1), 3, positions, black)
+            return ids, augmentation.augmented("shift", tokens[ids].reshape(16, -1), 3, positions, codec)
         rows, columns = augmentation.crop_and_mirror(3, positions, 8)
         return ids, np.stack([tokens[i][r][:, c] for i, r, c in zip(ids, rows, columns, strict=True)]).reshape(16, -1)
 
     digests = []
     for start in (0, 5):
-        batches = batches_of(split, table, reader=reader, augment=augment, window=2, start_step=start)
+        batches = batches_of(split, codec, reader=reader, augment=augment, window=2, start_step=start)
         for step in range(start, 12):
             batch = next(batches)
             ids, wanted = expected(step)
@@ -101,14 +103,14 @@ def test_readers_hosts_and_resumes_agree(tmp_path, table, augment, reader):
         slices = []
         for host in range(hosts):
             rows = slice(host * 16 // hosts, (host + 1) * 16 // hosts)
-            reading = module.batches(split, table, seed=3, batch_size=16, start_step=7, rows=rows, augment=augment,
+            reading = module.batches(split, codec, seed=3, batch_size=16, start_step=7, rows=rows, augment=augment,
                                      window=2, **ahead)
             slices.append(next(reading)[1])
             reading.close()
         np.testing.assert_array_equal(np.concatenate(slices), expected(7)[1])
 
 
-def test_invalid_combinations(tmp_path, table):
+def test_invalid_combinations(tmp_path, codec):
     write(tmp_path / "a", 30, 1)
     write(tmp_path / "large", 10, 1, size=16)
     write(tmp_path / "tiny", 10, 1, size=4)
@@ -120,13 +122,13 @@ def test_invalid_combinations(tmp_path, table):
             data.open_data(DataConfig(**options))
     for name, augment, message in (("a", "imagenet", "whole pictures"), ("tiny", "cifar", "too small")):
         with pytest.raises(UserError, match=message):
-            batches_of(store.Store.open(tmp_path / name).split("train"), table, reader="tfdata", augment=augment)
+            batches_of(store.Store.open(tmp_path / name).split("train"), codec, reader="tfdata", augment=augment)
 
 
-def test_waiting_is_measured(tmp_path, table, monkeypatch):
+def test_waiting_is_measured(tmp_path, codec, monkeypatch):
     """The caller works for 3 of 4 seconds. Seen to fail with the total time in place of the time in `next`."""
     write(tmp_path, 30, 1)
-    batches = batches_of(store.Store.open(tmp_path).split("train"), table, reader="resident")
+    batches = batches_of(store.Store.open(tmp_path).split("train"), codec, reader="resident")
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     batches.metrics()

@@ -14,7 +14,7 @@ from igpt_jax.model.sampling import Sampling, generate
 
 @pytest.fixture(scope="module")
 def model():
-    return Model(ModelConfig("igpt_tiny", layers=2, embed=24, heads=2), palette_size=13, image_size=5,
+    return Model(ModelConfig("igpt_tiny", layers=2, embed=24, heads=2), vocabulary=13, image_size=5,
                  precision="float32")
 
 
@@ -61,7 +61,7 @@ def test_in_bfloat16_the_random_stream_is_the_same_at_every_batch_size():
 
     Seen to fail with keys split from one key of the batch.
     """
-    model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), palette_size=13, image_size=4,
+    model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), vocabulary=13, image_size=4,
                   precision="bfloat16")
     run, params = jax.jit(generate, static_argnums=(0, 4)), random_parameters(model)
     together, alone = (run(model, params, jnp.zeros((len(keys), 0), jnp.int32), keys, Sampling(1e6))

@@ -18,7 +18,7 @@ from test_model import random_parameters
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
 from igpt_jax.config import MeshConfig, ModelConfig, parse
-from igpt_jax.data import palette
+from igpt_jax.data.codecs import Palette
 from igpt_jax.data.store import Store, Writer
 from igpt_jax.evaluation import exact_loss, loss_maps
 from igpt_jax.jobs import evaluate as job
@@ -298,13 +298,13 @@ def test_loss_maps_count_each_pixel_once(tmp_path, monkeypatch):
     writer = Writer(storage.path(tmp_path), 4)
     writer.add("test", images, labels)
     writer.finish(palette_VC, source="", resize="", seed=0, held_out={}, config={})
-    split, table = Store.open(tmp_path).split("test"), palette.lookup_table(palette_VC)
+    split, codec = Store.open(tmp_path).split("test"), Palette(palette_VC)
     model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
     params = random_parameters(model)
-    tokens = palette.encode(images, table).astype(np.int32)
+    tokens = codec.encode(images).astype(np.int32)
     nats_ET = np.asarray(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens), np.float64)
 
-    found = loss_maps.measure(model, params, split, sharding.make_mesh(MeshConfig()), 7, table, shown=9)
+    found = loss_maps.measure(model, params, split, sharding.make_mesh(MeshConfig()), 7, codec, shown=9)
     np.testing.assert_allclose(found.by_position_T, nats_ET.mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.shown_NT, nats_ET[:9], rtol=1e-4, atol=1e-5)
     for label, (nats, count) in found.by_class.items():

@@ -7,7 +7,7 @@ from test_model import random_parameters
 
 from igpt_jax import storage
 from igpt_jax.config import MeshConfig, ModelConfig, UserError
-from igpt_jax.data import palette
+from igpt_jax.data.codecs import Palette
 from igpt_jax.data.store import Store, Writer
 from igpt_jax.data.token_file import TokenFile
 from igpt_jax.evaluation import exact_loss
@@ -28,18 +28,19 @@ def test_every_image_counts_once(tmp_path, monkeypatch):
     images = rng.integers(0, 256, (23, 4, 4, 3), np.uint8)
     writer.add("test", images, None)
     writer.finish(palette_VC, source="", resize="", seed=0, held_out={}, config={})
-    split, table = Store.open(tmp_path).split("test"), palette.lookup_table(palette_VC)
+    split, codec = Store.open(tmp_path).split("test"), Palette(palette_VC)
 
     model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
     params, mesh = random_parameters(model), sharding.make_mesh(MeshConfig())
-    tokens = palette.encode(images, table).astype(np.int32)
+    tokens = codec.encode(images).astype(np.int32)
     expected = float(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens).mean())
     for batch_size in (1, 8, 64):
-        measure = exact_loss.make_measure(model, mesh, batch_size, table)
+        measure = exact_loss.make_measure(model, mesh, batch_size, codec)
         assert measure(params, split) == {"nats_per_pixel": pytest.approx(expected, rel=1e-6)}
     assert measure(params, split, lambda: True) is None
 
 
+COLORS = Palette(np.zeros((5, 3), np.float32))
 TOKENS = {
     "labels": (np.zeros((3, 10), np.float32), "float32"),
     "another size": (np.zeros((3, 64), np.int64), r"\[3, 64\]"),
@@ -55,7 +56,7 @@ def test_other_files_than_tokens_are_refused(tmp_path, case):
     with path.open("wb") as file:
         np.savez(file, a=1) if array is None else np.save(file, array)
     with pytest.raises(UserError, match=message):
-        TokenFile(str(path), 4, 5)
+        TokenFile(str(path), 4, COLORS)
 
 
 def test_a_file_of_tokens_in_openais_layout(tmp_path):
@@ -65,14 +66,14 @@ def test_a_file_of_tokens_in_openais_layout(tmp_path):
     """
     tokens = np.random.default_rng(0).integers(0, 5, (11, 16))
     np.save(tmp_path / "imagenet_teX.npy", tokens)
-    file = TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, 5)
+    file = TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, COLORS)
     np.testing.assert_array_equal(file.tokens(np.array([3, 10, 0])), tokens[[3, 10, 0]])
     model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
     params = random_parameters(model)
     expected = float(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens).mean())
-    measure = exact_loss.make_measure(model, sharding.make_mesh(MeshConfig()), 8, np.empty(0))
+    measure = exact_loss.make_measure(model, sharding.make_mesh(MeshConfig()), 8, COLORS)
     assert measure(params, file) == {"nats_per_pixel": pytest.approx(expected, rel=1e-6)}
     tokens[7, 2] = 5
     np.save(tmp_path / "imagenet_teX.npy", tokens)
     with pytest.raises(UserError, match="row 7 has a token outside 0..4"):
-        measure(params, TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, 5))
+        measure(params, TokenFile(str(tmp_path / "imagenet_teX.npy"), 4, COLORS))

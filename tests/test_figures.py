@@ -46,11 +46,11 @@ def test_loss_and_accuracy_of_a_run():
     metrics swapped, with the first loss in the label, with log2, and with shares instead of per cent."""
     lines = [{"step": step, "train/nats_per_pixel": 3 / step} for step in (1, 2, 4)] + [
         {"step": 4, "eval/nats_per_pixel": 1.0}, {"step": 5, "train/nats_per_pixel": None}]
-    (loss,) = charts.training(lines, 1000, palette_size=17)
+    (loss,) = charts.training(lines, 1000, vocabulary=17)
     assert [series.points for series in loss.series] == [[(1, 3), (2, 1.5), (4, 0.75)], [(4, 1)]]
     assert [series.label for series in loss.series] == ["train: 0.750 at step 4", "held-out: 1.000 at step 4"]
     assert loss.levels == {"guessing: ln 17 = 2.833": math.log(17)} and (loss.x, loss.y) == ("step", "nats per pixel")
-    loss, accuracy = charts.training([*lines, {"step": 1200, "eval/accuracy": 0.875}], 1200, palette_size=17)
+    loss, accuracy = charts.training([*lines, {"step": 1200, "eval/accuracy": 0.875}], 1200, vocabulary=17)
     assert accuracy.series[0].label == "held-out: 87.5 at step 1,200" and accuracy.series[0].points == [(1200, 87.5)]
     assert not loss.levels
 
@@ -231,7 +231,7 @@ def test_figures_omit_values_that_are_not_finite(tmp_path, bad, capsys):
     figures.loss_by_position(storage.path(tmp_path / "means.png"), np.float64([[1, 2], [3, bad or np.nan]]),
                              {"0": 2.0, "1": bad or np.nan})
     figures.loss_maps(storage.path(tmp_path / "maps.png"), np.zeros((1, 2, 2, 3), np.uint8),
-                      np.float32([[[1, 2], [3, bad or np.nan]]]))
+                      np.float32([[[[1], [2]], [[3], [bad or np.nan]]]]))
     assert len(list(tmp_path.glob("*.png"))) == 3, capsys.readouterr().err
 
 
@@ -262,7 +262,7 @@ def test_headings_are_over_their_columns():
 
 def test_loss_maps_name_their_classes(tmp_path, drawn):
     """A class and its mean loss over each picture. Seen to fail with names and losses in another order."""
-    nats_NYX = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((2, 2), np.float32)
-    figures.loss_maps(storage.path(tmp_path / "maps.png"), np.zeros((5, 2, 2, 3), np.uint8), nats_NYX, list("abcde"))
+    nats_NYXC = np.arange(5, dtype=np.float32)[:, None, None, None] * np.ones((2, 2, 1), np.float32)
+    figures.loss_maps(storage.path(tmp_path / "maps.png"), np.zeros((5, 2, 2, 3), np.uint8), nats_NYXC, list("abcde"))
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
     assert titles == ["a, 0.00", "b, 1.00", "c, 2.00", "d, 3.00", "e, 4.00"]

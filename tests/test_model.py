@@ -55,7 +55,7 @@ def numpy_logits(params, tokens_BT, heads):
     ("igpt_xl", 64, 6_810_875_904)])
 def test_parameter_counts_of_the_paper(name, image_size, parameters):
     """Seen to fail with a bias added to the MLP. No weights are made: shapes only."""
-    model = Model(ModelConfig(name), palette_size=512, image_size=image_size, precision="float32")
+    model = Model(ModelConfig(name), vocabulary=512, image_size=image_size, precision="float32")
     assert count_parameters(model.abstract_parameters()) == parameters == model.dims.parameter_count
 
 
@@ -89,7 +89,7 @@ def test_model_flops_equal_a_count_by_hand(causal, expected):
 @pytest.mark.parametrize("attention", ["reference", "blocked"])
 def test_logits_equal_a_numpy_forward(attention):
     """Seen to fail with 1.702 changed to 1.7, with a mean subtracted in the norm, and with the mask off by one."""
-    model = Model(ModelConfig(**SMALL, attention=attention), palette_size=11, image_size=5, precision="float32")
+    model = Model(ModelConfig(**SMALL, attention=attention), vocabulary=11, image_size=5, precision="float32")
     params = random_parameters(model)
     tokens_BT = np.random.default_rng(1).integers(0, 11, (2, 25))
     np.testing.assert_allclose(model.logits(params, tokens_BT), numpy_logits(params, tokens_BT, heads=2), atol=1e-4)
@@ -100,7 +100,7 @@ def test_bfloat16_stays_near_float32():
     tokens_BT = np.random.default_rng(1).integers(0, 11, (2, 25))
     logits = {}
     for precision in ("float32", "bfloat16"):
-        model = Model(ModelConfig(**SMALL), palette_size=11, image_size=5, precision=precision)
+        model = Model(ModelConfig(**SMALL), vocabulary=11, image_size=5, precision=precision)
         logits[precision] = model.logits(random_parameters(model, scale=0.1), tokens_BT)
     assert logits["bfloat16"].dtype == jnp.float32
     np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.05)
@@ -138,7 +138,7 @@ def test_bfloat16_gradients_of_frequent_colors():
 
 def test_first_loss_is_ln_of_the_palette():
     """The head starts at zero, so every color is as likely: ln 512 = 6.238325. Seen to fail with a random head."""
-    model = Model(ModelConfig(**SMALL), palette_size=512, image_size=4, precision="float32")
+    model = Model(ModelConfig(**SMALL), vocabulary=512, image_size=4, precision="float32")
     tokens_BT = np.random.default_rng(0).integers(0, 512, (2, 16))
     loss = objectives.nats_per_token(model.logits(model.init(jax.random.key(0)), tokens_BT), tokens_BT).mean()
     assert float(loss) == pytest.approx(math.log(512), abs=5e-6)
@@ -147,7 +147,7 @@ def test_first_loss_is_ln_of_the_palette():
 @pytest.mark.parametrize("init", ["released", "paper"])
 def test_initial_weights_have_the_stated_deviations(init):
     """Seen to fail with the attention output not divided by the depth."""
-    model = Model(ModelConfig(name="igpt_10m", init=init), palette_size=512, image_size=16, precision="float32")
+    model = Model(ModelConfig(name="igpt_10m", init=init), vocabulary=512, image_size=16, precision="float32")
     params = model.init(jax.random.key(0))
     D, F, L = 256, 1024, 12
     expected = {

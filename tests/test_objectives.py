@@ -12,6 +12,7 @@ from igpt_jax.config import FinetuneModelConfig, MeshConfig, ModelConfig, base_c
 from igpt_jax.evaluation import exact_loss
 from igpt_jax.evaluation.steps import make_eval_step
 from igpt_jax.model import objectives
+from igpt_jax.model.dims import Dims
 from igpt_jax.model.features import make_feature_step, pooled
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
@@ -240,11 +241,15 @@ def test_a_position_table_for_another_size():
     Seen to fail with the table resized as a line of positions.
     """
     rows, columns = np.meshgrid(np.arange(4.), np.arange(4.), indexing="ij")
+
+    def resized(table_TD, side):
+        return transfer.resized("position_embed_TD", table_TD, Dims(L=1, D=2, N=1, H=2, F=8, V=5, T=side ** 2))
+
     table_TD = jnp.asarray(np.stack([rows, 10 * columns], axis=-1).reshape(16, 2), jnp.float32)
-    grown = np.asarray(transfer.resized(table_TD, 8)).reshape(8, 8, 2)
+    grown = np.asarray(resized(table_TD, 8)).reshape(8, 8, 2)
     np.testing.assert_allclose(grown[1:7, 3, 0], np.arange(1, 7) / 2 - 0.25, atol=1e-6)
     np.testing.assert_allclose(grown[3, 1:7, 1], 10 * (np.arange(1, 7) / 2 - 0.25), atol=1e-5)
-    halved = np.asarray(transfer.resized(table_TD, 2)).reshape(2, 2, 2)
+    halved = np.asarray(resized(table_TD, 2)).reshape(2, 2, 2)
     assert (np.diff(halved[:, 0, 0]) > 1.5).all() and (np.diff(halved[0, :, 1]) > 15).all()
     np.testing.assert_allclose(halved.mean((0, 1)), [1.5, 15], rtol=1e-5)
-    np.testing.assert_allclose(transfer.resized(table_TD, 4), table_TD, atol=1e-6)
+    np.testing.assert_allclose(resized(table_TD, 4), table_TD, atol=1e-6)

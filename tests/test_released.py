@@ -11,7 +11,6 @@ from conftest import ROOT
 
 from igpt_jax import checkpoint
 from igpt_jax.config import MeshConfig, UserError
-from igpt_jax.data import palette
 from igpt_jax.data.store import Store
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.model.objectives import nats_per_token
@@ -43,7 +42,7 @@ def test_parameters_of_format_2(name, caplog):
     in a checksum, and with a model without its final norm."""
     mesh = sharding.make_mesh(MeshConfig())
     model, params, record = checkpoint.load_model(str(DATA / name), mesh, "float32")
-    tokens = palette.encode(held_out().read(np.arange(12)), palette.lookup_table(record.palette_VC)).reshape(12, 16)
+    tokens = record.codec.encode(held_out().read(np.arange(12))).astype(np.int32)
     nats = nats_per_token(jax.jit(model.logits)(params, tokens), tokens)
     assert float(nats.mean()) == pytest.approx(2.085420, abs=1e-5)  # the line of its metrics.jsonl
     assert record.checksums and not caplog.records and record.steps_done == 30

@@ -119,7 +119,7 @@ def config(**keys):
 
 def test_runs_take_the_budget_by_the_exact_count():
     """Fails if steps come from 6 N D, or if the batch does not grow with the tokens."""
-    found = study.planned(config(), image_size=16, palette_size=512)
+    found = study.planned(config(), image_size=16, vocabulary=512)
     assert [run.name for run in found] == ["1e11-2x32", "1e11-igpt_tiny", "1e14-2x32", "1e14-igpt_tiny"]
     for run in found:
         model = run.config.model

@@ -20,7 +20,7 @@ def make(arguments=""):
     config = base_config("pretrain", f"model=igpt_tiny,steps=10,precision=float32{arguments}")
     config.model.update(layers=2, embed=16, heads=2)
     config = parse("pretrain", config)
-    return config, Model(config.model, palette_size=16, image_size=4, precision="float32")
+    return config, Model(config.model, vocabulary=16, image_size=4, precision="float32")
 
 
 def tokens_of_step(step):

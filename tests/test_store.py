@@ -9,7 +9,9 @@ import pytest
 from igpt_jax import data, storage
 from igpt_jax.config import DataConfig, UserError
 from igpt_jax.data import palette, staging, store
+from igpt_jax.data.codecs import Palette
 from igpt_jax.data.store import writer
+from igpt_jax.data.token_file import tokens_of
 
 PALETTE_VC = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 FIELDS = {"source": "test", "resize": "none", "seed": 0, "held_out": {}, "config": {}}
@@ -54,8 +56,8 @@ def test_what_is_written_comes_back(path, images):
     np.testing.assert_array_equal(both.labels(ids), ids)
     assert (train.count, both.count, both.image_size, opened.classes) == (30, 50, 8, 50)
     np.testing.assert_array_equal(opened.palette, PALETTE_VC)
-    table = palette.build_lookup_table(PALETTE_VC)
-    np.testing.assert_array_equal(store.tokens_of(both, table, ids), palette.encode(images[ids], table))
+    codec = Palette(PALETTE_VC)
+    np.testing.assert_array_equal(tokens_of(both, codec, ids), codec.encode(images[ids]))
     with pytest.raises(IndexError):
         train.read(np.array([30]))
 

@@ -13,8 +13,9 @@ from weights_files import SIZES, change, float32, make_huggingface, make_palette
 
 from igpt_jax import checkpoint
 from igpt_jax.config import FinetuneConfig, FinetuneModelConfig, UserError
-from igpt_jax.data import palette
-from igpt_jax.data.store import Store, tokens_of
+from igpt_jax.data.codecs import Palette
+from igpt_jax.data.store import Store
+from igpt_jax.data.token_file import tokens_of
 from igpt_jax.training import transfer
 from igpt_jax.weights import certificate, huggingface, open_weights, ours
 
@@ -192,7 +193,7 @@ def test_a_model_trained_here_gives_the_same_loss_in_transformers(tmp_path):
     command("prepare", f"--workdir={store}")
     command("pretrain", f"--workdir={trained}", f"--config.data.store={store}", *tiny)
     split = Store.open(store).split("held_out")
-    tokens = tokens_of(split, palette.lookup_table(Store.open(store).palette), np.arange(split.count)).astype(np.int64)
+    tokens = tokens_of(split, Palette(Store.open(store).palette), np.arange(split.count)).astype(np.int64)
     np.save(tmp_path / "teX.npy", tokens)
     command("evaluate", f"--workdir={tmp_path}/e", f"--config.checkpoints={trained}",
             f"--config.tokens={tmp_path}/teX.npy")

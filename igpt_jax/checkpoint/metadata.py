@@ -1,6 +1,7 @@
 """Checkpoint metadata: what a step says about the run that wrote it, and whether a run may resume from it."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 from igpt_jax import storage
 from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.config import PretrainConfig, UserError, flat, key_attributes, parse, to_dict
+from igpt_jax.data.codecs import Codec, codec_of
 from igpt_jax.runtime.versions import versions
 from igpt_jax.storage import hashes
 from igpt_jax.storage.hashes import Damaged
@@ -28,7 +30,7 @@ EVALUATION = "evaluation.json"  # metrics of an evaluation after the step was sa
 class Metadata:
     """The metadata of a checkpoint step: all that another job needs to use its arrays."""
     config: PretrainConfig  # or FinetuneConfig
-    palette_VC: np.ndarray  # float32 [V, 3] in [-1, 1]
+    palette_VC: np.ndarray  # float32 [V, 3] in [-1, 1]; [0, 3] with another codec than a palette
     image_size: int  # pixels per side
     data_fingerprint: str
     steps_done: int
@@ -39,6 +41,11 @@ class Metadata:
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by array; `Checkpoints.save` fills it in
     classes: int = 0  # of the class head; 0: no class head
     warmup_steps: int = -1  # of this run; -1: an older version wrote it, and only its config may say
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """Between the pixels of images and the model's tokens."""
+        return codec_of(self.config.codec, self.palette_VC)
 
     def to_json(self) -> dict[str, Any]:
         """The metadata as JSON values."""
@@ -56,8 +63,8 @@ class Metadata:
         elif value.get("format") != FORMAT:
             raise UserError(f"checkpoint format {value.get('format')!r} is unknown; this version reads formats "
                             f"{WITHOUT_CHECKSUMS} and {FORMAT}. Use the version of igpt_jax that wrote it.")
-        return cls(**{**fields, "config": parse(value["config"]["job"], value["config"]),
-                      "palette_VC": np.asarray(fields["palette_VC"], np.float32)})
+        return cls(**{**fields, "config": parse(value["config"]["job"], {"codec": "palette"} | value["config"]),
+                      "palette_VC": np.asarray(fields["palette_VC"], np.float32).reshape(-1, 3)})
 
     def check_resumable(self, new: "Metadata", workdir: str) -> tuple[Mapping[str, Any], ...]:
         """Checks that the run `new` may resume from this checkpoint of `workdir`. Returns the accepted changes.

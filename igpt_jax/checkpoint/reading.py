@@ -124,7 +124,7 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
         require_parameters(metadata, parameters, checkpoint)
 
         def model_for(precision: str) -> Model:
-            return Model.of(metadata.config, len(metadata.palette_VC), metadata.image_size, mesh, metadata.classes,
+            return Model.of(metadata.config, metadata.codec.vocabulary, metadata.image_size, mesh, metadata.classes,
                             precision, attention, options)
 
         # Loaded in the dtype in which they were saved, since their checksums hold for that dtype. Then cast.

@@ -18,7 +18,7 @@ from igpt_jax.config.jobs import (
     VerifyConfig,
 )
 from igpt_jax.config.keys import PRECISIONS, UserError, nearest, precision_on
-from igpt_jax.config.model import ATTENTION_BACKENDS, MODELS, FinetuneModelConfig, ModelConfig
+from igpt_jax.config.model import ATTENTION_BACKENDS, CODECS, LEVELS, MODELS, FinetuneModelConfig, ModelConfig
 from igpt_jax.config.parsing import (
     aliases,
     base_config,
@@ -36,8 +36,8 @@ from igpt_jax.config.scaling import ScalingConfig
 from igpt_jax.config.training import FinetuneConfig, MeshConfig, OptimizerConfig, PretrainConfig, SampleMeshConfig
 
 __all__ = [
-    "ATTENTION_BACKENDS", "ConvertConfig", "DataConfig", "DemoConfig", "EvaluateConfig", "ExportConfig",
-    "FinetuneConfig", "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "MODELS", "MeshConfig", "ModelConfig",
+    "ATTENTION_BACKENDS", "CODECS", "ConvertConfig", "DataConfig", "DemoConfig", "EvaluateConfig", "ExportConfig",
+    "FinetuneConfig", "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "LEVELS", "MODELS", "MeshConfig", "ModelConfig",
     "OptimizerConfig", "PRECISIONS", "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig", "ProbingConfig",
     "ReportConfig", "SampleConfig", "SampleMeshConfig", "ScalingConfig", "UserError", "VerifyConfig", "aliases",
     "base_config", "flat", "key_attributes", "keys", "nearest", "override", "parse", "plain", "precision_on", "to_dict",

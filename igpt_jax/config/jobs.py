@@ -8,6 +8,7 @@ from typing import ClassVar
 from igpt_jax.config.data import PrepareConfig, SplitConfig
 from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, SampleConfig
 from igpt_jax.config.keys import PRECISIONS, Keys, at_least, each, key, one_of, positive, require, section, within
+from igpt_jax.config.model import LEVELS
 from igpt_jax.config.scaling import ScalingConfig
 from igpt_jax.config.training import PARAMETERS, FinetuneConfig, PretrainConfig
 
@@ -70,7 +71,7 @@ class PlanConfig(PretrainConfig):
                     resume="free", rule=one_of("train", "evaluate", "sample"))
     precision: str = key("bfloat16", "dtype of activations and matrix products: bfloat16 or float32; float64: "
                                      "everything", resume="same", rule=one_of(*PRECISIONS))
-    palette_size: int = key(512, "number of colors in the palette", resume="free", rule=at_least(1))
+    palette_size: int = key(512, "codec=palette: number of colors", resume="free", rule=at_least(1))
     search: bool = key(False, "search for the fastest mesh, accumulate, model.remat and model.attention that fit",
                        resume="free", compiled=False)
     search_compiles: int = key(4, "number of candidates that the search compiles, best estimates first", resume="free",
@@ -87,6 +88,11 @@ class PlanConfig(PretrainConfig):
                                            rule=positive, compiled=False)
     failures_per_1000_device_days: float = key(0.5, "interruptions per 1000 device days (Llama 3 on 16,384 GPUs: 0.47)",
                                                resume="free", rule=positive, compiled=False)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of different tokens."""
+        return self.palette_size if self.codec == "palette" else LEVELS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,13 @@ MODELS: Mapping[str, tuple[int, int, int]] = types.MappingProxyType({
     "igpt_xl": (60, 3072, 24),
 })
 
+# Tokens per pixel. `palette` has as many different tokens as colors, the others have LEVELS (data/codecs.py).
+CODECS: Mapping[str, int] = types.MappingProxyType({"palette": 1, "rgb": 3, "grey": 1})
+LEVELS = 256
+
 ATTENTION_BACKENDS = ("auto", "reference", "blocked", "splash", "cudnn")
 REMAT_POLICIES = ("none", "attention", "dots", "offload", "full")
+POSITIONS = ("learned", "factored")
 PARAMETRIZATIONS = ("standard", "completep")
 OBJECTIVES = ("autoregressive", "masked", "denoising")
 
@@ -41,6 +46,9 @@ class ModelConfig(Keys):
     base_embed: int = key(512, "completep: width at which it is the standard model; that of the model whose learning "
                                "rate is known", resume="same", rule=at_least(1))
     base_layers: int = key(24, "completep: depth at which it is the standard model", resume="same", rule=at_least(1))
+    positions: str = key("learned", "position embeddings. learned: one per token (paper); factored: a row's, a "
+                                    "column's and a channel's, summed",
+                         resume="same", rule=one_of(*POSITIONS))
     dropout: float = key(0.0, "dropout rate of residual activations in training; the paper uses none",
                          resume="same", rule=within(0, 1, "[)"))
     attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free",

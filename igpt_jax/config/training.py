@@ -20,7 +20,7 @@ from igpt_jax.config.keys import (
     seed_range,
     within,
 )
-from igpt_jax.config.model import OBJECTIVES, FinetuneModelConfig, ModelConfig
+from igpt_jax.config.model import CODECS, OBJECTIVES, FinetuneModelConfig, ModelConfig
 
 OPTIMIZERS = ("adam", "adamw", "muon")
 SECOND_MOMENTS = ("float32", "bfloat16", "factored")
@@ -168,6 +168,8 @@ class PretrainConfig(Keys):
     mesh: TrainMeshConfig = section(TrainMeshConfig)
     image_size: int = key(0, "height and width, pixels, which must be the store's; 0: the store's",
                           resume="free", rule=at_least(0))
+    codec: str = key("palette", "tokens of a pixel: palette, the index of its nearest color (paper); rgb, its three "
+                                "bytes; grey, its luma, one byte", resume="same", rule=one_of(*CODECS))
     palette: str = key("", "a palette's .npy; empty: the store's own", resume="free", compiled=False)
     steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)", resume="schedule", rule=at_least(1),
                      compiled=False)
@@ -227,6 +229,13 @@ class PretrainConfig(Keys):
         require(self.objective != "autoregressive" or self.mask_ratio == PretrainConfig.mask_ratio,
                 f"mask_ratio={self.mask_ratio} has no effect on objective={self.objective}. "
                 "Set objective=masked or denoising.")
+        require(self.codec in ("", "palette") or not self.palette,
+                f"palette={self.palette} has no effect on codec={self.codec}. Leave it out.")
+
+    @property
+    def channels(self) -> int:
+        """Tokens per pixel."""
+        return CODECS[self.codec or "palette"]
 
     @property
     def finetuning(self) -> Optional["FinetuneConfig"]:
@@ -250,6 +259,8 @@ class FinetuneConfig(PretrainConfig):
     data: FinetuneDataConfig = section(FinetuneDataConfig)
     model: FinetuneModelConfig = section(FinetuneModelConfig)
     optimizer: FinetuneOptimizerConfig = section(FinetuneOptimizerConfig)
+    codec: str = key("", "tokens of a pixel, of a new model: palette, rgb or grey; empty: the checkpoint's, or palette",
+                     resume="same", rule=one_of("", *CODECS))
     palette: str = key("", "palette's .npy for a new model; empty: the store's own. A checkpoint has its own",
                        resume="free", compiled=False)
     objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT) or denoising",

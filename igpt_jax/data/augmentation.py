@@ -8,7 +8,7 @@ on the reader, or on where a run resumes.
   and reduces it. All three are one step here: the crop is a square window of the picture's own pixels (corner and side
   rounded to integers), which `images.decode` reduces in one area resampling.
 
-Dimensions: B examples; Y rows, X columns.
+Dimensions: B examples, T tokens; Y rows, X columns, C tokens per pixel.
 """
 
 import math
@@ -16,34 +16,36 @@ import math
 import numpy as np
 
 from igpt_jax.data import order
+from igpt_jax.data.codecs import Codec
 
 PAD = 4  # pixels
 CROP, SHORTEST, LONGEST = 224, 256, 384  # pixels
 
 
-def augmented(augment: str, tokens_BT: np.ndarray, seed: int, position_B: np.ndarray, black: int) -> np.ndarray:
+def augmented(augment: str, tokens_BT: np.ndarray, seed: int, position_B: np.ndarray, codec: Codec) -> np.ndarray:
     """Tokens [B, T] of images after augment `shift` or `cifar`; unchanged after any other.
 
     Args:
       augment: value of the key data.augment.
       position_B: of each image in the run's sequence of examples.
-      black: the token of black.
+      codec: of the tokens.
     """
-    size = math.isqrt(tokens_BT.shape[1])
+    size = math.isqrt(tokens_BT.shape[1] // codec.channels)
+    tokens_BYXC = tokens_BT.reshape(-1, size, size, codec.channels)
     if augment == "shift":
-        return shifted(tokens_BT.reshape(-1, size, size), seed, position_B, black).reshape(tokens_BT.shape)
+        tokens_BYXC = shifted(tokens_BYXC, seed, position_B, codec.black)
     if augment == "cifar":
-        return moved(tokens_BT, *crop_and_mirror(seed, position_B, size))
-    return tokens_BT
+        tokens_BYXC = moved(tokens_BYXC, *crop_and_mirror(seed, position_B, size))
+    return tokens_BYXC.reshape(tokens_BT.shape)
 
 
-def shifted(tokens_BYX: np.ndarray, seed: int, position_B: np.ndarray, black: int) -> np.ndarray:
+def shifted(tokens_BYXC: np.ndarray, seed: int, position_B: np.ndarray, black: int) -> np.ndarray:
     """Augment `shift`: pad with black by 1, crop at random to the original size."""
     top_B, left_B = (order.draws(seed, position_B, 2) % 3).astype(np.int64).T
-    padded_BYX = np.pad(tokens_BYX, ((0, 0), (1, 1), (1, 1)), constant_values=black)
-    steps = np.arange(tokens_BYX.shape[1])
-    return padded_BYX[np.arange(len(padded_BYX))[:, None, None], (top_B[:, None] + steps)[:, :, None],
-                      (left_B[:, None] + steps)[:, None, :]]
+    padded_BYXC = np.pad(tokens_BYXC, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=black)
+    steps = np.arange(tokens_BYXC.shape[1])
+    return padded_BYXC[np.arange(len(padded_BYXC))[:, None, None], (top_B[:, None] + steps)[:, :, None],
+                       (left_B[:, None] + steps)[:, None, :]]
 
 
 def crop_and_mirror(seed: int, position_B: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,12 +70,12 @@ def _reflected(index: np.ndarray, size: int) -> np.ndarray:
     return np.where(index >= size, 2 * (size - 1) - index, index).astype(np.int32)
 
 
-def moved(tokens_BT: np.ndarray, rows_BY: np.ndarray, columns_BX: np.ndarray) -> np.ndarray:
-    """Tokens [B, T] of images whose pixels come from the rows and columns that `crop_and_mirror` returns."""
+def moved(tokens_BYXC: np.ndarray, rows_BY: np.ndarray, columns_BX: np.ndarray) -> np.ndarray:
+    """Tokens [B, Y, X, C] of images whose pixels come from the rows and columns that `crop_and_mirror` returns."""
     count, size = columns_BX.shape
     first_B11 = np.arange(count, dtype=np.int32)[:, None, None] * np.int32(size**2)
     index_BYX = first_B11 + rows_BY[:, :, None] * np.int32(size) + columns_BX[:, None, :]
-    return tokens_BT.reshape(-1).take(index_BYX).reshape(tokens_BT.shape)
+    return tokens_BYXC.reshape(-1, tokens_BYXC.shape[-1]).take(index_BYX, axis=0)
 
 
 def unit_draws(seed: int, position_B: np.ndarray, count: int) -> np.ndarray:

@@ -16,11 +16,12 @@ from jax.sharding import NamedSharding
 from igpt_jax import storage
 from igpt_jax.config import DataConfig, UserError
 from igpt_jax.data import augmentation, resident, staging
+from igpt_jax.data.codecs import Codec
 from igpt_jax.data.epoch_checker import EpochChecker
 from igpt_jax.data.resident import process_rows, put
-from igpt_jax.data.store import Split, Store, tokens_of
+from igpt_jax.data.store import Split, Store
 
-__all__ = ["Batch", "Batches", "count_classes", "open_data", "open_split", "process_rows", "put", "tokens_of",
+__all__ = ["Batch", "Batches", "count_classes", "open_data", "open_split", "process_rows", "put",
            "train_batches"]
 
 RESIDENT_BYTES = 256 * 2**20
@@ -176,14 +177,14 @@ class Batches:
         self._batches.close()
 
 
-def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, batch_size: int, start_step: int,
+def train_batches(split: Split, codec: Codec, *, reader: str, seed: int, batch_size: int, start_step: int,
                   sharding: NamedSharding, prefetch: int, augment: str = "none", window: int = 0,
                   labeled: bool = False) -> Batches:
     """Training batches from `start_step` on. Both readers return the same ids and tokens.
 
     Args:
       split: to train on.
-      table: the palette's lookup table, uint16 [2^24].
+      codec: encodes the pixels.
       reader: `tfdata`, `resident`, or `auto`: resident if the tokens take at most 256 MiB.
       seed: of the order.
       batch_size: B, images over all processes; must be divisible by the shards of the batch dim.
@@ -206,18 +207,18 @@ def train_batches(split: Split, table: np.ndarray, *, reader: str, seed: int, ba
                         "are too small. Set data.augment=none.")
     options = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "augment": augment,
                "window": window or WINDOW, "rows": process_rows(sharding, batch_size)}
-    if _reader_for(split, reader, augment) == "resident":
-        read = resident.batches(split, table, **options)
+    if _reader_for(split, codec, reader, augment) == "resident":
+        read = resident.batches(split, codec, **options)
     else:
         from igpt_jax.data import pipeline  # TensorFlow: 5 seconds and 665 MiB
 
-        read = pipeline.batches(split, table, prefetch=prefetch, **options)
+        read = pipeline.batches(split, codec, prefetch=prefetch, **options)
     placed = _on_devices(read, sharding, batch_size, start_step, _labels_of(split) if labeled else None)
     return Batches(placed, EpochChecker(seed, start_step * batch_size, split.components, options["window"]))
 
 
-def _reader_for(split: Split, reader: str, augment: str = "none") -> str:
-    size = 2 * split.count * split.image_size**2
+def _reader_for(split: Split, codec: Codec, reader: str, augment: str = "none") -> str:
+    size = np.dtype(codec.dtype).itemsize * split.count * split.image_size**2 * codec.channels
     if augment == "imagenet":
         if reader == "resident":
             raise UserError("data.augment=imagenet decodes each picture anew. Set data.reader=tfdata.")

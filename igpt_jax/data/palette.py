@@ -110,12 +110,6 @@ def decode(tokens: np.ndarray, palette_VC: np.ndarray) -> np.ndarray:
     return colors_VC[tokens]
 
 
-def pictures(tokens_BT: np.ndarray, palette_VC: np.ndarray) -> np.ndarray:
-    """The square images, uint8 [B, Y, X, 3], of their tokens in raster order."""
-    size = round(tokens_BT.shape[1] ** 0.5)
-    return decode(tokens_BT, palette_VC).reshape(-1, size, size, 3)
-
-
 def lookup_table(palette_VC: np.ndarray) -> np.ndarray:
     """The token of every 8-bit color: uint16 [2^24], indexed by R << 16 | G << 8 | B.
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from igpt_jax.data import augmentation, order, palette
+from igpt_jax.data import augmentation, order
+from igpt_jax.data.codecs import Codec
 
 STEPS_AT_ONCE = 16  # whose ids are computed together, because the calls of NumPy cost more than the arithmetic
 
@@ -22,7 +23,7 @@ for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
 
 
-def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int, rows: slice, prefetch: int,
+def batches(split, codec: Codec, *, seed: int, batch_size: int, start_step: int, rows: slice, prefetch: int,
             augment: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each step from start_step, the global batch's ids int64 [B] and tokens int32 [R, T] of its `rows`.
 
@@ -59,11 +60,11 @@ def batches(split, table: np.ndarray, *, seed: int, batch_size: int, start_step:
             raise
 
     def tokens_at(step: int) -> np.ndarray:
-        """Tokens uint16 [R, T] of this process's rows. Crops depend on the rows' positions in the run's sequence."""
+        """Tokens [R, T] of this process's rows. Crops depend on the rows' positions in the run's sequence."""
         ids_R, position_R = ids_at(step)[rows], step * batch_size + np.arange(rows.start, rows.stop)
         crops = (augmentation.unit_draws(seed, position_R, 3),) if augment == "imagenet" else ()
-        tokens_RT = palette.encode(split.read(ids_R, *crops), table)
-        return augmentation.augmented(augment, tokens_RT, seed, position_R, table[0])
+        tokens_RT = codec.encode(split.read(ids_R, *crops))
+        return augmentation.augmented(augment, tokens_RT, seed, position_R, codec)
 
     with tf.device("cpu"):
         dataset = tf.data.Dataset.range(start_step, tf.int64.max)

@@ -11,16 +11,17 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from igpt_jax.data import augmentation, order
-from igpt_jax.data.store import Split, tokens_of
+from igpt_jax.data.codecs import Codec
+from igpt_jax.data.store import Split
 
 READ_AT_ONCE = 8192  # images
 
 
-def load_tokens(split: Split, table: np.ndarray) -> np.ndarray:
-    """All tokens of a split, uint16 [I, T]."""
+def load_tokens(split: Split, codec: Codec) -> np.ndarray:
+    """All tokens of a split, [I, T]."""
     starts = range(0, split.count, READ_AT_ONCE)
     ids = (np.arange(start, min(start + READ_AT_ONCE, split.count)) for start in starts)
-    return np.concatenate([tokens_of(split, table, some_ids) for some_ids in ids])
+    return np.concatenate([codec.encode(split.read(some_ids)) for some_ids in ids])
 
 
 def process_rows(sharding: NamedSharding, count: int) -> slice:
@@ -50,16 +51,16 @@ def put(rows: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, jax.device_put(shards, devices))
 
 
-def batches(split: Split, table: np.ndarray, *, seed: int, batch_size: int, start_step: int, rows: slice,
+def batches(split: Split, codec: Codec, *, seed: int, batch_size: int, start_step: int, rows: slice,
             augment: str = "none", window: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each step from start_step, the global batch's ids int64 [B] and tokens int32 [R, T] of its `rows`.
 
     The tokens stay in each process's memory. Gathering them on the device would save nothing: the ids would have to be
     transferred instead, and the gather would wait behind the training step.
     """
-    tokens_IT = load_tokens(split, table)
+    tokens_IT = load_tokens(split, codec)
     for step in itertools.count(start_step):
         ids_B = order.batch(seed, step, batch_size, split.components, window)
         position_R = step * batch_size + np.arange(rows.start, rows.stop)
-        tokens_RT = augmentation.augmented(augment, tokens_IT[ids_B[rows]], seed, position_R, table[0])
+        tokens_RT = augmentation.augmented(augment, tokens_IT[ids_B[rows]], seed, position_R, codec)
         yield ids_B, tokens_RT.astype(np.int32)

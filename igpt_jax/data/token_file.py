@@ -7,17 +7,19 @@ import functools
 import hashlib
 import io
 import os
+from typing import Any
 
 import numpy as np
 
 from igpt_jax import storage
 from igpt_jax.config import UserError
+from igpt_jax.data.codecs import Codec
 
 ROWS_AT_ONCE = 4096  # hashed at once
 
 
 class Tokens:
-    """Images as palette indices in memory, integers [n, T], by id in [0, count)."""
+    """Images as tokens in memory, integers [n, T], by id in [0, count)."""
 
     def __init__(self, rows_BT: np.ndarray):
         self._rows_BT, self.count = rows_BT, len(rows_BT)
@@ -41,14 +43,14 @@ class TokenFile(Tokens):
     Args:
       path: an .npy file; pickled data are never read.
       image_size: of the model, pixels.
-      colors: V, the length of the model's palette.
+      codec: of the model.
 
     Raises:
-      UserError: not readable, or not integers [n, image_size^2].
+      UserError: not readable, or not integers [n, image_size^2 x channels].
     """
 
-    def __init__(self, path: str, image_size: int, colors: int):
-        self._path, self._colors = path, colors
+    def __init__(self, path: str, image_size: int, codec: Codec):
+        self._path, self._codec = path, codec
         file = storage.path(path)
         try:
             local = storage.is_local(file) and file.exists()
@@ -57,7 +59,7 @@ class TokenFile(Tokens):
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"tokens {path}: not a plain .npy array ({str(error).splitlines()[0]}). "
                             "Save it with numpy.save.") from None
-        tokens = image_size**2
+        tokens = image_size**2 * codec.channels
         if not (isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.dtype.kind in "iu"
                 and rows.shape[1] == tokens and len(rows)):
             shape = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
@@ -67,10 +69,16 @@ class TokenFile(Tokens):
         super().__init__(rows)
 
     def tokens(self, ids: np.ndarray) -> np.ndarray:
-        """Tokens int32 [B, T] of ids [B]. Raises UserError if a token is not in the palette."""
+        """Tokens int32 [B, T] of ids [B]. Raises UserError if a token is not in the model's vocabulary."""
         tokens_BT = self._rows_BT[ids]
-        bad = np.flatnonzero(((tokens_BT < 0) | (tokens_BT >= self._colors)).any(axis=1))
+        bad = np.flatnonzero(((tokens_BT < 0) | (tokens_BT >= self._codec.vocabulary)).any(axis=1))
         if bad.size:
-            raise UserError(f"tokens {self._path}: row {ids[bad[0]]} has a token outside 0..{self._colors - 1}, the "
-                            "colors of the checkpoint's palette. Use a checkpoint with the file's palette.")
+            what = "colors of the checkpoint's palette" if self._codec.name == "palette" else "levels of a byte"
+            raise UserError(f"tokens {self._path}: row {ids[bad[0]]} has a token outside "
+                            f"0..{self._codec.vocabulary - 1}, the {what}. Use a checkpoint with the file's palette.")
         return tokens_BT.astype(np.int32)
+
+
+def tokens_of(split: Any, codec: Codec | None, ids: np.ndarray) -> np.ndarray:
+    """Tokens int32 [B, T] of ids [B] of a store's split, by its codec, or of Tokens."""
+    return split.tokens(ids) if isinstance(split, Tokens) else codec.encode(split.read(ids)).astype(np.int32)

@@ -19,7 +19,6 @@ import contextlib
 import importlib.resources
 import ipaddress
 import json
-import math
 import socket
 import socketserver
 import sys
@@ -113,7 +112,7 @@ class Server(ThreadingHTTPServer):
         model = self.model
         return {"model": repr(model).removeprefix("ImageModel(").removesuffix(")"), "image_size": model.image_size,
                 "classifier": model.classifier, "examples": self.example is not None, "most": MOST,
-                "max_upload": MAX_UPLOAD, "guessing": math.log(len(model.metadata.palette_VC))}
+                "max_upload": MAX_UPLOAD, "guessing": model.guessing}
 
     def drawing(self, picture_YXC: np.ndarray | None, rows: int, n: int, **settings: Any) -> Iterator[Line]:
         """The lines of an answer: completions of a picture, or samples if it is None."""

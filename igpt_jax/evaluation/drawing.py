@@ -50,7 +50,7 @@ class Drawing:
     def __init__(self, model: Model, params: Any, mesh: Mesh, source: str, top_k: int = 0, top_p: float = 1.0,
                  cache_dtype: Any = None):
         self._params, self._mesh, self._source = params, mesh, source
-        self._precision = model.precision.compute.name
+        self._precision, self._dims = model.precision.compute.name, model.dims
         replicated, by_image = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
         def keys(key: jax.Array, index_B2: jax.Array) -> jax.Array:
@@ -114,17 +114,17 @@ class Drawing:
           tokens_BT: the images; pixels below the given rows are not looked at.
           rows: number of given rows.
         """
-        count, side = len(tokens_BT), round(tokens_BT.shape[1] ** 0.5)
+        count, width = len(tokens_BT), self._dims.row
         batch_size = max(2, 1 << (count - 1).bit_length())  # one image alone is drawn twice (see `generate`)
         padded = np.arange(sharding.whole_batch(batch_size, self._mesh)) % count
         key, temperature, index_B2 = _key(kind, seed), _float32(temperature), self._put(index_B2[padded])
         with jax.set_mesh(self._mesh):
-            carry = self._begin(self._params, self._put(tokens_BT[padded]), np.int32(rows * side))
-        for row in range(rows, side):
+            carry = self._begin(self._params, self._put(tokens_BT[padded]), np.int32(rows * width))
+        for row in range(rows, self._dims.Y):
             # Not across the yield: the caller's own code would run with this mesh.
             with jax.set_mesh(self._mesh):
-                carry = self._extend(self._params, carry, np.int32(row * side), np.int32((row + 1) * side), index_B2,
-                                     key, temperature)
+                carry = self._extend(self._params, carry, np.int32(row * width), np.int32((row + 1) * width),
+                                     index_B2, key, temperature)
             yield self._finite(np.array(carry[0])[:count])  # a copy: the next row overwrites the array
 
     def _put(self, rows: np.ndarray) -> jax.Array:

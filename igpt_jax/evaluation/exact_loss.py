@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from igpt_jax.data.codecs import Codec
 from igpt_jax.data.resident import process_rows, put
-from igpt_jax.data.store import Split, tokens_of
-from igpt_jax.data.token_file import Tokens
+from igpt_jax.data.store import Split
+from igpt_jax.data.token_file import Tokens, tokens_of
 from igpt_jax.evaluation.steps import make_eval_step
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
@@ -22,8 +23,8 @@ from igpt_jax.runtime import startup
 VOTES = 5  # masks under which a masked model classifies an image (paper, Section 4.6)
 
 
-def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, batch_size: int, table: np.ndarray,
-               give_up: Callable[[], bool] | None = None) -> Iterator[Any]:
+def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, batch_size: int,
+               codec: Codec | None, give_up: Callable[[], bool] | None = None) -> Iterator[Any]:
     """Runs a step on all examples of a split, in order, and yields the results of each batch as NumPy arrays [B, ...].
 
     The last batch is padded with repeated examples, whose results are dropped.
@@ -31,10 +32,10 @@ def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, b
     Args:
       step: `step(params, tokens_BT, ids_B)`, jitted with a replicated result (`jit_over_batches`).
       params: its first argument.
-      split: to read; tokens need no table.
+      split: to read.
       mesh: of the parameters.
       batch_size: global; must divide over data x fsdp.
-      table: from `palette.lookup_table`.
+      codec: of the model; None where the split has tokens.
       give_up: called before each batch; once it returns True, a last None is yielded.
     """
     startup.agree(data=split.fingerprint)
@@ -43,8 +44,7 @@ def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, b
 
     def read(start: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.arange(start, start + batch_size)[rows] % split.count
-        tokens = split.tokens(ids) if isinstance(split, Tokens) else tokens_of(split, table, ids).astype(np.int32)
-        return tokens, ids.astype(np.int32)
+        return tokens_of(split, codec, ids), ids.astype(np.int32)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(read, 0)
@@ -70,13 +70,13 @@ def jit_over_batches(step: Callable, model: Model, mesh: Mesh) -> Callable:
     return jax.jit(step, out_shardings=sharding.replicated(mesh), compiler_options=model.compiler_options)
 
 
-def make_measure(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray, seed: int = 0
+def make_measure(model: Model, mesh: Mesh, batch_size: int, codec: Codec, seed: int = 0
                  ) -> Callable[..., dict[str, float] | None]:
     """Makes `measure(params, split, give_up=None, labeled=True)`, which returns the mean loss over all examples.
 
     Its result is None if it gave up (see `over_split`), or else a dict of:
 
-    - `nats_per_pixel`, for a masked model per hidden pixel;
+    - `nats_per_pixel`, for a masked model per hidden pixel; with a codec that loses nothing else, also `bits_per_dim`;
     - `accuracy`, if `labeled` and the model has a class head. A masked model classifies each image under several
       masks, and the majority decides.
 
@@ -88,12 +88,14 @@ def make_measure(model: Model, mesh: Mesh, batch_size: int, table: np.ndarray, s
 
     def measure(params: Any, split: Split | Tokens, give_up: Callable[[], bool] | None = None,
                 labeled: bool = True) -> dict[str, float] | None:
-        results = list(over_split(step, params, split, mesh, batch_size, table, give_up))
+        results = list(over_split(step, params, split, mesh, batch_size, codec, give_up))
         if results[-1] is None:
             return None
         whole = {name: np.concatenate([batch[name] for batch in results]) for name in results[0]}
         # Images are summed here in float64, so that neither batch size nor mesh changes the order of the sum.
         figures = {"nats_per_pixel": float(whole["nats_per_pixel"].mean(dtype=np.float64))}
+        if codec.has_bits:
+            figures["bits_per_dim"] = codec.bits_per_dimension(figures["nats_per_pixel"])
         if labeled and model.dims.K:
             classes_E = majority(whole["classes"], model.dims.K, seed)
             figures["accuracy"] = float((classes_E == split.labels(np.arange(split.count))).mean())

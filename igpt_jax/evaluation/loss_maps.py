@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax.config import UserError
+from igpt_jax.data.codecs import Codec
 from igpt_jax.data.store import Split
 from igpt_jax.data.token_file import TokenFile
 from igpt_jax.evaluation import exact_loss
@@ -41,13 +42,13 @@ def make_pixel_step(model: Model) -> Callable[..., jax.Array]:
     return pixel_step
 
 
-def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, batch_size: int, table: np.ndarray,
+def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, batch_size: int, codec: Codec,
             shown: int) -> LossMaps:
     """Computes the loss maps of a whole split, with one batch in memory at a time.
 
     Args:
       model: autoregressive.
-      params, split, mesh, batch_size, table: those of `exact_loss.over_split`.
+      params, split, mesh, batch_size, codec: those of `exact_loss.over_split`.
       shown: number of examples whose maps are kept.
 
     Raises:
@@ -59,7 +60,7 @@ def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, bat
     step = exact_loss.jit_over_batches(make_pixel_step(model), model, mesh)
     sum_T, by_example_E, first = np.zeros(model.dims.T), np.empty(split.count), []
     at = 0
-    for nats_BT in exact_loss.over_split(step, params, split, mesh, batch_size, table):
+    for nats_BT in exact_loss.over_split(step, params, split, mesh, batch_size, codec):
         sum_T += nats_BT.sum(axis=0, dtype=np.float64)
         by_example_E[at:at + len(nats_BT)] = nats_BT.mean(axis=1, dtype=np.float64)
         first.append(nats_BT[:max(0, shown - at)])

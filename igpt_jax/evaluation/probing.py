@@ -17,7 +17,7 @@ from tqdm import tqdm
 from igpt_jax import storage
 from igpt_jax.checkpoint import Metadata, store_of
 from igpt_jax.config import ProbingConfig, UserError
-from igpt_jax.data import count_classes, order, palette
+from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
 from igpt_jax.evaluation import exact_loss, linear_probe
 from igpt_jax.model.features import make_feature_step
@@ -47,7 +47,7 @@ class Prober:
 
     Args:
       config: solver, penalties, layers and data.
-      record: metadata of the checkpoint; its store is the default, its image size and palette are the model's.
+      record: metadata of the checkpoint; its store is the default, its image size and codec are the model's.
       labels_per_class: required number of training examples of each class.
 
     Raises:
@@ -66,7 +66,7 @@ class Prober:
         self.labels = [split.labels(np.arange(split.count)) for split in self.splits]
         self.classes = count_classes(store, self.splits[0])
         self._check_labels_per_class(labels_per_class)
-        self._table = palette.lookup_table(record.palette_VC)
+        self._codec = record.codec
 
     @property
     def test_count(self) -> int:
@@ -98,7 +98,7 @@ class Prober:
             out_EMPD = np.empty((split.count, masks, len(layers), model.dims.D), np.float32)
             at = 0
             with tqdm(total=split.count, unit="image", desc=f"{what}, {split.name}", disable=None) as bar:
-                for batch_BMPD in exact_loss.over_split(step, params, split, mesh, batch_size, self._table):
+                for batch_BMPD in exact_loss.over_split(step, params, split, mesh, batch_size, self._codec):
                     out_EMPD[at:at + len(batch_BMPD)] = batch_BMPD[:, :, layers]
                     at += len(batch_BMPD)
                     bar.update(len(batch_BMPD))

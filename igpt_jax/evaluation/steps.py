@@ -21,7 +21,7 @@ def make_eval_step(model: Model, views: int = 1, seed: int = 0) -> Callable:
     def eval_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> dict[str, jax.Array]:
         def look(view: objectives.View) -> dict[str, jax.Array]:
             pixels_BTV, classes_BK = model.outputs(params, view.tokens_BT, hidden_BT=view.hidden_BT)
-            nats_B = objectives.nats_per_image(pixels_BTV, tokens_BT, view.scored_BT)
+            nats_B = model.dims.C * objectives.nats_per_image(pixels_BTV, tokens_BT, view.scored_BT)
             return {"nats_per_pixel": nats_B} | ({} if classes_BK is None else {"classes": classes_BK.argmax(axis=1)})
 
         found = objectives.over_views(look, model.objective, tokens_BT, ids_B, model.dims.V, views, seed)

@@ -26,9 +26,10 @@ from jax.sharding import Mesh
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
 from igpt_jax.config import DataConfig, EvaluateConfig, ProbingConfig, UserError, values_with
-from igpt_jax.data import open_data, open_split, palette
-from igpt_jax.data.store import Split, Store, tokens_of
-from igpt_jax.data.token_file import TokenFile
+from igpt_jax.data import open_data, open_split
+from igpt_jax.data.codecs import Codec
+from igpt_jax.data.store import Split, Store
+from igpt_jax.data.token_file import TokenFile, tokens_of
 from igpt_jax.evaluation import exact_loss, loss_maps
 from igpt_jax.evaluation.drawing import Drawing, default_batch_size, pairs
 from igpt_jax.evaluation.probing import Prober
@@ -135,33 +136,33 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     if not config.tokens:
         checkpoint.store_of(metadata, config.data.store)  # raises UserError where it has moved
     split = _examples(config, *_needed(metadata))
-    lookup = palette.lookup_table(metadata.palette_VC)
+    codec = metadata.codec
     labelled = not isinstance(split, TokenFile) and split.labeled
-    found = exact_loss.make_measure(model, mesh, config.batch_size, lookup)(params, split, labeled=labelled)
+    found = exact_loss.make_measure(model, mesh, config.batch_size, codec)(params, split, labeled=labelled)
     row = {"steps": metadata.steps_done, "objective": metadata.config.objective,
            "split": config.tokens or config.data.split, "examples": split.count, **found,
            "bits_per_pixel": found["nats_per_pixel"] / math.log(2)}
     if config.probe:
         row |= _probed(config, model, params, metadata, mesh)
     if config.loss_maps:
-        found = loss_maps.measure(model, params, split, mesh, config.batch_size, lookup, config.loss_maps)
+        found = loss_maps.measure(model, params, split, mesh, config.batch_size, codec, config.loss_maps)
         if jax.process_index() == 0:
             names = _class_names(config.data.store or metadata.config.data.store) if found.by_class else {}
-            _publish_loss_maps(folder, step, found, split, lookup, metadata, names)
+            _publish_loss_maps(folder, step, found, split, metadata, names)
     if config.samples:
-        _draw(config.samples, step, model, params, metadata, mesh, split, lookup, folder)
+        _draw(config.samples, step, model, params, metadata, mesh, split, folder)
     return row | {"data": _fingerprint(config, split, *_needed(metadata))}
 
 
-def _needed(metadata: checkpoint.Metadata) -> tuple[str, int, int]:
-    """The metadata that decides which examples a checkpoint is measured on: its own store, image size and colors."""
-    return metadata.config.data.store, metadata.image_size, len(metadata.palette_VC)
+def _needed(metadata: checkpoint.Metadata) -> tuple[str, int, Codec]:
+    """The metadata that decides which examples a checkpoint is measured on: its own store, image size and codec."""
+    return metadata.config.data.store, metadata.image_size, metadata.codec
 
 
-def _examples(config: EvaluateConfig, store: str, image_size: int, colors: int) -> Split | TokenFile:
+def _examples(config: EvaluateConfig, store: str, image_size: int, codec: Codec) -> Split | TokenFile:
     """The examples to evaluate: a file of tokens, or a split of the given or the checkpoint's own store."""
     if config.tokens:
-        split = TokenFile(config.tokens, image_size, colors)
+        split = TokenFile(config.tokens, image_size, codec)
     else:
         split = open_split(config.data.store or store, config.data.split, image_size)
     split.count = min(split.count, config.limit or split.count)
@@ -169,7 +170,7 @@ def _examples(config: EvaluateConfig, store: str, image_size: int, colors: int) 
 
 
 def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh,
-          split: Split | TokenFile, lookup: np.ndarray, folder: storage.Path) -> None:
+          split: Split | TokenFile, folder: storage.Path) -> None:
     """Draws samples and completions of the first examples' upper halves, as the sample job does by default.
 
     Writes samples/STEP-DIGEST.npz with all tokens.
@@ -180,17 +181,19 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
     if not model.causal:
         raise UserError(f"samples={count}: {step} was trained with objective={metadata.config.objective}, which cannot "
                         "sample pixel by pixel. Set samples=0.")
-    draw, size = Drawing(model, params, mesh, f"checkpoint {step}"), metadata.image_size
+    draw = Drawing(model, params, mesh, f"checkpoint {step}")
     ids = np.arange(min(count, split.count))
-    originals_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
+    originals_BT = tokens_of(split, metadata.codec, ids)
+    given = model.dims.Y // 2 * model.dims.row
 
     def drawn(kind: str, given_BP: np.ndarray) -> np.ndarray:
         return draw(kind, given_BP, pairs(len(given_BP)), batch_size=min(default_batch_size(mesh), len(given_BP)))
 
     arrays = {"samples": drawn("samples", np.zeros((count, 0), np.int32)), "originals": originals_BT,
-              "completions": drawn("completions", originals_BT[:, :size // 2 * size].astype(np.int32))[:, None],
+              "completions": drawn("completions", originals_BT[:, :given])[:, None],
               "names": np.array([f"example {i}" for i in ids]), "palette": metadata.palette_VC,
-              "checkpoint": np.array(step), "step": np.array(metadata.steps_done)}
+              "codec": np.array(metadata.codec.name), "checkpoint": np.array(step),
+              "step": np.array(metadata.steps_done)}
     if jax.process_index() == 0:
         file = io.BytesIO()
         np.savez_compressed(file, **arrays)
@@ -205,7 +208,7 @@ def _class_names(store: str) -> Mapping[int, str]:
     return dict(enumerate(named[0])) if len(named) == 1 else {}
 
 
-def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *_: int) -> str:
+def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *_: Any) -> str:
     """A digest of the content of the evaluated split and of the probed splits."""
     found = [split.fingerprint]
     if config.probe:
@@ -233,23 +236,27 @@ def _publish(folder: storage.Path, rows: list[Row]) -> None:
 
 
 def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMaps, split: Split | TokenFile,
-                      lookup: np.ndarray, metadata: checkpoint.Metadata, names: Mapping[int, str]) -> None:
+                      metadata: checkpoint.Metadata, names: Mapping[int, str]) -> None:
     """Writes surprise/NAME.json with all losses, and two figures: pictures with loss maps, and mean losses by position
     and class."""
     size, name = metadata.image_size, _file_name(folder, step, metadata.steps_done)
     ids = np.arange(len(found.shown_NT))
-    tokens_BT = split.tokens(ids) if isinstance(split, TokenFile) else tokens_of(split, lookup, ids)
-    shown_NYX, by_position_YX = (each.reshape(-1, size, size) for each in (found.shown_NT, found.by_position_T))
+    tokens_BT = tokens_of(split, metadata.codec, ids)
+    shown_NYXC, by_position_YXC = (each.reshape(-1, size, size, metadata.codec.channels)
+                                   for each in (found.shown_NT, found.by_position_T))
+    shown_NYX, by_position_YX = (each.sum(axis=-1) for each in (shown_NYXC, by_position_YXC))
     storage.publish(folder / "surprise" / f"{name}.json", to_json({
         "checkpoint": step, "examples": split.count, "nats_by_place": by_position_YX[0].round(6).tolist(),
+        **({"nats_by_channel": by_position_YXC[0].mean(axis=(0, 1)).round(6).tolist()} if by_position_YXC.shape[-1] > 1
+           else {}),
         "nats_by_class": {label: {"nats_per_pixel": nats, "examples": count}
                           for label, (nats, count) in found.by_class.items()},
         "pictures": [{"example": index, "nats_per_pixel": float(nats_YX.mean(dtype=np.float64)),
                       "nats": nats_YX.astype(np.float64).round(5).tolist()} for index, nats_YX in enumerate(shown_NYX)],
     }, indent=None))
-    images_NYXC = palette.pictures(tokens_BT, metadata.palette_VC)
+    images_NYXC = metadata.codec.decode(tokens_BT)
     labels = split.labels(ids) if found.by_class else ()
-    figures.loss_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYX,
+    figures.loss_maps(folder / "figures" / f"surprise-{name}.png", images_NYXC, shown_NYXC,
                       [names.get(label, str(label)) for label in labels])
     figures.loss_by_position(folder / "figures" / f"surprise_means-{name}.png", by_position_YX[0],
                              {names.get(label, str(label)): nats for label, (nats, _) in found.by_class.items()})
@@ -275,7 +282,7 @@ def _joined(folder: storage.Path) -> list[Row]:
 def _metrics(rows: list[Row]) -> dict[str, Any]:
     """The job's metrics: the number of checkpoints, and figures by checkpoint."""
     by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows if name in row}
-                     for name in ("nats_per_pixel", "accuracy", "examples")}
+                     for name in ("nats_per_pixel", "bits_per_dim", "accuracy", "examples")}
     by_checkpoint = {name: found for name, found in by_checkpoint.items() if found}
     return {"checkpoints": len(rows), **by_checkpoint}
 
@@ -284,6 +291,7 @@ def _summary(row: Row) -> str:
     """One line about a checkpoint."""
     nats = row["nats_per_pixel"]
     nats = "a loss that is not finite" if nats is None else f"{nats:.6f} nats per pixel"
+    nats += f" ({row['bits_per_dim']:.4f} bits per dimension)" if row.get("bits_per_dim") else ""
     accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     probe = f", probe of layer {row['probe_layer']} {row['probe_accuracy']:.2%}" if "probe_accuracy" in row else ""
     return f"step {row['steps']:,}, {nats} over {row['examples']:,} images{accuracy}{probe}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import FinetuneConfig
-from igpt_jax.data import open_data, palette
+from igpt_jax.data import open_data
 from igpt_jax.evaluation import exact_loss
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import sharding
@@ -34,7 +34,7 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     model, params, metadata = checkpoint.load_model(str(storage.path(workdir) / "checkpoints" / str(step)), mesh,
                                                   config.precision, options=config.compiler_options)
-    measure = exact_loss.make_measure(model, mesh, config.batch_size, palette.lookup_table(metadata.palette_VC))
+    measure = exact_loss.make_measure(model, mesh, config.batch_size, metadata.codec)
     accuracy = measure(params, test)["accuracy"]
     say(f"step {step:,}: {accuracy:.2%} of {test.count:,} test images")
     return {**metrics, "test_accuracy": accuracy}

@@ -127,7 +127,7 @@ def _scale_of(config: PlanConfig, target: Target, workdir: str) -> float:
     same = {field.name: getattr(metadata.config, field.name) for field in dataclasses.fields(metadata.config)
             if field.name not in ("job", "mesh", "image_size")}
     ran = dataclasses.replace(config, **same, mesh=metadata.config.mesh.resolve(device["count"]), topology=ran_on.name,
-                              step="train", image_size=metadata.image_size, palette_size=len(metadata.palette_VC))
+                              step="train", image_size=metadata.image_size, palette_size=metadata.codec.vocabulary)
     planned = answer(ran, ran_on, verdict_for(ran))
     if not planned.forecast:
         raise UserError(f"calibration={workdir}: its step does not compile here: {planned.verdict.message}")

@@ -17,9 +17,9 @@ import numpy as np
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import Metadata
 from igpt_jax.config import SampleConfig, UserError
-from igpt_jax.data import open_split, palette
+from igpt_jax.data import open_split
 from igpt_jax.data.images import SUFFIXES, Unusable, decode, read
-from igpt_jax.data.store import tokens_of
+from igpt_jax.data.token_file import tokens_of
 from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs
 from igpt_jax.metrics.figures import image_grid, save_png
 from igpt_jax.metrics.logging import say
@@ -45,7 +45,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
                         "sample pixel by pixel. Give a checkpoint with objective=autoregressive.")
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision,
                                                     parameters=config.parameters, options=config.compiler_options)
-    size = metadata.image_size
+    size, codec = metadata.image_size, metadata.codec
     rows = size // 2 if config.rows < 0 else config.rows
     if rows > size:
         raise UserError(f"rows={rows} exceeds the model's {size} rows. Choose 0 to {size}.")
@@ -66,19 +66,19 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
 
     if count:
         arrays["samples"] = draw("samples", np.zeros((count, 0), np.int32), pairs(count))
-        _save_grid(figures / "samples.png", palette.pictures(arrays["samples"], metadata.palette_VC),
+        _save_grid(figures / "samples.png", codec.decode(arrays["samples"]),
                    math.isqrt(count - 1) + 1)
 
     if len(names):
         index_B2 = pairs(len(names), config.completions)
-        given_BP = originals_BT[index_B2[:, 0], :rows * size]
+        given_BP = originals_BT[index_B2[:, 0], :rows * model.dims.row]
         completed_BT = draw("completions", given_BP, index_B2)
         arrays |= {"originals": originals_BT, "names": np.array(names),
                    "completions": completed_BT.reshape(len(names), config.completions, -1)}
-        original_BYXC = palette.pictures(originals_BT, metadata.palette_VC)
+        original_BYXC = codec.decode(originals_BT)
         known_BYXC = original_BYXC.copy()
         known_BYXC[:, rows:] = UNKNOWN
-        completions = palette.pictures(completed_BT, metadata.palette_VC)
+        completions = codec.decode(completed_BT)
         completions = completions.reshape(len(names), config.completions, size, size, 3)
         grid = np.concatenate([original_BYXC[:, None], known_BYXC[:, None], completions], axis=1)
         _save_grid(figures / "completions.png", grid.reshape(-1, size, size, 3), grid.shape[1], HEADINGS)
@@ -86,7 +86,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if jax.process_index() == 0:
         file = io.BytesIO()
-        np.savez_compressed(file, palette=metadata.palette_VC, **arrays)
+        np.savez_compressed(file, palette=metadata.palette_VC, codec=codec.name, **arrays)
         storage.publish(storage.path(workdir) / "samples.npz", file.getvalue())
     completions = len(names) * config.completions
     return {"step": metadata.steps_done, "images_per_second": (count + completions) / seconds, "samples": count,
@@ -95,20 +95,21 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
 
 def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, list[str]]:
     """Tokens int32 [B, T] of the pictures to complete, and their names."""
-    size, table = metadata.image_size, palette.lookup_table(metadata.palette_VC)
+    size, codec = metadata.image_size, metadata.codec
+    none = np.zeros((0, size ** 2 * codec.channels), np.int32), []
     if config.images:
         images_BYXC, names = _users_pictures(config.images, size)
-        return palette.encode(images_BYXC, table).astype(np.int32), names
+        return codec.encode(images_BYXC).astype(np.int32), names
     store = config.data.store or metadata.config.data.store
     if config.examples == 0 or not store and config.examples < 0:
-        return np.zeros((0, size ** 2), np.int32), []
+        return none
     if config.examples < 0 and not config.data.store and not storage.path(store).exists():
         say(f"no completions: the checkpoint's store {store} is not there. If it has moved, pass "
             "--config.data.store=DIR; for pictures of your own, --config.images=FOLDER")
-        return np.zeros((0, size ** 2), np.int32), []
+        return none
     split = open_split(store, config.data.split, size)
     ids = np.arange(min(EXAMPLES if config.examples < 0 else config.examples, split.count))
-    return tokens_of(split, table, ids).astype(np.int32), [f"{config.data.split} {i}" for i in ids]
+    return tokens_of(split, codec, ids), [f"{config.data.split} {i}" for i in ids]
 
 
 def _users_pictures(paths: str, size: int) -> tuple[np.ndarray, list[str]]:

@@ -67,14 +67,15 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
         raise UserError(f"{folder}: {other[0]} was trained on other data than data.store={config.pretrain.data.store}. "
                         "Name its store, or give another --workdir.")
     if config.shard != "merge":
-        rows = _trained(config, planned(config, data.image_size, data.colors), data, folder)
+        rows = _trained(config, planned(config, data.image_size, data.vocabulary), data, folder)
     rows.sort(key=lambda row: (row["budget"], row["parameters_all"]))  # however they were shared, one fit
     if jax.process_index() == 0:
         tables.publish(folder, NAME, rows)
     if config.slice[1] > 1:
         return {"runs": len(rows)}
     done = [row for row in rows if row.get("nats_per_pixel") is not None]
-    paper = {name: parameter_counts(Dims.of(model_of(name, config.pretrain.model), data.colors, data.image_size))["all"]
+    paper = {name: parameter_counts(Dims.of(model_of(name, config.pretrain.model), data.vocabulary, data.image_size,
+                                            channels=config.pretrain.channels))["all"]
              for name in analysis.PAPER_TOKENS}
     found = analysis.analyze(done, config.held_out_budgets, config.predict, paper)
     say(found.get("sentence") or f"no law: {found['not_fitted']}")
@@ -92,7 +93,7 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
 class _Data:
     """The data of all runs."""
     image_size: int
-    colors: int
+    vocabulary: int
     examples: int  # of the training split
     fingerprint: str
 
@@ -102,7 +103,7 @@ def _open(config: PretrainConfig) -> _Data:
     if not config.data.held_out:
         raise UserError("pretrain.data.held_out is empty, but runs are compared by their loss on held-out images.")
     inputs = open_inputs(config)
-    return _Data(inputs.image_size, len(inputs.palette_VC), inputs.split.count, inputs.split.fingerprint)
+    return _Data(inputs.image_size, inputs.codec.vocabulary, inputs.split.count, inputs.split.fingerprint)
 
 
 def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder: storage.Path) -> list[Row]:
@@ -129,11 +130,11 @@ def _check(planned: Planned, data: _Data, mesh: Mesh) -> None:
     """Raises UserError if a run does not fit the mesh, or by the planner's formula not the devices' memory."""
     config = planned.config
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
-    Model.of(config, data.colors, data.image_size, mesh)
+    Model.of(config, data.vocabulary, data.image_size, mesh)
     chip = topology.chip_for(mesh.devices.flat[0].device_kind)
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     need = estimate(PlanConfig(**{**keys, "job": "plan", "mesh": config.mesh.resolve(mesh.size),
-                                  "image_size": data.image_size, "palette_size": data.colors})).required_bytes
+                                  "image_size": data.image_size, "palette_size": data.vocabulary})).required_bytes
     if chip and need > chip.usable_bytes:
         raise UserError(f"{planned.name} needs about {need / GIB:.0f} GiB per device, and a {chip.name} has "
                         f"{chip.usable_bytes / GIB:.0f}. Set pretrain.images_per_pass, or more mesh.fsdp.")

@@ -113,13 +113,13 @@ def _with_last(label: str, points: Points, value: str = ".3f", **style: Any) -> 
     return Series(label + last, points, **style)
 
 
-def training(lines: Sequence[Row], steps: int, palette_size: int = 0) -> list[Chart]:
+def training(lines: Sequence[Row], steps: int, vocabulary: int = 0, channels: int = 1) -> list[Chart]:
     """Loss over steps and, of a fine-tuning, accuracy.
 
     Args:
       lines: from `load_metrics`.
       steps: that the run has in all.
-      palette_size: V, colors; of a pretraining, draws the loss of uniform guessing, ln V. 0: not.
+      vocabulary, channels: V and C; of a pretraining, draws the loss of uniform guessing, C ln V. 0: not.
     """
     def curves(metric: str, value: str, scale: float = 1.0) -> list[Series]:
         found = [_with_last(name, points_of(lines, "step", prefix + metric, scale), value, hue=hue, dots=hue > 0)
@@ -127,9 +127,11 @@ def training(lines: Sequence[Row], steps: int, palette_size: int = 0) -> list[Ch
         return [each for each in found if each.points]
 
     losses, accuracies = curves("nats_per_pixel", ".3f"), curves("accuracy", ".1f", 100)
-    level = math.log(palette_size) if palette_size and not accuracies else 0.0  # far above a fine-tuning's losses
+    # The losses of a fine-tuning are far below.
+    level = channels * math.log(vocabulary) if vocabulary and not accuracies else 0.0
+    formula = f"{f'{channels} ' if channels > 1 else ''}ln {vocabulary}"
     loss = Chart("loss", "step", "nats per pixel", losses,
-                 {f"guessing: ln {palette_size} = {level:.3f}": level} if level else {},
+                 {f"guessing: {formula} = {level:.3f}": level} if level else {},
                  "" if accuracies else trend(points_of(lines, "step", "eval/nats_per_pixel"), steps), value=".3f")
     accuracy = Chart("accuracy", "step", "accuracy, %", accuracies, value=".1f")
     return [chart for chart in (loss, accuracy) if chart.series]

@@ -292,30 +292,34 @@ def save_png(path: storage.Path, image: Image.Image) -> None:
 
 
 @drawn
-def loss_maps(path: storage.Path, images_NYXC: np.ndarray, nats_NYX: np.ndarray, names: Sequence[str] = ()) -> None:
-    """Draws each image with its per-pixel loss as a heat map to its right.
+def loss_maps(path: storage.Path, images_NYXC: np.ndarray, nats_NYXC: np.ndarray, names: Sequence[str] = ()) -> None:
+    """Draws each image with its per-pixel loss as a heat map to its right, and one more for each of several channels.
 
     Args:
       path: of the PNG.
       images_NYXC: uint8, RGB.
-      nats_NYX: nats of each pixel, given the pixels before it.
+      nats_NYXC: nats of each token, given the tokens before it; a pixel has one or more.
       names: of the images' classes; empty: none.
     """
     from matplotlib import cm, colormaps, colors
 
+    nats_NYX, channels = nats_NYXC.sum(axis=-1), nats_NYXC.shape[-1]
     scale = colors.Normalize(0, np.nanquantile(nats_NYX, 0.995))  # so that one outlier does not darken the rest
-    heat_NYXC = np.uint8(255 * colormaps["magma"](scale(nats_NYX).clip(0, 1))[..., :3])
-    columns = min(4, len(images_NYXC))
+    maps = [nats_NYX, *(np.moveaxis(nats_NYXC, -1, 0) if channels > 1 else ())]
+    heat_NYXC = np.concatenate([np.uint8(255 * colormaps["magma"](scale(each).clip(0, 1))[..., :3]) for each in maps],
+                               axis=2)
+    columns = min(4 if channels == 1 else 2, len(images_NYXC))
     rows = math.ceil(len(images_NYXC) / columns)
     pairs = itertools.zip_longest(np.concatenate([images_NYXC, heat_NYXC], axis=2), nats_NYX, names)
-    figure = _new(2.1 * columns + 0.9, 1.3 * rows)
+    figure = _new((2.1 if channels == 1 else 5.2) * columns + 0.9, 1.3 * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes, (pair, nats, name) in itertools.zip_longest(panels.flat, pairs, fillvalue=(None, None, None)):
         axes.axis("off")
         if pair is not None:
             axes.imshow(pair, interpolation="none")
             axes.set_title(label(f"{name + ', ' if name else ''}{np.nanmean(nats):.2f}", 24), fontsize=9)
-    figure.colorbar(cm.ScalarMappable(scale, "magma"), ax=panels, label="nats per pixel", fraction=0.04, pad=0.01)
+    unit = "nats per pixel" + (", then of each channel" if channels > 1 else "")
+    figure.colorbar(cm.ScalarMappable(scale, "magma"), ax=panels, label=unit, fraction=0.04, pad=0.01)
     _save(path, figure)
 
 

@@ -19,7 +19,9 @@ from igpt_jax.storage import side_files
 # What the progress bar and the log lines show, in this order: metric, label, format.
 SHOWN = (
     ("train/nats_per_pixel", "loss", ".4f"),
+    ("train/bits_per_dim", "bits/dim", ".3f"),
     ("eval/nats_per_pixel", "held-out", ".4f"),
+    ("eval/bits_per_dim", "held-out bits/dim", ".3f"),
     ("eval/ema_nats_per_pixel", "held-out, EMA", ".4f"),
     ("train/accuracy", "accuracy", ".1%"),
     ("eval/accuracy", "held-out accuracy", ".2%"),

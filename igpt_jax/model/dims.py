@@ -17,14 +17,37 @@ class Dims:
     N: int  # heads
     H: int  # head dim
     F: int  # MLP hidden
-    V: int  # vocabulary: palette colors
-    T: int  # tokens: pixels
+    V: int  # vocabulary: palette colors, or levels of a byte
+    T: int  # tokens: pixels x channels
     K: int = 0  # classes; 0: no class head
+    C: int = 1  # channels: tokens per pixel
+    factored: bool = False  # whether positions are embedded by row, column and channel
 
     @classmethod
-    def of(cls, config: ModelConfig, palette_size: int, image_size: int, classes: int = 0) -> "Dims":
+    def of(cls, config: ModelConfig, vocabulary: int, image_size: int, classes: int = 0, channels: int = 1) -> "Dims":
         return cls(L=config.layers, D=config.embed, N=config.heads, H=config.embed // config.heads, F=config.mlp,
-                   V=palette_size, T=image_size ** 2, K=classes)
+                   V=vocabulary, T=image_size ** 2 * channels, K=classes, C=channels,
+                   factored=config.positions == "factored")
+
+    @property
+    def Y(self) -> int:
+        """Rows of an image."""
+        return math.isqrt(self.T // self.C)
+
+    @property
+    def X(self) -> int:
+        """Columns of an image."""
+        return self.Y
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row of pixels."""
+        return self.X * self.C
+
+    @property
+    def positions(self) -> int:
+        """Vectors in the position tables."""
+        return self.Y + self.X + self.C if self.factored else self.T
 
     @property
     def parameter_count(self) -> int:
@@ -34,7 +57,7 @@ class Dims:
         is not causal has no start vector, so D fewer.
         """
         blocks = self.L * (4 * self.D ** 2 + 2 * self.D * self.F + 2 * self.D)
-        return blocks + (2 * self.V + self.T + 2 + self.K) * self.D
+        return blocks + (2 * self.V + self.positions + 2 + self.K) * self.D
 
 
 def tokens_per_parameter(config: PretrainConfig, tokens: int, parameters: int) -> tuple[str, str]:

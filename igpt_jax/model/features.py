@@ -22,7 +22,7 @@ def pooled(model: Model, params: dict[str, Any], tokens_BT: jax.Array, kind: str
 
     Args:
       model, params: the model.
-      tokens_BT: palette indices.
+      tokens_BT: the examples.
       kind: normalized: after the next norm, as the paper's f^l = mean of n^l (Section 2.2: block l's attention norm;
         after the last block the final norm). residual: the stream itself, as a later answer of the author suggests.
       hidden_BT: pixels whose colors are zeroed in a model that is not causal; None: none.

@@ -1,9 +1,10 @@
-"""Image GPT as OpenAI released it: a transformer over palette indices in raster order, causal or, like BERT, not.
+"""Image GPT as OpenAI released it: a transformer over pixels in raster order, causal or, like BERT, not.
 
 Sources: "paper" is Chen et al. 2020, "Generative Pretraining from Pixels"; the released code is the authority on
 the norm (RMS-style, gain only), the activation (x sigmoid(1.702 x)), the start vector and the absence of biases.
 
-B batch, T tokens (pixels), S key tokens, D embed, N heads, H head dim, F mlp hidden, V palette, L layers, K classes.
+B batch, T tokens (pixels x channels), S key tokens, D embed, N heads, H head dim, F mlp hidden, V vocabulary, L layers,
+K classes; Y rows, X columns, C channels.
 """
 
 import dataclasses
@@ -20,7 +21,12 @@ from igpt_jax.model.attention import NAMES, attention, backend_for, is_saved
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.layers import Block, dropout, norm, pool, read_out
 from igpt_jax.model.objectives import Autoregressive, Objective, objective_of
-from igpt_jax.model.parametrization import branch_multiplier, head_multiplier, standard_deviations
+from igpt_jax.model.parametrization import (
+    branch_multiplier,
+    head_multiplier,
+    position_tables,
+    standard_deviations,
+)
 from igpt_jax.model.products import Product, product_for
 from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.parallel.sharding import constrain, gather_weight
@@ -53,7 +59,8 @@ class ImageGPT(nnx.Module):
         self.token_embed_VD = nnx.Param(make("token_embed_VD"))
         if causal:
             self.start_D = nnx.Param(make("start_D"))
-        self.position_embed_TD = nnx.Param(make("position_embed_TD"))
+        for name in position_tables(config):
+            setattr(self, name, nnx.Param(make(name)))
         self.blocks = Block(dims, lambda name: make(name, stacked="L"), config.dropout, product,
                             branch_multiplier(config))
         self.final_norm_D = nnx.Param(make("final_norm_D"))
@@ -76,12 +83,28 @@ class ImageGPT(nnx.Module):
             colors_BTD = jnp.where(jnp.arange(T)[:, None] == 0, self._table("start_D"), colors_BTD)
         elif hidden_BT is not None:
             colors_BTD = jnp.where(hidden_BT[..., None], 0, colors_BTD)
-        return constrain((colors_BTD + self._table("position_embed_TD", T)).astype(self.dtype), "BTD")
+        return constrain((colors_BTD + self._positions(T)).astype(self.dtype), "BTD")
 
     def embed_one(self, token_B: jax.Array, position: jax.Array) -> jax.Array:
         """The input [B, 1, D] of a causal model at `position` >= 1; `token_B` is the color of the pixel before it."""
-        x_BD = self._table("token_embed_VD")[token_B] + self._table("position_embed_TD")[position]
+        x_BD = self._table("token_embed_VD")[token_B] + self._position(position)
         return constrain(x_BD[:, None].astype(self.dtype), "BTD")
+
+    def _positions(self, count: int) -> jax.Array:
+        """The embeddings of the first positions, [count, D]."""
+        if not self.dims.factored:
+            return self._table("position_embed_TD", count)
+        row_YD, column_XD, channel_CD = map(self._table, position_tables(self.config))
+        sum_YXCD = row_YD[:, None, None] + column_XD[:, None] + channel_CD
+        return sum_YXCD.reshape(self.dims.T, self.dims.D)[:count]
+
+    def _position(self, index: jax.Array) -> jax.Array:
+        """The embedding of one position, [D]."""
+        if not self.dims.factored:
+            return self._table("position_embed_TD")[index]
+        row_YD, column_XD, channel_CD = map(self._table, position_tables(self.config))
+        (row, within), channels = jnp.divmod(index, self.dims.row), self.dims.C
+        return row_YD[row] + column_XD[within // channels] + channel_CD[within % channels]
 
     def _table(self, name: str, rows: int | None = None) -> jax.Array:
         """The first `rows` of an embedding table (None: all), sharded like an activation."""
@@ -114,7 +137,7 @@ class ImageGPT(nnx.Module):
         """The residual stream [B, T, D] after the last block, and the results of `read` before each block, [L, ...].
 
         Args:
-          tokens_BT: int palette indices in raster order.
+          tokens_BT: int, in raster order.
           key: for dropout; None: no dropout.
           hidden_BT: pixels whose colors are zeroed in a model that is not causal; None: none.
           read: takes the stream before a block and the gain of that block's first norm.
@@ -171,13 +194,13 @@ class Precision:
 class Model:
     """ImageGPT as pure functions of a plain dict of arrays. All other code uses this, not the module."""
 
-    def __init__(self, config: ModelConfig, palette_size: int, image_size: int, precision: str,
+    def __init__(self, config: ModelConfig, vocabulary: int, image_size: int, precision: str,
                  mesh: Mesh | None = None, objective: Objective | None = None, classes: int = 0,
-                 class_layer: int = -1, options: str = "", reduce_dtype: str = "float32"):
+                 class_layer: int = -1, options: str = "", reduce_dtype: str = "float32", channels: int = 1):
         """
         Args:
           config: sizes and choices. Attention `auto` becomes the back-end of the mesh's platform.
-          palette_size: number of colors, the vocabulary.
+          vocabulary: number of different tokens.
           image_size: height and width, pixels.
           precision: a name from `config.PRECISIONS`, or auto.
           mesh: devices to run on; None: one device of the default platform.
@@ -186,12 +209,13 @@ class Model:
           class_layer: layer of the stream that the class head reads, 0 (the embedding) to L; -1: the last.
           options: `compiler_options` of the config. `self.compiler_options` are those to compile this model with.
           reduce_dtype: in which gradients are summed over devices; see `products.Product`.
+          channels: tokens per pixel.
 
         Raises:
           UserError: the heads or tokens do not divide over the mesh, the attention back-end cannot run there, or the
             compiler refuses an option.
         """
-        self.dims = Dims.of(config, palette_size, image_size, classes)
+        self.dims = Dims.of(config, vocabulary, image_size, classes, channels)
         self.objective, self._class_layer = objective or Autoregressive(), class_layer
         self.causal = self.objective.causal
         mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -207,14 +231,14 @@ class Model:
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
     @classmethod
-    def of(cls, config: PretrainConfig, palette_size: int, image_size: int, mesh: Mesh, classes: int = 0,
+    def of(cls, config: PretrainConfig, vocabulary: int, image_size: int, mesh: Mesh, classes: int = 0,
            precision: str = "", attention: str = "", options: str | None = None) -> "Model":
         """The model that a training job's config describes; the last three arguments override the config's."""
         sizes = dataclasses.replace(config.model, attention=attention) if attention else config.model
         class_layer = config.model.class_layer if config.finetuning else -1
-        return cls(sizes, palette_size, image_size, precision or config.precision, mesh, objective_of(config), classes,
+        return cls(sizes, vocabulary, image_size, precision or config.precision, mesh, objective_of(config), classes,
                    class_layer, config.compiler_options if options is None else options,
-                   config.mesh.reduce_dtype)
+                   config.mesh.reduce_dtype, config.channels)
 
     def _build(self, key: jax.Array) -> ImageGPT:
         return ImageGPT(self.config, self.dims, self.causal, key, self.precision.compute, self.precision.parameters,

@@ -3,7 +3,7 @@
 Sources: "paper" is Chen et al. 2020, "Generative Pretraining from Pixels"; the released code is the authority on
 the norm (RMS-style, gain only), the activation (x sigmoid(1.702 x)), the start vector and the absence of biases.
 
-B batch, T tokens (pixels), S key tokens, D embed, N heads, H head dim, F mlp hidden, V palette, L layers, K classes.
+B batch, T tokens, S key tokens, D embed, N heads, H head dim, F mlp hidden, V vocabulary, L layers, K classes.
 """
 
 from collections.abc import Callable

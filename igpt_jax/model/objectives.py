@@ -2,7 +2,7 @@
 
 A new objective is one subclass of `Objective`, one row of OBJECTIVES, and its name in `config.model.OBJECTIVES`.
 
-B batch, T tokens, V palette, K classes, M views.
+B batch, T tokens, V vocabulary, K classes, M views.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ class Objective:
         """The objective with the settings of a job's config."""
         return cls()
 
-    def view(self, tokens_BT: jax.Array, keys_B: jax.Array | None, palette_size: int) -> View:
+    def view(self, tokens_BT: jax.Array, keys_B: jax.Array | None, vocabulary: int) -> View:
         """What the model sees of each example.
 
         Args:
           tokens_BT: the examples.
           keys_B: from `example_keys`, one per example. An example's view depends on its own key only, not on batch
             size, microbatches or mesh. None where views are not random.
-          palette_size: V.
+          vocabulary: V.
         """
         return View(tokens_BT)
 
     def loss(self, logits_BTV: jax.Array, tokens_BT: jax.Array, view: View) -> jax.Array:
-        """The training loss of a batch: mean negative log likelihood, nats per pixel."""
+        """The training loss of a batch: mean negative log likelihood, nats per token."""
         return nats_per_token(logits_BTV, tokens_BT).mean()
 
 
@@ -68,7 +68,7 @@ class Masked(Objective):
     def of(cls, config: PretrainConfig) -> "Masked":
         return cls(config.mask_ratio)
 
-    def view(self, tokens_BT: jax.Array, keys_B: jax.Array, palette_size: int) -> View:
+    def view(self, tokens_BT: jax.Array, keys_B: jax.Array, vocabulary: int) -> View:
         chosen_BT = self._chosen(keys_B, tokens_BT.shape[1])
         return View(tokens_BT, hidden_BT=chosen_BT, scored_BT=chosen_BT)
 
@@ -87,11 +87,11 @@ class Masked(Objective):
 class Denoising(Masked):
     """Predicts the original colors of pixels that were replaced by random ones."""
 
-    def view(self, tokens_BT: jax.Array, keys_B: jax.Array, palette_size: int) -> View:
+    def view(self, tokens_BT: jax.Array, keys_B: jax.Array, vocabulary: int) -> View:
         chosen_BT = self._chosen(keys_B, tokens_BT.shape[1])
 
         def colors(key: jax.Array) -> jax.Array:
-            return jax.random.randint(jax.random.fold_in(key, COLORS), tokens_BT.shape[1:], 0, palette_size, jnp.int32)
+            return jax.random.randint(jax.random.fold_in(key, COLORS), tokens_BT.shape[1:], 0, vocabulary, jnp.int32)
 
         return View(jnp.where(chosen_BT, jax.vmap(colors)(keys_B), tokens_BT), scored_BT=chosen_BT)
 
@@ -110,7 +110,7 @@ def example_keys(key: jax.Array, ids_B: jax.Array) -> jax.Array:
 
 
 def over_views(look: Callable[[View], Any], objective: Objective, tokens_BT: jax.Array, ids_B: jax.Array | None,
-               palette_size: int, views: int, seed: int) -> Any:
+               vocabulary: int, views: int, seed: int) -> Any:
     """The results of `look(view)` for each view of the examples, stacked: [M, ...]. M = 1 where views are not random.
 
     Args:
@@ -118,16 +118,16 @@ def over_views(look: Callable[[View], Any], objective: Objective, tokens_BT: jax
       objective: draws the views.
       tokens_BT: the examples.
       ids_B: their indices in their split: an example has the same views in any batch. None where views are not random.
-      palette_size: V.
+      vocabulary: V.
       views: of each example.
       seed: another seed gives other views.
     """
     if not objective.random:
-        return jax.tree.map(lambda x: x[None], look(objective.view(tokens_BT, None, palette_size)))
+        return jax.tree.map(lambda x: x[None], look(objective.view(tokens_BT, None, vocabulary)))
 
     def one(number: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), number)
-        return look(objective.view(tokens_BT, example_keys(key, ids_B), palette_size))
+        return look(objective.view(tokens_BT, example_keys(key, ids_B), vocabulary))
 
     return jax.lax.map(one, jnp.arange(views))
 
@@ -139,7 +139,7 @@ def nats_per_token(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def nats_per_image(logits_BTV: jax.Array, tokens_BT: jax.Array, scored_BT: jax.Array | None = None) -> jax.Array:
-    """Mean nats per pixel of each image, [B]: over all its pixels, or over those where `scored_BT` is true."""
+    """Mean nats per token of each image, [B]: over all its tokens, or over those where `scored_BT` is true."""
     return jnp.mean(nats_per_token(logits_BTV, tokens_BT), axis=1, where=scored_BT)
 
 

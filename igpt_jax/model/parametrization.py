@@ -24,6 +24,8 @@ from igpt_jax.config import ModelConfig
 from igpt_jax.model.dims import Dims
 from igpt_jax.parallel.sharding import letters_for
 
+POSITION_TABLES = (("position_embed_TD",), ("row_embed_YD", "column_embed_XD", "channel_embed_CD"))  # learned, factored
+
 
 def ratios(config: ModelConfig) -> tuple[float, float]:
     """(m, l): width and depth over the base's. (1, 1) under standard."""
@@ -47,6 +49,11 @@ def folded(config: ModelConfig, name: str) -> float:
     if name in ("out_NHD", "down_FD"):
         return branch_multiplier(config)
     return head_multiplier(config) if name in ("head_VD", "class_head_KD") else 1.0
+
+
+def position_tables(config: ModelConfig) -> tuple[str, ...]:
+    """The names of the tables that embed positions. Several are summed."""
+    return POSITION_TABLES[config.positions == "factored"]
 
 
 def is_hidden(name: str, ndim: int) -> bool:
@@ -84,12 +91,18 @@ def standard_deviations(config: ModelConfig, d: Dims) -> dict[str, float]:
             for name, deviation in _at(config.init, base).items()}
 
 
+def _of_positions(deviation: float, d: Dims) -> dict[str, float]:
+    """Tables whose sum has this deviation."""
+    names = POSITION_TABLES[d.factored]
+    return dict.fromkeys(names, deviation * len(names) ** -0.5)
+
+
 def _at(init: str, d: Dims) -> dict[str, float]:
     if init == "released":
-        return {"token_embed_VD": 0.02, "start_D": 0.02, "position_embed_TD": 0.01,
+        return {"token_embed_VD": 0.02, "start_D": 0.02, **_of_positions(0.01, d),
                 "query_DNH": d.D ** -0.5, "key_DNH": d.D ** -0.5, "value_DNH": d.D ** -0.5,
                 "out_NHD": (d.D * d.L) ** -0.5, "up_DF": 0.02, "down_FD": 0.02}
     narrow, wide, branch = 0.125 * d.D ** -0.5, 0.125 * d.F ** -0.5, (2 * d.L) ** -0.5
-    return {"token_embed_VD": narrow, "start_D": narrow, "position_embed_TD": narrow,
+    return {"token_embed_VD": narrow, "start_D": narrow, **_of_positions(narrow, d),
             "query_DNH": narrow, "key_DNH": narrow, "value_DNH": narrow, "out_NHD": narrow * branch,
             "up_DF": narrow, "down_FD": wide * branch}

@@ -1,6 +1,6 @@
 """Sampling pixel by pixel with cached keys and values, from nothing or from the first pixels of images.
 
-B batch, T tokens of an image, P given tokens, S cached tokens, N heads, H head dim, V palette, L layers.
+B batch, T tokens of an image, P given tokens, S cached tokens, N heads, H head dim, V vocabulary, L layers.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
 
     Args:
       model, params: the model.
-      given_BP: int32 palette indices of the first P pixels, 0 <= P <= T; P = 0 samples from nothing.
+      given_BP: the first P tokens, int32, 0 <= P <= T; P = 0 samples from nothing.
       keys_B: one PRNG key per image. An image depends on its own key only, not on the other images of the batch.
       sampling: how to draw colors.
       cache_dtype: dtype of the cached keys and values; None: that of the computation.

@@ -1,6 +1,6 @@
 """The mesh of devices, and the sharding of every array, derived from the letters in its name.
 
-Letters of dims: B batch, T tokens, D embed, N heads, H head dim, F MLP hidden, V palette, L layers. A parameter's
+Letters of dims: B batch, T tokens, D embed, N heads, H head dim, F MLP hidden, V vocabulary, L layers. A parameter's
 letters end its name (`query_DNH`). Blocks are stacked, so their parameters have a first dim L that the name omits.
 
 Example: `blocks/query_DNH` has shape [L, D, N, H] and the letters LDNH. PARAMETER_RULES shard D over the mesh axes
@@ -36,9 +36,9 @@ CONTEXT = "context"
 # Heads and the MLP's hidden dim are split over tensor in parameters and activations alike, so that these products need
 # no gather. D of an activation is never sharded: the fsdp axis already splits its batch.
 #
-# V, T, H and L are absent on purpose. A palette has some hundred colors, so its tables are small. A head stays whole,
-# because a score is a sum over all of H. One loop visits the stacked layers in turn, so a split L would send each layer
-# from one device to all others.
+# V, T, H and L are absent on purpose. A vocabulary has some hundred tokens, so its tables are small. A head stays
+# whole, because a score is a sum over all of H. One loop visits the stacked layers in turn, so a split L would send
+# each layer from one device to all others.
 PARAMETER_RULES: Mapping[str, tuple[str, ...]] = {"D": ("fsdp", CONTEXT), "N": ("tensor",), "F": ("tensor",)}
 ACTIVATION_RULES: Mapping[str, tuple[str, ...]] = {"B": BATCH_AXES, "T": (CONTEXT,), "N": ("tensor",), "F": ("tensor",)}
 

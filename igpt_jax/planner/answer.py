@@ -64,7 +64,7 @@ class Answer:
     @property
     def tokens_per_second_per_device(self) -> float | None:
         """Training speed."""
-        tokens = self.config.batch_size * self.config.image_size ** 2
+        tokens = self.config.batch_size * self.config.image_size ** 2 * self.config.channels
         return self.forecast and tokens / self.target.devices / self.forecast.step_seconds
 
     @property
@@ -120,7 +120,7 @@ class Answer:
         v, config = self.verdict, self.config
         if config.step != "train" or not v.parameters:
             return []
-        read, advice = tokens_per_parameter(config, config.image_size ** 2, v.parameters)
+        read, advice = tokens_per_parameter(config, config.image_size ** 2 * config.channels, v.parameters)
         far = ", far from the compute-optimal 200 to 400" if advice else ""
         return [("tokens per parameter", f"{read} in {config.steps:,} steps{far}", EXACT)]
 
@@ -160,7 +160,7 @@ class Answer:
 
 def answer(config: PlanConfig, target: Target, verdict: Verdict, speed: Speed = PUBLIC) -> Answer:
     """Computes every figure of a plan."""
-    d = Dims.of(config.model, config.palette_size, config.image_size)
+    d = Dims.of(config.model, config.vocabulary, config.image_size, channels=config.channels)
     flops = config.batch_size * train_flops_per_image(d.L, d.D, d.F, d.V, d.T, objective_of(config).causal)
     flops = flops if config.step == "train" else 0.0
     usable = target.chip.usable_bytes

@@ -131,7 +131,7 @@ def compile_with_text(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.s
 def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], Model]:
     """The job's own jitted step, its arguments as shapes with shardings, and the model. Allocates nothing."""
     sharding.check_batch(config.batch_size, mesh, config.accumulate if config.step == "train" else 1)
-    model = Model.of(config, config.palette_size, config.image_size, mesh)
+    model = Model.of(config, config.vocabulary, config.image_size, mesh)
     if config.step == "sample" and not model.causal:
         raise UserError("step=sample: only an autoregressive model can be sampled from. Set objective=autoregressive.")
 

@@ -26,12 +26,12 @@ class Estimate:
 
 def estimate(config: PlanConfig) -> Estimate:
     """Estimates the training step of a config whose mesh is resolved (no -1)."""
-    d, mesh = Dims.of(config.model, config.palette_size, config.image_size), config.mesh
+    d, mesh = Dims.of(config.model, config.vocabulary, config.image_size, channels=config.channels), config.mesh
     microbatches, remat, plain = config.accumulate, config.model.remat, config.model.attention == "reference"
     shards = mesh.fsdp * mesh.context  # of a parameter's dim D
     b, t = config.batch_size / (mesh.data * mesh.fsdp * microbatches), d.T / mesh.context
     D, F = d.D, d.F
-    blocks, tables = d.L * (4 * D * D + 2 * D * F), (2 * d.V + d.T) * D
+    blocks, tables = d.L * (4 * D * D + 2 * D * F), (2 * d.V + d.positions) * D
     own = (blocks / mesh.tensor + tables) / shards  # parameters stored on one device
 
     # Memory. Accumulation holds a sum of gradients and those of the current microbatch. The peak is in the backward
@@ -48,7 +48,7 @@ def estimate(config: PlanConfig) -> Estimate:
     saved_bytes = saved_by_remat[remat] * HALF  # of one token in one layer
     scores = 3 * WHOLE * b * d.N / mesh.tensor * t * d.T if plain else 0.0
     block = b * t * (12 * D + (8 * D + 4 * F) / mesh.tensor) * HALF + 4 * HALF * b * d.T * D / mesh.tensor + scores
-    whole_weights = 3 * HALF * blocks / d.L / mesh.tensor + 2 * WHOLE * (d.V + d.T) * D
+    whole_weights = 3 * HALF * blocks / d.L / mesh.tensor + 2 * WHOLE * (d.V + d.positions) * D
     logits = 3 * WHOLE * b * t * d.V
     saved = d.L * (b * t * saved_bytes + (scores if remat == "none" else 0.0))
     required = state + gradients + saved + max(block, logits) + whole_weights

@@ -36,7 +36,7 @@ def settings(config: PlanConfig) -> str:
 
 def meshes(config: PlanConfig, target: topology.Target) -> Iterator[MeshConfig]:
     """Yields every mesh that the number of devices, the batch, heads and tokens allow."""
-    dims = Dims.of(config.model, config.palette_size, config.image_size)
+    dims = Dims.of(config.model, config.vocabulary, config.image_size, channels=config.channels)
     devices = target.devices
     near = target.shape[0] if target.platform == "gpu" else MOST_TENSOR  # tensor exchanges per layer: keep it in a node
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]

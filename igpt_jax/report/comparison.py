@@ -11,7 +11,7 @@ from igpt_jax.report.runs import Row, Run, known_keys, sweeps, whole
 
 LABEL_KEYS = 3  # most keys in a legend
 # Of each job: the metrics in the table.
-RESULTS = {"pretrain": ("steps", "train/nats_per_pixel", "eval/nats_per_pixel"),
+RESULTS = {"pretrain": ("steps", "train/nats_per_pixel", "eval/nats_per_pixel", "eval/bits_per_dim"),
            "finetune": ("steps", "eval/accuracy", "test_accuracy"),
            "probe": ("best_layer", "test_accuracy", "raw_pixel_accuracy", "untrained_accuracy")}
 

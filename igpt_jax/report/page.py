@@ -23,6 +23,9 @@ SHARES = re.compile(r"accuracy|interval|deviation|goodput|\bmfu\b|share")
 NAMES = {"eval/nats_per_pixel": "held-out nats per pixel", "train/nats_per_pixel": "training nats per pixel",
          "interval": "95 % interval", "probe_interval": "95 % interval", "eval/accuracy": "held-out accuracy",
          "eval/ema_nats_per_pixel": "held-out nats per pixel, averaged parameters",
+         "eval/bits_per_dim": "held-out bits per dimension", "train/bits_per_dim": "training bits per dimension",
+         "eval/ema_bits_per_dim": "held-out bits per dimension, averaged parameters",
+         "bits_per_dim": "bits per dimension",
          "held_out_accuracy": "held-out accuracy", "mfu": "MFU",
          "model_tflops_per_second_per_device": "model TFLOP/s per device"}
 
@@ -89,10 +92,15 @@ def _best(runs: Sequence[Run], job: str, metric: str, better: Any) -> list[Run]:
     return [better(found, key=lambda run: run.metrics[metric])] if found else []
 
 
+def _bits(metrics: Row) -> str:
+    bits = metrics.get("eval/bits_per_dim")
+    return f", {bits:.3f} bits per dimension" if charts.finite(bits) else ""
+
+
 def _loss(runs: Sequence[Run]) -> list[Tile]:
     metric = "eval/nats_per_pixel"
     return [Tile("Held-out loss", f"{run.metrics[metric]:.3f}",
-                 f"nats per pixel: {run.title}, step {shown(run.metrics.get('steps'))}, "
+                 f"nats per pixel{_bits(run.metrics)}: {run.title}, step {shown(run.metrics.get('steps'))}, "
                  f"{shown(run.metrics.get('parameters'))} parameters")
             for run in _best(runs, "pretrain", metric, min)]
 

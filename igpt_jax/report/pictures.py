@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from igpt_jax import storage
-from igpt_jax.data import palette
+from igpt_jax.data.codecs import codec_of
 from igpt_jax.evaluation.drawing import UNKNOWN
 from igpt_jax.metrics.charts import spaced
 from igpt_jax.report.runs import Run, whole
@@ -103,13 +103,13 @@ def _drawn(run: Run, file: storage.Path) -> _Drawn:
     """What samples.npz of a sample job, or a file of `evaluate` with samples, holds."""
     with np.load(io.BytesIO(storage.read(file))) as arrays:
         arrays = dict(arrays)
-    colors_VC, shown = arrays["palette"], {}
+    codec, shown = codec_of(str(arrays.get("codec", "palette")), arrays["palette"]), {}
     if "samples" in arrays:
-        shown["samples"] = palette.pictures(arrays["samples"][:SHOWN["samples"]], colors_VC)
+        shown["samples"] = codec.decode(arrays["samples"][:SHOWN["samples"]])
     if "completions" in arrays:
         count = SHOWN["completions"]
-        shown["original"] = palette.pictures(arrays["originals"][:count], colors_VC)
-        shown["completions"] = palette.pictures(arrays["completions"][:count, 0], colors_VC)
+        shown["original"] = codec.decode(arrays["originals"][:count])
+        shown["completions"] = codec.decode(arrays["completions"][:count, 0])
         given = run.values.get("rows", -1)
         shown["given"] = shown["original"].copy()
         shown["given"][:, shown["given"].shape[1] // 2 if given < 0 else given:] = UNKNOWN

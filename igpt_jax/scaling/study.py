@@ -40,7 +40,7 @@ class Planned:
 
 def parameter_counts(dims: Dims) -> dict[str, int]:
     """The parameters of a model, counted in three ways. Fitted exponents depend on the choice."""
-    embeddings = (dims.V + dims.T) * dims.D
+    embeddings = (dims.V + dims.positions) * dims.D
     every = dims.parameter_count
     return {"all": every, "no_embedding": every - embeddings, "blocks": every - embeddings - dims.V * dims.D}
 
@@ -71,7 +71,7 @@ def _heads_for(embed: int) -> int:
     return max(heads for heads in range(1, wanted + 1) if embed % heads == 0)
 
 
-def planned(config: ScalingConfig, image_size: int, palette_size: int) -> list[Planned]:
+def planned(config: ScalingConfig, image_size: int, vocabulary: int) -> list[Planned]:
     """Every size at every budget, cheapest budget first.
 
     Steps follow from the budget by the exact FLOP count (`model.flops`), and the batch from the tokens by
@@ -86,7 +86,7 @@ def planned(config: ScalingConfig, image_size: int, palette_size: int) -> list[P
     runs = []
     for budget, size in itertools.product(sorted(config.all_budgets), config.sizes):
         model = model_of(size, config.pretrain.model)
-        dims = Dims.of(model, palette_size, image_size)
+        dims = Dims.of(model, vocabulary, image_size, channels=config.pretrain.channels)
         per_image = train_flops_per_image(dims.L, dims.D, dims.F, dims.V, dims.T, causal)
         batch = config.batch_size or batch_size_for(budget / per_image * dims.T, dims.T)
         steps = round(budget / (per_image * batch))

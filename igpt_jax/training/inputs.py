@@ -1,13 +1,13 @@
-"""Opens the data of a run: splits, palette, classes, and batches from any position on."""
+"""Opens the data of a run: splits, codec, classes, and batches from any position on."""
 
 import dataclasses
 
-import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax import checkpoint
 from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data import Batches, count_classes, open_data, palette, train_batches
+from igpt_jax.data.codecs import Codec, codec_of
 from igpt_jax.data.store import Split
 from igpt_jax.parallel import sharding
 from igpt_jax.runtime.startup import agree
@@ -21,13 +21,12 @@ class Inputs:
     held_out: Split | None
     image_size: int
     classes: int  # number of label classes; 0: the run does not train on labels
-    palette_VC: np.ndarray  # float32 [V, 3] in [-1, 1]
-    table: np.ndarray  # lookup table of the palette
+    codec: Codec
 
     def batches(self, position: int, mesh: Mesh) -> Batches:
         """Batches from `position`, a number of steps in the data order, on."""
         data = self.config.data
-        return train_batches(self.split, self.table, reader=data.reader, seed=self.config.seed,
+        return train_batches(self.split, self.codec, reader=data.reader, seed=self.config.seed,
                              batch_size=self.config.batch_size, start_step=position,
                              sharding=sharding.batch_sharding(mesh), prefetch=data.prefetch, augment=data.augment,
                              window=data.window, labeled=self.classes > 0)
@@ -44,12 +43,19 @@ def open_inputs(config: PretrainConfig) -> Inputs:
     held_out = store.split(config.data.held_out) if config.data.held_out else None
     finetuning = config.finetuning
     classes = count_classes(store, split) if finetuning else 0
-    if finetuning and finetuning.checkpoint:
-        palette_VC = checkpoint.load_metadata(finetuning.checkpoint).palette_VC
-    else:
-        palette_VC = palette.load(config.palette) if config.palette else store.palette
+    codec = _codec_for(config, store)
+    agree(palette=palette.digest(codec.palette_VC), data=split.fingerprint)
+    return Inputs(config, split, held_out, store.image_size, classes, codec)
+
+
+def _codec_for(config: PretrainConfig, store) -> Codec:
+    """The codec of the checkpoint that a run fine-tunes, or that of its config."""
+    if config.finetuning and config.finetuning.checkpoint:
+        return checkpoint.load_metadata(config.finetuning.checkpoint).codec
+    if config.codec != "palette":
+        return codec_of(config.codec, Codec.palette_VC)
+    palette_VC = palette.load(config.palette) if config.palette else store.palette
     if palette_VC is None:
         raise UserError(f"data.store={store.path} has no palette of its own. Set --config.palette to the .npy file of "
-                        "a palette.")
-    agree(palette=palette.digest(palette_VC), data=split.fingerprint)
-    return Inputs(config, split, held_out, store.image_size, classes, palette_VC, palette.lookup_table(palette_VC))
+                        "a palette, or another --config.codec.")
+    return codec_of("palette", palette_VC)

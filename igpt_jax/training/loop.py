@@ -93,15 +93,16 @@ class Run:
         self.stop = stack.enter_context(StopSignal())
         self.watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         self.checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
-        self.model = Model.of(config, len(inputs.palette_VC), inputs.image_size, mesh, inputs.classes)
+        self.model = Model.of(config, inputs.codec.vocabulary, inputs.image_size, mesh, inputs.classes)
         self.abstract = abstract_state(self.model, config, mesh)
         self.noise_scale = NoiseScale(self.model, config, mesh) if config.noise_scale_every_steps else None
-        self.measure = exact_loss.make_measure(self.model, mesh, config.batch_size, inputs.table)
+        self.measure = exact_loss.make_measure(self.model, mesh, config.batch_size, inputs.codec)
         # Made on the devices, since `_one_step` forbids transfers from the host.
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
         self.warmup_steps = warmup_steps_for(config.optimizer, config.steps, inputs.split.count, config.batch_size)
-        self.metadata = checkpoint.Metadata(config, inputs.palette_VC, inputs.image_size, inputs.split.fingerprint, 0,
-                                            classes=inputs.classes, warmup_steps=self.warmup_steps)
+        self.metadata = checkpoint.Metadata(config, inputs.codec.palette_VC, inputs.image_size,
+                                            inputs.split.fingerprint, 0, classes=inputs.classes,
+                                            warmup_steps=self.warmup_steps)
         self.evaluated: dict[str, float] = {}  # results of the newest evaluation
 
     # Compile.
@@ -179,7 +180,7 @@ class Run:
             parameters = count_parameters(params)
             read, advice = tokens_per_parameter(config, model.dims.T, parameters)
             pretraining = "" if config.finetuning else f"{read} tokens per parameter, "
-            say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of {model.dims.V} colors, "
+            say(f"{config.model.name}: {parameters:,} parameters, {model.dims.T:,} tokens of {self.inputs.codec}, "
                 f"{self.inputs.split.count:,} images, {pretraining}mesh {dict(self.mesh.shape)}, "
                 f"{model.config.attention} attention, {config.precision}, compiler options: "
                 f"{compiler_options_text(model.compiler_options) or 'none'}")
@@ -291,6 +292,8 @@ class Run:
         """
         values = {name: float(np.asarray(value)) for name, value in jax.device_get(measured).items()}
         skipped = int(values.pop("train/skipped_in_a_row"))
+        if self.inputs.codec.has_bits:
+            values["train/bits_per_dim"] = self.inputs.codec.bits_per_dimension(values["train/nats_per_pixel"])
         if self.checkpoints.failed_saves:
             values["failed_saves"] = self.checkpoints.failed_saves
         self.metrics.progress(step)
@@ -354,7 +357,8 @@ class Run:
     def _draw(self) -> None:
         """Draws the loss curve, on process 0."""
         if jax.process_index() == 0:
-            curves = charts.training(load_metrics(self.workdir), self.config.steps, self.model.dims.V)
+            curves = charts.training(load_metrics(self.workdir), self.config.steps, self.model.dims.V,
+                                     self.model.dims.C)
             save_figure(storage.path(self.workdir) / "figures" / "loss.png", *curves)
 
 

@@ -124,14 +124,15 @@ def make_loss(model: Model, config: PretrainConfig) -> Callable:
         pixels_BTV, classes_BK = model.outputs(params, view.tokens_BT, key, view.hidden_BT)
         generative = model.objective.loss(pixels_BTV, tokens_BT, view)
         if classes_BK is None:
-            return generative, {"train/nats_per_pixel": generative}
+            return generative, {"train/nats_per_pixel": model.dims.C * generative}
         weights = config.finetuning
         if weights.generative_weight == 0:
             generative = jax.lax.stop_gradient(generative)  # logged only
         classes = objectives.classification(classes_BK, labels_B)
         right = (classes_BK.argmax(axis=1) == labels_B).mean(dtype=classes.dtype)
         return (weights.generative_weight * generative + weights.class_weight * classes,
-                {"train/nats_per_pixel": generative, "train/classification_nats": classes, "train/accuracy": right})
+                {"train/nats_per_pixel": model.dims.C * generative, "train/classification_nats": classes,
+                 "train/accuracy": right})
 
     return loss
 

@@ -46,7 +46,11 @@ class OurWeights:
         self.palette_VC, self.steps_done = self.record.palette_VC, self.record.steps_done
         self.names = tuple(path[-1] for path in self._shapes)
         classes = self._shapes.get(("class_head_KD",), (0,))[0]
-        dims = Dims.of(self.record.config.model, len(self.palette_VC), self.record.image_size, classes)
+        config = self.record.config
+        if config.codec != "palette" or config.model.positions != "learned":
+            raise UserError(f"checkpoint {path} has codec={config.codec} and model.positions={config.model.positions}. "
+                            "Files of OpenAI and Hugging Face, and exports, hold palettes and learned positions only.")
+        dims = Dims.of(config.model, len(self.palette_VC), self.record.image_size, classes)
         self.sizes = {letter: size for letter, size in dataclasses.asdict(dims).items() if size}
 
     def layers(self, name: str) -> Sequence[np.ndarray]:

@@ -28,11 +28,11 @@ from igpt_jax.data.store.manifest import (
     publish_manifest,
     size_and_hash,
 )
-from igpt_jax.data.store.reader import Split, Store, split_of, tokens_of
+from igpt_jax.data.store.reader import Split, Store, split_of
 from igpt_jax.data.store.verification import verify
 from igpt_jax.data.store.writer import Writer
 
 __all__ = [
     "MANIFEST", "PALETTE", "PROGRESS", "SLICE", "Split", "Store", "Writer", "damaged", "files_in", "load_manifest",
-    "publish_manifest", "size_and_hash", "split_of", "tokens_of", "verify",
+    "publish_manifest", "size_and_hash", "split_of", "verify",
 ]

@@ -230,8 +230,3 @@ class Split:
         for part, mine, local_ids, future in reading:
             rows[mine] = part.finish(kind, local_ids, future)
         return rows
-
-
-def tokens_of(split: Split, table: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Tokens uint16 [B, T] of ids [B], by a table of `palette.lookup_table`."""
-    return palette.encode(split.read(ids), table)
