@@ -28,7 +28,7 @@ from igpt_jax.planner.verdicts import verdict_for
 MARKS = "<!-- gaps: made by benchmarks/gaps.py -->", "<!-- end of the gaps -->"
 FIRST = ("igpt_l 32x32 on v5p:2x4x4", "igpt_s 48x48 on v6e:2x4", "igpt_s 48x48 on v5e:4x4")
 TITLES = [f"{model} {size}x{size} on {where}" for model in SLICES for size in IMAGE_SIZES for where in SLICES[model]
-          if model != "igpt_xl" or size == 64]
+          if model != "igpt_xl" or size == 64] + [title for title in cells() if " rgb " in title]
 HEADER = ("| cell | setting | memory / formula | sent / formula | sent during computation | executed / model FLOPs | "
           "GiB of memory traffic |\n|---|---|---|---|---|---|---|")
 
@@ -78,8 +78,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=len(TITLES), help="number of cells to compile")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS / "gaps.json")
     options = parser.parse_args()
-    known = json.loads(options.out.read_text())
-    todo = [title for title in TITLES if options.only in title
+    chosen = json.loads((DOCS / "scaling.json").read_text())
+    known = {title: {"settings": chosen[title]["settings"]} for title in TITLES if title in chosen}
+    known |= json.loads(options.out.read_text())
+    todo = [title for title in TITLES if title in known and options.only in title
             and (options.python or topology.parse(title.split()[-1]).platform == "tpu")]
     todo.sort(key=lambda title: ("now" in known[title], title not in FIRST))
     for title in tqdm(todo[:options.limit], unit="cell", disable=None):
@@ -88,13 +90,13 @@ def main() -> None:
         except UserError as error:
             print(f"{title}: {error}", file=sys.stderr)
             continue
-        known = json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
+        known |= json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
         known[title]["now"] = found
         storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
         print(row(title, known[title]), flush=True)
     page = DOCS / "performance.md"
     before, _, rest = page.read_text().partition(MARKS[0])
-    table = "\n".join([HEADER, *(row(title, known[title]) for title in TITLES if "now" in known[title])])
+    table = "\n".join([HEADER, *(row(title, known[title]) for title in TITLES if "now" in known.get(title, ()))])
     page.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 

@@ -38,6 +38,7 @@ SLICES = {
     "igpt_xl": ("v4:4x4x8", "v5e:16x16", "v5p:4x4x8", "v6e:8x16", "h100:8", "h200:8"),
 }
 IMAGE_SIZES = (32, 48, 64)
+RGB_CHIPS = ("v5e", "v5p", "h200")
 # iGPT-XL beyond the paper: settings by title. The batch is 64 or what the mesh needs; the total of images is the same.
 LARGE = {
     "128x128 on v5e:16x16": "image_size=128,topology=v5e:16x16",
@@ -60,6 +61,11 @@ def cells() -> dict[str, tuple[str, bool]]:
             for size in IMAGE_SIZES:
                 found[f"{model} {size}x{size} on {where}"] = (
                     f"model={model},image_size={size},topology={where},{paper.get(model, '')}".rstrip(","), True)
+    for model in ("igpt_l", "igpt_m", "igpt_s"):  # sub-pixels: three tokens per pixel
+        for where in (each for each in SLICES[model] if each.startswith(RGB_CHIPS)):
+            for size in (32, 64):
+                found[f"{model} rgb {size}x{size} on {where}"] = (
+                    f"model={model},codec=rgb,image_size={size},topology={where}", True)
     for chips, shape in WEAK.items():
         slices = int(shape.partition("*")[2] or 1)
         found[f"weak scaling, {chips} chips"] = (
