@@ -240,8 +240,8 @@ class ImageModel:
           per_pixel: the loss map instead: nats of each pixel, given those before it.
 
         Returns:
-          float32 [N], the mean over all pixels; of a masked model over the hidden ones. [N, Y, X] per pixel. float64 at
-          precision float64.
+          float32 [N], the mean over all pixels; of a masked model over the hidden ones; of a diffusion model an upper
+          bound, estimated from five random views. [N, Y, X] per pixel. float64 at precision float64.
 
         Raises:
           UserError: a loss map of a model that is not autoregressive.
@@ -356,9 +356,10 @@ class ImageModel:
     def _make_step(self, what: str, kind: str) -> Callable:
         model = self._model
         makers: dict[str, Callable] = {"features": lambda: make_feature_step(model, kind),
-                                       "nats": lambda: make_eval_step(model),
+                                       "nats": lambda: make_eval_step(
+                                           model, exact_loss.VIEWS if model.objective.bound else 1),
                                        "loss maps": lambda: loss_maps.make_pixel_step(model),
-                                       "classes": lambda: make_class_step(model, exact_loss.VOTES)}
+                                       "classes": lambda: make_class_step(model, exact_loss.VIEWS)}
         return exact_loss.jit_over_batches(makers[what](), model, self._mesh)
 
     def _compute(self, what: str, kind: str, tokens_NT: np.ndarray) -> Any:

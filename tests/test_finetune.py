@@ -111,15 +111,16 @@ def test_other_ways_to_fine_tune(folder, name, more):
     assert 0 < result(folder / name)["metrics"]["test_accuracy"] < 1
 
 
-def test_denoising_runs_from_the_command_line(folder):
+@pytest.mark.parametrize("objective", ["denoising", "diffusion"])
+def test_other_objectives_run_from_the_command_line(folder, objective):
     """finetune from scratch, then evaluate and probe. Seen to fail without the objective's row in OBJECTIVES."""
-    ran(finetune(folder, "denoising", "--config.precision=float32", "--config.checkpoint=", *TINY[:4],
-                 f"--config.data.store={folder / 'store'}", "--config.objective=denoising"),
-        ["evaluate", f"--workdir={folder / 'denoising-evaluate'}", f"--config.checkpoints={folder / 'denoising'}"],
-        ["probe", f"--workdir={folder / 'denoising-probe'}", f"--config.checkpoint={folder / 'denoising'}",
-         "--config.objective=denoising", "--config.strengths=(0.01,)", "--config.baselines=False"])
-    nats, = result(folder / "denoising-evaluate")["metrics"]["nats_per_pixel"].values()
-    assert nats == pytest.approx(result(folder / "denoising")["metrics"]["eval/nats_per_pixel"], rel=1e-5)
+    ran(finetune(folder, objective, "--config.precision=float32", "--config.checkpoint=", *TINY[:4],
+                 f"--config.data.store={folder / 'store'}", f"--config.objective={objective}"),
+        ["evaluate", f"--workdir={folder / f'{objective}-evaluate'}", f"--config.checkpoints={folder / objective}"],
+        ["probe", f"--workdir={folder / f'{objective}-probe'}", f"--config.checkpoint={folder / objective}",
+         f"--config.objective={objective}", "--config.strengths=(0.01,)", "--config.baselines=False"])
+    nats, = result(folder / f"{objective}-evaluate")["metrics"]["nats_per_pixel"].values()
+    assert nats == pytest.approx(result(folder / objective)["metrics"]["eval/nats_per_pixel"], rel=1e-5)
 
 
 BAD = {

@@ -16,7 +16,7 @@ from igpt_jax.model.dims import Dims
 from igpt_jax.model.features import make_feature_step, pooled
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
-from igpt_jax.model.objectives import Denoising, Masked
+from igpt_jax.model.objectives import Denoising, Diffusion, Masked
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.planner import compilation
 from igpt_jax.planner.answer import answer
@@ -48,7 +48,7 @@ def loss_of(config, model, at, key=0, **options):
     return float(metrics["train/nats_per_pixel"])
 
 
-@pytest.mark.parametrize("objective", ["masked", "denoising"])
+@pytest.mark.parametrize("objective", ["masked", "denoising", "diffusion"])
 def test_the_first_loss_is_that_of_guessing(objective):
     """ln V, since the head starts at zero. A model that is not causal has no start vector.
 
@@ -102,7 +102,7 @@ def test_a_corrupted_pixel_hides_its_original_and_all_others_are_seen():
         assert not changed.any() if corrupted_BT[0, pixel] else changed.all(), pixel
 
 
-@pytest.mark.parametrize("objective", [Masked(0.15), Denoising(0.15)])
+@pytest.mark.parametrize("objective", [Masked(0.15), Denoising(0.15), Diffusion()])
 def test_the_loss_counts_chosen_pixels_only(objective):
     """Against NumPy in float64: the mean over the chosen pixels of an image, then over images. They predict the
     original colors.
@@ -120,7 +120,7 @@ def test_the_loss_counts_chosen_pixels_only(objective):
         nats_BT.mean(1, where=chosen_BT).mean(), rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["masked", "denoising"])
+@pytest.mark.parametrize("objective", ["masked", "denoising", "diffusion"])
 def test_the_view_of_a_step_follows_from_seed_and_step(objective):
     """The same seed and step give the same view, whatever the number of microbatches; another step or seed another.
 
@@ -152,7 +152,7 @@ def test_the_share_of_chosen_pixels_is_the_mask_ratio(objective):
         assert colors[0] == 1 and (view.hidden_BT == view.scored_BT).all()
 
 
-@pytest.mark.parametrize("objective", [Masked(0.15), Denoising(0.15)])
+@pytest.mark.parametrize("objective", [Masked(0.15), Denoising(0.15), Diffusion()])
 def test_evaluation_corrupts_by_example(objective):
     """Loss and features of an image are the same alone and in another batch. Its views differ from each other and from
     those of other images.
@@ -171,7 +171,7 @@ def test_evaluation_corrupts_by_example(objective):
     assert np.abs(np.asarray(together[0, 0] - together[0, 1])).max() > 1e-4
 
 
-@pytest.mark.parametrize("objective", ["autoregressive", "masked", "denoising"])
+@pytest.mark.parametrize("objective", ["autoregressive", "masked", "denoising", "diffusion"])
 def test_throughput_and_plan_count_the_attention_of_the_objective(objective):
     """Model FLOPs, and with them MFU, hold the causal half of attention for a causal model, all of it for others.
 

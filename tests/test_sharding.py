@@ -20,7 +20,7 @@ def test_meshes_give_the_losses_of_one_device(python, precision, tolerance, firs
     python("meshes.py", "losses", precision, tolerance, first_mesh)
 
 
-@pytest.mark.parametrize("objective", ["masked", "denoising"])
+@pytest.mark.parametrize("objective", ["masked", "denoising", "diffusion"])
 def test_fine_tuning_is_the_same_on_any_mesh(python, objective):
     """Both losses, the gradient norm and the weights, with random views, labels and a class head before the last
     block, in microbatches and with sequences split: float64, 10 steps. (test_objectives proves the views on one

@@ -54,8 +54,8 @@ class ProbeConfig(ProbingConfig):
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)", resume="same")
     parameters: str = key("raw", "parameters of the checkpoint: raw, or ema (their moving average)", resume="same",
                           rule=one_of(*PARAMETERS))
-    objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT) or denoising",
-                         resume="same", rule=one_of(*OBJECTIVES))
+    objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT), denoising or "
+                                           "diffusion", resume="same", rule=one_of(*OBJECTIVES))
     mesh: MeshConfig = section(MeshConfig)
     concatenate: int = key(1, "layers around the best one whose features are concatenated (paper: 5 for XL); 1: none",
                            resume="same")
@@ -98,6 +98,8 @@ class EvaluateConfig(Keys):
                       resume="same")
     limit: int = key(0, "number of examples, from the first; 0: all (OpenAI's results are for 49984)", resume="same",
                      rule=at_least(0))
+    views: int = key(5, "random views of each image, of models that hide pixels: votes for its class (paper: 5), or "
+                        "those that a diffusion model's bound is the mean of", resume="same", rule=at_least(1))
     loss_maps: int = key(0, "per-pixel loss maps to draw; above 0, also the loss by position and by class",
                          resume="same", rule=at_least(0), alias="surprise")
     samples: int = key(0, "samples to draw from each checkpoint, and completions of as many examples, for the report",

@@ -14,7 +14,7 @@ from igpt_jax.config.training import PARAMETERS, FinetuneConfig, PretrainConfig
 
 JOBS: Mapping[str, str] = types.MappingProxyType({
     "prepare": "converts images to a pixel store, and fits or imports a palette",
-    "pretrain": "trains a model: autoregressive, masked (BERT) or denoising; resumes where it stopped",
+    "pretrain": "trains a model: autoregressive, masked (BERT), denoising or diffusion; resumes where it stopped",
     "finetune": "trains a checkpoint or a new model to classify, on labeled images",
     "evaluate": "computes exact nats per pixel of checkpoints over a whole split; can follow a run",
     "probe": "fits a linear classifier on the features of every layer: accuracy by depth",

@@ -26,7 +26,7 @@ ATTENTION_BACKENDS = ("auto", "reference", "blocked", "splash", "cudnn")
 REMAT_POLICIES = ("none", "attention", "dots", "offload", "full")
 POSITIONS = ("learned", "factored")
 PARAMETRIZATIONS = ("standard", "completep")
-OBJECTIVES = ("autoregressive", "masked", "denoising")
+OBJECTIVES = ("autoregressive", "masked", "denoising", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,7 +159,8 @@ class PretrainConfig(Keys):
     job: str = key("pretrain", "the job that this configuration is for", resume="same")
     objective: str = key("autoregressive", "autoregressive: each pixel from those before it; masked: hidden pixels "
                                            "from all others (BERT); denoising: randomly recolored pixels from the "
-                                           "whole image", resume="same", rule=one_of(*OBJECTIVES))
+                                           "whole image; diffusion: masked at any mask ratio, its loss a likelihood "
+                                           "bound", resume="same", rule=one_of(*OBJECTIVES))
     mask_ratio: float = key(0.15, "masked, denoising: share of pixels to predict, drawn in each step (paper: 0.15)",
                             resume="same", rule=within(0, 1, "()"), alias="masked_share")
     data: DataConfig = section(DataConfig)
@@ -226,7 +227,7 @@ class PretrainConfig(Keys):
         super().__post_init__()
         require(bool(re.fullmatch(r"([^/\s]+/)?[^/\s]+|", self.wandb)),
                 f"wandb={self.wandb!r} must be PROJECT or ENTITY/PROJECT.")
-        require(self.objective != "autoregressive" or self.mask_ratio == PretrainConfig.mask_ratio,
+        require(self.objective in ("masked", "denoising") or self.mask_ratio == PretrainConfig.mask_ratio,
                 f"mask_ratio={self.mask_ratio} has no effect on objective={self.objective}. "
                 "Set objective=masked or denoising.")
         require(self.codec in ("", "palette") or not self.palette,
@@ -263,8 +264,8 @@ class FinetuneConfig(PretrainConfig):
                      resume="same", rule=one_of("", *CODECS))
     palette: str = key("", "palette's .npy for a new model; empty: the store's own. A checkpoint has its own",
                        resume="free", compiled=False)
-    objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT) or denoising",
-                         resume="same", rule=one_of(*OBJECTIVES))
+    objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT), denoising or "
+                                           "diffusion", resume="same", rule=one_of(*OBJECTIVES))
     mask_ratio: float = key(0.15, "masked, denoising: share of pixels to predict, in evaluation too", resume="same",
                             rule=within(0, 1, "()"), alias="masked_share")
     steps: int = key(10_000, "optimizer steps, at most", resume="schedule", rule=at_least(1), compiled=False)

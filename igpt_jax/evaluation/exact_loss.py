@@ -20,7 +20,7 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 from igpt_jax.runtime import startup
 
-VOTES = 5  # masks under which a masked model classifies an image (paper, Section 4.6)
+VIEWS = 5  # random views of an image: votes for its class (paper, Section 4.6), or those that a bound is the mean of
 
 
 def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, batch_size: int,
@@ -70,21 +70,23 @@ def jit_over_batches(step: Callable, model: Model, mesh: Mesh) -> Callable:
     return jax.jit(step, out_shardings=sharding.replicated(mesh), compiler_options=model.compiler_options)
 
 
-def make_measure(model: Model, mesh: Mesh, batch_size: int, codec: Codec, seed: int = 0
-                 ) -> Callable[..., dict[str, float] | None]:
+def make_measure(model: Model, mesh: Mesh, batch_size: int, codec: Codec, seed: int = 0,
+                 views: int = VIEWS) -> Callable[..., dict[str, float] | None]:
     """Makes `measure(params, split, give_up=None, labeled=True)`, which returns the mean loss over all examples.
 
     Its result is None if it gave up (see `over_split`), or else a dict of:
 
-    - `nats_per_pixel`, for a masked model per hidden pixel; with a codec that loses nothing else, also `bits_per_dim`;
+    - `nats_per_pixel`, for a masked model per hidden pixel, for a diffusion model an upper bound (`Objective.bound`);
+      with a codec that loses nothing else, also `bits_per_dim`;
     - `accuracy`, if `labeled` and the model has a class head. A masked model classifies each image under several
       masks, and the majority decides.
 
     Args:
       seed: of the masks, and of ties between classes.
+      views: of each image, for classes or a bound.
     """
-    votes = VOTES if model.dims.K and model.objective.random else 1
-    step = jit_over_batches(make_eval_step(model, votes, seed), model, mesh)
+    views = views if model.dims.K or model.objective.bound else 1
+    step = jit_over_batches(make_eval_step(model, views, seed), model, mesh)
 
     def measure(params: Any, split: Split | Tokens, give_up: Callable[[], bool] | None = None,
                 labeled: bool = True) -> dict[str, float] | None:

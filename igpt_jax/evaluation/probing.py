@@ -105,7 +105,7 @@ class Prober:
             return out_EMPD
 
         train, held_out, test = self.splits
-        return [of_split(train, 1)[:, 0], of_split(held_out, 1)[:, 0], of_split(test, exact_loss.VOTES)]
+        return [of_split(train, 1)[:, 0], of_split(held_out, 1)[:, 0], of_split(test, exact_loss.VIEWS)]
 
     def pixels(self) -> Labeled:
         """The raw pixels of the three splits as features."""

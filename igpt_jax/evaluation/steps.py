@@ -16,7 +16,8 @@ def make_eval_step(model: Model, views: int = 1, seed: int = 0) -> Callable:
     """Makes a step (params, tokens_BT, ids_B) -> `nats_per_pixel` [B] and, with a class head, `classes` [B, M].
 
     A model whose objective hides pixels sees M = `views` views of each image, drawn from the image's id (paper, Section
-    4.6). The loss is that of the first view, and the predicted class is returned for each. Other models have M = 1.
+    4.6). The loss is that of the first view; where it is a bound, the mean of all. The predicted class is returned for
+    each. Other models have M = 1.
     """
     def eval_step(params: dict[str, Any], tokens_BT: jax.Array, ids_B: jax.Array) -> dict[str, jax.Array]:
         def look(view: objectives.View) -> dict[str, jax.Array]:
@@ -25,7 +26,9 @@ def make_eval_step(model: Model, views: int = 1, seed: int = 0) -> Callable:
             return {"nats_per_pixel": nats_B} | ({} if classes_BK is None else {"classes": classes_BK.argmax(axis=1)})
 
         found = objectives.over_views(look, model.objective, tokens_BT, ids_B, model.dims.V, views, seed)
-        return {name: each[0] if name == "nats_per_pixel" else each.T for name, each in found.items()}
+        nats_MB = found.pop("nats_per_pixel")
+        nats_B = nats_MB.mean(axis=0) if model.objective.bound else nats_MB[0]
+        return {"nats_per_pixel": nats_B} | {name: each.T for name, each in found.items()}
 
     return eval_step
 

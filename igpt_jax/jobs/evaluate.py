@@ -69,9 +69,9 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
     options = {"compiler_options": compiler_options.resolve(mesh, config.compiler_options)}
-    # Tables of versions without the key `samples` stay valid where it is 0.
+    # Tables of versions without these keys stay valid where they have their defaults.
     asked = json_digest({name: value for name, value in values_with(config, "resume", "same").items()
-                         if name != "samples" or value})
+                         if name not in ("samples", "views") or value != getattr(EvaluateConfig, name)})
     rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
@@ -138,10 +138,13 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     split = _examples(config, *_needed(metadata))
     codec = metadata.codec
     labelled = not isinstance(split, TokenFile) and split.labeled
-    found = exact_loss.make_measure(model, mesh, config.batch_size, codec)(params, split, labeled=labelled)
+    measure = exact_loss.make_measure(model, mesh, config.batch_size, codec, views=config.views)
+    found = measure(params, split, labeled=labelled)
     row = {"steps": metadata.steps_done, "objective": metadata.config.objective,
            "split": config.tokens or config.data.split, "examples": split.count, **found,
            "bits_per_pixel": found["nats_per_pixel"] / math.log(2)}
+    if model.objective.bound:
+        row["bound"] = "upper"
     if config.probe:
         row |= _probed(config, model, params, metadata, mesh)
     if config.loss_maps:
@@ -282,7 +285,7 @@ def _joined(folder: storage.Path) -> list[Row]:
 def _metrics(rows: list[Row]) -> dict[str, Any]:
     """The job's metrics: the number of checkpoints, and figures by checkpoint."""
     by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows if name in row}
-                     for name in ("nats_per_pixel", "bits_per_dim", "accuracy", "examples")}
+                     for name in ("nats_per_pixel", "bits_per_dim", "bound", "accuracy", "examples")}
     by_checkpoint = {name: found for name, found in by_checkpoint.items() if found}
     return {"checkpoints": len(rows), **by_checkpoint}
 
@@ -290,7 +293,7 @@ def _metrics(rows: list[Row]) -> dict[str, Any]:
 def _summary(row: Row) -> str:
     """One line about a checkpoint."""
     nats = row["nats_per_pixel"]
-    nats = "a loss that is not finite" if nats is None else f"{nats:.6f} nats per pixel"
+    nats = "a loss that is not finite" if nats is None else f"{'at most ' * ('bound' in row)}{nats:.6f} nats per pixel"
     nats += f" ({row['bits_per_dim']:.4f} bits per dimension)" if row.get("bits_per_dim") else ""
     accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     probe = f", probe of layer {row['probe_layer']} {row['probe_accuracy']:.2%}" if "probe_accuracy" in row else ""

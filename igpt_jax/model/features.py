@@ -46,7 +46,8 @@ def make_feature_step(model: Model, kind: str, views: int = 1, seed: int = 0) ->
         def look(view: objectives.View) -> jax.Array:
             return pooled(model, params, view.tokens_BT, kind, view.hidden_BT).astype(jnp.float32)
 
-        features_MPBD = objectives.over_views(look, model.objective, tokens_BT, ids_B, model.dims.V, views, seed)
+        features_MPBD = objectives.over_views(look, model.objective.for_features(), tokens_BT, ids_B, model.dims.V,
+                                             views, seed)
         return features_MPBD.transpose(2, 0, 1, 3)
 
     return feature_step

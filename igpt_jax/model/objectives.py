@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from igpt_jax.config import PretrainConfig
 from igpt_jax.parallel.sharding import constrain
 
-COLORS = 1  # folded into an example's key: random colors come from another stream than the choice of pixels
+# Folded into an example's key: random colors and mask ratios come from other streams than the choice of pixels.
+COLORS, RATIO = 1, 2
 
 
 class View(NamedTuple):
@@ -29,11 +30,20 @@ class Objective:
     """What a model is trained for."""
     causal: ClassVar[bool]  # attention sees earlier pixels only, and the model has a start vector
     random: ClassVar[bool] = False  # views are random, so that evaluation can average over several
+    bound: ClassVar[bool] = False  # the mean loss over views is an upper bound on -log p(image), per pixel
 
     @classmethod
     def of(cls, config: PretrainConfig) -> "Objective":
         """The objective with the settings of a job's config."""
         return cls()
+
+    def stratum(self, number: jax.Array | int, views: int) -> "Objective":
+        """The objective that draws view `number`, from 0, of several of an example."""
+        return self
+
+    def for_features(self) -> "Objective":
+        """The objective that draws the views from which features and classes are read."""
+        return self
 
     def view(self, tokens_BT: jax.Array, keys_B: jax.Array | None, vocabulary: int) -> View:
         """What the model sees of each example.
@@ -96,7 +106,58 @@ class Denoising(Masked):
         return View(jnp.where(chosen_BT, jax.vmap(colors)(keys_B), tokens_BT), scored_BT=chosen_BT)
 
 
-OBJECTIVES: Mapping[str, type[Objective]] = {"autoregressive": Autoregressive, "masked": Masked, "denoising": Denoising}
+@dataclasses.dataclass(frozen=True)
+class Diffusion(Objective):
+    """Predicts hidden pixels from all others, at every mask ratio t: masked diffusion (Shi et al. 2024, 2406.04329).
+
+    The number k of an image's hidden tokens is uniform in 1..T, and t = k/T. The loss is 1/t times the nats of the
+    hidden tokens, over T. Its expectation is an upper bound on -log p(image) / T, where p draws the tokens in a random
+    order, each from the model's distribution given those before it. In a random order, the last k tokens are a random
+    set of k, and the next one to draw is a random token of it. So the expected loss is the mean over all orders of
+    -log p(image | order) / T (Hoogeboom et al. 2021, 2110.02037), which is no less than -log of the mean p.
+
+    Shi et al. draw t from U(0, 1) and hide each token with probability t. Their loss has the same expectation, but
+    1/t gives it an infinite variance unless t is cut off near 0. Here nothing is cut off: k is at least 1.
+    """
+    low: jax.Array | float = 0.0  # k is uniform from low T + 1 to high T; high = 0: k = 1
+    high: jax.Array | float = 1.0
+
+    causal = False
+    random = True
+
+    @classmethod
+    def of(cls, config: PretrainConfig) -> "Diffusion":
+        return cls().for_features() if config.finetuning else cls()
+
+    @property
+    def bound(self) -> bool:
+        return self.high == 1
+
+    def stratum(self, number: jax.Array | int, views: int) -> "Diffusion":
+        width = (self.high - self.low) / views
+        return Diffusion(self.low + number * width, self.low + (number + 1) * width)
+
+    def for_features(self) -> "Diffusion":
+        """One hidden token. Most mask ratios would hide what is in the image."""
+        return Diffusion(high=0.0)
+
+    def view(self, tokens_BT: jax.Array, keys_B: jax.Array, vocabulary: int) -> View:
+        tokens = tokens_BT.shape[1]
+
+        def hidden(key: jax.Array) -> jax.Array:
+            uniform = jax.random.uniform(jax.random.fold_in(key, RATIO), (), jnp.float32)
+            return jax.random.permutation(key, tokens) <= (self.low + (self.high - self.low) * uniform) * tokens
+
+        hidden_BT = constrain(jax.vmap(hidden)(keys_B), "BT")
+        return View(tokens_BT, hidden_BT=hidden_BT, scored_BT=hidden_BT)
+
+    def loss(self, logits_BTV: jax.Array, tokens_BT: jax.Array, view: View) -> jax.Array:
+        """1/t times the sum, over T, is the mean over an image's hidden tokens. Then the mean over images."""
+        return nats_per_image(logits_BTV, tokens_BT, view.scored_BT).mean()
+
+
+OBJECTIVES: Mapping[str, type[Objective]] = {"autoregressive": Autoregressive, "masked": Masked, "denoising": Denoising,
+                                             "diffusion": Diffusion}
 
 
 def objective_of(config: PretrainConfig) -> Objective:
@@ -127,7 +188,7 @@ def over_views(look: Callable[[View], Any], objective: Objective, tokens_BT: jax
 
     def one(number: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), number)
-        return look(objective.view(tokens_BT, example_keys(key, ids_B), vocabulary))
+        return look(objective.stratum(number, views).view(tokens_BT, example_keys(key, ids_B), vocabulary))
 
     return jax.lax.map(one, jnp.arange(views))
 
