@@ -265,6 +265,7 @@ BAD = {
                                  "--config.data.store={folder}/missing"], "missing"),
     "no store to probe": (["--config.probe=True", "--config.probing.data.store={folder}/missing"], "missing"),
     "no slice": (["--config.shard=2/2"], "slices are 0/n to n-1/n"),
+    "no such features": (["--config.completions=1", "--config.completion_features=nowhere:f"], "cannot be imported"),
     "nothing to merge": (["--config.shard=merge"], "finished slices of 0 array jobs"),
 }
 

@@ -155,6 +155,26 @@ def test_the_job_probes_every_layer(trained):
     assert (workdir / "figures" / "accuracy_by_layer.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("kind", "names"), [
+    ("knn", ["layer 0", "layer 2", "kNN, layer 0", "kNN, layer 2", "raw pixels", "untrained model, layer 0",
+             "kNN, raw pixels", "kNN, untrained model, layer"]),
+    ("attention", ["layer 0", "layer 2", "attention pooling, layer", "raw pixels", "untrained model, layer 0",
+                   "attention pooling, untrained model, layer 0"])])
+def test_other_kinds_add_rows(trained, kind, names):
+    """Rows beside the linear ones, the best of them in result.json. Seen to fail with the untrained rows left out."""
+    workdir = trained / kind
+    done = run_job_command("probe", f"--workdir={workdir}", f"--config.checkpoint={trained / 'run'}",
+                           f"--config.kind={kind}", "--config.layers=(0,2)", "--config.limit=200", "--config.steps=20",
+                           "--config.batch_size=64")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((workdir / "probe.json").read_text())
+    assert len(rows) == len(names) and all(row["features"].startswith(name)
+                                           for row, name in zip(rows, names, strict=True)), rows
+    found = json.loads((workdir / "result.json").read_text())["metrics"]
+    mine, = {row["test_accuracy"] for row in rows[2:4] if row.get("layer") == found[f"{kind}_layer"]}
+    assert found[f"{kind}_accuracy"] == mine and list(found["accuracy_by_layer"]) == ["0", "2"]
+
+
 def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained):
     """In float64: nats to 1e-8, and accuracies of all layers within 1 prediction per 1,000, on 1,000 test images.
 

@@ -239,11 +239,12 @@ def test_a_damaged_file_costs_its_part_of_the_page(workdirs, tmp_path, name, con
 
 
 def test_values_are_shown_as_people_read_them():
-    """Seen to fail with .4g for all, and with shares as they are."""
+    """Seen to fail with .4g for all, with shares as they are, and with a distance's interval in per cent."""
     assert [report.shown(value) for value in (None, 12345678, 0.25, 3.05630001, 25220.65, 1e-7, [1, 2.5], "a", True)] \
         == ["–", "12,345,678", "0.25", "3.0563", "25,221", "1e-07", "1, 2.5", "a", "True"]
     assert report.shown(0.77778, "test_accuracy") == "77.8 %" and report.shown(0.25, "learning_rate") == "0.25"
     assert report.shown([0.5, 0.625], "interval") == "50.0 % to 62.5 %"
+    assert report.shown([0.5, 0.625], "random_conv_frechet_interval") == "0.5 to 0.625"
 
 
 @pytest.mark.browser

@@ -153,7 +153,7 @@ STUDY = ["--config.fewest_steps=1",
          "--config.sizes=('1x8','1x16','2x16')", "--config.batch_size=32", "--config.budgets=(5e8,1e9)",
          "--config.pretrain.precision=float32", "--config.pretrain.log_every_steps=1000",
          "--config.pretrain.optimizer.learning_rate=1e-2", "--config.probe=True", "--config.probing.limit=64",
-         "--config.probing.data.test=held_out"]
+         "--config.probing.data.test=held_out", "--config.completions=2", "--config.completion_images=70"]
 
 
 def test_a_study_resumes_merges_and_reports(store, folder):
@@ -167,7 +167,8 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     result = json.loads((folder / "one" / "result.json").read_text())["metrics"]
     rows = json.loads((folder / "one" / "scaling.json").read_text())
     assert result["runs"] == len(rows) == 6 == result["runs_fitted"] and {row["status"] for row in rows} == {"done"}
-    assert all(0 <= row["probe_accuracy"] <= 1 for row in rows)
+    assert all(0 <= row["probe_accuracy"] <= 1 and row["random_conv_frechet"] > 0 for row in rows)
+    assert (folder / "one" / "figures" / "completion_profiles.png").exists()
     assert "laws" in result
 
     written = (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns
@@ -175,12 +176,13 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     assert again.returncode == 0 and (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns == written
     assert json.loads((folder / "one" / "scaling.json").read_text()) == rows
 
-    # Other keys of probing probe again, and train nothing. Seen to fail with probed.json read without its keys.
-    probed = job("one", "--config.probing.limit=128")
+    # Other keys probe and score again, and train nothing. Seen to fail with either file read without its keys.
+    probed = job("one", "--config.probing.limit=128", "--config.completion_images=80")
     assert probed.returncode == 0 and "step 1/" not in probed.stderr, probed.stderr
-    intervals = [[row["probe_interval"] for row in table]
-                 for table in (rows, json.loads((folder / "one" / "scaling.json").read_text()))]
-    assert all(before != after for before, after in zip(*intervals, strict=True))
+    for name in ("probe_interval", "random_conv_frechet"):
+        figures = [[row[name] for row in table]
+                   for table in (rows, json.loads((folder / "one" / "scaling.json").read_text()))]
+        assert all(before != after for before, after in zip(*figures, strict=True))
     assert job("one").returncode == 0 and json.loads((folder / "one" / "scaling.json").read_text()) == rows
 
     other = job("one", "--config.pretrain.seed=1")

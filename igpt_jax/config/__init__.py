@@ -6,7 +6,7 @@ nearest known one. `python -m igpt_jax JOB --help` prints a job's keys.
 """
 
 from igpt_jax.config.data import DataConfig, PrepareConfig
-from igpt_jax.config.evaluation import EvaluateConfig, ProbeConfig, ProbingConfig, SampleConfig
+from igpt_jax.config.evaluation import CompletionKeys, EvaluateConfig, ProbeConfig, ProbingConfig, SampleConfig
 from igpt_jax.config.jobs import (
     JOB_CONFIGS,
     JOBS,
@@ -36,10 +36,10 @@ from igpt_jax.config.scaling import ScalingConfig
 from igpt_jax.config.training import FinetuneConfig, MeshConfig, OptimizerConfig, PretrainConfig, SampleMeshConfig
 
 __all__ = [
-    "ATTENTION_BACKENDS", "CODECS", "ConvertConfig", "DataConfig", "DemoConfig", "EvaluateConfig", "ExportConfig",
-    "FinetuneConfig", "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "LEVELS", "MODELS", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "PRECISIONS", "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig", "ProbingConfig",
-    "ReportConfig", "SampleConfig", "SampleMeshConfig", "ScalingConfig", "UserError", "VerifyConfig", "aliases",
-    "base_config", "flat", "key_attributes", "keys", "nearest", "override", "parse", "plain", "precision_on", "to_dict",
-    "values_with", "wrong_type",
+    "ATTENTION_BACKENDS", "CODECS", "CompletionKeys", "ConvertConfig", "DataConfig", "DemoConfig", "EvaluateConfig",
+    "ExportConfig", "FinetuneConfig", "FinetuneModelConfig", "JOBS", "JOB_CONFIGS", "LEVELS", "MODELS", "MeshConfig",
+    "ModelConfig", "OptimizerConfig", "PRECISIONS", "PlanConfig", "PrepareConfig", "PretrainConfig", "ProbeConfig",
+    "ProbingConfig", "ReportConfig", "SampleConfig", "SampleMeshConfig", "ScalingConfig", "UserError", "VerifyConfig",
+    "aliases", "base_config", "flat", "key_attributes", "keys", "nearest", "override", "parse", "plain", "precision_on",
+    "to_dict", "values_with", "wrong_type",
 ]

@@ -1,6 +1,7 @@
 """Keys of the evaluate, probe and sample jobs."""
 
 import dataclasses
+import re
 
 from igpt_jax.config.data import ProbeDataConfig, SplitConfig
 from igpt_jax.config.keys import (
@@ -20,6 +21,9 @@ from igpt_jax.config.keys import (
 )
 from igpt_jax.config.model import ATTENTION_BACKENDS, OBJECTIVES
 from igpt_jax.config.training import PARAMETERS, MeshConfig, SampleMeshConfig
+
+COMPLETION_MEASURES = ("random_conv_frechet", "checkpoint_frechet", "function_frechet")
+FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")  # MODULE:FUNCTION
 
 
 def all_positive(name: str, values: tuple[float, ...]) -> None:
@@ -43,7 +47,7 @@ class ProbingConfig(Keys):
                                 resume="same", rule=all_positive, alias="strengths")
     rates: tuple[float, ...] = key((30.0, 10.0, 3.0, 1.0, 0.3, 0.1), "sgd: learning rates to try (paper: from 30 down)",
                                    resume="same", rule=all_positive)
-    steps: int = key(10_000, "sgd: steps (paper: 1M)", resume="same", rule=at_least(1))
+    steps: int = key(10_000, "sgd, and attention-pooled probes: steps (paper: 1M)", resume="same", rule=at_least(1))
     seed: int = key(0, "seed of the order of SGD; in the probe job also of the untrained model and low-data labels",
                     resume="same", rule=seed_range)
 
@@ -56,6 +60,12 @@ class ProbeConfig(ProbingConfig):
                           rule=one_of(*PARAMETERS))
     objective: str = key("autoregressive", "objective of the checkpoint: autoregressive, masked (BERT), denoising or "
                                            "diffusion", resume="same", rule=one_of(*OBJECTIVES))
+    kind: str = key("linear", "probes to fit beside the linear ones. linear: none; knn: k nearest neighbors, of every "
+                              "layer; attention: attention pooling over the tokens of the best layer",
+                    resume="same", rule=one_of("linear", "knn", "attention"))
+    attention_rates: tuple[float, ...] = key((3e-2, 1e-2, 3e-3, 1e-3, 3e-4), "attention: peak learning rates of AdamW "
+                                                                                  "to try", resume="same",
+                                             rule=all_positive)
     mesh: MeshConfig = section(MeshConfig)
     concatenate: int = key(1, "layers around the best one whose features are concatenated (paper: 5 for XL); 1: none",
                            resume="same")
@@ -76,10 +86,37 @@ class ProbeConfig(ProbingConfig):
                 f"labels_per_class={self.labels_per_class} must be positive numbers.")
         require(self.concatenate >= 1 and self.concatenate % 2 == 1,
                 f"concatenate={self.concatenate} must be odd: the best layer and as many on each side. Use 1, 3 or 5.")
+        require(self.kind == "attention" or self.attention_rates == ProbeConfig.attention_rates,
+                f"attention_rates={self.attention_rates} has no effect on kind={self.kind}. Set kind=attention.")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig(Keys):
+class CompletionKeys(Keys):
+    """Keys of the completion score, of evaluate and of scaling."""
+    completions: int = key(0, "completions of each image's upper half to score, by their Frechet distance to the "
+                              "images; 0: none", resume="same", rule=at_least(0))
+    completion_images: int = key(500, "number of images to complete, from the first", resume="same", rule=at_least(4))
+    completion_features: str = key("random", "features of the distance: random (a fixed random network); a checkpoint "
+                                             "(its middle layer); or your function, MODULE:FUNCTION, of uint8 "
+                                             "[B, Y, X, 3] to float [B, F]", resume="same")
+
+    @property
+    def completion_measure(self) -> str:
+        """The column of the distance, whose name tells the kind of features."""
+        of_random, of_checkpoint, of_function = COMPLETION_MEASURES
+        if self.completion_features == "random":
+            return of_random
+        return of_function if FUNCTION.fullmatch(self.completion_features) else of_checkpoint
+
+    @property
+    def without_effect(self) -> bool:
+        """Whether keys of the score are set although it is off."""
+        return not self.completions and any(getattr(self, field.name) != field.default
+                                            for field in dataclasses.fields(CompletionKeys))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(CompletionKeys):
     job: str = key("evaluate", "the job that this configuration is for", resume="same")
     checkpoints: str = key("", "workdirs of pretrain, or steps of one (DIR/checkpoints/STEP): comma list or glob",
                            resume="free")

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from igpt_jax.config.evaluation import ProbingConfig
-from igpt_jax.config.keys import Keys, at_least, each, key, positive, require, section, shard_syntax, slice_of
+from igpt_jax.config.evaluation import CompletionKeys, ProbingConfig
+from igpt_jax.config.keys import at_least, each, key, positive, require, section, shard_syntax, slice_of
 from igpt_jax.config.training import PretrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ScalingConfig(Keys):
+class ScalingConfig(CompletionKeys):
     job: str = key("scaling", "the job that this configuration is for", resume="free")
     budgets: tuple[float, ...] = key((), "budgets of each run, training FLOPs, such as (1e13,3e13,1e14)",
                                      resume="free", rule=each(positive))

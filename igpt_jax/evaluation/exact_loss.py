@@ -3,7 +3,7 @@
 B global batch, T tokens of an image, E examples, M masks of an example, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,9 +23,39 @@ from igpt_jax.runtime import startup
 VIEWS = 5  # random views of an image: votes for its class (paper, Section 4.6), or those that a bound is the mean of
 
 
+def placed(split: Split | Tokens, batches: Iterable[np.ndarray], mesh: Mesh, codec: Codec | None
+           ) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Tokens int32 [B, T] and ids int32 [B] of batches of examples, on the devices. The next batch is read ahead.
+
+    Args:
+      split: to read.
+      batches: ids of the examples of each global batch. All have the same size, which divides over data x fsdp.
+      mesh: of the devices.
+      codec: of the model; None where the split has tokens.
+    """
+    by_image = sharding.batch_sharding(mesh)
+
+    def read(ids: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+        mine = ids[process_rows(by_image, len(ids))]
+        return len(ids), tokens_of(split, codec, mine), mine.astype(np.int32)
+
+    def put_on_devices(count: int, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
+        return tuple(put(rows, by_image, count) for rows in arrays)
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = None
+        for ids in batches:
+            now, ahead = ahead, reader.submit(read, ids)
+            if now is not None:
+                yield put_on_devices(*now.result())
+        if ahead is not None:
+            yield put_on_devices(*ahead.result())
+
+
 def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, batch_size: int,
-               codec: Codec | None, give_up: Callable[[], bool] | None = None) -> Iterator[Any]:
-    """Runs a step on all examples of a split, in order, and yields the results of each batch as NumPy arrays [B, ...].
+               codec: Codec | None, give_up: Callable[[], bool] | None = None, ids_E: np.ndarray | None = None
+               ) -> Iterator[Any]:
+    """Runs a step on the examples of a split, in order, and yields the results of each batch as NumPy arrays [B, ...].
 
     The last batch is padded with repeated examples, whose results are dropped.
 
@@ -37,32 +67,26 @@ def over_split(step: Callable, params: Any, split: Split | Tokens, mesh: Mesh, b
       batch_size: global; must divide over data x fsdp.
       codec: of the model; None where the split has tokens.
       give_up: called before each batch; once it returns True, a last None is yielded.
+      ids_E: the examples; None: all.
     """
     startup.agree(data=split.fingerprint)
-    by_image = sharding.batch_sharding(mesh)
-    rows = process_rows(by_image, batch_size)
-
-    def read(start: int) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.arange(start, start + batch_size)[rows] % split.count
-        return tokens_of(split, codec, ids), ids.astype(np.int32)
-
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = reader.submit(read, 0)
-        running: Any = None
-        for start in range(0, split.count, batch_size):
-            if give_up and give_up():
-                yield None
-                return
-            tokens, ids = (put(rows, by_image, batch_size) for rows in ahead.result())
-            if start + batch_size < split.count:
-                ahead = reader.submit(read, start + batch_size)
-            # Run one step at a time: on CPU devices, the collectives of two steps in flight can deadlock. The next
-            # batch is read and copied meanwhile.
-            if running is not None:
-                yield jax.tree.map(np.asarray, running)
-            with jax.set_mesh(mesh):
-                running = step(params, tokens, ids)
-        yield jax.tree.map(lambda x: np.asarray(x)[:split.count - start], running)
+    ids_E = np.arange(split.count) if ids_E is None else ids_E
+    starts = range(0, len(ids_E), batch_size)
+    batches = placed(split, (np.take(ids_E, np.arange(start, start + batch_size), mode="wrap") for start in starts),
+                     mesh, codec)
+    running: Any = None
+    for _ in starts:
+        if give_up and give_up():
+            yield None
+            return
+        tokens, ids = next(batches)
+        # Run one step at a time: on CPU devices, the collectives of two steps in flight can deadlock. The next batch is
+        # read and copied meanwhile.
+        if running is not None:
+            yield jax.tree.map(np.asarray, running)
+        with jax.set_mesh(mesh):
+            running = step(params, tokens, ids)
+    yield jax.tree.map(lambda x: np.asarray(x)[:len(ids_E) - starts[-1]], running)
 
 
 def jit_over_batches(step: Callable, model: Model, mesh: Mesh) -> Callable:

@@ -1,5 +1,7 @@
 """Probes every layer of a model on a labeled store, and chooses layer and penalty (paper, Section 2.4).
 
+Besides linear probes: nearest neighbors of every layer, and attention-pooled probes of one layer.
+
 E examples, P layers (0 is the embedding, L the last block's output), D features, M masks of an example (1 unless the
 model is masked), K classes.
 """
@@ -19,7 +21,7 @@ from igpt_jax.checkpoint import Metadata, store_of
 from igpt_jax.config import ProbingConfig, UserError
 from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
-from igpt_jax.evaluation import exact_loss, linear_probe
+from igpt_jax.evaluation import attention_probe, exact_loss, knn_probe, linear_probe
 from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
 
@@ -113,12 +115,12 @@ class Prober:
                                  for split in self.splits)
         return Labeled([train, held_out, test[:, None]], self.labels)
 
-    def by_layer(self, features_EPD: Sequence[np.ndarray], layers: Sequence[int], what: str
-                 ) -> tuple[list[dict[str, Any]], int, linear_probe.Probe]:
+    def by_layer(self, features_EPD: Sequence[np.ndarray], layers: Sequence[int], what: str, kind: str = "linear"
+                 ) -> tuple[list[dict[str, Any]], int, linear_probe.Probe | None]:
         """Probes each layer. Returns a row per layer, the index of the best by held-out accuracy, and its probe."""
         probes, rows = [], []
         for index, layer in enumerate(tqdm(layers, desc=f"probes, {what}", disable=None)):
-            probe, figures = self.fit(Labeled([each[..., index, :] for each in features_EPD], self.labels))
+            probe, figures = self.fit(Labeled([each[..., index, :] for each in features_EPD], self.labels), kind)
             probes.append(probe)
             rows.append({"features": f"{what} {layer}", "layer": layer, **figures})
         best = max(range(len(layers)), key=lambda index: rows[index]["held_out_accuracy"])
@@ -133,23 +135,62 @@ class Prober:
         return {"probe_layer": chosen["layer"], "probe_accuracy": chosen["test_accuracy"],
                 "probe_interval": chosen["interval"], "probe_examples": self.test_count, "accuracy_by_layer": by_layer}
 
-    def row(self, data: Labeled) -> dict[str, Any]:
+    def row(self, data: Labeled, kind: str = "linear") -> dict[str, Any]:
         """Fits one probe and returns its figures."""
-        return self.fit(data)[1]
+        return self.fit(data, kind)[1]
 
-    def fit(self, data: Labeled) -> tuple[linear_probe.Probe, dict[str, Any]]:
-        """Chooses a penalty, fits the final probe, and returns it with its figures."""
+    def fit(self, data: Labeled, kind: str = "linear") -> tuple[linear_probe.Probe | None, dict[str, Any]]:
+        """Chooses a penalty, fits the final probe, and returns it with its figures.
+
+        With kind=knn it chooses the number of neighbors instead, and there is no probe.
+        """
+        return self._nearest(data) if kind == "knn" else self._linear(data)
+
+    def _linear(self, data: Labeled) -> tuple[linear_probe.Probe, dict[str, Any]]:
         options = self.config.l2 if self.config.solver == "lbfgs" else self.config.rates
         probes = self._fit(data.features_ED[0], data.labels_E[0], options, tolerance=CHOOSING)
         held_out = [probe.accuracy(data.features_ED[1], data.labels_E[1]) for probe in probes]
         chosen = max(range(len(options)), key=lambda index: held_out[index])
-        # Not on the images that the accuracy is measured on, where the config names held-out images as the test split.
+        probe, = self._fit(*self._final(data), options[chosen:chosen + 1])
+        return probe, self._figures(self.config.solver, options[chosen], held_out[chosen],
+                                    probe.predict(data.features_ED[2]), data.labels_E[2])
+
+    def _nearest(self, data: Labeled) -> tuple[None, dict[str, Any]]:
+        (train_ED, held_out_ED, test_EMD), (train_E, held_out_E, test_E) = data.features_ED, data.labels_E
+        options = knn_probe.neighbors_for(len(train_E))
+        classes_RE = knn_probe.predict(train_ED, train_E, held_out_ED, self.classes, options)
+        held_out = (classes_RE == held_out_E).mean(axis=1).tolist()
+        chosen = max(range(len(options)), key=lambda index: held_out[index])
+        classes_1E = knn_probe.predict(*self._final(data), test_EMD.reshape(-1, test_EMD.shape[-1]), self.classes,
+                                       options[chosen:chosen + 1])
+        classes_EM = classes_1E.reshape(test_EMD.shape[:2])
+        return None, self._figures("knn", options[chosen], held_out[chosen], classes_EM, test_E)
+
+    def attention(self, model: Model, params: Any, mesh: Mesh, batch_size: int, layer: int, rates: Sequence[float]
+                  ) -> dict[str, Any]:
+        """Fits attention-pooled probes of one layer to the training split. Returns the figures of the one whose
+        learning rate has the best held-out accuracy."""
+        frozen = attention_probe.Frozen(model, params, mesh, layer, self.config.features, batch_size, self._codec,
+                                        self.config.seed)
+        train, held_out, test = self.splits
+        probes = attention_probe.fit(frozen, train, self.labels[0], self.classes, rates, self.config.steps)
+        accuracies = (probes.predict(frozen, held_out)[:, 0] == self.labels[1][:, None]).mean(axis=0).tolist()
+        chosen = max(range(len(rates)), key=lambda index: accuracies[index])
+        views = exact_loss.VIEWS if model.objective.random else 1
+        return self._figures("adamw", rates[chosen], accuracies[chosen],
+                             probes[chosen].predict(frozen, test, views)[..., 0], self.labels[2])
+
+    def _final(self, data: Labeled) -> list[np.ndarray]:
+        """The features and labels of the final fit: train and held-out."""
+        # Not those that the accuracy is measured on, where the config names held-out images as the test split.
         fitted = 1 if self.config.data.test == self.config.data.held_out else 2
-        both = [np.concatenate(each[:fitted]) for each in (data.features_ED, data.labels_E)]
-        probe, = self._fit(*both, options[chosen:chosen + 1])
-        accuracy = self._test_accuracy(probe, data)
-        return probe, {"solver": self.config.solver, "chosen": options[chosen], "held_out_accuracy": held_out[chosen],
-                       "test_accuracy": accuracy, "interval": linear_probe.wilson(accuracy, len(data.labels_E[2]))}
+        return [np.concatenate(each[:fitted]) for each in (data.features_ED, data.labels_E)]
+
+    def _figures(self, solver: str, chosen: float, held_out: float, classes_EM: np.ndarray, labels_E: np.ndarray
+                 ) -> dict[str, Any]:
+        accuracy = self._test_accuracy(classes_EM, labels_E)
+        return {"solver": solver, "chosen": chosen, "held_out_accuracy": held_out, "test_accuracy": accuracy,
+                "interval": linear_probe.wilson(accuracy, len(labels_E))}
 
     def few_labels(self, data: Labeled, count: int, draws: int) -> dict[str, Any]:
         """Probes on `count` labels of each class, drawn `draws` times. Returns mean and deviation of test accuracy."""
@@ -161,13 +202,13 @@ class Prober:
             probes = linear_probe.fit(few.features_ED[0], few.labels_E[0], self.classes, self.config.l2,
                                       CHOOSING)
             chosen = max(probes, key=lambda probe: probe.accuracy(few.features_ED[1], few.labels_E[1]))
-            accuracies.append(self._test_accuracy(chosen, few))
+            accuracies.append(self._test_accuracy(chosen.predict(few.features_ED[2]), few.labels_E[2]))
         return {"solver": "lbfgs", "test_accuracy": float(np.mean(accuracies)),
                 "deviation": float(np.std(accuracies, ddof=1)) if draws > 1 else None, "draws": accuracies}
 
-    def _test_accuracy(self, probe: linear_probe.Probe, data: Labeled) -> float:
-        classes_E = exact_loss.majority(probe.predict(data.features_ED[2]), self.classes, self.config.seed)
-        return float((classes_E == data.labels_E[2]).mean())
+    def _test_accuracy(self, classes_EM: np.ndarray, labels_E: np.ndarray) -> float:
+        """The accuracy of the majority over the masks of each example."""
+        return float((exact_loss.majority(classes_EM, self.classes, self.config.seed) == labels_E).mean())
 
     def _fit(self, features_ED: np.ndarray, labels_E: np.ndarray, options: Sequence[float],
              tolerance: float = 1e-6) -> list[linear_probe.Probe]:

@@ -1,8 +1,8 @@
 """Computes the exact loss (nats per pixel) of one or many checkpoints over a whole split.
 
 The result does not depend on the mesh or the batch size. Fine-tuned models also get their accuracy. Linear probes
-(probe=True) and per-pixel loss maps (loss_maps=N) are optional. With watch=True the job follows runs and evaluates
-every step that they save.
+(probe=True), per-pixel loss maps (loss_maps=N) and a score of completions (completions=K) are optional. With watch=True
+the job follows runs and evaluates every step that they save.
 
 Writes evaluation.json and evaluation.csv, a row per checkpoint as soon as it is measured, and figures. The same command
 again evaluates only what is missing. An array job of n slices can share many checkpoints; merge joins their tables:
@@ -26,11 +26,13 @@ from jax.sharding import Mesh
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
 from igpt_jax.config import DataConfig, EvaluateConfig, ProbingConfig, UserError, values_with
+from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.data import open_data, open_split
 from igpt_jax.data.codecs import Codec
 from igpt_jax.data.store import Split, Store
 from igpt_jax.data.token_file import TokenFile, tokens_of
-from igpt_jax.evaluation import exact_loss, loss_maps
+from igpt_jax.evaluation import completion_score, exact_loss, loss_maps
+from igpt_jax.evaluation.completion_score import CompletionScorer
 from igpt_jax.evaluation.drawing import Drawing, default_batch_size, pairs
 from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import charts, figures
@@ -65,13 +67,14 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         return _metrics(rows)
     if not config.probe and config.probing != ProbingConfig():
         say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
+    if config.without_effect:
+        say("igpt_jax evaluate: completion_* has no effect without --config.completions=K.")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     _check_stores(config)
     options = {"compiler_options": compiler_options.resolve(mesh, config.compiler_options)}
-    # Tables of versions without these keys stay valid where they have their defaults.
-    asked = json_digest({name: value for name, value in values_with(config, "resume", "same").items()
-                         if name not in ("samples", "views") or value != getattr(EvaluateConfig, name)})
+    scorer = CompletionScorer(config, mesh, config.batch_size) if config.completions else None
+    asked = _asked(config)
     rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
@@ -88,7 +91,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
             else:
                 raise
             continue
-        row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder), "asked": asked,
+        row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder, scorer), "asked": asked,
                "identity": identity}
         row = storage.parse_json(to_json(row))  # as read from the table: None for a number that is not finite
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
@@ -98,6 +101,15 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     if damaged:
         raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows) | options)
     return _metrics(rows) | options
+
+
+def _asked(config: EvaluateConfig) -> str:
+    """A digest of the keys that affect the table. It leaves out later keys where they have no effect, so that tables of
+    versions without them stay valid."""
+    keys = values_with(config, "resume", "same")
+    off = [name for name in keys if name in ("samples", "views") and keys[name] == getattr(EvaluateConfig, name)
+           or name.startswith("completion") and not config.completions]
+    return json_digest({name: value for name, value in keys.items() if name not in off})
 
 
 def _check_stores(config: EvaluateConfig) -> None:
@@ -131,7 +143,7 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
 
 
 def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh,
-             folder: storage.Path) -> Row:
+             folder: storage.Path, scorer: CompletionScorer | None) -> Row:
     """Measures one checkpoint and writes its loss maps. Returns its columns of the table."""
     if not config.tokens:
         checkpoint.store_of(metadata, config.data.store)  # raises UserError where it has moved
@@ -147,6 +159,8 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
         row["bound"] = "upper"
     if config.probe:
         row |= _probed(config, model, params, metadata, mesh)
+    if scorer:
+        row |= scorer.columns(step, model, params, metadata, split)
     if config.loss_maps:
         found = loss_maps.measure(model, params, split, mesh, config.batch_size, codec, config.loss_maps)
         if jax.process_index() == 0:
@@ -212,11 +226,13 @@ def _class_names(store: str) -> Mapping[int, str]:
 
 
 def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *_: Any) -> str:
-    """A digest of the content of the evaluated split and of the probed splits."""
+    """A digest of the evaluated split, of the probed splits and of the features of completions."""
     found = [split.fingerprint]
     if config.probe:
         probed = Store.open(config.probing.data.store or config.data.store or store)
         found += [probed.split(name).fingerprint for name in config.probing.data.splits]
+    if config.completions:
+        found.append(completion_score.identity(config))
     return json_digest(found)
 
 
@@ -285,7 +301,8 @@ def _joined(folder: storage.Path) -> list[Row]:
 def _metrics(rows: list[Row]) -> dict[str, Any]:
     """The job's metrics: the number of checkpoints, and figures by checkpoint."""
     by_checkpoint = {name: {row["checkpoint"]: row[name] for row in rows if name in row}
-                     for name in ("nats_per_pixel", "bits_per_dim", "bound", "accuracy", "examples")}
+                     for name in ("nats_per_pixel", "bits_per_dim", "bound", "accuracy", "examples",
+                                  *COMPLETION_MEASURES)}
     by_checkpoint = {name: found for name, found in by_checkpoint.items() if found}
     return {"checkpoints": len(rows), **by_checkpoint}
 
@@ -297,4 +314,5 @@ def _summary(row: Row) -> str:
     nats += f" ({row['bits_per_dim']:.4f} bits per dimension)" if row.get("bits_per_dim") else ""
     accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     probe = f", probe of layer {row['probe_layer']} {row['probe_accuracy']:.2%}" if "probe_accuracy" in row else ""
-    return f"step {row['steps']:,}, {nats} over {row['examples']:,} images{accuracy}{probe}"
+    completions = "".join(f", {name} {row[name]:.4g}" for name in COMPLETION_MEASURES if row.get(name) is not None)
+    return f"step {row['steps']:,}, {nats} over {row['examples']:,} images{accuracy}{probe}{completions}"

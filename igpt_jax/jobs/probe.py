@@ -1,25 +1,38 @@
 """Fits a linear probe to every layer of a checkpoint: how well do its features classify? (Paper, Sections 2.4, 4.)
 
+kind=knn also classifies by nearest neighbors at every layer, kind=attention by attention pooling at the best layer.
+
 Writes probe.json and probe.csv with a row per probe, figures/accuracy_by_layer.png, and probe.npz, the classifier of
 the best layer.
 """
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import ProbeConfig
 from igpt_jax.evaluation.probing import PROBE, Labeled, Prober, SavedProbe, save_probe
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
+from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 from igpt_jax.storage import tables
+
+Row = dict[str, Any]
+
+NAMES = {"knn": "kNN", "attention": "attention pooling"}
+HELD_OUT = operator.itemgetter("held_out_accuracy")
 
 
 def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     """Fits all probes. Returns `accuracy_by_layer` (test), `best_layer` (by held-out accuracy), its `test_accuracy`,
-    `raw_pixel_accuracy` and `untrained_accuracy`.
+    `raw_pixel_accuracy` and `untrained_accuracy`. Other kinds add `knn_accuracy` of the best layer, `knn_layer`, or
+    `attention_accuracy` of the best linear layer, `attention_layer`.
 
     Raises:
       UserError: the checkpoint is missing or has another objective; or the data does not fit it, or has no labels or
@@ -41,7 +54,13 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     metrics = {"accuracy_by_layer": {str(row["layer"]): row["test_accuracy"] for row in rows},
                "best_layer": layers[best], "test_accuracy": rows[best]["test_accuracy"],
                "compiler_options": model.compiler_options}
+    curves, baselines = [("linear", "linear probes, 95 % intervals", by_layer)], {}
 
+    if of_kind := _of_kind(config, prober, model, params, mesh, features_EPD, rows[best], "layer"):
+        rows += of_kind
+        chosen = max(of_kind, key=HELD_OUT)
+        metrics |= {f"{config.kind}_layer": chosen["layer"], f"{config.kind}_accuracy": chosen["test_accuracy"]}
+        curves.append((config.kind, NAMES[config.kind], of_kind))
     if config.concatenate > 1:
         # The best layer and its neighbors, concatenated to one feature vector, as the paper does for iGPT-XL.
         around = [index for index in range(len(layers)) if abs(index - best) <= config.concatenate // 2]
@@ -51,7 +70,6 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     for count in config.labels_per_class:
         rows.append({"features": f"layer {layers[best]}, {count} labels per class",
                      **prober.few_labels(data, count, config.draws)})
-    baselines = {}
     if config.baselines:
         rows.append({"features": "raw pixels", **prober.row(prober.pixels())})
         metrics["raw_pixel_accuracy"] = baselines["raw pixels"] = rows[-1]["test_accuracy"]
@@ -61,17 +79,41 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         found, index, _ = prober.by_layer(features_EPD, layers, "untrained model, layer")
         rows.append(found[index])
         metrics["untrained_accuracy"] = baselines[rows[-1]["features"]] = rows[-1]["test_accuracy"]
+        if config.kind == "knn":
+            rows.append({"features": "kNN, raw pixels", **prober.row(prober.pixels(), "knn")})
+        of_kind = _of_kind(config, prober, model, untrained, mesh, features_EPD, found[index], "untrained model, layer")
+        rows += [max(of_kind, key=HELD_OUT)] if of_kind else []
 
     if jax.process_index() == 0:
+        width = max(32, *(len(row["features"]) for row in rows))
         for row in rows:
             low, high = row.get("interval", (None, None))
             spread = f"[{low:.2%}, {high:.2%}]" if low is not None else f"+- {row['deviation'] or 0:.2%}"
-            say(f"{row['features']:32} {row['test_accuracy']:7.2%} {spread}")
+            say(f"{row['features']:{width}} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
         tables.publish(folder, "probe", rows)
         step = checkpoint.step_path(checkpoint.locate(config.checkpoint)[0], metadata.steps_done)
         save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features,
                                               checkpoint.identity(str(step), config.parameters)))
-        figures.save(folder / "figures" / "accuracy_by_layer.png", charts.accuracy_by_layer(
-            [("", "layers, 95 % intervals", by_layer)], baselines, prober.test_count))
+        figures.save(folder / "figures" / "accuracy_by_layer.png",
+                     charts.accuracy_by_layer(curves, baselines, prober.test_count))
     return metrics
+
+
+def _of_kind(config: ProbeConfig, prober: Prober, model: Model, params: Any, mesh: Mesh,
+             features_EPD: Sequence[np.ndarray], best: Row, what: str) -> list[Row]:
+    """The rows of the probes that `kind` adds to the linear probes of a model.
+
+    Args:
+      features_EPD: of the model.
+      best: the row of its best linear probe.
+      what: its layers, as the table names them.
+    """
+    what = f"{NAMES.get(config.kind)}, {what}"
+    if config.kind == "knn":
+        return prober.by_layer(features_EPD, prober.layers_of(model), what, "knn")[0]
+    if config.kind == "attention":
+        layer = best["layer"]
+        found = prober.attention(model, params, mesh, config.batch_size, layer, config.attention_rates)
+        return [{"features": f"{what} {layer}", "layer": layer, **found}]
+    return []

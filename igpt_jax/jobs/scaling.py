@@ -12,7 +12,7 @@ fitted laws, best sizes and predictions, and figures. An array job of n slices c
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,15 @@ from igpt_jax.config import (
     values_with,
 )
 from igpt_jax.data import open_split
+from igpt_jax.data.store import Split
+from igpt_jax.evaluation import completion_score
+from igpt_jax.evaluation.completion_score import CompletionScorer
 from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.parallel.topology import GIB
 from igpt_jax.planner.estimate import estimate
@@ -86,6 +90,8 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
         figures.save(folder / "frontier.png", *charts.frontier(found["profiles"], optima))
         if config.probe:
             figures.save(folder / "probe_profiles.png", charts.profiles(done, "probe_accuracy"))
+        if config.completions:
+            figures.save(folder / "completion_profiles.png", charts.profiles(done, config.completion_measure))
     return {"runs": len(rows), **found}
 
 
@@ -96,6 +102,7 @@ class _Data:
     vocabulary: int
     examples: int  # of the training split
     fingerprint: str
+    held_out: Split
 
 
 def _open(config: PretrainConfig) -> _Data:
@@ -103,7 +110,8 @@ def _open(config: PretrainConfig) -> _Data:
     if not config.data.held_out:
         raise UserError("pretrain.data.held_out is empty, but runs are compared by their loss on held-out images.")
     inputs = open_inputs(config)
-    return _Data(inputs.image_size, inputs.codec.vocabulary, inputs.split.count, inputs.split.fingerprint)
+    return _Data(inputs.image_size, inputs.codec.vocabulary, inputs.split.count, inputs.split.fingerprint,
+                 inputs.held_out)
 
 
 def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder: storage.Path) -> list[Row]:
@@ -114,16 +122,29 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
     # Everything is checked before any time is spent.
     for name in config.probing.data.splits if config.probe else ():
         open_split(config.probing.data.store or config.pretrain.data.store, name, data.image_size)
+    scorer = _scorer(config, mesh)
     for each in mine:
         _check(each, data, mesh)
         _check_folder(each, folder / each.name)
     for number, each in enumerate(mine, 1):
         say(f"run {number} of {len(mine)}: {each.name}, {each.parameters['all']:,} parameters, {each.tokens:,} tokens, "
             f"{each.config.steps:,} steps of {each.config.batch_size} images, {each.budget:.3g} FLOPs")
-        rows.append(_row(config, each, data, folder / each.name))
+        rows.append(_row(config, each, data, folder / each.name, scorer))
         if jax.process_index() == 0:
             tables.publish(folder, NAME, rows)
     return rows
+
+
+def _scorer(config: ScalingConfig, mesh: Mesh) -> CompletionScorer | None:
+    """Scores the runs' completions; None without `completions`. Raises UserError if the runs cannot draw."""
+    if config.without_effect:
+        say("igpt_jax scaling: completion_* has no effect without --config.completions=K.")
+    if not config.completions:
+        return None
+    if not objective_of(config.pretrain).causal:
+        raise UserError(f"completions={config.completions}: models with pretrain.objective={config.pretrain.objective} "
+                        "cannot sample pixel by pixel. Set completions=0.")
+    return CompletionScorer(config, mesh, sharding.whole_batch(config.pretrain.batch_size, mesh))
 
 
 def _check(planned: Planned, data: _Data, mesh: Mesh) -> None:
@@ -152,7 +173,8 @@ def _check_folder(planned: Planned, folder: storage.Path) -> None:
                         "give another --workdir.")
 
 
-def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.Path) -> Row:
+def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.Path, scorer: CompletionScorer | None
+         ) -> Row:
     """Trains one run, unless it is done, and measures it."""
     result = side_files.look(folder / "result.json") or {}
     metrics, status = result.get("metrics", {}), result.get("status")
@@ -168,7 +190,10 @@ def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.P
            "batch_size": planned.config.batch_size, "short": planned.config.steps < config.fewest_steps,
            "epochs": planned.config.steps * planned.config.batch_size / data.examples, "status": status,
            "nats_per_pixel": metrics.get("eval/nats_per_pixel"), "data": data.fingerprint}
-    return row | (_probed(config, folder) if config.probe and status == "done" else {})
+    if status == "done":
+        row |= _probed(config, folder) if config.probe else {}
+        row |= _scored(config, data, folder, scorer) if scorer else {}
+    return row
 
 
 def _columns(counts: dict[str, int]) -> dict[str, int]:
@@ -177,13 +202,33 @@ def _columns(counts: dict[str, int]) -> dict[str, int]:
 
 def _probed(config: ScalingConfig, folder: storage.Path) -> Row:
     """The accuracy of the best layer's linear probe, by held-out accuracy. Kept in the run's folder as probed.json."""
-    known, asked = side_files.load(folder / "probed.json") or {}, json_digest(dataclasses.asdict(config.probing))
+    def measure() -> Row:
+        mesh = sharding.make_mesh(config.pretrain.mesh)
+        model, params, metadata = checkpoint.load_model(str(folder), mesh, "float32")
+        columns = Prober(config.probing, metadata).columns(model, params, mesh, config.pretrain.batch_size)
+        return {name: columns[name] for name in ("probe_layer", "probe_accuracy", "probe_interval")}
+
+    return _kept(folder / "probed.json", dataclasses.asdict(config.probing), measure)
+
+
+def _scored(config: ScalingConfig, data: _Data, folder: storage.Path, scorer: CompletionScorer) -> Row:
+    """The completion score on held-out images. Kept in the run's folder as scored.json."""
+    def measure() -> Row:
+        mesh = sharding.make_mesh(config.pretrain.mesh)
+        model, params, metadata = checkpoint.load_model(str(folder), mesh, "float32")
+        return scorer.columns(str(folder), model, params, metadata, data.held_out)
+
+    asked = [config.completions, config.completion_images, completion_score.identity(config),
+             data.held_out.fingerprint]
+    return _kept(folder / "scored.json", asked, measure)
+
+
+def _kept(file: storage.Path, settings: Any, measure: Callable[[], Row]) -> Row:
+    """The figures that a file keeps, if they are of the same settings; otherwise `measure`s them, and keeps them."""
+    known, asked = side_files.load(file) or {}, json_digest(settings)
     if known.pop("asked", "") == asked:
         return known
-    mesh = sharding.make_mesh(config.pretrain.mesh)
-    model, params, metadata = checkpoint.load_model(str(folder), mesh, "float32")
-    columns = Prober(config.probing, metadata).columns(model, params, mesh, config.pretrain.batch_size)
-    found = {name: columns[name] for name in ("probe_layer", "probe_accuracy", "probe_interval")}
+    found = measure()
     if jax.process_index() == 0:
-        storage.publish(folder / "probed.json", storage.to_json({**found, "asked": asked}))
+        storage.publish(file, storage.to_json({**found, "asked": asked}))
     return found

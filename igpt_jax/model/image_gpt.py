@@ -112,9 +112,13 @@ class ImageGPT(nnx.Module):
         # gradient sums over every pixel of a color, where bfloat16 would lose most.
         return constrain(getattr(self, name)[...][:rows], name.rsplit("_", 1)[-1])
 
-    def scan_blocks(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, extra: Any = None) -> Any:
-        """Runs `body(block, carry, extra of that layer) -> (carry, out)` over the stacked blocks, first to last."""
+    def scan_blocks(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, extra: Any = None,
+                    count: int | None = None) -> Any:
+        """Runs `body(block, carry, extra of that layer) -> (carry, out)` over the first `count` of the stacked blocks
+        (None: all)."""
         graph, stacked = nnx.split(self.blocks)
+        if count is not None:
+            stacked, extra = jax.tree.map(lambda x: x[:count], (stacked, extra))
 
         def step(carry, layer):
             return body(nnx.merge(graph, layer[0]), carry, layer[1])
@@ -133,7 +137,8 @@ class ImageGPT(nnx.Module):
         return constrain(read_out(norm(x_BTD, gain_D if multiplier == 1 else multiplier * gain_D), head_VD), "BTV")
 
     def stream(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None,
-               read: Callable[[jax.Array, jax.Array], Any] = lambda x_BTD, gain_D: None) -> tuple[jax.Array, Any]:
+               read: Callable[[jax.Array, jax.Array], Any] = lambda x_BTD, gain_D: None, count: int | None = None
+               ) -> tuple[jax.Array, Any]:
         """The residual stream [B, T, D] after the last block, and the results of `read` before each block, [L, ...].
 
         Args:
@@ -141,6 +146,7 @@ class ImageGPT(nnx.Module):
           key: for dropout; None: no dropout.
           hidden_BT: pixels whose colors are zeroed in a model that is not causal; None: none.
           read: takes the stream before a block and the gain of that block's first norm.
+          count: blocks to run, from the first; None: all.
         """
         keys_L = None if key is None else jax.random.split(key, self.dims.L + 1)
 
@@ -151,7 +157,7 @@ class ImageGPT(nnx.Module):
         x_BTD = self.embed(tokens_BT, hidden_BT)
         if keys_L is not None:
             x_BTD, keys_L = dropout(x_BTD, self.config.dropout, keys_L[0]), keys_L[1:]
-        return self.scan_blocks(block, x_BTD, keys_L)
+        return self.scan_blocks(block, x_BTD, keys_L, count)
 
     def __call__(self, tokens_BT: jax.Array, key: jax.Array | None = None, hidden_BT: jax.Array | None = None
                  ) -> jax.Array:

@@ -50,10 +50,15 @@ def _activation_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
 activation.defvjp(lambda x: (activation(x), x), _activation_backward)
 
 
-def pool(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
-    """The mean [B, D] of the stream over positions, after a norm if a gain is given; float32 or wider."""
+def features(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
+    """The stream, after a norm if a gain is given; float32 or wider."""
     wide_BTD = _wide(x_BTD)
-    return (wide_BTD if gain_D is None else norm(wide_BTD, gain_D)).mean(axis=1)
+    return wide_BTD if gain_D is None else norm(wide_BTD, gain_D)
+
+
+def pool(x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
+    """The mean [B, D] of `features` over positions."""
+    return features(x_BTD, gain_D).mean(axis=1)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

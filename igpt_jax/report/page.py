@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 import markupsafe
 
+from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.charts import Chart
 from igpt_jax.report import comparison, paper, pictures
@@ -19,7 +20,7 @@ from igpt_jax.scaling import charts as scaling
 
 ROWS_SHOWN = 200  # of a table
 HIDDEN = ("asked", "identity", "data", "draws", "bytes")  # columns that say nothing to a reader
-SHARES = re.compile(r"accuracy|interval|deviation|goodput|\bmfu\b|share")
+SHARES = re.compile(r"accuracy|(?<!frechet_)interval|deviation|goodput|\bmfu\b|share")
 NAMES = {"eval/nats_per_pixel": "held-out nats per pixel", "train/nats_per_pixel": "training nats per pixel",
          "interval": "95 % interval", "probe_interval": "95 % interval", "eval/accuracy": "held-out accuracy",
          "eval/ema_nats_per_pixel": "held-out nats per pixel, averaged parameters",
@@ -135,7 +136,8 @@ def _charts(run: Run) -> list[Chart]:
         found.append(charts.accuracy_by_layer([("", "layers, 95 % intervals", rows)], others))
     if rows := run.tables.get("scaling.json"):
         optima = run.metrics.get("optima", {}).get("all", [])
-        found += [scaling.profiles(rows), scaling.profiles(rows, "probe_accuracy"),
+        measures = ("nats_per_pixel", "probe_accuracy", *COMPLETION_MEASURES)
+        found += [*(scaling.profiles(rows, measure) for measure in measures),
                   *scaling.frontier(run.metrics.get("profiles", []), optima)]
     return found + charts.evaluation(run.tables.get("evaluation.json", ()))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from igpt_jax.config import UserError
+from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.scaling import frontier, law
 from igpt_jax.scaling.study import COUNTS
 
@@ -112,8 +113,9 @@ def analyze(rows: Sequence[Row], held_out: Sequence[float], predict: Sequence[fl
     rows = [row for row in rows if not row["short"]]
     fitted = [row for row in rows if row["budget"] not in held_out]
     found: dict[str, Any] = {"runs_fitted": len(fitted), "profiles": minima(rows)}
-    if probed := minima(rows, "probe_accuracy"):
-        found["probe_profiles"] = probed
+    for measure in ("probe_accuracy", *COMPLETION_MEASURES):
+        if best := minima(rows, measure):
+            found["probe_profiles" if measure == "probe_accuracy" else "completion_profiles"] = best
     try:
         fits = {count: Fit.of(fitted, count) for count in COUNTS}
     except UserError as error:

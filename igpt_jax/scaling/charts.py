@@ -18,8 +18,11 @@ def profiles(rows: Sequence[Row], measure: str = "nats_per_pixel") -> Chart:
 
     Args:
       rows: the runs' rows.
-      measure: nats_per_pixel, or probe_accuracy (in percent).
+      measure: nats_per_pixel, probe_accuracy (in percent), or the column of a completion score.
     """
+    name, unit_name = {"nats_per_pixel": ("profiles", "held-out loss, nats per pixel"),
+                       "probe_accuracy": ("probe profiles", "probe accuracy, %")}.get(
+                           measure, ("completion profiles", f"completions, {measure.replace('_', ' ')}"))
     unit = 100 if measure == "probe_accuracy" else 1
     fitted = analysis.profiles(rows, measure=measure)
     series = []
@@ -32,8 +35,7 @@ def profiles(rows: Sequence[Row], measure: str = "nats_per_pixel") -> Chart:
             curve = fitted[budget].value(N) * unit
             smooth = list(zip(N.tolist(), curve.tolist(), strict=True))
             series.append(Series("", smooth, hue=hue, shade=0.5, dots=False))
-    return Chart("profiles" if unit == 1 else "probe profiles", "parameters",
-                 "probe accuracy, %" if unit == 100 else "held-out loss, nats per pixel", series, log_x=10)
+    return Chart(name, "parameters", unit_name, series, log_x=10)
 
 
 def frontier(minima: Sequence[Row], optima: Sequence[Row]) -> list[Chart]:
