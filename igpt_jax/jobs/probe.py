@@ -71,18 +71,9 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         rows.append({"features": f"layer {layers[best]}, {count} labels per class",
                      **prober.few_labels(data, count, config.draws)})
     if config.baselines:
-        rows.append({"features": "raw pixels", **prober.row(prober.pixels())})
-        metrics["raw_pixel_accuracy"] = baselines["raw pixels"] = rows[-1]["test_accuracy"]
-        untrained = jax.jit(model.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(
-            jax.random.key(config.seed))
-        features_EPD = prober.features(model, untrained, mesh, config.batch_size, "untrained")
-        found, index, _ = prober.by_layer(features_EPD, layers, "untrained model, layer")
-        rows.append(found[index])
-        metrics["untrained_accuracy"] = baselines[rows[-1]["features"]] = rows[-1]["test_accuracy"]
-        if config.kind == "knn":
-            rows.append({"features": "kNN, raw pixels", **prober.row(prober.pixels(), "knn")})
-        of_kind = _of_kind(config, prober, model, untrained, mesh, features_EPD, found[index], "untrained model, layer")
-        rows += [max(of_kind, key=HELD_OUT)] if of_kind else []
+        rows += (found := _baselines(config, prober, model, params, mesh, layers))
+        baselines = {row["features"]: row["test_accuracy"] for row in found[:2]}
+        metrics["raw_pixel_accuracy"], metrics["untrained_accuracy"] = baselines.values()
 
     if jax.process_index() == 0:
         width = max(32, *(len(row["features"]) for row in rows))
@@ -98,6 +89,20 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         figures.save(folder / "figures" / "accuracy_by_layer.png",
                      charts.accuracy_by_layer(curves, baselines, prober.test_count))
     return metrics
+
+
+def _baselines(config: ProbeConfig, prober: Prober, model: Model, params: Any, mesh: Mesh, layers: Sequence[int]
+               ) -> list[Row]:
+    """The rows of the raw pixels and of the best layer of an untrained copy of the model, first by linear probes."""
+    untrained = jax.jit(model.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(
+        jax.random.key(config.seed))
+    features_EPD = prober.features(model, untrained, mesh, config.batch_size, "untrained")
+    found, best, _ = prober.by_layer(features_EPD, layers, "untrained model, layer")
+    rows = [{"features": "raw pixels", **prober.row(prober.pixels())}, found[best]]
+    if config.kind == "knn":
+        rows.append({"features": "kNN, raw pixels", **prober.row(prober.pixels(), "knn")})
+    of_kind = _of_kind(config, prober, model, untrained, mesh, features_EPD, found[best], "untrained model, layer")
+    return rows + [max(of_kind, key=HELD_OUT)] if of_kind else rows
 
 
 def _of_kind(config: ProbeConfig, prober: Prober, model: Model, params: Any, mesh: Mesh,
