@@ -20,15 +20,16 @@ def test_meshes_give_the_losses_of_one_device(python, precision, tolerance, firs
     python("meshes.py", "losses", precision, tolerance, first_mesh)
 
 
-@pytest.mark.parametrize("objective", ["masked", "denoising", "diffusion"])
-def test_fine_tuning_is_the_same_on_any_mesh(python, objective):
-    """Both losses, the gradient norm and the weights, with random views, labels and a class head before the last
-    block, in microbatches and with sequences split: float64, 10 steps. (test_objectives proves the views on one
-    device.)
+@pytest.mark.parametrize(("job", "objective"), [("finetune", "masked"), ("finetune", "denoising"),
+                                                ("pretrain", "diffusion")])
+def test_random_views_are_the_same_on_any_mesh(python, job, objective):
+    """The losses, the gradient norm and the weights, with random views and, in finetune, with labels and a class head
+    before the last block, in microbatches and with sequences split: float64, 10 steps. (test_objectives proves the
+    views on one device.)
 
     Seen to fail with another key for the views of each number of microbatches.
     """
-    python("meshes.py", "fine_tuning", objective)
+    python("meshes.py", "random_views", job, objective)
 
 
 def test_gathers_and_scatters_in_two_stages(python):

@@ -69,12 +69,13 @@ def losses(precision, tolerance, first_mesh):
         compare(mesh, float(tolerance), one, run(mesh, 8, precision))
 
 
-def fine_tuning(objective):
-    """Random views, labels, and a class head before the last block."""
+def random_views(job, objective):
+    """Random views; in finetune also labels, and a class head before the last block."""
     jax.config.update("jax_enable_x64", True)
-    options = {"steps": 10, "job": "finetune", "objective": objective, "class_layer": 1}
+    tuned = job == "finetune"
+    options = {"steps": 10, "job": job, "objective": objective, **({"class_layer": 1} if tuned else {})}
     one = run(MeshConfig(), 1, "float64", **options)
-    assert one[0].shape == (10, 3) and one[0][-1, 0] < one[0][0, 0]
+    assert one[0].shape == (10, 2 + tuned) and one[0][-1, 0] < one[0][0, 0]
     compare("fsdp x tensor x context", 1e-8, one, run(MeshConfig(1, 2, 2, 2), 8, "float64", **options))
     compare("data, microbatches", 1e-8, one, run(MeshConfig(2, 1), 2, "float64", accumulate=4, **options))
 
@@ -154,7 +155,7 @@ def bytes_per_device():
 
 
 def main(check, *arguments):
-    checks = (losses, fine_tuning, stages, memory_levers, muon, all_meshes, bytes_per_device)
+    checks = (losses, random_views, stages, memory_levers, muon, all_meshes, bytes_per_device)
     next(each for each in checks if each.__name__ == check)(*arguments)
 
 
