@@ -121,6 +121,7 @@ def test_views_of_a_masked_model():
     assert (found[0] == found[1]).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_meshes_and_batch_sizes_agree(python):
     """See the script: the weights of a probe in float64 to 1e-8. Seen to fail with the padding of a batch counted."""
     python("attention_probe_meshes.py")

@@ -20,7 +20,7 @@ def fitted(mesh_config, devices, batch_size):
     model = Model(ModelConfig("igpt_tiny", layers=2, embed=32, heads=4), 16, 4, "float64", mesh)
     shardings = sharding.parameter_shardings(model.abstract_parameters(), mesh)
     params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
-    frozen = attention_probe.Frozen(model, params, mesh, 1, "normalized", batch_size, np.empty(0), 0)
+    frozen = attention_probe.Frozen(model, params, mesh, 1, "normalized", batch_size, None, 0)
     probes = attention_probe.fit(frozen, tokens, labels, 4, (1e-2, 1e-3), 8)
     return probes.weights, probes.predict(frozen, tokens)
 
