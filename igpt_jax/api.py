@@ -35,7 +35,7 @@ from igpt_jax.data.pictures import Pictures, pixels
 from igpt_jax.data.store.manifest import load_manifest
 from igpt_jax.data.token_file import Tokens
 from igpt_jax.evaluation import exact_loss, loss_maps
-from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs
+from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs, require_causal
 from igpt_jax.evaluation.probing import PROBE, SavedProbe, load_probe
 from igpt_jax.evaluation.steps import make_class_step, make_eval_step
 from igpt_jax.model.features import make_feature_step
@@ -380,9 +380,8 @@ class ImageModel:
 
     def _check_drawing(self, n: int, rows: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
         """Raises UserError for settings that cannot be used, or a model that does not draw."""
-        if not self.causal:
-            raise UserError(f"{self.source} was trained with objective={self.metadata.config.objective}, which cannot "
-                            "sample pixel by pixel. Load a checkpoint with objective=autoregressive.")
+        require_causal(self.causal, self.metadata.config, self.source,
+                       "Load a checkpoint with objective=autoregressive.")
         SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)  # by the rules of these keys
         if n < 1:
             raise UserError(f"n={n} must be at least 1.")

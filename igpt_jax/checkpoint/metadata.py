@@ -45,7 +45,7 @@ class Metadata:
     @functools.cached_property
     def codec(self) -> Codec:
         """Between the pixels of images and the model's tokens."""
-        return codec_of(self.config.codec or "palette", self.palette_VC)
+        return codec_of(self.config.codec, self.palette_VC)
 
     def to_json(self) -> dict[str, Any]:
         """The metadata as JSON values."""

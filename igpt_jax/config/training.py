@@ -236,7 +236,7 @@ class PretrainConfig(Keys):
     @property
     def channels(self) -> int:
         """Tokens per pixel."""
-        return CODECS[self.codec or "palette"]
+        return CODECS[self.codec]
 
     @property
     def finetuning(self) -> Optional["FinetuneConfig"]:
@@ -275,6 +275,8 @@ class FinetuneConfig(PretrainConfig):
                                       rule=each(kept_step), compiled=False)
 
     def __post_init__(self):
+        if not self.checkpoint:
+            object.__setattr__(self, "codec", self.codec or "palette")
         super().__post_init__()
         require(self.class_weight > 0,
                 f"class_weight={self.class_weight} must be positive. To train without labels, run the pretrain job.")

@@ -13,6 +13,7 @@ B images, T tokens, V vocabulary; Y rows, X columns, C channels: tokens per pixe
 
 import functools
 import math
+import threading
 from typing import Any, ClassVar
 
 import numpy as np
@@ -77,11 +78,15 @@ class Palette(Codec):
 
     def __init__(self, palette_VC: np.ndarray):
         self.palette_VC, self.vocabulary = palette_VC, len(palette_VC)
+        self._building, self._table = threading.Lock(), None
 
-    @functools.cached_property
+    @property
     def table(self) -> np.ndarray:
         """`palette.lookup_table`; not built where tokens are only decoded."""
-        return palette.lookup_table(self.palette_VC)
+        with self._building:  # the threads of tf.data and of the demo ask for it at the same time
+            if self._table is None:
+                self._table = palette.lookup_table(self.palette_VC)
+        return self._table
 
     def encode(self, images_BYXC: np.ndarray) -> np.ndarray:
         return palette.encode(images_BYXC, self.table)

@@ -21,7 +21,7 @@ from igpt_jax.config.evaluation import COMPLETION_MEASURES, FUNCTION
 from igpt_jax.data.store import Split
 from igpt_jax.data.token_file import Tokens, tokens_of
 from igpt_jax.evaluation import exact_loss
-from igpt_jax.evaluation.drawing import Drawing, pairs
+from igpt_jax.evaluation.drawing import Drawing, pairs, require_causal
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
@@ -150,9 +150,7 @@ class CompletionScorer:
           UserError: the model cannot draw, there are too few images, or they do not fit the features.
         """
         K, N = self._keys.completions, min(self._keys.completion_images, split.count)
-        if not model.causal:
-            raise UserError(f"completions={K}: {source} was trained with objective={metadata.config.objective}, which "
-                            "cannot sample pixel by pixel. Set completions=0.")
+        require_causal(model.causal, metadata.config, f"completions={K}: {source}", "Set completions=0.")
         if N < FEWEST:
             raise UserError(f"completions={K}: there are {N} images, and a distance needs at least {FEWEST}. Name a "
                             "larger split.")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from igpt_jax.config import UserError
+from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.data.resident import process_rows, put
 from igpt_jax.model import sampling
 from igpt_jax.model.image_gpt import Model
@@ -21,6 +21,20 @@ from igpt_jax.parallel import sharding
 
 KINDS = ("samples", "completions")
 UNKNOWN = 127  # gray level of pixels that are not given, or not drawn yet
+
+
+def require_causal(causal: bool, trained: PretrainConfig, source: str, fix: str) -> None:
+    """Raises UserError for a model that does not draw one pixel after the other.
+
+    Args:
+      causal: `Objective.causal` of the model.
+      trained: the config that it was trained with.
+      source: of its parameters, as the message begins.
+      fix: the sentence that ends it.
+    """
+    if not causal:
+        raise UserError(f"{source} was trained with objective={trained.objective}, which cannot sample pixel by pixel. "
+                        f"{fix}")
 
 
 def default_batch_size(mesh: Mesh) -> int:

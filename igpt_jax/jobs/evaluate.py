@@ -33,7 +33,7 @@ from igpt_jax.data.store import Split, Store
 from igpt_jax.data.token_file import TokenFile, tokens_of
 from igpt_jax.evaluation import completion_score, exact_loss, loss_maps
 from igpt_jax.evaluation.completion_score import CompletionScorer
-from igpt_jax.evaluation.drawing import Drawing, default_batch_size, pairs
+from igpt_jax.evaluation.drawing import Drawing, default_batch_size, pairs, require_causal
 from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
@@ -195,9 +195,7 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
     Raises:
       UserError: the model cannot sample.
     """
-    if not model.causal:
-        raise UserError(f"samples={count}: {step} was trained with objective={metadata.config.objective}, which cannot "
-                        "sample pixel by pixel. Set samples=0.")
+    require_causal(model.causal, metadata.config, f"samples={count}: {step}", "Set samples=0.")
     draw = Drawing(model, params, mesh, f"checkpoint {step}")
     ids = np.arange(min(count, split.count))
     originals_BT = tokens_of(split, metadata.codec, ids)

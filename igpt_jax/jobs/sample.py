@@ -20,7 +20,7 @@ from igpt_jax.config import SampleConfig, UserError
 from igpt_jax.data import open_split
 from igpt_jax.data.images import SUFFIXES, Unusable, decode, read
 from igpt_jax.data.token_file import tokens_of
-from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs
+from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs, require_causal
 from igpt_jax.metrics.figures import image_grid, save_png
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.objectives import objective_of
@@ -40,9 +40,8 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     """
     mesh = sharding.make_mesh(config.mesh)
     trained = checkpoint.load_metadata(config.checkpoint).config
-    if not objective_of(trained).causal:
-        raise UserError(f"checkpoint {config.checkpoint} was trained with objective={trained.objective}, which cannot "
-                        "sample pixel by pixel. Give a checkpoint with objective=autoregressive.")
+    require_causal(objective_of(trained).causal, trained, f"checkpoint {config.checkpoint}",
+                   "Give a checkpoint with objective=autoregressive.")
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision,
                                                     parameters=config.parameters, options=config.compiler_options)
     size, codec = metadata.image_size, metadata.codec

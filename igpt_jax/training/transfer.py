@@ -31,7 +31,7 @@ def adopted(config: FinetuneConfig) -> FinetuneConfig:
         if not config.model.name:
             raise UserError("nothing to train: set checkpoint to a workdir of pretrain, or model.name to train a new "
                             "model from scratch.")
-        return dataclasses.replace(config, codec=config.codec or "palette")
+        return config
     for name, given in (("model.name", config.model.name), ("palette", config.palette), ("codec", config.codec)):
         if given:
             raise UserError(f"{name}={given}: the checkpoint brings its own. Leave it out, or leave checkpoint empty "
