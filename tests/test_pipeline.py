@@ -113,6 +113,33 @@ def test_a_damaged_image_stops_the_reader(path, images, codec):
         take(split, codec, 3, reader="tfdata")
 
 
+def test_a_process_that_fails_ends(run_job):
+    """With tf.data's threads in the middle of a batch: Python's end stops threads that want its lock, and TensorFlow
+    waits for them. Seen to hang without _close_all."""
+    script = """
+import time
+import numpy as np
+from igpt_jax.data import pipeline
+from igpt_jax.data.codecs import Rgb
+
+class Split:
+    components, calls = 64, 0
+    def read(self, ids):
+        self.calls += 1
+        time.sleep(2 * (self.calls > 1))
+        return np.zeros((len(ids), 8, 8, 3), np.uint8)
+
+def train():
+    reading = pipeline.batches(Split(), Rgb(), seed=0, batch_size=8, start_step=0, rows=slice(0, 8), prefetch=2)
+    next(reading)
+    raise RuntimeError("stops")
+
+train()
+"""
+    done = run_job(script=script)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: stops\n"), done.stderr
+
+
 def test_auto_is_resident_until_it_does_not_fit(split, codec, monkeypatch):
     assert batches._reader_for(split, codec, "auto") == "resident"
     monkeypatch.setattr(batches, "RESIDENT_BYTES", 1000)

@@ -6,8 +6,10 @@ uses the CPU only and leaves accelerators to JAX.
 Dimensions: B global batch, R its rows that this process reads, T tokens.
 """
 
+import atexit
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +23,19 @@ STEPS_AT_ONCE = 16  # whose ids are computed together, because the calls of NumP
 for kind in ("GPU", "TPU"):
     with contextlib.suppress(RuntimeError):  # the caller has already started TensorFlow with its own choice of devices
         tf.config.set_visible_devices([], kind)
+
+
+_open: weakref.WeakSet[Iterator] = weakref.WeakSet()  # what `batches` has returned
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends tf.data's threads before Python stops those that want its lock: TensorFlow would wait for them for ever.
+
+    An exception that ends the process holds the frames, and so the generators, of its traceback.
+    """
+    for generator in list(_open):
+        generator.close()
 
 
 def batches(split, codec: Codec, *, seed: int, batch_size: int, start_step: int, rows: slice, prefetch: int,
@@ -66,18 +81,23 @@ def batches(split, codec: Codec, *, seed: int, batch_size: int, start_step: int,
         tokens_RT = codec.encode(split.read(ids_R, *crops))
         return augmentation.augmented(augment, tokens_RT, seed, position_R, codec)
 
-    with tf.device("cpu"):
-        dataset = tf.data.Dataset.range(start_step, tf.int64.max)
-        # NumPy's lookup takes a third of the time of TensorFlow's gather, and releases Python's lock.
-        dataset = dataset.map(lambda step: tf.numpy_function(read, [step], tf.int32),
-                              num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        iterator = dataset.prefetch(prefetch).as_numpy_iterator()
-    try:
-        for step, tokens_RT in enumerate(iterator, start_step):
-            yield ids_at(step), tokens_RT
-    except Exception:
-        if failures:
-            raise failures[0] from None
-        raise
-    finally:
-        del iterator, dataset  # tf.data's threads end with them
+    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with tf.device("cpu"):
+            dataset = tf.data.Dataset.range(start_step, tf.int64.max)
+            # NumPy's lookup takes a third of the time of TensorFlow's gather, and releases Python's lock.
+            dataset = dataset.map(lambda step: tf.numpy_function(read, [step], tf.int32),
+                                  num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            iterator = dataset.prefetch(prefetch).as_numpy_iterator()
+        try:
+            for step, tokens_RT in enumerate(iterator, start_step):
+                yield ids_at(step), tokens_RT
+        except Exception:
+            if not failures:
+                raise
+        finally:
+            del iterator, dataset  # tf.data's threads end with them
+        raise failures[0]  # alone: the traceback of TensorFlow's error holds the iterator
+
+    reading = generate()
+    _open.add(reading)
+    return reading

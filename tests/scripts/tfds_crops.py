@@ -8,9 +8,15 @@ from PIL import Image
 
 from igpt_jax import data
 from igpt_jax.config import DataConfig
-from igpt_jax.data import augmentation, order, pipeline
+from igpt_jax.data import augmentation, codecs, order, pipeline
 
-TABLE = np.arange(2**24, dtype=np.uint16)  # a token is a color's green and blue
+
+class GreenAndBlue(codecs.Palette):
+    """A token is a color's green and blue."""
+    table = np.arange(2**24, dtype=np.uint16)
+
+
+CODEC = GreenAndBlue(np.zeros((2**16, 3), np.float32))
 
 
 def check_windows() -> None:
@@ -23,7 +29,7 @@ def check_windows() -> None:
 
 def tokens(split, start: int, rows: slice) -> np.ndarray:
     """Tokens of three steps from `start`, [3, R, T]."""
-    reading = pipeline.batches(split, TABLE, seed=3, batch_size=8, start_step=start, rows=rows, prefetch=1,
+    reading = pipeline.batches(split, CODEC, seed=3, batch_size=8, start_step=start, rows=rows, prefetch=1,
                                augment="imagenet")
     found = [next(reading) for _ in range(3)]
     reading.close()

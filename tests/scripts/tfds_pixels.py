@@ -7,7 +7,7 @@ import numpy as np
 
 from igpt_jax import data
 from igpt_jax.config import DataConfig, UserError
-from igpt_jax.data import images, pipeline, sources
+from igpt_jax.data import codecs, images, pipeline, sources
 
 COUNT, GOOD = 12, 9
 
@@ -43,7 +43,7 @@ def main(folder: str) -> None:
     assert sorted(items) == sorted(name for name, _ in split.pictures(np.arange(COUNT)))
     check_pixels(split, items)
 
-    reading = pipeline.batches(split, np.zeros(2**24, np.uint16), seed=0, batch_size=COUNT, start_step=0,
+    reading = pipeline.batches(split, codecs.Rgb(), seed=0, batch_size=COUNT, start_step=0,
                                rows=slice(0, COUNT), prefetch=1, augment="imagenet")
     for read in (lambda: split.read(np.arange(COUNT)), lambda: next(reading)):
         assert "Leave it out" in error_of(read)
