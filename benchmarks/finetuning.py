@@ -1,10 +1,11 @@
-"""Measures the gain of pretraining and of the joint loss: fine-tuning in three ways, and masked pretraining.
+"""Measures what pretraining and the joint loss gain: fine-tuning in three ways, each at its own best learning rate.
 
-    python benchmarks/finetuning.py --store=runs/cifar16 --checkpoint=runs/cifar16_tiny [--steps 300] [--batch 64]
-        [--workdir runs/finetuning] [--figure FILE.png]
+    python benchmarks/finetuning.py --store=runs/cifar16 --checkpoint=runs/cifar16_tiny [--steps 1500] [--search 150]
+        [--batch 64] [--workdir runs/finetuning] [--figure FILE.png]
 
-All runs have the same number of steps. A finished run is not repeated. Prints a Markdown table, writes it as JSON into
-the workdir, and draws held-out accuracy and masked loss over steps.
+Each way is tried at three learning rates for `search` steps. The rate with the best held-out accuracy then has a run of
+`steps` steps. A finished run is not repeated, and an interrupted one resumes. Prints a Markdown table, writes it as
+JSON into the workdir, and draws held-out accuracy over steps.
 """
 
 import argparse
@@ -15,73 +16,75 @@ import sys
 
 import matplotlib.figure
 
+from igpt_jax.data.store import Store
+from igpt_jax.evaluation.linear_probe import wilson
 from igpt_jax.metrics.logging import load_metrics
 
-NEW = ["--config.checkpoint=", "--config.model.name=igpt_tiny", "--config.optimizer.learning_rate=3e-3"]
-RUNS = {
+RATES = ("3e-4", "1e-3", "3e-3")
+SCRATCH = ["--config.checkpoint=", "--config.model.name=igpt_tiny"]
+WAYS = {
     "pretrained, L_GEN + L_CLF": [],
     "pretrained, L_CLF alone": ["--config.generative_weight=0"],
-    "from scratch, L_GEN + L_CLF": NEW,
+    "from scratch, L_GEN + L_CLF": SCRATCH,
 }
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("store", "runs/cifar16"), ("checkpoint", "runs/cifar16_tiny"), ("steps", 300), ("batch", 64),
-                          ("workdir", "runs/finetuning"), ("figure", "")):
+    for name, default in (("store", "runs/cifar16"), ("checkpoint", "runs/cifar16_tiny"), ("steps", 1500),
+                          ("search", 150), ("batch", 64), ("workdir", "runs/finetuning"), ("figure", "")):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
 
-    def run(job: str, name: str, *more: str) -> tuple[dict, list[dict]]:
-        """A job's metrics and its metrics lines."""
+    def run(name: str, steps: int, evaluations: int, rate: str, *more: str) -> dict:
+        """The metrics of a run in the workdir's folder `name`."""
         workdir = folder / name
-        every = max(1, given.steps // 5)
         if not (workdir / "result.json").exists():
-            subprocess.run([sys.executable, "-m", "igpt_jax", job, f"--workdir={workdir}",
-                            f"--config.data.store={given.store}", f"--config.steps={given.steps}",
+            subprocess.run([sys.executable, "-m", "igpt_jax", "finetune", f"--workdir={workdir}",
+                            f"--config.checkpoint={given.checkpoint}", f"--config.data.store={given.store}",
+                            "--config.data.augment=cifar", f"--config.steps={steps}",
                             f"--config.batch_size={given.batch}", "--config.precision=float32",
-                            f"--config.eval_every_steps={every}", "--config.log_every_steps=10", *more], check=True)
-        return json.loads((workdir / "result.json").read_text())["metrics"], load_metrics(str(workdir))
+                            f"--config.eval_every_steps={-(-steps // evaluations)}", "--config.mesh.data=-1",
+                            "--config.mesh.fsdp=1", "--config.optimizer.schedule=cosine",
+                            f"--config.optimizer.warmup_steps={steps // 10}",
+                            f"--config.optimizer.learning_rate={rate}", *more], check=True)
+        return json.loads((workdir / "result.json").read_text())["metrics"]
 
-    rows, curves, warmup = [], {}, f"--config.optimizer.warmup_steps={given.steps // 10}"
-    for index, (label, more) in enumerate(RUNS.items()):
-        metrics, curves[label] = run("finetune", f"finetune{index}", f"--config.checkpoint={given.checkpoint}",
-                                     "--config.data.augment=cifar", warmup, *more)
-        rows.append({"run": label, "test_accuracy": metrics["test_accuracy"], "best_step": metrics["best_step"],
-                     "held_out_accuracy": metrics["eval/accuracy"], "held_out_nats": metrics["eval/nats_per_pixel"]})
-    masked, lines = run("pretrain", "masked", "--config.objective=masked", "--config.model.name=igpt_tiny",
-                        warmup)
+    rows, curves, test_images = [], {}, Store.open(given.store).split("test").count
+    for index, (way, more) in enumerate(WAYS.items()):
+        searched = {rate: run(f"way{index}_search_{rate}", given.search, 1, rate, "--config.data.test=", *more)
+                    for rate in RATES}
+        rate = max(RATES, key=lambda rate: searched[rate]["eval/accuracy"])
+        metrics = run(f"way{index}", given.steps, 10, rate, *more)
+        rows.append({"way": way, "learning_rate": rate, "test_accuracy": metrics["test_accuracy"],
+                     "interval": wilson(metrics["test_accuracy"], test_images), "best_step": metrics["best_step"],
+                     "held_out_nats": metrics["eval/nats_per_pixel"],
+                     "search": {rate: found["eval/accuracy"] for rate, found in searched.items()}})
+        curves[way] = [(line["step"], 100 * line["eval/accuracy"]) for line in load_metrics(str(folder / f"way{index}"))
+                       if "eval/accuracy" in line]
 
-    print("| | test accuracy | at step | held out, nats per pixel |\n|---|---|---|---|")
+    print(f"| | learning rate | held out after {given.search} steps at {', '.join(RATES)}, % | test accuracy, % (95%) "
+          "| at step | held-out nats per pixel |\n|---|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['run']} | {row['test_accuracy']:.2%} | {row['best_step']} | {row['held_out_nats']:.3f} |")
-    first, last = (next(line["train/nats_per_pixel"] for line in each if "train/nats_per_pixel" in line)
-                   for each in (lines, reversed(lines)))
-    print(f"\nmasked: {first:.3f} nats per hidden pixel at the first step, {last:.3f} at the last; held out "
-          f"{masked['eval/nats_per_pixel']:.3f}")
-    found = {"runs": rows, "masked": masked, "first_masked": first}
-    (folder / "finetuning.json").write_text(json.dumps(found, indent=2))
+        low, high = row["interval"]
+        search = ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["search"].values())
+        print(f"| {row['way']} | {row['learning_rate']} | {search} | {100 * row['test_accuracy']:.1f} "
+              f"({100 * low:.1f} to {100 * high:.1f}) | {row['best_step']} | {row['held_out_nats']:.3f} |")
+    (folder / "finetuning.json").write_text(json.dumps({"rows": rows, "curves": curves}, indent=2))
     if given.figure:
-        draw(given.figure, curves, lines)
+        draw(given.figure, curves)
 
 
-def draw(path: str, curves: dict[str, list[dict]], masked: list[dict]) -> None:
-    """Draws accuracy of the fine-tuned runs, and loss of the masked one, over steps."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4), dpi=130, layout="constrained")
-    accuracy, loss = figure.subplots(1, 2)
-    for label, lines in curves.items():
-        points = [(line["step"], 100 * line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
-        accuracy.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=label)
-    for name, label in (("train/nats_per_pixel", "train"), ("eval/nats_per_pixel", "held out")):
-        points = [(line["step"], line[name]) for line in masked if name in line]
-        loss.plot(*zip(*points, strict=True), marker="o" if label == "held out" else None, markersize=3.5, label=label)
-    accuracy.set(xlabel="step", ylabel="held-out accuracy, %", title="Fine-tuning")
-    loss.set(xlabel="step", ylabel="nats per hidden pixel", title="Masked pretraining")
-    for axes in (accuracy, loss):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+def draw(path: str, curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Draws held-out accuracy in percent over steps."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for way, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=way)
+    axes.set(xlabel="step", ylabel="held-out accuracy, %")
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path)
 
 

@@ -137,7 +137,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_job_probes_every_layer(trained):
-    """A row for each layer, their concatenation, few labels and baselines; a table with intervals, a curve."""
+    """A row for each layer, their concatenation, baselines, and few labels of each; a table with intervals, a curve."""
     workdir = trained / "probe"
     done = run_job_command("probe", f"--workdir={workdir}", f"--config.checkpoint={trained / 'run'}",
                            "--config.labels_per_class=(4,)", "--config.draws=2", "--config.concatenate=3",
@@ -148,7 +148,9 @@ def test_the_job_probes_every_layer(trained):
     assert found["raw_pixel_accuracy"] > 0.8 and found["untrained_accuracy"] > 0.2
     with open(workdir / "probe.csv", newline="") as file:
         names = [row["features"] for row in csv.DictReader(file)]
-    assert names[:3] == ["layer 0", "layer 1", "layer 2"] and len(names) == 7, names
+    assert names[:3] == ["layer 0", "layer 1", "layer 2"] and len(names) == 9, names
+    few = [name.removesuffix(", 4 labels per class") for name in names if name.endswith("labels per class")]
+    assert few == [f"layer {found['best_layer']}", "raw pixels", names[6]] and names[5] == "raw pixels", names
     for row in json.loads((workdir / "probe.json").read_text())[:3]:
         expected = linear_probe.wilson(found["accuracy_by_layer"][str(row["layer"])], 1000)
         np.testing.assert_allclose(row["interval"], expected)

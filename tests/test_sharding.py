@@ -10,7 +10,8 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 
 
-@pytest.mark.parametrize(("precision", "tolerance", "first_mesh"), [("float64", 1e-8, 0), ("float32", 1e-4, 2)])
+@pytest.mark.parametrize(("precision", "tolerance", "first_mesh"), [
+    ("float64", 1e-8, 0), pytest.param("float32", 1e-4, 2, marks=pytest.mark.slow)])
 def test_meshes_give_the_losses_of_one_device(python, precision, tolerance, first_mesh):
     """20 steps of loss and gradient norm and the weights after them, on 1 and on 8 devices, relative.
 
@@ -20,8 +21,8 @@ def test_meshes_give_the_losses_of_one_device(python, precision, tolerance, firs
     python("meshes.py", "losses", precision, tolerance, first_mesh)
 
 
-@pytest.mark.parametrize(("job", "objective"), [("finetune", "masked"), ("finetune", "denoising"),
-                                                ("pretrain", "diffusion")])
+@pytest.mark.parametrize(("job", "objective"), [
+    ("finetune", "masked"), ("pretrain", "diffusion"), pytest.param("finetune", "denoising", marks=pytest.mark.slow)])
 def test_random_views_are_the_same_on_any_mesh(python, job, objective):
     """The losses, the gradient norm and the weights, with random views and, in finetune, with labels and a class head
     before the last block, in microbatches and with sequences split: float64, 10 steps. (test_objectives proves the

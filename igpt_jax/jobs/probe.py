@@ -67,9 +67,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         data = Labeled([each[..., around, :].reshape(*each.shape[:-2], -1) for each in features_EPD], prober.labels)
         rows.append({"features": f"layers {', '.join(str(layers[index]) for index in around)}", **prober.row(data)})
     data = Labeled([each[..., best, :] for each in features_EPD], prober.labels)
-    for count in config.labels_per_class:
-        rows.append({"features": f"layer {layers[best]}, {count} labels per class",
-                     **prober.few_labels(data, count, config.draws)})
+    rows += _few_labels(config, prober, data, f"layer {layers[best]}")
     if config.baselines:
         rows += (found := _baselines(config, prober, model, params, mesh, layers))
         baselines = {row["features"]: row["test_accuracy"] for row in found[:2]}
@@ -93,16 +91,27 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
 
 def _baselines(config: ProbeConfig, prober: Prober, model: Model, params: Any, mesh: Mesh, layers: Sequence[int]
                ) -> list[Row]:
-    """The rows of the raw pixels and of the best layer of an untrained copy of the model, first by linear probes."""
+    """The rows of the raw pixels and of the best layer of an untrained copy of the model: linear probes, then those of
+    `kind` and of few labels."""
     untrained = jax.jit(model.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(
         jax.random.key(config.seed))
     features_EPD = prober.features(model, untrained, mesh, config.batch_size, "untrained")
     found, best, _ = prober.by_layer(features_EPD, layers, "untrained model, layer")
-    rows = [{"features": "raw pixels", **prober.row(prober.pixels())}, found[best]]
+    pixels = prober.pixels()
+    rows = [{"features": "raw pixels", **prober.row(pixels)}, found[best]]
     if config.kind == "knn":
-        rows.append({"features": "kNN, raw pixels", **prober.row(prober.pixels(), "knn")})
-    of_kind = _of_kind(config, prober, model, untrained, mesh, features_EPD, found[best], "untrained model, layer")
-    return rows + [max(of_kind, key=HELD_OUT)] if of_kind else rows
+        rows.append({"features": "kNN, raw pixels", **prober.row(pixels, "knn")})
+    if of_kind := _of_kind(config, prober, model, untrained, mesh, features_EPD, found[best], "untrained model, layer"):
+        rows.append(max(of_kind, key=HELD_OUT))
+    data = Labeled([each[..., best, :] for each in features_EPD], prober.labels)
+    return (rows + _few_labels(config, prober, pixels, "raw pixels")
+            + _few_labels(config, prober, data, found[best]["features"]))
+
+
+def _few_labels(config: ProbeConfig, prober: Prober, data: Labeled, what: str) -> list[Row]:
+    """The rows of linear probes fit on `labels_per_class` images of each class."""
+    return [{"features": f"{what}, {count} labels per class", **prober.few_labels(data, count, config.draws)}
+            for count in config.labels_per_class]
 
 
 def _of_kind(config: ProbeConfig, prober: Prober, model: Model, params: Any, mesh: Mesh,
