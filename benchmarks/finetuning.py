@@ -1,11 +1,12 @@
 """Measures what pretraining and the joint loss gain: fine-tuning in three ways, each at its own best learning rate.
 
     python benchmarks/finetuning.py --store=runs/cifar16 --checkpoint=runs/cifar16_tiny [--steps 1500] [--search 150]
-        [--batch 64] [--workdir runs/finetuning] [--figure FILE.png]
+        [--batch 64] [--augment cifar] [--workdir runs/finetuning] [--figure FILE.png]
 
 Each way is tried at three learning rates for `search` steps. The rate with the best held-out accuracy then has a run of
-`steps` steps. A finished run is not repeated, and an interrupted one resumes. Prints a Markdown table, writes it as
-JSON into the workdir, and draws held-out accuracy over steps.
+`steps` steps. A finished run is not repeated, and an interrupted one resumes. The model trained from scratch has the
+shape of the checkpoint's, which is given as a pretrain job's workdir. Prints a Markdown table, writes it as JSON into
+the workdir, and draws held-out accuracy over steps.
 """
 
 import argparse
@@ -21,20 +22,23 @@ from igpt_jax.evaluation.linear_probe import wilson
 from igpt_jax.metrics.logging import load_metrics
 
 RATES = ("3e-4", "1e-3", "3e-3")
-SCRATCH = ["--config.checkpoint=", "--config.model.name=igpt_tiny"]
-WAYS = {
-    "pretrained, L_GEN + L_CLF": [],
-    "pretrained, L_CLF alone": ["--config.generative_weight=0"],
-    "from scratch, L_GEN + L_CLF": SCRATCH,
-}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("store", "runs/cifar16"), ("checkpoint", "runs/cifar16_tiny"), ("steps", 1500),
-                          ("search", 150), ("batch", 64), ("workdir", "runs/finetuning"), ("figure", "")):
+                          ("search", 150), ("batch", 64), ("augment", "cifar"), ("workdir", "runs/finetuning"),
+                          ("figure", "")):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
+    shape = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())["model"]
+    scratch = [f"--config.model.{name}={shape[name]}" for name in ("name", "layers", "embed", "heads")]
+    ways = {
+        "pretrained, L_GEN + L_CLF": [],
+        "pretrained, L_CLF alone": ["--config.generative_weight=0"],
+        "from scratch, L_GEN + L_CLF": ["--config.checkpoint=", *scratch],
+    }
 
     def run(name: str, steps: int, evaluations: int, rate: str, *more: str) -> dict:
         """The metrics of a run in the workdir's folder `name`."""
@@ -42,7 +46,7 @@ def main() -> None:
         if not (workdir / "result.json").exists():
             subprocess.run([sys.executable, "-m", "igpt_jax", "finetune", f"--workdir={workdir}",
                             f"--config.checkpoint={given.checkpoint}", f"--config.data.store={given.store}",
-                            "--config.data.augment=cifar", f"--config.steps={steps}",
+                            f"--config.data.augment={given.augment}", f"--config.steps={steps}",
                             f"--config.batch_size={given.batch}", "--config.precision=float32",
                             f"--config.eval_every_steps={-(-steps // evaluations)}", "--config.mesh.data=-1",
                             "--config.mesh.fsdp=1", "--config.optimizer.schedule=cosine",
@@ -51,11 +55,11 @@ def main() -> None:
         return json.loads((workdir / "result.json").read_text())["metrics"]
 
     rows, curves, test_images = [], {}, Store.open(given.store).split("test").count
-    for index, (way, more) in enumerate(WAYS.items()):
+    for index, (way, more) in enumerate(ways.items()):
         searched = {rate: run(f"way{index}_search_{rate}", given.search, 1, rate, "--config.data.test=", *more)
                     for rate in RATES}
         rate = max(RATES, key=lambda rate: searched[rate]["eval/accuracy"])
-        metrics = run(f"way{index}", given.steps, 10, rate, *more)
+        metrics = run(f"way{index}", given.steps, 6, rate, *more)
         rows.append({"way": way, "learning_rate": rate, "test_accuracy": metrics["test_accuracy"],
                      "interval": wilson(metrics["test_accuracy"], test_images), "best_step": metrics["best_step"],
                      "held_out_nats": metrics["eval/nats_per_pixel"],

@@ -160,7 +160,7 @@ def measure(folder, name, **given):
     return rows_of(folder / name), len(measured)
 
 
-@pytest.mark.parametrize("what", ["tokens", "store", "probed"])
+@pytest.mark.parametrize("what", ["tokens", "store", pytest.param("probed", marks=pytest.mark.slow)])
 def test_changed_data_under_the_same_path_is_measured_again(folder, logs, what):
     """Changed tokens, store or probed store: every checkpoint is measured again. Unchanged: none is.
 

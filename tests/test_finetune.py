@@ -111,7 +111,7 @@ def test_other_ways_to_fine_tune(folder, name, more):
     assert 0 < result(folder / name)["metrics"]["test_accuracy"] < 1
 
 
-@pytest.mark.parametrize("objective", ["denoising", "diffusion"])
+@pytest.mark.parametrize("objective", [pytest.param("denoising", marks=pytest.mark.slow), "diffusion"])
 def test_other_objectives_run_from_the_command_line(folder, objective):
     """finetune from scratch, then evaluate and probe. Seen to fail without the objective's row in OBJECTIVES."""
     ran(finetune(folder, objective, "--config.precision=float32", "--config.checkpoint=", *TINY[:4],

@@ -150,7 +150,7 @@ def test_defaults_of_runs_are_pretrains():
 
 
 STUDY = ["--config.fewest_steps=1",
-         "--config.sizes=('1x8','1x16','2x16')", "--config.batch_size=32", "--config.budgets=(5e8,1e9)",
+         "--config.sizes=('1x8','1x16')", "--config.batch_size=32", "--config.budgets=(5e8,1e9)",
          "--config.pretrain.precision=float32", "--config.pretrain.log_every_steps=1000",
          "--config.pretrain.optimizer.learning_rate=1e-2", "--config.probe=True", "--config.probing.limit=64",
          "--config.probing.data.test=held_out", "--config.completions=2", "--config.completion_images=70"]
@@ -166,10 +166,10 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "one" / "result.json").read_text())["metrics"]
     rows = json.loads((folder / "one" / "scaling.json").read_text())
-    assert result["runs"] == len(rows) == 6 == result["runs_fitted"] and {row["status"] for row in rows} == {"done"}
+    assert result["runs"] == len(rows) == 4 == result["runs_fitted"] and {row["status"] for row in rows} == {"done"}
     assert all(0 <= row["probe_accuracy"] <= 1 and row["random_conv_frechet"] > 0 for row in rows)
     assert (folder / "one" / "figures" / "completion_profiles.png").exists()
-    assert "laws" in result
+    assert "not_fitted" in result  # too few runs; laws are tested above
 
     written = (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns
     again = job("one")
@@ -183,7 +183,7 @@ def test_a_study_resumes_merges_and_reports(store, folder):
         for row in rows:
             shutil.copytree(folder / "one" / row["run"], folder / "many" / f"slice-{i}" / row["run"])
         assert job(f"many/slice-{i}", f"--config.shard={i}/2").returncode == 0
-        assert len(json.loads((folder / "many" / f"slice-{i}" / "scaling.json").read_text())) == 3
+        assert len(json.loads((folder / "many" / f"slice-{i}" / "scaling.json").read_text())) == 2
     assert job("many", "--config.shard=merge").returncode == 0
     merged = json.loads((folder / "many" / "scaling.json").read_text())
     assert merged == rows

@@ -46,6 +46,7 @@ def test_memory_levers_give_the_same_losses(python):
     python("meshes.py", "memory_levers")
 
 
+@pytest.mark.slow
 def test_muon_is_the_same_on_any_mesh(python):
     """10 steps in float64: losses, weights and their moving average, on 1 and on 8 devices."""
     python("meshes.py", "muon")
