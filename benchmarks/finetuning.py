@@ -1,12 +1,13 @@
 """Measures what pretraining and the joint loss gain: fine-tuning in three ways, each at its own best learning rate.
 
     python benchmarks/finetuning.py --store=runs/cifar16 --checkpoint=runs/cifar16_tiny [--steps 1500] [--search 150]
-        [--batch 64] [--augment cifar] [--workdir runs/finetuning] [--figure FILE.png]
+        [--batch 64] [--augment cifar] [--workdir runs/finetuning] [--figure FILE.png] [--only TEXT]
 
 Each way is tried at three learning rates for `search` steps. The rate with the best held-out accuracy then has a run of
 `steps` steps. A finished run is not repeated, and an interrupted one resumes. The model trained from scratch has the
-shape of the checkpoint's, which is given as a pretrain job's workdir. Prints a Markdown table, writes it as JSON into
-the workdir, and draws held-out accuracy over steps.
+shape of the checkpoint's, which is given as a pretrain job's workdir. All have its objective. --only leaves the ways
+whose name holds TEXT. Prints a Markdown table, writes it as JSON into the workdir, and draws held-out accuracy over
+steps.
 """
 
 import argparse
@@ -28,11 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("store", "runs/cifar16"), ("checkpoint", "runs/cifar16_tiny"), ("steps", 1500),
                           ("search", 150), ("batch", 64), ("augment", "cifar"), ("workdir", "runs/finetuning"),
-                          ("figure", "")):
+                          ("figure", ""), ("only", "")):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
-    shape = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())["model"]
+    pretrained = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())
+    shape = pretrained["model"]
     scratch = [f"--config.model.{name}={shape[name]}" for name in ("name", "layers", "embed", "heads")]
     ways = {
         "pretrained, L_GEN + L_CLF": [],
@@ -46,6 +48,7 @@ def main() -> None:
         if not (workdir / "result.json").exists():
             subprocess.run([sys.executable, "-m", "igpt_jax", "finetune", f"--workdir={workdir}",
                             f"--config.checkpoint={given.checkpoint}", f"--config.data.store={given.store}",
+                            f"--config.objective={pretrained['objective']}",
                             f"--config.data.augment={given.augment}", f"--config.steps={steps}",
                             f"--config.batch_size={given.batch}", "--config.precision=float32",
                             f"--config.eval_every_steps={-(-steps // evaluations)}", "--config.mesh.data=-1",
@@ -56,6 +59,8 @@ def main() -> None:
 
     rows, curves, test_images = [], {}, Store.open(given.store).split("test").count
     for index, (way, more) in enumerate(ways.items()):
+        if given.only not in way:
+            continue
         searched = {rate: run(f"way{index}_search_{rate}", given.search, 1, rate, "--config.data.test=", *more)
                     for rate in RATES}
         rate = max(RATES, key=lambda rate: searched[rate]["eval/accuracy"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.scaling import analysis, frontier, law, study
 from tests.conftest import run_job_command
 
+DATA = pathlib.Path(__file__).parent / "data"
 TRUE = law.Law(E=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, N0=1.0, D0=1.0)  # Hoffmann et al., Approach 3
 
 
@@ -50,6 +52,21 @@ def test_a_law_without_noise_is_found():
     found = law.fit(N, D, TRUE.loss(N, D))
     assert [float(found.E), float(found.alpha), float(found.beta)] == pytest.approx([1.69, 0.34, 0.28], rel=1e-3)
     assert found.loss(N * 10, D * 10) == pytest.approx(TRUE.loss(N * 10, D * 10), rel=1e-4)
+
+
+def test_the_fit_of_published_runs_is_the_published_one(monkeypatch):
+    """Besiroglu et al. (arXiv 2404.10102) refit Hoffmann et al.'s Approach 3 to 240 points of its Figure 4. Their Huber
+    loss has delta 0.001. Their standard errors are 0.03 for E, 0.02 for the exponents; ours must be within a third."""
+    N, C, loss = np.loadtxt(DATA / "hoffmann_figure4.csv", delimiter=",", skiprows=1).T
+    N, D, loss = (values[np.argsort(loss)[:-5]] for values in (N, C / 6 / N, loss))  # as they did
+    monkeypatch.setattr(law, "HUBER", 1e-3)
+    found = law.fit(N, D, loss)
+    assert found.E == pytest.approx(1.8172, abs=0.01)
+    assert found.alpha == pytest.approx(0.3478, abs=0.007)
+    assert found.beta == pytest.approx(0.3658, abs=0.007)
+    refits = law.bootstrap(found, N, D, loss, refits=200)
+    low, high = law.interval(refits.beta / (refits.alpha + refits.beta), len(N))
+    assert low < 0.5126 < high < low + 0.1  # of the best size
 
 
 def test_intervals_hold_the_true_exponents():
