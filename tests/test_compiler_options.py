@@ -35,6 +35,12 @@ def test_the_table_adds_to_what_is_given(monkeypatch, caplog):
         compiler_options.resolve(mesh, "xla_typo=1")
     del ours["xla_cpu_enable_fast_min_max"]
     assert compiler_options.resolve(mesh, given) == {"xla_backend_optimization_level": 1}
+    with pytest.raises(UserError, match="no SparseCore of a cpu can send"):
+        compiler_options.resolve(mesh, "sparsecore")
+    monkeypatch.setattr(compiler_options, "WITH_SPARSECORES", ("",))
+    monkeypatch.setattr(compiler_options, "SPARSECORE", {"xla_cpu_enable_fast_min_max": False})
+    assert compiler_options.resolve(mesh, f"none sparsecore {given}") == {
+        "xla_cpu_enable_fast_min_max": False, "xla_backend_optimization_level": 1}
     assert "xla_made_up is not used" in caplog.text  # another version of the compiler may lack one of ours
 
 

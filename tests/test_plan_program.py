@@ -111,3 +111,43 @@ def test_groups_in_every_spelling():
     for groups in ("[2,2]<=[2,2]T(1,0)", "{{0,2},{1,3}}", "mesh['axis_0'=2,'axis_1'=2] {'axis_0'}"):
         assert read(groups).collective_bytes == over_data, groups
     assert read("mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}").collective_bytes["data+fsdp"] == 5 * 3 * 128
+
+
+# A gather that a SparseCore does: it is set up first, gets its operand in the update, and is waited for in the done.
+SPARSECORE = """HloModule jit_step, is_scheduled=true
+
+%moved (p0: f32[8,4]) -> f32[16,4] {
+  %p0 = f32[8,4]{1,0} parameter(0)
+  ROOT %gather = f32[16,4]{1,0} all-gather(%p0), channel_id=7, replica_groups=[2,2]<=[4]
+}, execution_thread="sparsecore"
+
+%offloaded (p1: f32[8,4]) -> f32[16,4] {
+  %p1 = f32[8,4]{1,0} parameter(0)
+  ROOT %call = f32[16,4]{1,0} custom-call(%p1), custom_call_target="x", called_computations={%moved}
+}, execution_thread="sparsecore"
+
+%twice (p2: f32[8,4]) -> f32[8,4] {
+  %p2 = f32[8,4]{1,0} parameter(0)
+  ROOT %double = f32[8,4]{1,0} add(%p2, %p2)
+}
+
+ENTRY %main (w: f32[8,4]) -> f32[16,4] {
+  %w = f32[8,4]{1,0} parameter(0)
+  %begun = ((), (), s32[1]) async-start(), async_execution_thread="sparsecore", calls=%offloaded
+  BEFORE
+  %given = ((f32[8,4]{1,0}), f32[16,4]{1,0}, s32[1]) async-update(%begun, %w), calls=%offloaded
+  AFTER
+  ROOT %done = f32[16,4]{1,0} async-done(%given), calls=%offloaded
+}
+"""
+
+
+def test_collectives_of_sparsecores_overlap_from_the_update_on():
+    """Seen to fail with collectives in called computations left out, and with what runs before the update counted."""
+    work = "%work = f32[8,4]{1,0} fusion(%w), kind=kLoop, calls=%twice"
+    during = traffic(SPARSECORE.replace("BEFORE", "").replace("AFTER", work), MESH)
+    before = traffic(SPARSECORE.replace("BEFORE", work).replace("AFTER", ""), MESH)
+    assert during.collective_bytes == before.collective_bytes == {"fsdp": 128}
+    assert during.collectives == {"all-gather": 1}
+    assert (during.overlapped_bytes, before.overlapped_bytes) == (128, 0)
+    assert during.memory_bytes == 2 * 128 + 128 + 256

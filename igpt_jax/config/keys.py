@@ -142,16 +142,20 @@ class Keys:
                 rule(self.group + field.name, getattr(self, field.name))
 
 
+COMPILER_WORDS = "none", "sparsecore"  # of a key `compiler_options`: see parallel/compiler_options.py
+
+
 def compiler_options_of(text: str) -> dict[str, bool | int | float | str]:
     """The options of a key `compiler_options`: NAME=VALUE with spaces between them, as in XLA_FLAGS. Raises UserError.
 
-    A word `none` drops the chip's own options and is none itself.
+    The words of `COMPILER_WORDS` are no options themselves.
     """
     options: dict[str, bool | int | float | str] = {}
     for word in text.split():
         name, equals, value = word.removeprefix("--").partition("=")
-        require(bool(name and value) or word == "none",
-                f"compiler_options: {word!r} must have the form NAME=VALUE. Put spaces between options.")
+        require(bool(name and value) or word in COMPILER_WORDS,
+                f"compiler_options: {word!r} must have the form NAME=VALUE, or be {' or '.join(COMPILER_WORDS)}. Put "
+                "spaces between options.")
         if equals:
             options[name] = _literal(value)
     return options
@@ -176,7 +180,8 @@ def compiler_options_text(options: Mapping[str, Any]) -> str:
 def compiler_options_key() -> Any:
     """The key `compiler_options`, which several jobs have."""
     return key("", "options of XLA's compiler, NAME=VALUE with spaces between, added to the chip's in "
-                   "parallel/compiler_options.py; none: without the chip's", resume="free",
+                   "parallel/compiler_options.py; none: without the chip's; sparsecore: with those for the SparseCores "
+                   "of TPU v5p and v6e", resume="free",
                rule=lambda name, value: compiler_options_of(value) and None)
 
 

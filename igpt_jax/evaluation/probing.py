@@ -231,10 +231,8 @@ class SavedProbe(NamedTuple):
 
 def save_probe(file: storage.Path, saved: SavedProbe) -> None:
     """Writes a probe as .npz."""
-    data = io.BytesIO()
     arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(saved.probe).items()}
-    np.savez(data, layer=saved.layer, kind=saved.kind, checkpoint=saved.checkpoint, **arrays)
-    storage.publish(file, data.getvalue())
+    storage.publish_arrays(file, layer=saved.layer, kind=saved.kind, checkpoint=saved.checkpoint, **arrays)
 
 
 def load_probe(workdir: str) -> SavedProbe:

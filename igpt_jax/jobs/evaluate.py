@@ -13,7 +13,6 @@ again evaluates only what is missing. An array job of n slices can share many ch
 
 import dataclasses
 import functools
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -206,14 +205,11 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
 
     arrays = {"samples": drawn("samples", np.zeros((count, 0), np.int32)), "originals": originals_BT,
               "completions": drawn("completions", originals_BT[:, :given])[:, None],
-              "names": np.array([f"example {i}" for i in ids]), "palette": metadata.palette_VC,
-              "codec": np.array(metadata.codec.name), "checkpoint": np.array(step),
-              "step": np.array(metadata.steps_done)}
+              "names": [f"example {i}" for i in ids]}
     if jax.process_index() == 0:
-        file = io.BytesIO()
-        np.savez_compressed(file, **arrays)
-        name = f"{metadata.steps_done}-{json_digest(step)[:8]}.npz"
-        storage.publish(folder / "samples" / name, file.getvalue())
+        storage.publish_arrays(folder / "samples" / f"{metadata.steps_done}-{json_digest(step)[:8]}.npz",
+                               palette=metadata.palette_VC, codec=metadata.codec.name, checkpoint=step,
+                               step=metadata.steps_done, **arrays)
 
 
 def _class_names(store: str) -> Mapping[int, str]:

@@ -4,7 +4,6 @@ Writes figures/samples.png, figures/completions.png (original, given rows, compl
 Needs only a checkpoint. --config.images=FOLDER completes pictures of your own.
 """
 
-import io
 import itertools
 import math
 import time
@@ -84,9 +83,8 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
 
     seconds = time.perf_counter() - start
     if jax.process_index() == 0:
-        file = io.BytesIO()
-        np.savez_compressed(file, palette=metadata.palette_VC, codec=codec.name, **arrays)
-        storage.publish(storage.path(workdir) / "samples.npz", file.getvalue())
+        storage.publish_arrays(storage.path(workdir) / "samples.npz", palette=metadata.palette_VC, codec=codec.name,
+                               **arrays)
     completions = len(names) * config.completions
     return {"step": metadata.steps_done, "images_per_second": (count + completions) / seconds, "samples": count,
             "completions": completions, "compiler_options": model.compiler_options}

@@ -109,11 +109,16 @@ def sends(program: dict[str, Computation], mesh_shape: Mapping[str, int]) -> Ite
 
 def _computes_until_done(computation: Computation, start: Instruction) -> bool:
     """Whether something is computed between a start and its done, in the order of the schedule."""
+    if not start.opcode.endswith("-start"):
+        return False
     order = list(computation.values())
     for each in order[order.index(start) + 1:]:
         if start.name in each.operands:
-            return False
-        if each.opcode in COMPUTES and start.opcode.endswith("-start"):
+            # An async-start may get its operands only from an update, which then begins the transfer.
+            if each.opcode != "async-update":
+                return False
+            start = each
+        elif each.opcode in COMPUTES and (start.opcode == "async-update" or start.operands != ("",)):
             return True
     return False
 
@@ -122,7 +127,8 @@ def _computes_until_done(computation: Computation, start: Instruction) -> bool:
 
 def _collectives(program: dict[str, Computation], computation: Computation, instruction: Instruction
                  ) -> Iterator[tuple[Computation, Instruction, str]]:
-    """Yields the collective that an instruction is, or those inside a fusion: computation, collective, kind."""
+    """Yields the collective that an instruction is, or those inside a fusion or a call of a SparseCore: computation,
+    collective, kind."""
     # Between TPU slices libtpu lowers a collective to send and recv through its own transfer layer, megascale.
     between_slices = instruction.opcode == "send" and "_xla_megascale" in instruction.attributes
     if instruction.base in COLLECTIVES or between_slices:
@@ -134,6 +140,11 @@ def _collectives(program: dict[str, Computation], computation: Computation, inst
             if each.base in COLLECTIVES:
                 # TPU programs have no reduce-scatter: a fusion sums over the devices and takes the device's slice.
                 yield inside, each, "reduce-scatter" if each.base == "all-reduce" and sliced else each.base
+    elif instruction.opcode == "async-start":
+        for call in program[instruction.called("calls")].values():
+            if named := re.search(r"called_computations=\{%?([\w.\-]+)\}", call.attributes):
+                inside = program[named[1]]
+                yield from ((inside, each, each.base) for each in inside.values() if each.base in COLLECTIVES)
 
 
 def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
