@@ -56,8 +56,8 @@ def resolve(mesh: Mesh, given: str) -> dict[str, Value]:
     ours = {} if "none" in words else OPTIONS.get(name, {})
     if "sparsecore" in words:
         if name not in WITH_SPARSECORES:
-            raise UserError(f"compiler_options={given!r}: no SparseCore of a {name or device.device_kind} can send, only "
-                            f"those of {' and '.join(WITH_SPARSECORES)}. Leave out sparsecore.")
+            raise UserError(f"compiler_options={given!r}: no SparseCore of a {name or device.device_kind} can send, "
+                            f"only those of {' and '.join(WITH_SPARSECORES)}. Leave out sparsecore.")
         ours = {**ours, **SPARSECORE}
     for name, value in own.items():
         if refusal := _refusal(mesh, name, value):
