@@ -94,7 +94,8 @@ class Answer:
                 ("how", f"{v.attention} attention, remat {config.model.remat}, accumulate {config.accumulate}, "
                         f"{config.precision}", EXACT),
                 *self._tokens_per_parameter(),
-                ("compiler options", compiler_options_text(v.compiler_options) or "none", EXACT),
+                *(("compiler options" if not index else "", option, EXACT)
+                  for index, option in enumerate(compiler_options_text(v.compiler_options).split() or ["none"])),
                 ("fits", self._fit(), COMPILER)]
         if v.status != "compiled":
             return rows
