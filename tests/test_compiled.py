@@ -92,3 +92,12 @@ def test_steps_for_tpus_move_what_the_formula_says(tmp_path, monkeypatch, where,
     found = verdict_for(config)
     assert sum(found.collective_bytes.values()) <= 1.1 * sum(estimate(config).collective_bytes.values())
     assert found.memory_bytes <= 1.1 * memory_bytes
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiling for TPUs needs libtpu (extra: plan)")
+def test_sparsecores_send_while_the_tensorcore_computes(tmp_path, monkeypatch):
+    """Seen to fail without `sparsecore`: then nothing overlaps."""
+    monkeypatch.setenv("IGPT_CACHE", str(tmp_path))
+    found = verdict_for(parse("plan", base_config("plan", "model=igpt_s,model.layers=2,batch_size=16,topology=v6e:2x4,"
+                                                          "mesh.fsdp=8,compiler_options=sparsecore")))
+    assert found.overlapped_bytes > 0.9 * sum(found.collective_bytes.values()) > 0
