@@ -38,9 +38,9 @@ ABOUT = """# Environments
     make environments
 
 This creates fresh environments, runs the quickstart and part of the tests in each, and writes the results to this page.
-All times are from two CPU cores. Packages are installed without pip's cache. An environment that has not been run has no
-row. "GPU image" has JAX, Flax and Orbax, but no TensorFlow, TFDS or tensorboardX. Rows without torch skip the tests that
-need it; `make test` installs it.
+All times are from two CPU cores. Packages are installed without pip's cache. An environment that has not been run has
+no row. "GPU image" has JAX, Flax and Orbax, but no TensorFlow, TFDS or tensorboardX. Rows without torch skip the tests
+that need it; `make test` installs it.
 """
 
 
