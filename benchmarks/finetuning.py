@@ -42,6 +42,9 @@ def main() -> None:
         "from scratch, L_GEN + L_CLF": ["--config.checkpoint=", *scratch],
     }
 
+    if not any(given.only in way for way in ways):
+        parser.error(f"--only={given.only!r} is in no way's name. They are: {'; '.join(ways)}.")
+
     def run(name: str, steps: int, evaluations: int, rate: str, *more: str) -> dict:
         """The metrics of a run in the workdir's folder `name`."""
         workdir = folder / name

@@ -24,6 +24,7 @@ from igpt_jax.data.store import Split, Store
 from igpt_jax.evaluation import attention_probe, exact_loss, knn_probe, linear_probe
 from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
+from igpt_jax.storage.arrays import publish_arrays
 
 PROBE = "probe.npz"
 SGD_BATCH = 1024
@@ -232,7 +233,7 @@ class SavedProbe(NamedTuple):
 def save_probe(file: storage.Path, saved: SavedProbe) -> None:
     """Writes a probe as .npz."""
     arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(saved.probe).items()}
-    storage.publish_arrays(file, layer=saved.layer, kind=saved.kind, checkpoint=saved.checkpoint, **arrays)
+    publish_arrays(file, layer=saved.layer, kind=saved.kind, checkpoint=saved.checkpoint, **arrays)
 
 
 def load_probe(workdir: str) -> SavedProbe:

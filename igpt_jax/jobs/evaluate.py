@@ -40,6 +40,7 @@ from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.runtime.exits import Ended
 from igpt_jax.storage import side_files, slices, tables
+from igpt_jax.storage.arrays import publish_arrays
 from igpt_jax.storage.hashes import json_digest
 from igpt_jax.storage.json import to_json
 
@@ -207,9 +208,9 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
               "completions": drawn("completions", originals_BT[:, :given])[:, None],
               "names": [f"example {i}" for i in ids]}
     if jax.process_index() == 0:
-        storage.publish_arrays(folder / "samples" / f"{metadata.steps_done}-{json_digest(step)[:8]}.npz",
-                               palette=metadata.palette_VC, codec=metadata.codec.name, checkpoint=step,
-                               step=metadata.steps_done, **arrays)
+        publish_arrays(folder / "samples" / f"{metadata.steps_done}-{json_digest(step)[:8]}.npz",
+                       palette=metadata.palette_VC, codec=metadata.codec.name, checkpoint=step,
+                       step=metadata.steps_done, **arrays)
 
 
 def _class_names(store: str) -> Mapping[int, str]:

@@ -24,6 +24,7 @@ from igpt_jax.metrics.figures import image_grid, save_png
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel import sharding
+from igpt_jax.storage.arrays import publish_arrays
 
 HEADINGS = ("original", "given", "completions")  # of the columns of completions.png
 EXAMPLES, COUNT = 16, 64  # defaults: pictures to complete, samples
@@ -83,8 +84,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
 
     seconds = time.perf_counter() - start
     if jax.process_index() == 0:
-        storage.publish_arrays(storage.path(workdir) / "samples.npz", palette=metadata.palette_VC, codec=codec.name,
-                               **arrays)
+        publish_arrays(storage.path(workdir) / "samples.npz", palette=metadata.palette_VC, codec=codec.name, **arrays)
     completions = len(names) * config.completions
     return {"step": metadata.steps_done, "images_per_second": (count + completions) / seconds, "samples": count,
             "completions": completions, "compiler_options": model.compiler_options}

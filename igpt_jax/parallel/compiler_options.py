@@ -30,8 +30,8 @@ GATHER_FIRST = types.MappingProxyType({"xla_jf_spmd_threshold_for_windowed_einsu
 
 # The word `sparsecore` of a config: SparseCores gather and sum while the TensorCore computes. Otherwise no collective
 # overlaps with computation on these chips: what overlaps them on v5e, async_collective_fusion, libtpu refuses here.
-# Compiled steps, libtpu 0.0.51: all bytes sent overlap, instead of none. It is not in the table below, because it has
-# not run on a TPU.
+# Compiled steps, libtpu 0.0.51: 97 to 100 % of the bytes sent overlap (iGPT-XL on v5p:4x4x8: 81 %), instead of none. It
+# is not in the table below, because it has not run on a TPU.
 SPARSECORE = types.MappingProxyType({
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True
     for kind in ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce")})

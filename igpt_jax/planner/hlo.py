@@ -30,8 +30,8 @@ class Instruction:
     attributes: str
 
     def called(self, kind: str) -> str | None:
-        """The computation that an attribute such as `body` names."""
-        found = re.search(rf"\b{kind}=%?([\w.\-]+)", self.attributes)
+        """The computation that an attribute such as `body` names, also as `kind={%name}`."""
+        found = re.search(rf"\b{kind}=\{{?%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
     @property

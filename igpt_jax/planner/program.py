@@ -118,7 +118,7 @@ def _computes_until_done(computation: Computation, start: Instruction) -> bool:
             if each.opcode != "async-update":
                 return False
             start = each
-        elif each.opcode in COMPUTES and (start.opcode == "async-update" or start.operands != ("",)):
+        elif each.opcode in COMPUTES and start.operands != ("",):
             return True
     return False
 
@@ -142,8 +142,8 @@ def _collectives(program: dict[str, Computation], computation: Computation, inst
                 yield inside, each, "reduce-scatter" if each.base == "all-reduce" and sliced else each.base
     elif instruction.opcode == "async-start":
         for call in program[instruction.called("calls")].values():
-            if named := re.search(r"called_computations=\{%?([\w.\-]+)\}", call.attributes):
-                inside = program[named[1]]
+            if name := call.called("called_computations"):
+                inside = program[name]
                 yield from ((inside, each, each.base) for each in inside.values() if each.base in COLLECTIVES)
 
 

@@ -1,10 +1,8 @@
 """Reading and atomic writing of whole files."""
 
-import io
 import os
 import tempfile
 
-import numpy as np
 from etils import epath
 
 from igpt_jax.storage.paths import encoded, is_local, readable
@@ -43,13 +41,6 @@ def publish(path: epath.Path, data: bytes | str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def publish_arrays(path: epath.Path, **arrays: np.typing.ArrayLike) -> None:
-    """Writes arrays by name as .npz, atomically."""
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    publish(path, file.getvalue())
 
 
 def sweep(workdir: epath.Path) -> None:
