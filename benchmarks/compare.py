@@ -11,7 +11,8 @@ import pathlib
 import sys
 from typing import Any
 
-MEASURED = {"rows", "load", "product_flops", "peak_bytes", "peak_mib", "jax", "torch", "queue"}  # all else must agree
+# All other keys must agree.
+MEASURED = {"rows", "failed", "load", "product_flops", "peak_bytes", "peak_mib", "jax", "torch", "queue"}
 
 
 def rows_by_name(figures: dict[str, Any]) -> dict[str, float]:

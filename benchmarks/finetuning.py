@@ -1,7 +1,8 @@
 """Measures what pretraining and the joint loss gain: fine-tuning in three ways, each at its own best learning rate.
 
     python benchmarks/finetuning.py --store=runs/cifar16 --checkpoint=runs/cifar16_tiny [--steps 1500] [--search 150]
-        [--batch 64] [--augment cifar] [--workdir runs/finetuning] [--figure FILE.png] [--only TEXT]
+        [--batch 64] [--augment cifar] [--workdir runs/finetuning] [--figure FILE.png] [--only TEXT] [--precision auto]
+        [--parameters raw]
 
 Each way is tried at three learning rates for `search` steps. The rate with the best held-out accuracy then has a run of
 `steps` steps. A finished run is not repeated, and an interrupted one resumes. The model trained from scratch has the
@@ -13,13 +14,13 @@ steps.
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
-import matplotlib.figure
+import runs
 
 from igpt_jax.data.store import Store
 from igpt_jax.evaluation.linear_probe import wilson
+from igpt_jax.metrics import figures
+from igpt_jax.metrics.charts import Chart, Series
 from igpt_jax.metrics.logging import load_metrics
 
 RATES = ("3e-4", "1e-3", "3e-3")
@@ -29,49 +30,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("store", "runs/cifar16"), ("checkpoint", "runs/cifar16_tiny"), ("steps", 1500),
                           ("search", 150), ("batch", 64), ("augment", "cifar"), ("workdir", "runs/finetuning"),
-                          ("figure", ""), ("only", "")):
+                          ("figure", ""), ("only", ""), ("precision", "auto"), ("parameters", "raw")):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
     pretrained = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())
     shape = pretrained["model"]
-    scratch = [f"--config.model.{name}={shape[name]}" for name in ("name", "layers", "embed", "heads")]
+    loaded = {"checkpoint": given.checkpoint, "parameters": given.parameters}
+    scratch = {f"model.{name}": shape[name] for name in ("name", "layers", "embed", "heads")}
     ways = {
-        "pretrained, L_GEN + L_CLF": [],
-        "pretrained, L_CLF alone": ["--config.generative_weight=0"],
-        "from scratch, L_GEN + L_CLF": ["--config.checkpoint=", *scratch],
+        "pretrained, L_GEN + L_CLF": loaded,
+        "pretrained, L_CLF alone": {**loaded, "generative_weight": 0},
+        "from scratch, L_GEN + L_CLF": {"checkpoint": "", **scratch},
     }
 
     if not any(given.only in way for way in ways):
         parser.error(f"--only={given.only!r} is in no way's name. They are: {'; '.join(ways)}.")
 
-    def run(name: str, steps: int, evaluations: int, rate: str, *more: str) -> dict:
+    def run(name: str, steps: int, evaluations: int, rate: str, way: dict, **more: str) -> dict:
         """The metrics of a run in the workdir's folder `name`."""
-        workdir = folder / name
-        if not (workdir / "result.json").exists():
-            subprocess.run([sys.executable, "-m", "igpt_jax", "finetune", f"--workdir={workdir}",
-                            f"--config.checkpoint={given.checkpoint}", f"--config.data.store={given.store}",
-                            f"--config.objective={pretrained['objective']}",
-                            f"--config.data.augment={given.augment}", f"--config.steps={steps}",
-                            f"--config.batch_size={given.batch}", "--config.precision=float32",
-                            f"--config.eval_every_steps={-(-steps // evaluations)}", "--config.mesh.data=-1",
-                            "--config.mesh.fsdp=1", "--config.optimizer.schedule=cosine",
-                            f"--config.optimizer.warmup_steps={steps // 10}",
-                            f"--config.optimizer.learning_rate={rate}", *more], check=True)
-        return json.loads((workdir / "result.json").read_text())["metrics"]
+        return runs.run("finetune", folder / name, {
+            "data.store": given.store, "objective": pretrained["objective"], "data.augment": given.augment,
+            "steps": steps, "batch_size": given.batch, "precision": given.precision,
+            "eval_every_steps": -(-steps // evaluations), "mesh.data": -1, "mesh.fsdp": 1,
+            "optimizer.schedule": "cosine", "optimizer.warmup_steps": steps // 10, "optimizer.learning_rate": rate,
+            **way, **more})
 
     rows, curves, test_images = [], {}, Store.open(given.store).split("test").count
-    for index, (way, more) in enumerate(ways.items()):
+    for index, (way, settings) in enumerate(ways.items()):
         if given.only not in way:
             continue
-        searched = {rate: run(f"way{index}_search_{rate}", given.search, 1, rate, "--config.data.test=", *more)
-                    for rate in RATES}
-        rate = max(RATES, key=lambda rate: searched[rate]["eval/accuracy"])
-        metrics = run(f"way{index}", given.steps, 6, rate, *more)
+        # A rate at which it diverges has no accuracy.
+        searched = {rate: run(f"way{index}_search_{rate}", given.search, 1, rate, settings, **{"data.test": ""}).get(
+            "eval/accuracy", 0.0) for rate in RATES}
+        rate = max(RATES, key=searched.__getitem__)
+        metrics = run(f"way{index}", given.steps, 6, rate, settings)
         rows.append({"way": way, "learning_rate": rate, "test_accuracy": metrics["test_accuracy"],
                      "interval": wilson(metrics["test_accuracy"], test_images), "best_step": metrics["best_step"],
                      "held_out_nats": metrics["eval/nats_per_pixel"],
-                     "search": {rate: found["eval/accuracy"] for rate, found in searched.items()}})
+                     "search": searched})
         curves[way] = [(line["step"], 100 * line["eval/accuracy"]) for line in load_metrics(str(folder / f"way{index}"))
                        if "eval/accuracy" in line]
 
@@ -84,20 +81,8 @@ def main() -> None:
               f"({100 * low:.1f} to {100 * high:.1f}) | {row['best_step']} | {row['held_out_nats']:.3f} |")
     (folder / "finetuning.json").write_text(json.dumps({"rows": rows, "curves": curves}, indent=2))
     if given.figure:
-        draw(given.figure, curves)
-
-
-def draw(path: str, curves: dict[str, list[tuple[int, float]]]) -> None:
-    """Draws held-out accuracy in percent over steps."""
-    figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    for way, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=way)
-    axes.set(xlabel="step", ylabel="held-out accuracy, %")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+        series = [Series(way, points, hue=hue) for hue, (way, points) in enumerate(curves.items())]
+        figures.save(pathlib.Path(given.figure), Chart("fine-tuning", "step", "held-out accuracy, %", series))
 
 
 if __name__ == "__main__":

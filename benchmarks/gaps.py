@@ -15,6 +15,7 @@ import pathlib
 import re
 import sys
 
+import pages
 from scaling import DOCS, IMAGE_SIZES, SLICES, cells
 from tqdm import tqdm
 
@@ -94,10 +95,8 @@ def main() -> None:
         known[title]["now"] = found
         storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
         print(row(title, known[title]), flush=True)
-    page = DOCS / "performance.md"
-    before, _, rest = page.read_text().partition(MARKS[0])
     table = "\n".join([HEADER, *(row(title, known[title]) for title in TITLES if "now" in known.get(title, ()))])
-    page.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    pages.replace(DOCS / "performance.md", MARKS, table)
 
 
 if __name__ == "__main__":

@@ -257,6 +257,8 @@ def main() -> int:
                                                             "--tiny runs/gpu_tiny")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on any device")
     options, start = parser.parse_args(), time.monotonic()
+    if options.data and not os.path.exists(options.data):
+        parser.error(f"--data={options.data} is not there. Name a file that pack.py wrote, or leave --data out.")
     from train_step import DEVICE, PLATFORM  # asks for the device, which takes seconds of the budget
 
     if PLATFORM != "gpu" and not options.tiny:

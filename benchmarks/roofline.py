@@ -24,6 +24,7 @@ import statistics
 from urllib.parse import urlsplit
 
 import numpy as np
+import pages
 from tqdm import tqdm
 
 from igpt_jax import storage
@@ -155,9 +156,7 @@ def main() -> None:
         known = compiled(rows, known, options.python, options.only)
     result = result_of(rows, known)
     storage.publish(storage.path(os.fspath(RESULT)), json.dumps(result, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table(rows, result)}\n{MARKS[1]}{after}")
+    pages.replace(PAGE, MARKS, table(rows, result))
     print({name: value for name, value in result.items() if name not in ("rows", "compiled")})
 
 

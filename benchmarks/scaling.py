@@ -17,6 +17,7 @@ import re
 import sys
 import time
 
+import pages
 from tqdm import tqdm
 
 from igpt_jax import storage
@@ -199,18 +200,19 @@ def main() -> None:
                 not options.python):
             continue
         try:
-            known[title] = plan(settings, choose, options.python)
+            found = plan(settings, choose, options.python)
         except UserError as error:
             print(f"{title}: {error}", file=sys.stderr)
             continue
+        if options.out.exists():
+            known |= json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
+        known[title] = found
         storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
         print(row(title, known[title]), flush=True)
     draw(known, options.out.with_name("scaling_weak.png"))
     page = options.out.with_suffix(".md")
     if page.exists():
-        before, _, rest = page.read_text().partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        page.write_text(f"{before}{MARKS[0]}\n{tables(known)}\n{MARKS[1]}{after}")
+        pages.replace(page, MARKS, tables(known))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compares training settings by real runs, one after the other; the same command resumes where it stopped.
 
     python benchmarks/training_settings.py STUDY --store=runs/cifar16 --workdir=runs/settings [--steps=3000] [--runs=N]
-        [--table]
+        [--precision=bfloat16] [--table]
 
 schedules: cosine, WSD as branches of one constant trunk, and the trunk itself with averaged parameters; at two lengths.
 optimizers: Adam and Muon at several learning rates; steps in which Muon reaches the final loss of the best Adam.
@@ -14,9 +14,11 @@ all finished ones. --runs stops after so many runs, --table runs none.
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 from typing import Any
+
+import runs
+
+from igpt_jax.metrics.logging import load_metrics
 
 Settings = dict[str, Any]  # config keys of pretrain
 NATS = "eval/nats_per_pixel"
@@ -59,21 +61,16 @@ def transfer(steps: int) -> dict[str, Settings]:
         for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
-def evaluations(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a run's log that hold a held-out loss."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get(NATS) is not None]
-
-
 def row(name: str, workdir: pathlib.Path) -> dict[str, Any] | None:
-    """A finished run's figures; None where it is not finished."""
-    result = workdir / "result.json"
-    if not result.exists() or json.loads(result.read_text())["status"] != "done":
+    """A finished run's figures; None where it is not finished, or diverged."""
+    result = runs.result(workdir)
+    if result.get("status") != "done":
         return None
-    metrics = json.loads(result.read_text())["metrics"]
+    metrics = result["metrics"]
     return {"name": name, "steps": metrics["steps"], "nats": metrics.get(NATS), "ema": metrics.get(
         "eval/ema_nats_per_pixel"), "images_per_second": metrics.get("images_per_second"),
-        "curve": [(line["step"], line[NATS], line.get("eval/ema_nats_per_pixel")) for line in evaluations(workdir)]}
+        "curve": [(line["step"], line[NATS], line.get("eval/ema_nats_per_pixel"))
+                  for line in load_metrics(str(workdir)) if line.get(NATS) is not None]}
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,23 +104,23 @@ STUDIES = {"schedules": (schedules, lambda rows: []), "optimizers": (optimizers,
            "transfer": (transfer, transfer_verdict)}
 
 
-def publish(study: str, workdir: pathlib.Path, runs: dict[str, Settings], verdict: Any) -> None:
+def publish(study: str, workdir: pathlib.Path, planned: dict[str, Settings], verdict: Any) -> None:
     """Writes and prints the table of the finished runs."""
-    rows = [found for name in runs if (found := row(name, workdir / study / name))]
+    rows = [found for name in planned if (found := row(name, workdir / study / name))]
     (workdir / f"{study}.json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = ["| run | steps | held-out nats per pixel | of averaged parameters | images/s |", "|---|---|---|---|---|"]
     for each in rows:
         ema = f"{each['ema']:.4f}" if each["ema"] else ""
         lines.append(f"| {each['name']} | {each['steps']:,} | {each['nats']:.4f} | {ema} | "
                      f"{each['images_per_second'] or 0:,.1f} |")
-    if len(rows) < len(runs):
-        lines += ["", f"{len(rows)} of {len(runs)} runs are finished."]
+    if len(rows) < len(planned):
+        lines += ["", f"{len(rows)} of {len(planned)} runs are finished."]
     text = "\n".join([*lines, "", *(verdict(rows) if rows else [])])
     (workdir / f"{study}.md").write_text(text + "\n")
     print(text, flush=True)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--store", required=True)
@@ -132,26 +129,24 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--runs", type=int, default=10**6)
     parser.add_argument("--model", default="igpt_tiny")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     make, verdict = STUDIES[arguments.study]
-    runs, left = make(arguments.steps), 0 if arguments.table else arguments.runs
+    planned, left = make(arguments.steps), 0 if arguments.table else arguments.runs
     folder = arguments.workdir / arguments.study
     folder.mkdir(parents=True, exist_ok=True)
-    for name, settings in runs.items():
-        if row(name, folder / name) or not left:
-            continue
-        left -= 1
-        common = {"data.store": arguments.store, "model.name": arguments.model, "batch_size": arguments.batch,
-                  "precision": "float32", "eval_every_steps": 0, "keep_newest": 1}
-        words = [f"--config.{key}={str(value).format(study=folder)}" for key, value in (common | settings).items()]
-        done = subprocess.run([sys.executable, "-m", "igpt_jax", "pretrain", f"--workdir={folder / name}", *words])
-        if done.returncode:  # of a preempted run, 75: the same command resumes it
-            return done.returncode
-        publish(arguments.study, arguments.workdir, runs, verdict)
-    publish(arguments.study, arguments.workdir, runs, verdict)
-    return 0
+    common = {"data.store": arguments.store, "model.name": arguments.model, "batch_size": arguments.batch,
+              "precision": arguments.precision, "mesh.data": -1, "mesh.fsdp": 1, "eval_every_steps": 0,
+              "keep_newest": 1}
+    for name, settings in planned.items():
+        settings = {key: str(value).format(study=folder) for key, value in (common | settings).items()}
+        if left and not runs.finished(folder / name, runs.words("pretrain", folder / name, settings)):
+            left -= 1
+            runs.run("pretrain", folder / name, settings)
+            publish(arguments.study, arguments.workdir, planned, verdict)
+    publish(arguments.study, arguments.workdir, planned, verdict)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

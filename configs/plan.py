@@ -1,7 +1,6 @@
 """Plans the paper's run of a size for a topology, without its devices.
 
-    igpt plan --config.model.name=igpt_xl --config.image_size=64 --workdir=runs/plan \
-        --config.topology=v5e:16x16
+    igpt plan --config=plan:model=igpt_xl,image_size=64 --workdir=runs/plan --config.topology=v5e:16x16
 
 The paper's batch and steps (Section 3.4): 128 images and 1M steps; 64 and 2M for iGPT-XL. Where no mesh is set, plan
 takes the one that it estimates to be the fastest; --config.search=true compiles the best few.

@@ -10,7 +10,7 @@
 name, --config.source=tfds:NAME.
 """
 
-from igpt_jax.config import UserError, base_config, nearest
+from igpt_jax.config import UserError, base_config, nearest, override
 
 # Source, test source, image size, share held out (paper, Section 3.1: 0.04 of ImageNet, 0.1 of the others).
 DATA = {
@@ -29,9 +29,9 @@ DATA = {
 
 def get_config(arguments: str = ""):
     named = [part for part in arguments.split(",") if part.startswith("data=")]
-    config = base_config("prepare", ",".join(part for part in arguments.split(",") if part not in named))
+    config = base_config("prepare")
     for name in (part.removeprefix("data=") for part in named):
         if name not in DATA:
             raise UserError(f"data={name!r} is not known. {nearest(name, list(DATA))}")
         config.source, config.test_source, config.image_size, config.held_out = DATA[name]
-    return config
+    return override(config, ",".join(part for part in arguments.split(",") if part not in named))

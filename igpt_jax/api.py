@@ -38,7 +38,7 @@ from igpt_jax.evaluation import exact_loss, loss_maps
 from igpt_jax.evaluation.drawing import UNKNOWN, Drawing, default_batch_size, pairs, require_causal
 from igpt_jax.evaluation.probing import PROBE, SavedProbe, load_probe
 from igpt_jax.evaluation.steps import make_class_step, make_eval_step
-from igpt_jax.model.features import make_feature_step
+from igpt_jax.model.features import KINDS, make_feature_step
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 from igpt_jax.runtime import startup
@@ -76,13 +76,13 @@ def load(path: Path, step: int | None = None, *, device: jax.Device | str | None
     one_of(*PRECISIONS)("precision", precision)
     one_of(*PARAMETERS)("parameters", parameters)
     startup.find_devices()
-    path, on = os.fspath(path), _mesh(device, mesh)
+    path, on, beside = os.fspath(path), _mesh(device, mesh), []
     with in_precision(precision):
         if path.startswith(("huggingface:", "openai:")):
             if step is not None:
                 raise UserError(f"step={step}: {path} is not a workdir with steps. Leave step out.")
             model, params, metadata = _foreign(path, on, precision, attention, os.fspath(palette), parameters)
-            source, identity, beside = path, "", []
+            source, identity = path, ""
         else:
             folder, steps = checkpoint.steps_of(path)
             if step is not None and step not in steps:
@@ -92,7 +92,8 @@ def load(path: Path, step: int | None = None, *, device: jax.Device | str | None
             done = metadata.steps_done
             source = path if storage.path(path).name == str(done) else f"{path} step {done}"
             identity = checkpoint.identity(str(checkpoint.step_path(folder, done)), parameters)
-            beside = storage.children(storage.path(folder).parent.parent)
+            with contextlib.suppress(OSError):  # not readable; the probe is optional
+                beside = storage.children(storage.path(folder).parent.parent)
     saved = _given_probe(os.fspath(probe), model, identity) if probe else _probe_of(identity, beside)
     return ImageModel(model, params, metadata, on, source, precision, batch_size or default_batch_size(on), saved)
 
@@ -141,8 +142,7 @@ def _probe_of(identity: str, folders: list[storage.Path]) -> SavedProbe | None:
 
 def _given_probe(workdir: str, model: Model, identity: str) -> SavedProbe:
     saved = load_probe(workdir)
-    D, L = model.dims.D, model.dims.L
-    if len(saved.probe.mean_D) != D or saved.layer > L or identity and saved.checkpoint not in ("", identity):
+    if not saved.fits(model.dims, identity):
         raise UserError(f"probe={workdir} is a probe of another checkpoint. Probe this one: python -m igpt_jax probe "
                         f"--workdir=... --config.checkpoint=...")
     return saved
@@ -223,6 +223,7 @@ class ImageModel:
           float32 [N, D]; [N, L + 1, D] of all layers.
         """
         kind = kind or (self.probe.kind if self.probe else "normalized")
+        one_of(*KINDS)("kind", kind)
         features_NPD = self._compute("features", kind, self._tokens(images))[:, 0]
         if layer == "all":
             return features_NPD
@@ -326,7 +327,7 @@ class ImageModel:
     def probabilities(self, images: Pictures) -> np.ndarray:
         """Probabilities of the classes, float32 [N, K]: by the head of a fine-tuned model, or else by the probe.
 
-        A masked model averages over five masks.
+        The head of a masked model averages over five masks; a probe sees one.
 
         Raises:
           UserError: the model has neither.

@@ -5,8 +5,9 @@
 #
 # The buckets' clients need versions of their own of two packages, as `make buckets` tests them.
 set -euo pipefail
-[[ $# -ge 1 ]] || { echo "usage: $0 PIP [EXTRAS]" >&2; exit 2; }
+[[ $# -ge 1 && $1 != -* ]] || { echo "usage: $0 PIP [EXTRAS]" >&2; exit 2; }
 pip=$1 extras=${2:-}
+if [[ $pip == */* ]]; then pip=$(realpath --no-symlinks "$pip"); fi
 cd "$(dirname "$0")/.."
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT

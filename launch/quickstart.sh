@@ -2,6 +2,10 @@
 # From real handwritten digits to a trained, measured and sampled iGPT:  launch/quickstart.sh [PYTHON [FOLDER]]
 # Rerunning resumes.
 set -euo pipefail
+if [[ ${1:-} == -* ]]; then
+  echo "usage: $0 [PYTHON [FOLDER]]" >&2
+  exit 2
+fi
 python=${1:-python3}
 folder=${2:-runs/quickstart}
 job() { "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}"; }

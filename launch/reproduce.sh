@@ -5,6 +5,10 @@
 # 10,000 images of each split only. Where the images are (default: TFDS downloads them):
 #   SOURCE=npz:cifar10_train.npz TEST_SOURCE=npz:cifar10_test.npz PALETTE=kmeans_centers.npy launch/reproduce.sh
 set -euo pipefail
+if [[ ${1:-} == -* ]]; then
+  echo "usage: $0 [PYTHON [FOLDER]]" >&2
+  exit 2
+fi
 python=${1:-python3}
 folder=${2:-runs/reproduce}
 job() { "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}"; }

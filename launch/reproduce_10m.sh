@@ -6,6 +6,10 @@
 # Where the images are (default: TFDS downloads them):
 #   SOURCE=npz:cifar10_train.npz TEST_SOURCE=npz:cifar10_test.npz PALETTE=kmeans_centers.npy launch/reproduce_10m.sh
 set -euo pipefail
+if [[ ${1:-} == -* ]]; then
+  echo "usage: $0 [PYTHON [FOLDER]]" >&2
+  exit 2
+fi
 python=${1:-python3}
 folder=${2:-runs/10m}
 stopped=0
@@ -17,7 +21,7 @@ job() {
   timeout --foreground --preserve-status "$left" "$python" -m igpt_jax "$2" --workdir="$folder/$3" "${@:4}" || code=$?
   case $code in
     0) ;;
-    75 | 143) stopped=75 ;;
+    75 | 143) [[ $2 == pretrain ]] && stopped=75 || exit 75 ;; # what pretraining has done is still evaluated
     *) exit "$code" ;;
   esac
 }

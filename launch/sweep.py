@@ -70,7 +70,7 @@ def main(run: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python launch/sweep.py RUN", file=sys.stderr)
         sys.exit(2)
     sys.exit(main(sys.argv[1]))

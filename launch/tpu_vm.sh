@@ -7,8 +7,9 @@
 #   launch/tpu_vm.sh stop                                       sends SIGTERM: all processes save and stop
 #   launch/tpu_vm.sh delete
 #
-# The workers find each other through the metadata server. `run` resumes by itself after exit codes 76 and 134. After
-# a stop (75), or a preemption (delete, create), the same `run` command resumes. DRY_RUN=1 shows the commands.
+# The workers find each other through the metadata server. `create` goes on where it was interrupted. `run` resumes by
+# itself after exit codes 76 and 134, up to MAX_RESTARTS (100) times. After a stop (75), or a preemption (delete,
+# create), the same `run` command resumes. DRY_RUN=1 shows the commands.
 set -euo pipefail
 
 usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -18,9 +19,9 @@ cloud() {
   echo >&2
   [[ -n ${DRY_RUN:-} ]] || gcloud "$@"
 }
-everywhere() { cloud compute tpus queued-resources "$1" "${@:2}" --zone="$ZONE" --worker=all --node=all; }
+everywhere() { cloud compute tpus queued-resources "$1" "${@:2}" --zone="$ZONE" --worker=all --node=all --batch-size=all; }
 
-[[ $# -ge 1 ]] || usage
+[[ $# -ge 1 && $1 != -* ]] || usage
 for variable in NAME ZONE TYPE; do
   if [[ ! ${!variable:-} =~ ^[a-z0-9][-a-z0-9]*$ ]]; then
     echo "$0: $variable='${!variable:-}' must be a word such as igpt-l. Export it." >&2
@@ -34,10 +35,13 @@ case $verb in
     read -ra queue <<< "${QUEUE:-}"
     nodes=(--node-id="$NAME")
     ((${SLICES:-1} == 1)) || nodes=(--node-count="$SLICES" --node-prefix="$NAME")
-    cloud compute tpus queued-resources create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
-      --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}" "${nodes[@]}" "${queue[@]}"
+    describe=(compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)')
+    if [[ -n ${DRY_RUN:-} ]] || ! gcloud "${describe[@]}" >/dev/null 2>&1; then
+      cloud compute tpus queued-resources create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
+        --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}" "${nodes[@]}" "${queue[@]}"
+    fi
     until [[ ${state:-} == ACTIVE ]]; do
-      state=$(cloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)')
+      state=$(cloud "${describe[@]}") || state="not known"  # perhaps the network: it looks again
       [[ -n ${DRY_RUN:-} ]] && state=ACTIVE
       case $state in
         FAILED | SUSPENDED | SUSPENDING) echo "the request is $state: delete it and create it again" >&2; exit 1 ;;
@@ -58,12 +62,17 @@ launch/install.sh .venv/bin/pip ${EXTRAS:-tpu,gcs}"
     [[ $# -ge 1 ]] || usage
     command="cd igpt && .venv/bin/python -m igpt_jax$(printf ' %q' "$@")"
     echo "on all workers of $NAME: $command" >&2
-    while true; do
+    # gcloud ends with the code of the first worker that failed. If another one ended with a bug (1), bad input (2) or
+    # divergence (77), a restart would end the same way.
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    for ((restarts = 0; ; restarts++)); do
       code=0
-      everywhere ssh "$NAME" --command="$command" || code=$?
-      [[ $code == 76 || $code == 134 ]] || exit "$code"
+      everywhere ssh "$NAME" --command="$command" 2> >(tee "$log" >&2) || code=$?
+      [[ $code == 76 || $code == 134 ]] && ((restarts < ${MAX_RESTARTS:-100})) || exit "$code"
+      if grep -qE 'failed with exit status (1|2|77)\b' "$log"; then exit "$code"; fi
       echo "exit code $code: resuming" >&2
-      sleep 10
+      sleep "${PAUSE:-10}"
     done
     ;;
   stop) everywhere ssh "$NAME" --command="pkill -TERM -f 'python -m igpt_jax'" ;;

@@ -6,6 +6,10 @@
 #   SOURCE=npz:tinyimagenet.npz PROBED=npz:cifar10_train.npz PROBED_TEST=npz:cifar10_test.npz PALETTE=kmeans_centers.npy \
 #     launch/transfer.sh
 set -euo pipefail
+if [[ ${1:-} == -* ]]; then
+  echo "usage: $0 [PYTHON [FOLDER]]" >&2
+  exit 2
+fi
 python=${1:-python3}
 folder=${2:-runs/transfer}
 job() { "$python" -m igpt_jax "$1" --workdir="$folder/$2" "${@:3}"; }

@@ -268,6 +268,7 @@ def test_a_mesh_changes_no_result(folder, python):
     (lambda model, folder: model.features([]), "no images are given"),
     (lambda model, folder: model.features(folder / "digit.png", layer=5), "layer=5 must be"),
     (lambda model, folder: model.features(folder / "digit.png", layer="last"), "layer='last' must be"),
+    (lambda model, folder: model.features(folder / "digit.png", kind="Normalized"), "kind='Normalized'"),
     (lambda model, folder: model.sample(0), "n=0 must be at least 1"),
     (lambda model, folder: model.sample(1, temperature=-1), "temperature=-1 must not be negative"),
     (lambda model, folder: model.sample(1, top_p=0), "top_p=0 must lie in"),

@@ -116,6 +116,8 @@ def test_the_back_end_is_chosen_or_refused():
     assert [backend_for("auto", platform, "bfloat16", 1024, 64) for platform in ("cpu", "gpu", "tpu")] == [
         "blocked", "cudnn", "splash"]
     assert backend_for("auto", "gpu", "float32", 1024, 64) == "reference"
+    assert [backend_for("auto", "gpu", "bfloat16", 1024, 64, capability=given) for given in ("7.5", "8.0", "gfx942")
+            ] == ["reference", "cudnn", "reference"]
     assert backend_for("auto", "gpu", "bfloat16", 1024, 64, context=2) == "blocked"
     assert backend_for("auto", "tpu", "bfloat16", 144, 64) == "reference"
     for backend, platform, precision, tokens, context_shards, message in (

@@ -71,14 +71,15 @@ def test_a_run_with_other_settings_is_refused_with_each_difference(run):
     free = dataclasses.replace(config, log_every_steps=7, model=reference)
     other = dataclasses.replace(config, seed=4, optimizer=dataclasses.replace(config.optimizer, beta2=0.999))
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
-        restored, stored = checkpoints.restore(abstract, dataclasses.replace(metadata, config=free))
+        restored, stored = checkpoints.restore(lambda _: abstract, dataclasses.replace(metadata, config=free))
         assert stored.steps_done == 50
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         expected = r"beta2=0.999 \(checkpoint: 0.95\); seed=4 \(checkpoint: 0\); data='other'"
         with pytest.raises(UserError, match=expected):
-            checkpoints.restore(abstract, dataclasses.replace(metadata, config=other, data_fingerprint="other"))
+            checkpoints.restore(lambda _: abstract,
+                                dataclasses.replace(metadata, config=other, data_fingerprint="other"))
         with pytest.raises(UserError, match="palette="):
-            checkpoints.restore(abstract, dataclasses.replace(metadata, palette_VC=metadata.palette_VC[::-1]))
+            checkpoints.restore(lambda _: abstract, dataclasses.replace(metadata, palette_VC=metadata.palette_VC[::-1]))
 
 
 def test_steps_may_change_only_where_no_schedule_depends_on_them(run):
@@ -174,7 +175,7 @@ def test_no_damage_to_a_file_is_restored(copy, kind, caplog):
         if not damage(step / name, kind, rng):
             continue
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
-            restored, stored = checkpoints.restore(abstract, metadata)
+            restored, stored = checkpoints.restore(lambda _: abstract, metadata)
         assert same(restored, state), name
         if name == hashes.HASHES and kind == "deleted":
             continue
@@ -201,7 +202,7 @@ def test_a_bit_that_flips_in_memory_after_the_checksum_is_detected(run, tmp_path
         checkpoints.save(state, dataclasses.replace(metadata, steps_done=10), blocking=True)
         monkeypatch.setattr(ocp, "save_checkpointables_async", flip_and_save)
         checkpoints.save(state, dataclasses.replace(metadata, steps_done=20), blocking=True)
-        restored, stored = checkpoints.restore(abstract, metadata)
+        restored, stored = checkpoints.restore(lambda _: abstract, metadata)
     assert stored.steps_done == 10 and same(restored, state)
     assert "is not what was saved" in (tmp_path / "quarantine" / "20" / "problem.txt").read_text()
 
@@ -223,7 +224,7 @@ def test_where_all_steps_are_damaged_nothing_starts_from_scratch(copy):
     for _ in range(2):
         with checkpoint.Checkpoints(workdir, config) as checkpoints:
             with pytest.raises(UserError, match="all checkpoints of .* are damaged"):
-                checkpoints.restore(abstract, metadata)
+                checkpoints.restore(lambda _: abstract, metadata)
     assert len(list((workdir / "quarantine").iterdir())) == 4
 
 
@@ -266,7 +267,7 @@ def test_workdirs_may_have_any_name(run, tmp_path, name):
     verified = [checkpoint.verify(folder, step, mesh)["problem"] for folder, step in verify._steps(path)]
     assert verified[0] is None and "is not what was written" in verified[1]
     with checkpoint.Checkpoints(path, config) as checkpoints:
-        restored, stored = checkpoints.restore(abstract, metadata)
+        restored, stored = checkpoints.restore(lambda _: abstract, metadata)
     assert stored.steps_done == 4 and same(restored, state)
 
 
@@ -281,7 +282,7 @@ def test_a_renamed_step_is_damaged(copy):
     with pytest.raises(UserError, match="in a folder of another name"):
         checkpoint.load_metadata(str(step.parent / "best"))
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
-        assert checkpoints.restore(abstract, metadata)[1].steps_done == 50
+        assert checkpoints.restore(lambda _: abstract, metadata)[1].steps_done == 50
     assert [child.name for child in (workdir / "quarantine").iterdir()] == ["60"]
 
 
@@ -297,7 +298,7 @@ def test_links_to_steps(copy, monkeypatch):
     monkeypatch.chdir(step.parent / "20")
     assert checkpoint.locate(".")[1] == checkpoint.load_metadata(".").steps_done == 20
     with checkpoint.Checkpoints(workdir, config) as checkpoints:
-        assert checkpoints.restore(abstract, metadata)[1].steps_done == 50
+        assert checkpoints.restore(lambda _: abstract, metadata)[1].steps_done == 50
         assert not checkpoint.verify(str(step.parent), 50, sharding.make_mesh(config.mesh))["problem"]
         assert "that of step 50 (the link to" in (workdir / "quarantine" / "60" / "problem.txt").read_text()
         checkpoints.save(state, dataclasses.replace(metadata, steps_done=70, metrics={}), blocking=True)

@@ -1,6 +1,7 @@
 """The command line, and what `run_job` does around a job: records in the workdir, exit codes, signals."""
 
 import json
+import operator
 import os
 import re
 import signal
@@ -178,6 +179,17 @@ def test_settings_are_applied_in_order(tmp_path, monkeypatch):
                                           "--config.batch_size", "4", "--config.keep_steps=(1,2)"])
     assert (config.model.embed, config.steps, config.batch_size, workdir) == (1536, 7, 4, "w")
     assert config.keep_steps == (1, 2)
+
+
+@pytest.mark.parametrize("given, key, value", [
+    ("prepare:data=imagenet2012,image_size=64", "image_size", 64),
+    ("scaling:pretrain.eval_every_steps=7,budgets=(1e9,2e9)", "pretrain.eval_every_steps", 7),
+    ("plan:model=igpt_xl,batch_size=8", "batch_size", 8),
+])
+def test_settings_after_the_colon_win_over_the_file(given, key, value):
+    """Seen to fail where a file sets its keys after the user's."""
+    config, _ = command_line._parse(given.partition(":")[0], [f"--config={given}", "--workdir=w"])
+    assert operator.attrgetter(key)(config) == value
 
 
 @pytest.mark.parametrize("name", ["igpt_l", "igpt_l.py", "configs/igpt_l.py", "configs/igpt_l"])

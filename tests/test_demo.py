@@ -134,6 +134,7 @@ def bomb():
     ("/complete", bomb(), {}, 400, "more than"),
     ("/complete", b"0" * (MAX_UPLOAD + 1), {}, 413, "larger than 32 MiB"),
     ("/complete", b"", {"Content-Length": "-1"}, 411, "no picture"),
+    ("/complete", b"", {"Content-Length": "abc"}, 411, "no picture"),
     ("/complete?rows=8", png(8, 8, 3), {}, 400, "rows='8' must be a number from 0 to 7"),
     ("/complete?example=-1", None, {}, 400, "example='-1' must be"),
     ("/sample?n=17", None, {}, 400, "n='17' must be a number from 1 to 16"),

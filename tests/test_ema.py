@@ -118,3 +118,20 @@ def test_an_average_may_begin_and_end_only_if_the_change_is_accepted(store, tmp_
     loop.train(config_of(store, steps=8, optimizer={"ema": 0.0}, **changed), str(tmp_path))
     assert not any(name.startswith("ema/") for name in checkpoint.load_metadata(str(tmp_path)).checksums)
     assert not (tmp_path / "quarantine").exists()
+
+
+def test_clipping_and_decay_may_begin_and_end_if_the_change_is_accepted(store, tmp_path):
+    """They are entries of the optimizer's chain, so of a checkpoint's tree. Other moments are refused in one line.
+
+    Seen to fail with a stack trace of Orbax, and in a bucket with all steps in quarantine.
+    """
+    accepted = ("optimizer.clip_norm", "optimizer.weight_decay", "optimizer.name", "optimizer.second_moment")
+    plain, both = {}, {"clip_norm": 1.0, "weight_decay": 0.1, "name": "adamw"}
+    for steps, optimizer in ((6, plain), (7, both), (8, plain)):
+        loop.train(config_of(store, steps=steps, optimizer=optimizer, accept_changes=accepted), str(tmp_path))
+    names = checkpoint.load_metadata(str(tmp_path)).checksums
+    assert any(name.startswith("optimizer/0/mu") for name in names)
+    with pytest.raises(UserError, match="accept_changes cannot change .* optimizer.second_moment"):
+        loop.train(config_of(store, steps=9, optimizer={"second_moment": "bfloat16"}, accept_changes=accepted),
+                   str(tmp_path))
+    assert checkpoint.locate(str(tmp_path))[1] == 8 and not (tmp_path / "quarantine").exists()

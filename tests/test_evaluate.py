@@ -189,6 +189,16 @@ def test_changed_data_under_the_same_path_is_measured_again(folder, logs, what):
     assert measured == len(STEPS) and second != first
 
 
+def test_a_table_of_other_settings_is_kept(folder, logs):
+    """Its checkpoints may be gone by now. Seen to fail with the rows dropped."""
+    given = {"checkpoints": str(folder / "run")}
+    first, _ = measure(folder, "other settings", **given)
+    second, measured = measure(folder, "other settings", limit=5, **given)
+    assert measured == 1 and [row["examples"] for row in second] == [5]
+    kept, = (folder / "other settings").glob("evaluation.json.former")
+    assert json.loads(kept.read_text()) == first
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff", b"5", b"null", b'[5, {"checkpoint": 1}]'])
 def test_a_damaged_table_is_set_aside_and_written_anew(folder, logs, content, caplog):
     """Seen to fail without the check of the table's content."""

@@ -174,6 +174,38 @@ def test_tpu_vm_dry_run_shows_its_commands(monkeypatch):
     assert parses(shlex.split(run))[1] == "gs://bucket/igpt_l"
 
 
+@pytest.mark.parametrize("ended, code, restarts", [
+    ("134 0", 0, 1),  # a peer died: it resumes
+    ("134/2", 134, 0),  # another worker refused its input: it would again
+    ("134 134 134", 134, 2),  # MAX_RESTARTS
+    ("75", 75, 0),
+])
+def test_tpu_vm_resumes_only_what_can_go_on(tmp_path, ended, code, restarts):
+    """A stand-in for gcloud ends with each code in turn, and names another worker's after the slash.
+
+    Seen to fail without the search in gcloud's messages, and without the limit.
+    """
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f"""#!/bin/bash
+codes=({ended}); next=$(cat {tmp_path}/next 2>/dev/null || echo 0); echo $((next + 1)) > {tmp_path}/next
+[[ ${{codes[next]}} == */* ]] && echo "##### Command on worker 1 failed with exit status ${{codes[next]#*/}}" >&2
+exit "${{codes[next]%/*}}"
+""")
+    gcloud.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NAME": "a", "ZONE": "b", "TYPE": "c",
+                   "MAX_RESTARTS": "2", "PAUSE": "0"}
+    done = subprocess.run([ROOT / "launch/tpu_vm.sh", "run", "pretrain"], env=environment, capture_output=True,
+                          text=True)
+    assert (done.returncode, int((tmp_path / "next").read_text())) == (code, restarts + 1), done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "launch").glob("*.sh")))
+def test_scripts_show_their_usage(script):
+    """Bad input ends with 2, before anything runs. Seen to fail where `--help` was taken for a Python."""
+    done = subprocess.run([ROOT / "launch" / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 2 and (script in done.stderr), done
+
+
 def test_the_best_rate_of_a_sweep(tmp_path):
     """The table lists all rates, the highest first. A diverged or unfinished run is never the best.
 

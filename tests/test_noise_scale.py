@@ -8,6 +8,8 @@ import pytest
 
 from igpt_jax import checkpoint
 from igpt_jax.config import UserError, base_config, parse
+from igpt_jax.model.image_gpt import Model
+from igpt_jax.parallel import sharding
 from igpt_jax.training import loop, noise_scale
 
 
@@ -52,3 +54,16 @@ def test_a_run_logs_it_and_trains_on_the_same_bits(store, tmp_path):
     assert found[6]["noise/scale_images"] == (pytest.approx(trace / squared) if squared > 0 else None)
     with pytest.raises(UserError, match="noise_scale_every_steps: batch_size=9 cannot be split into 2 microbatches"):
         train(store, tmp_path / "odd", noise_scale_every_steps=3, batch_size=9)
+
+
+def test_one_bad_gradient_does_not_stay():
+    """Seen to fail with NaN in the running means."""
+    given = base_config("pretrain", "model=igpt_tiny,batch_size=8,precision=float32")
+    given.model.update(layers=1, embed=8, heads=1)
+    config = parse("pretrain", given)
+    mesh = sharding.make_mesh(config.mesh)
+    scale = noise_scale.NoiseScale(Model.of(config, 16, 4, mesh), config, mesh)
+    bad = {"noise/trace": float("nan"), "noise/squared_gradient": 1.0}
+    assert scale.smoothed(bad)["noise/scale_images"] == float("inf")
+    for measured in ({"noise/trace": 6.0, "noise/squared_gradient": 2.0}, bad):
+        assert scale.smoothed(measured)["noise/scale_images"] == 3

@@ -114,9 +114,14 @@ def test_prepare_again(tmp_path):
     assert run(tmp_path)["examples"] == 1797
     with pytest.raises(UserError, match=r"another config: .*seed=1 \(there: 0\)"):
         run(tmp_path, seed=1)
+    shard = tmp_path / "train" / "images" / "c" / "0" / "0" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"remove manifest.json .* and prepare it again"):
+        run(tmp_path)
     (tmp_path / "manifest.json").unlink()
     run(tmp_path)
     assert (tmp_path / "manifest.json").read_text() == manifest
+    store.Store.open(tmp_path)
 
 
 @pytest.mark.parametrize(("keys", "message"), [
@@ -345,6 +350,9 @@ def test_a_palette_alone(tmp_path):
     report = json.loads((tmp_path / "palette" / "palette.json").read_text())
     assert report["colours"] == report["used"] == 33 and report["images"] == 180 and 15 < report["psnr_db"] < 50
     assert (tmp_path / "store" / "manifest.json").read_text() == before
+    with pytest.raises(UserError, match="holds a pixel store, which keeps its palette"):
+        run(tmp_path / "store", source=f"store:{tmp_path}/store", palette="fit:33")
+    store.Store.open(tmp_path / "store")
 
 
 def test_a_full_disk(tmp_path):

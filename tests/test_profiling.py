@@ -30,6 +30,16 @@ def test_the_named_steps_are_traced(tmp_path, capfd):
     assert list(file.parent.glob("*.xplane.pb")) and f"xprof --logdir={tmp_path / 'profile'}" in capfd.readouterr().err
 
 
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, capfd):
+    """Seen to fail with the trace ended twice."""
+    (tmp_path / "profile").write_text("a file is in the way")
+    profile = Profile(str(tmp_path), (1, 1))
+    for number in (1, 2):
+        profile.before(number)
+    profile.close()
+    assert "no profile: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("steps", [(5,), (3, 2), (0, 2), (1, 2, 3)])
 def test_a_wrong_range_is_refused(steps):
     config = base_config("pretrain")

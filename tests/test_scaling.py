@@ -11,7 +11,7 @@ import pytest
 from igpt_jax.config import PretrainConfig, ScalingConfig, UserError
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.flops import train_flops_per_image
-from igpt_jax.scaling import analysis, frontier, law, study
+from igpt_jax.scaling import analysis, charts, frontier, law, study
 from tests.conftest import run_job_command
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -128,6 +128,21 @@ def test_short_runs_are_not_fitted():
     found = analysis.analyze(rows + wrong, (), (), {"igpt_s": 7.6e7})
     assert found["runs_fitted"] == 20 and found["laws"]["all"]["alpha"]["value"] == pytest.approx(0.34, rel=1e-2)
     assert "tokens per parameter" in found["sentence"] and found["predictions"]["igpt_s"]["nats_per_pixel"] > 1.69
+
+
+def test_the_probes_error_has_a_law_of_its_own():
+    """Fails with the accuracy in place of the error, or if the loss's law answers for the probe."""
+    error = law.Law(E=0.3, a=0.2, alpha=0.5, b=0.1, beta=0.2, N0=1e8, D0=1e10)
+    rows = [{**row, "probe_accuracy": 1 - error.loss(row["parameters_all"], row["tokens"])}
+            for row in rows_of(*runs(), TRUE.loss)]
+    found = analysis.analyze(rows, (), (1e22,), {})
+    assert found["probe_law"]["alpha"]["value"] == pytest.approx(0.5, rel=0.02)
+    for optima, true in ((found["optima"]["all"], TRUE), (found["probe_optima"], error)):
+        assert optima[-1]["parameters"] == pytest.approx(frontier.optimum(true, frontier.Cost(6, 1), 1e22)[0], rel=0.05)
+    assert [len(chart.series) for chart in charts.frontier(found)] == [4, 4]
+    unprobed = [{**row, "probe_accuracy": None} for row in rows]
+    assert not {"probe_law", "probe_not_fitted"} & analysis.analyze(unprobed, (), (), {}).keys()
+    assert "do not determine" in analysis.analyze(rows[:3], (), (), {})["probe_not_fitted"]
 
 
 def config(**keys):

@@ -236,6 +236,19 @@ def test_stores_whose_classes_differ_are_not_mixed_to_learn_classes(tmp_path):
             assert data.count_classes(mixed, mixed.split("train")) == 2
 
 
+def test_a_mixture_takes_of_joined_splits_those_that_a_store_has(tmp_path):
+    """Seen to fail with the whole store b left out, silently."""
+    for name, splits in (("a", ("train", "held_out")), ("b", ("train",))):
+        writer = store.Writer(storage.path(tmp_path / name), 8)
+        for split in splits:
+            writer.add(split, random_images(4), np.array([0, 1, 0, 1]))
+        writer.finish(PALETTE_VC, **FIELDS)
+    mixed = data.open_data(DataConfig(store=f"{tmp_path}/a,{tmp_path}/b"))
+    assert mixed.split("train+held_out").count == 12 and mixed.split("held_out").count == 4
+    with pytest.raises(UserError, match="split 'test' is not in"):
+        mixed.split("test")
+
+
 def test_writing_never_deletes_what_is_not_a_store(tmp_path, images):
     """Seen to fail without the check in Writer: TensorStore empties the folder."""
     picture = tmp_path / "train" / "images" / "cat.png"
@@ -293,6 +306,12 @@ def test_stage(path, tmp_path_factory):
     with pytest.raises(UserError, match="train/images/c/0/0/0/0 differs from its SHA-256"):
         staging.stage(str(path), str(here / "again"))
     assert not list((here / "again").glob("*/manifest.json"))
+    staged, = (here / "again").glob("*/train/labels/zarr.json")
+    before = staged.stat().st_mtime_ns
+    flip(path / "train" / "images" / "c" / "0" / "0" / "0" / "0", 50)  # as it was
+    staging.stage(str(path), str(here / "again"))
+    assert staged.stat().st_mtime_ns == before  # an interrupted copy goes on
+    flip(path / "train" / "images" / "c" / "0" / "0" / "0" / "0", 50)
     for folder, message in (("gs://bucket", "folder of this machine"), (f"{path}/manifest.json", "Give a folder")):
         with pytest.raises(UserError, match=message):
             staging.stage(str(path), folder)

@@ -34,6 +34,10 @@ def test_resized_targets_are_as_square_as_possible():
     assert topology.resized(topology.parse("v5e:4x4"), 12) is None
     assert topology.like("TPU v5 lite", 8).name == "v5e:2x4"
     assert topology.like("NVIDIA H200", 8).chip is topology.chip_for("NVIDIA H200")
+    small = topology.chip_for("NVIDIA A100-SXM4-40GB")
+    assert topology.resized(topology.like("NVIDIA A100-SXM4-40GB", 8), 16).chip is small
+    with pytest.raises(UserError, match="12 devices of kind .* are not whole nodes of 8"):
+        topology.like("NVIDIA H200", 12)
     with pytest.raises(UserError, match="Add a row to CHIPS"):
         topology.like("NVIDIA T4", 1)
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,11 +17,15 @@ from orbax.checkpoint import v1 as ocp
 from igpt_jax.checkpoint import orbax_s3
 from igpt_jax.checkpoint.metadata import Metadata
 from igpt_jax.checkpoint.step_folders import step_path
+from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.parallel import checksums
 from igpt_jax.storage import hashes
 from igpt_jax.storage.hashes import Damaged
 
 log = logging.getLogger(__name__)
+
+UNREACHABLE = re.compile("RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED")
+AbstractOf = Callable[[PretrainConfig], dict[str, Any]]  # the state of a run as abstract arrays, with its shardings
 
 
 @functools.cache
@@ -53,27 +59,60 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return state["params"], {name: value for name, value in state.items() if name != "params"}
 
 
-def load_state(folder: Any, step: int, abstract: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
-    """Loads and verifies the whole training state of a step (see `load_arrays`), by the abstract state's shardings.
+def load_state(folder: Any, step: int, abstract_of: AbstractOf, config: PretrainConfig, metadata: Metadata
+               ) -> dict[str, Any]:
+    """Loads and verifies the whole training state of a step (see `load_arrays`), for a run with `config`.
 
-    A run that begins to average its parameters at this step starts with these parameters as their average; a run that
-    averages no longer leaves the average on disk.
+    A run that begins to average its parameters at this step starts with these parameters as their average. What the run
+    does not have, such as an average that it no longer keeps, is left on disk.
+
+    Args:
+      folder, step, metadata: of the step.
+      abstract_of: the abstract state of a run with a config.
+      config: of the run that continues. Its optimizer may clip or decay where the step's did not, or the reverse.
+
+    Raises:
+      Damaged: as `load_arrays`.
+      UserError: the run has other arrays than the step.
     """
-    params, training = split_state(abstract)
-    begins = "ema" in training and not metadata.config.optimizer.ema
-    if begins:
-        training = {name: tree for name, tree in training.items() if name != "ema"}
-    ends = metadata.config.optimizer.ema and "ema" not in training
-    with partial_load_context() if ends else contextlib.nullcontext():
+    wanted = abstract_of(config)
+    same = (config.optimizer, config.model) == (metadata.config.optimizer, metadata.config.model)
+    stored = wanted if same else abstract_of(metadata.config)
+    kept = {name: tree for name, tree in stored.items() if name in wanted}
+    added = wanted.keys() - kept.keys()
+    if added - {"ema"} or _arrays(kept) != _arrays({name: wanted[name] for name in kept}):
+        raise UserError(f"the run has other arrays than the checkpoint {step_path(folder, step)}: accept_changes cannot"
+                        " change the model's size, optimizer.second_moment or between adam and muon, nor begin with "
+                        "optimizer.spike_factor. Undo that change, or give a new --workdir.")
+    params, training = split_state(kept)
+    with partial_load_context() if kept.keys() < stored.keys() else contextlib.nullcontext():
         trees = load_arrays(folder, step, {"params": params, "training": training}, metadata)
     state = {"params": trees["params"], **trees["training"]}
-    return {**state, "ema": jax.tree.map(jnp.copy, state["params"])} if begins else state
+    # Clipping and weight decay are entries of the optimizer's chain that have no arrays.
+    chain = jax.tree.structure(wanted["optimizer"])
+    state["optimizer"] = jax.tree.unflatten(chain, jax.tree.leaves(state["optimizer"]))
+    return state | {name: jax.tree.map(jnp.copy, state["params"]) for name in added}
+
+
+def _arrays(state: dict[str, Any]) -> dict[str, list[tuple]]:
+    """Shapes and dtypes of each tree of a state, in order."""
+    return {name: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for name, tree in state.items()}
 
 
 def barrier(name: str) -> None:
     """Waits until every process has reached the barrier `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def of_process_0(value: Any) -> Any:
+    """The JSON value of process 0, on all processes. All must call it together."""
+    if jax.process_count() == 1:
+        return value
+    data = json.dumps(value).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    row = np.frombuffer(data, np.uint8) if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(row), np.uint8)))
 
 
 @contextlib.contextmanager
@@ -109,8 +148,8 @@ def load_arrays(folder: Any, step: int, trees: dict[str, Any], metadata: Metadat
         try:
             loaded = ocp.load_checkpointables(path, trees)
         except Exception as error:
-            # Where the files have their hashes, nothing is damaged: memory or the network failed.
-            if hashed or isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            # Where the files have their hashes, nothing is damaged: memory, the network or the credentials failed.
+            if hashed or isinstance(error, OSError | MemoryError) or UNREACHABLE.search(str(error)):
                 raise
             raise Damaged(f"it cannot be read: {next(iter(str(error).splitlines()), repr(error))}") from error
     except Damaged as damage:

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import barrier, load_state, save_context, split_state
+from igpt_jax.checkpoint.arrays import AbstractOf, barrier, load_state, of_process_0, save_context, split_state
 from igpt_jax.checkpoint.metadata import EVALUATION, Metadata, read_metadata
 from igpt_jax.checkpoint.step_folders import QUARANTINE, steps_in
 from igpt_jax.config import PretrainConfig, UserError
@@ -69,6 +69,11 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The best evaluated step: by held-out accuracy, or by loss without classes. None if no step was evaluated."""
         return max(self._scores, key=self._scores.__getitem__, default=None)
+
+    @property
+    def best_saved_step(self) -> int | None:
+        """The best of the evaluated steps that are on disk: others may have failed to save, or be in quarantine."""
+        return max(self._scores.keys() & set(self.steps), key=self._scores.__getitem__, default=None)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation of the step gave finite metrics."""
@@ -168,6 +173,13 @@ class Checkpoints:
             storage.publish(self._folder / str(step) / EVALUATION, json.dumps(sealed))
         self.note(step, metrics)
 
+    def data_offset(self, step: int, metadata: Metadata) -> int | None:
+        """The data offset of a step; None where it is damaged, or was trained with other settings than `metadata`'s."""
+        with contextlib.suppress(Damaged, UserError):
+            stored = read_metadata(self._folder, step)
+            return None if stored.check_resumable(metadata, self._workdir) else stored.data_offset
+        return None
+
     def check_resumable(self, metadata: Metadata) -> None:
         """Raises the UserError of `restore` where another run wrote the newest good step; reads no arrays."""
         for step in reversed(self.steps):
@@ -175,12 +187,12 @@ class Checkpoints:
                 read_metadata(self._folder, step).check_resumable(metadata, self._workdir)
                 return
 
-    def restore(self, abstract: dict[str, Any], metadata: Metadata, at: int | None = None
+    def restore(self, abstract_of: AbstractOf, metadata: Metadata, at: int | None = None
                 ) -> tuple[dict[str, Any], Metadata] | None:
         """Restores the newest good step. Damaged steps are logged and moved to WORKDIR/quarantine.
 
         Args:
-          abstract: the state as abstract arrays, with the shardings to restore into.
+          abstract_of: the state of a run with a config, as abstract arrays with the shardings to restore into.
           metadata: describes the run that resumes.
           at: the newest step to consider; None: all.
 
@@ -190,7 +202,9 @@ class Checkpoints:
         Raises:
           UserError: another run wrote the checkpoint, or all steps are damaged.
         """
-        for step in reversed([step for step in self.steps if at is None or step <= at]):
+        # A shared disk may show each process other steps, and they would take each other's for damaged.
+        steps = [step for step in of_process_0(self.steps) if at is None or step <= at]
+        for step in reversed(steps):
             # Damage is raised on all processes or on none (`load_arrays`), so all of them try the same older step next.
             with self._quarantined_if_damaged(step):
                 stored = read_metadata(self._folder, step)
@@ -200,7 +214,7 @@ class Checkpoints:
                                 "differ in the last bits: %s",
                                 "; ".join(f"{name} {stored.versions.get(name)}, now {now}" for name, now in
                                           metadata.versions.items() if stored.versions.get(name) != now))
-                return (load_state(self._folder, step, abstract, stored),
+                return (load_state(self._folder, step, abstract_of, metadata.config, stored),
                         dataclasses.replace(stored, changes=(*stored.changes, *changes)))
         quarantine = self._folder.parent / QUARANTINE
         if quarantine.exists() and any(quarantine.iterdir()):
@@ -225,10 +239,7 @@ class Checkpoints:
 
     def _remove_superseded(self) -> None:
         """Removes all steps but the newest, the named and the best. Call it only after a successful save."""
-        # A step in `_scores` may be removed or quarantined already, so the best is chosen among existing steps.
-        steps = self.steps
-        best = max((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
-        for step in set(steps[:-self._keep_newest]) - self._keep_steps - {best}:
+        for step in set(self.steps[:-self._keep_newest]) - self._keep_steps - {self.best_saved_step}:
             step_folders.remove(self._folder / str(step))
 
     def __enter__(self) -> "Checkpoints":

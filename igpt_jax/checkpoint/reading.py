@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import float64_enabled, load_arrays, load_state, partial_load_context
+from igpt_jax.checkpoint.arrays import AbstractOf, float64_enabled, load_arrays, load_state, partial_load_context
 from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_parameters
 from igpt_jax.checkpoint.step_folders import NUMBER, directory_of_steps, is_step, step_path, steps_in
 from igpt_jax.config import UserError
@@ -148,12 +148,12 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
     return _newest_good(checkpoint, load)
 
 
-def branch(checkpoint: str, abstract: dict[str, Any], metadata: Metadata) -> tuple[dict[str, Any], Metadata]:
+def branch(checkpoint: str, abstract_of: AbstractOf, metadata: Metadata) -> tuple[dict[str, Any], Metadata]:
     """The whole training state of another run's step, for a run that continues it with another schedule.
 
     Args:
       checkpoint: a step of the other run, the trunk, or its workdir.
-      abstract: the state as abstract arrays, with the shardings to load into.
+      abstract_of: the state of a run with a config, as abstract arrays with the shardings to load into.
       metadata: describes the run that branches.
 
     Returns:
@@ -169,7 +169,7 @@ def branch(checkpoint: str, abstract: dict[str, Any], metadata: Metadata) -> tup
                             f"Branch from one of {ours.job}; to fine-tune, set checkpoint.")
         trunk = dataclasses.replace(stored, config=dataclasses.replace(stored.config, branch_from=ours.branch_from))
         changes = trunk.check_resumable(metadata, checkpoint)
-        return (load_state(folder, step, abstract, stored),
+        return (load_state(folder, step, abstract_of, ours, stored),
                 dataclasses.replace(stored, changes=(*stored.changes, *changes)))
 
     return _newest_good(checkpoint, load)

@@ -1,17 +1,15 @@
 """Finds checkpoints, and waits for new ones of runs in progress."""
 
 import contextlib
-import json
 import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from igpt_jax import storage
+from igpt_jax.checkpoint.arrays import of_process_0
 from igpt_jax.checkpoint.reading import is_checkpoint, locate, steps_of
 from igpt_jax.config import UserError
 from igpt_jax.storage import side_files
@@ -96,20 +94,13 @@ def on_all_processes(steps: Iterator[str | None]) -> Iterator[str]:
                 pass
             except UserError as error:
                 found = {"error": str(error)}
-        found = json.loads(_from_process_0(json.dumps(found).encode()))
+        found = of_process_0(found)
         if "error" in found:
             raise UserError(found["error"])
         if not found:
             return
         if found["step"]:
             yield found["step"]
-
-
-def _from_process_0(data: bytes) -> bytes:
-    """The `data` of process 0, on all processes."""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    row = np.frombuffer(data, np.uint8) if jax.process_index() == 0 else np.zeros(size, np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row), np.uint8))
 
 
 def run_of(step: str) -> storage.Path:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, Self
 
 from igpt_jax.config.data import DataConfig, FinetuneDataConfig
 from igpt_jax.config.keys import (
@@ -237,6 +237,18 @@ class PretrainConfig(Keys):
     def channels(self) -> int:
         """Tokens per pixel."""
         return CODECS[self.codec]
+
+    def with_microbatches(self, shards: int) -> Self:
+        """The config with the fewest equal microbatches that `images_per_pass` allows, for a batch that is split over
+        `shards` devices; itself without images_per_pass."""
+        if not self.images_per_pass:
+            return self
+        # Microbatches must be of equal size, since the step averages their means. Therefore the count has to divide a
+        # device's images, and the search takes the first divisor that makes them few enough.
+        images = max(1, self.batch_size // shards)
+        microbatches = next(count for count in range(1, images + 1)
+                            if images % count == 0 and images // count <= self.images_per_pass)
+        return dataclasses.replace(self, accumulate=microbatches)
 
     @property
     def finetuning(self) -> Optional["FinetuneConfig"]:

@@ -48,9 +48,9 @@ def open_data(config: DataConfig, image_size: int = 0):
     opened = [Store.open(staging.stage(name, config.stage) if config.stage else name) for name in names]
     sizes = {store.image_size for store in opened} | ({image_size} if image_size else set())
     if len(sizes) > 1:
-        raise UserError(f"image_size={image_size or 'the stores'}: the store {config.store} holds images of "
-                        f"{', '.join(str(store.image_size) for store in opened)} pixels. Prepare a store of that size, "
-                        "or leave image_size=0.")
+        held = f"{config.store} holds images of {', '.join(str(store.image_size) for store in opened)} pixels"
+        raise UserError(f"image_size={image_size}: the store {held}. Prepare a store of that size, or leave "
+                        "image_size=0." if image_size else f"the mixture {held}. Mix stores of one size.")
     if len(opened) == 1:
         return opened[0]
     weights = config.weights or (1,) * len(opened)
@@ -116,15 +116,13 @@ class Mixture:
         self.palette = stores[0].palette if same else None
 
     def split(self, names: str) -> Split:
-        """The split `names` of every store that has it, mixed. Raises UserError where no store has it."""
-        pairs, missing = [], None
+        """The split `names` of every store, mixed, joined of those that it has. Raises UserError where none has any."""
+        pairs = []
         for store, weight in zip(self._stores, self._weights, strict=True):
-            try:
-                pairs.append((store.split(names), weight))
-            except UserError as error:
-                missing = error
+            if has := [name for name in names.split("+") if name in store.manifest["splits"]]:
+                pairs.append((store.split("+".join(has)), weight))
         if not pairs:
-            raise missing
+            self._stores[0].split(names)
         return Split.mixed(*zip(*pairs, strict=True))
 
 

@@ -204,7 +204,10 @@ class Handler(BaseHTTPRequestHandler):
         if query["example"] is not None:
             if self.server.example is None:
                 raise Refused(HTTPStatus.NOT_FOUND, "there are no examples: the checkpoint's store is not here")
-            return self.server.example(query["example"])
+            try:
+                return self.server.example(query["example"])
+            except UserError as error:  # the store is damaged
+                raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from None
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "no picture was sent")
@@ -217,7 +220,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, refusal: Refused) -> None:
         # Where a body is left unread, closing the connection would also drop the answer.
-        left = min(int(self.headers.get("Content-Length", "0") or 0), 2 * MAX_UPLOAD)
+        length = self.headers.get("Content-Length", "")
+        left = min(int(length) if length.isdecimal() else 0, 2 * MAX_UPLOAD)
         self._answer(refusal.status, "application/json", json.dumps({"error": str(refusal)}).encode())
         while left > 0 and (read := self.rfile.read1(min(left, 2**16))):
             left -= len(read)

@@ -22,6 +22,7 @@ from igpt_jax.config import ProbingConfig, UserError
 from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
 from igpt_jax.evaluation import attention_probe, exact_loss, knn_probe, linear_probe
+from igpt_jax.model.dims import Dims
 from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.storage.arrays import publish_arrays
@@ -43,6 +44,21 @@ class Labeled:
                         [self.labels_E[0][rows], *self.labels_E[1:]])
 
 
+def open_store(path: str) -> Store:
+    """The store to probe. Raises UserError where it is missing, or is not one pixel store."""
+    if "," in path or path.startswith("tfds:"):
+        raise UserError(f"probes read one pixel store, not {path}. Name a labeled one in data.store; in evaluate and "
+                        "scaling, in probing.data.store.")
+    return Store.open(path)
+
+
+def check_store(path: str, splits: Sequence[str]) -> None:
+    """Raises UserError where a store or one of its splits is missing or has no labels."""
+    store = open_store(path)
+    for name in splits:
+        store.split(name).labels(np.arange(1))
+
+
 class Prober:
     """Probes models on the train, held-out and test splits of one labeled store.
 
@@ -59,7 +75,7 @@ class Prober:
 
     def __init__(self, config: ProbingConfig, record: Metadata, labels_per_class: int = 1):
         self.config, data = config, config.data
-        store = Store.open(store_of(record, data.store))
+        store = open_store(store_of(record, data.store))
         if store.image_size != record.image_size:
             raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
                             f"{record.image_size}. Prepare a store with image_size={record.image_size}.")
@@ -67,6 +83,10 @@ class Prober:
         for split in self.splits:
             split.count = min(split.count, config.limit or split.count)
         self.labels = [split.labels(np.arange(split.count)) for split in self.splits]
+        if config.limit and (held := len(np.unique(self.labels[0]))) < store.classes:
+            raise UserError(f"limit={config.limit}: the first {self.splits[0].count:,} examples of split "
+                            f"{self.splits[0].name!r} have {held} of {store.classes} classes. Raise limit, or leave it "
+                            "out.")
         self.classes = count_classes(store, self.splits[0])
         self._check_labels_per_class(labels_per_class)
         self._codec = record.codec
@@ -228,6 +248,11 @@ class SavedProbe(NamedTuple):
     layer: int
     kind: str  # of the features that it reads
     checkpoint: str  # `checkpoint.identity` of the step that it was fit on; empty in probes of former versions
+
+    def fits(self, dims: Dims, identity: str) -> bool:
+        """Whether the probe can be of a model with these dims and, unless it is empty, this identity."""
+        return (len(self.probe.mean_D) == dims.D and self.layer <= dims.L
+                and (not identity or self.checkpoint in ("", identity)))
 
 
 def save_probe(file: storage.Path, saved: SavedProbe) -> None:

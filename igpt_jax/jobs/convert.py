@@ -16,7 +16,7 @@ import jax
 import jax.export
 import numpy as np
 
-from igpt_jax import storage
+from igpt_jax import checkpoint, storage
 from igpt_jax.config import ConvertConfig, ExportConfig, UserError
 from igpt_jax.evaluation.probing import load_probe
 from igpt_jax.metrics.logging import say
@@ -71,12 +71,14 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
         elif target_kind == "huggingface":
             huggingface.write(source, folder, head, palette_VC, ours.dropout_of(source))
         else:
-            _export(source, folder, palette_VC, config.export)
+            identity = checkpoint.identity(source_path, config.parameters) if source_kind == "orbax" else ""
+            _export(source, folder, palette_VC, config.export, identity)
 
     if target_kind == "export":
         certificate |= _certify_export(source, Path(target.folder))
     else:
-        certificate |= certify(source, open_weights(target_kind, target.path), config.certificate == "full")
+        written = str(target.folder / target.entry) if target_kind == "orbax" else target.path
+        certificate |= certify(source, open_weights(target_kind, written), config.certificate == "full")
     target.record(json.loads(to_json(certificate)))
     if certificate["verdict"] != "same":
         raise UserError(f"{_difference(certificate, source, 'huggingface' in (source_kind, target_kind))}. Do not use "
@@ -113,14 +115,14 @@ def _refuse_unsupported(config: ConvertConfig, source: Weights, target: str) -> 
         raise UserError(f"{given} holds no head for pixels. {fix}")
 
 
-def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig) -> None:
+def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig, identity: str) -> None:
     record = ours.record_for(source, palette_VC)
     if config.rows >= record.image_size:
         raise UserError(f"export.rows={config.rows} leaves nothing to draw of {record.image_size} rows. Give fewer.")
     model = Model(dataclasses.replace(record.config.model, attention="reference"), len(palette_VC), record.image_size,
                   "float32")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    probe, layer = _probe_for(config, model) if config.probe else ({}, 0)
+    probe, layer = _probe_for(config, model, identity) if config.probe else ({}, 0)
     for name, program in export.programs(model, config.rows * record.image_size, sampling, config.platforms, probe,
                                          layer).items():
         (folder / f"{name}.jax").write_bytes(program)
@@ -131,15 +133,15 @@ def _export(source: Weights, folder: Path, palette_VC: Any, config: ExportConfig
     (folder / "run.py").write_text(export.RUN)
 
 
-def _probe_for(config: ExportConfig, model: Model) -> tuple[dict[str, np.ndarray], int]:
+def _probe_for(config: ExportConfig, model: Model, identity: str) -> tuple[dict[str, np.ndarray], int]:
     """The arrays of a probe by their exported names, and the layer that it reads."""
-    probe, layer, kind, _ = load_probe(config.probe)
-    if kind != "normalized" or layer > model.dims.L or len(probe.mean_D) != model.dims.D:
-        raise UserError(f"export.probe={config.probe} reads {len(probe.mean_D)} {kind} features of layer {layer}; the "
-                        f"model has {model.dims.D} in {model.dims.L} layers, and normalized ones are exported. Probe "
-                        "this model with features=normalized.")
+    saved = load_probe(config.probe)
+    if saved.kind != "normalized" or not saved.fits(model.dims, identity):
+        raise UserError(f"export.probe={config.probe} reads {len(saved.probe.mean_D)} {saved.kind} features of layer "
+                        f"{saved.layer}, and is of another checkpoint or of features that are not exported. Probe this "
+                        "checkpoint with features=normalized.")
     return {f"probe/{name}": finite(f"export.probe={config.probe}", name, array)
-            for name, array in dataclasses.asdict(probe).items()}, layer
+            for name, array in dataclasses.asdict(saved.probe).items()}, saved.layer
 
 
 def _certify_export(source: Weights, folder: Path) -> dict[str, Any]:

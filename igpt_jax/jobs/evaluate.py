@@ -28,9 +28,9 @@ from igpt_jax.config import DataConfig, EvaluateConfig, ProbingConfig, UserError
 from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.data import open_data, open_split
 from igpt_jax.data.codecs import Codec
-from igpt_jax.data.store import Split, Store
+from igpt_jax.data.store import Split
 from igpt_jax.data.token_file import TokenFile, tokens_of
-from igpt_jax.evaluation import completion_score, exact_loss, loss_maps
+from igpt_jax.evaluation import completion_score, exact_loss, loss_maps, probing
 from igpt_jax.evaluation.completion_score import CompletionScorer
 from igpt_jax.evaluation.drawing import Drawing, default_batch_size, pairs, require_causal
 from igpt_jax.evaluation.probing import Prober
@@ -75,7 +75,10 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     options = {"compiler_options": compiler_options.resolve(mesh, config.compiler_options)}
     scorer = CompletionScorer(config, mesh, config.batch_size) if config.completions else None
     asked = _asked(config)
-    rows = [row for row in tables.load(folder, NAME) if row.get("asked") == asked]
+    known = tables.load(folder, NAME)
+    rows = [row for row in known if row.get("asked") == asked]
+    if len(rows) < len(known) and jax.process_index() == 0:  # their checkpoints may be gone
+        side_files.set_aside(folder / f"{NAME}.json", side_files.FORMER, "was measured with other settings")
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
@@ -117,9 +120,7 @@ def _check_stores(config: EvaluateConfig) -> None:
     if config.data.store and not config.tokens:
         open_split(config.data.store, config.data.split, 0)
     if config.probe and (probed := config.probing.data.store or config.data.store):
-        store = Store.open(probed)
-        for name in config.probing.data.splits:
-            store.split(name)
+        probing.check_store(probed, config.probing.data.splits)
 
 
 def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
@@ -224,7 +225,7 @@ def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *
     """A digest of the evaluated split, of the probed splits and of the features of completions."""
     found = [split.fingerprint]
     if config.probe:
-        probed = Store.open(config.probing.data.store or config.data.store or store)
+        probed = probing.open_store(config.probing.data.store or config.data.store or store)
         found += [probed.split(name).fingerprint for name in config.probing.data.splits]
     if config.completions:
         found.append(completion_score.identity(config))

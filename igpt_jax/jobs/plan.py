@@ -80,7 +80,8 @@ def _target(config: PlanConfig) -> Target:
 def _with_mesh(config: PlanConfig, target: Target, speed: Speed) -> PlanConfig:
     """The config with its mesh resolved; without a mesh, with the one estimated to be the fastest."""
     if config.mesh.sizes != MeshConfig().sizes:
-        return dataclasses.replace(config, mesh=config.mesh.resolve(target.devices))
+        mesh = config.mesh.resolve(target.devices)
+        return dataclasses.replace(config, mesh=mesh).with_microbatches(mesh.data * mesh.fsdp)
     return _candidates(config, target, speed, vary=False)[0].config
 
 
@@ -88,8 +89,9 @@ def _candidates(config: PlanConfig, target: Target, speed: Speed, vary: bool) ->
     """The meshes (and with `vary` other settings) to choose from, the fastest first. Raises UserError if none works."""
     found = search.candidates(config, target, speed, vary)
     if not found:
-        raise UserError(f"batch_size={config.batch_size} with {config.model.heads} heads and {config.image_size ** 2:,}"
-                        f" tokens cannot be split over the {target.devices} devices of {config.topology}. "
+        raise UserError(f"batch_size={config.batch_size} with {config.model.heads} heads and "
+                        f"{config.image_size ** 2 * config.channels:,} tokens cannot be split over the "
+                        f"{target.devices} devices of {config.topology}. "
                         "Choose a batch_size with more powers of two, or fewer devices.")
     return found
 

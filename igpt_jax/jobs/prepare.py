@@ -57,6 +57,7 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     asked = values_with(config, "resume", "same")
     if manifest := store.load_manifest(path) or store.load_manifest(path, store.SLICE):
         _check_same(manifest["config"], asked, path)
+        store.check_files(path, manifest)
         say(f"{path} is complete already: nothing to do.")
         return _metrics(manifest, seconds=None)
 
@@ -138,6 +139,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     """Joins the slices in the workdir's folders by a manifest that lists their arrays. No pixel is copied."""
     if manifest := store.load_manifest(path):
         _check_same(manifest["config"], {"palette": config.palette, "shard": "merge"}, path)
+        store.check_files(path, manifest)
         say(f"{path} is complete already: nothing to do.")
         return _metrics(manifest, seconds=None)
     slices = {folder.name: manifest for folder in storage.children(path) if folder.is_dir()
@@ -199,7 +201,7 @@ def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], path:
                  for split, content in known[0].items()}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: {' or '.join(names)} has a {store.SLICE} that was changed after it was written. "
-                        "Restore it, or prepare the slice again.") from None
+                        "Restore it, or remove it and prepare the slice again.") from None
     for split, differs in found.items():
         if differs:
             raise UserError(f"{path}: the source of {split} changed between {' and '.join(names)}: {differs}. Remove "
@@ -208,6 +210,8 @@ def _check_same_contents(one: Mapping[str, Any], other: Mapping[str, Any], path:
 
 def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     """Makes a palette for an existing store: palette.npy in the workdir, for the key `palette` of other jobs."""
+    if any((path / name).exists() for name in (store.MANIFEST, store.SLICE, store.PROGRESS)):
+        raise UserError(f"{path} holds a pixel store, which keeps its palette. Give the new palette another --workdir.")
     opened = store.Store.open(config.source.removeprefix("store:"))
     chosen = _choose(opened.split("train"), *_palette_for(config.palette, config.source), config.seed, path)
     palette.save(path / store.PALETTE, chosen)

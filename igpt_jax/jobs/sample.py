@@ -100,9 +100,12 @@ def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, li
     store = config.data.store or metadata.config.data.store
     if config.examples == 0 or not store and config.examples < 0:
         return none
-    if config.examples < 0 and not config.data.store and not storage.path(store).exists():
-        say(f"no completions: the checkpoint's store {store} is not there. If it has moved, pass "
-            "--config.data.store=DIR; for pictures of your own, --config.images=FOLDER")
+    try:
+        checkpoint.store_of(metadata, config.data.store)
+    except UserError as moved:
+        if config.examples >= 0:
+            raise
+        say(f"no completions: {moved}; for pictures of your own, --config.images=FOLDER")
         return none
     split = open_split(store, config.data.split, size)
     ids = np.arange(min(EXAMPLES if config.examples < 0 else config.examples, split.count))

@@ -28,9 +28,9 @@ from igpt_jax.config import (
     precision_on,
     values_with,
 )
-from igpt_jax.data import open_split
+from igpt_jax.data import palette
 from igpt_jax.data.store import Split
-from igpt_jax.evaluation import completion_score
+from igpt_jax.evaluation import completion_score, probing
 from igpt_jax.evaluation.completion_score import CompletionScorer
 from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import figures
@@ -68,8 +68,8 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
     data = _open(config.pretrain)
     rows = slices.joined(folder, config.job, NAME)[1] if config.shard == "merge" else tables.load(folder, NAME)
     if other := [row["run"] for row in rows if row.get("data") != data.fingerprint]:
-        raise UserError(f"{folder}: {other[0]} was trained on other data than data.store={config.pretrain.data.store}. "
-                        "Name its store, or give another --workdir.")
+        raise UserError(f"{folder}: {other[0]} has other images, held-out images or another palette than "
+                        f"data.store={config.pretrain.data.store}. Name its store, or give another --workdir.")
     if config.shard != "merge":
         rows = _trained(config, planned(config, data.image_size, data.vocabulary), data, folder)
     rows.sort(key=lambda row: (row["budget"], row["parameters_all"]))  # however they were shared, one fit
@@ -83,13 +83,13 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
              for name in analysis.PAPER_TOKENS}
     found = analysis.analyze(done, config.held_out_budgets, config.predict, paper)
     say(found.get("sentence") or f"no law: {found['not_fitted']}")
+    if probed := found.get("probe_sentence") or found.get("probe_not_fitted"):
+        say(probed if "probe_sentence" in found else f"no law of the probe: {probed}")
     if jax.process_index() == 0:
         folder = folder / "figures"
         figures.save(folder / "profiles.png", charts.profiles(done))
-        optima = found.get("optima", {}).get("all", [])
-        figures.save(folder / "frontier.png", *charts.frontier(found["profiles"], optima))
-        if config.probe:
-            figures.save(folder / "probe_profiles.png", charts.profiles(done, "probe_accuracy"))
+        figures.save(folder / "frontier.png", *charts.frontier(found))
+        figures.save(folder / "probe_profiles.png", charts.profiles(done, "probe_accuracy"))
         if config.completions:
             figures.save(folder / "completion_profiles.png", charts.profiles(done, config.completion_measure))
     return {"runs": len(rows), **found}
@@ -101,7 +101,7 @@ class _Data:
     image_size: int
     vocabulary: int
     examples: int  # of the training split
-    fingerprint: str
+    fingerprint: str  # of the images, the held-out images and the palette
     held_out: Split
 
 
@@ -110,8 +110,9 @@ def _open(config: PretrainConfig) -> _Data:
     if not config.data.held_out:
         raise UserError("pretrain.data.held_out is empty, but runs are compared by their loss on held-out images.")
     inputs = open_inputs(config)
-    return _Data(inputs.image_size, inputs.codec.vocabulary, inputs.split.count, inputs.split.fingerprint,
-                 inputs.held_out)
+    fingerprint = json_digest([inputs.split.fingerprint, inputs.held_out.fingerprint,
+                               palette.digest(inputs.codec.palette_VC)])
+    return _Data(inputs.image_size, inputs.codec.vocabulary, inputs.split.count, fingerprint, inputs.held_out)
 
 
 def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder: storage.Path) -> list[Row]:
@@ -120,8 +121,8 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
     mine, rows = runs[index::count], []
     mesh = sharding.make_mesh(config.pretrain.mesh)
     # Everything is checked before any time is spent.
-    for name in config.probing.data.splits if config.probe else ():
-        open_split(config.probing.data.store or config.pretrain.data.store, name, data.image_size)
+    if config.probe:
+        probing.check_store(config.probing.data.store or config.pretrain.data.store, config.probing.data.splits)
     scorer = _scorer(config, mesh)
     for each in mine:
         _check(each, data, mesh)
@@ -154,11 +155,13 @@ def _check(planned: Planned, data: _Data, mesh: Mesh) -> None:
     Model.of(config, data.vocabulary, data.image_size, mesh)
     chip = topology.chip_for(mesh.devices.flat[0].device_kind)
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    need = estimate(PlanConfig(**{**keys, "job": "plan", "mesh": config.mesh.resolve(mesh.size),
-                                  "image_size": data.image_size, "palette_size": data.vocabulary})).required_bytes
+    plan = PlanConfig(**{**keys, "job": "plan", "mesh": config.mesh.resolve(mesh.size),
+                         "image_size": data.image_size, "palette_size": data.vocabulary})
+    need = estimate(plan.with_microbatches(sharding.batch_shards(mesh))).required_bytes
     if chip and need > chip.usable_bytes:
         raise UserError(f"{planned.name} needs about {need / GIB:.0f} GiB per device, and a {chip.name} has "
-                        f"{chip.usable_bytes / GIB:.0f}. Set pretrain.images_per_pass, or more mesh.fsdp.")
+                        f"{chip.usable_bytes / GIB:.0f}. Set --config.pretrain.images_per_pass=8 or less, or use more "
+                        "devices.")
 
 
 def _check_folder(planned: Planned, folder: storage.Path) -> None:
@@ -166,7 +169,7 @@ def _check_folder(planned: Planned, folder: storage.Path) -> None:
     given = side_files.look(folder / "config.json")
     if given is None:
         return
-    found, wanted = ({**values_with(each, "resume", "same"), "steps": each.steps}
+    found, wanted = ({**values_with(each, "resume", "same"), **values_with(each, "resume", "schedule")}
                      for each in (parse("pretrain", given), planned.config))
     if changed := [f"{name}={found[name]!r} (now {wanted[name]!r})" for name in wanted if found[name] != wanted[name]]:
         raise UserError(f"{folder} holds a run with {', '.join(changed[:3])}. Undo the change, or "
@@ -205,7 +208,8 @@ def _probed(config: ScalingConfig, folder: storage.Path) -> Row:
     def measure() -> Row:
         mesh = sharding.make_mesh(config.pretrain.mesh)
         model, params, metadata = checkpoint.load_model(str(folder), mesh, "float32")
-        columns = Prober(config.probing, metadata).columns(model, params, mesh, config.pretrain.batch_size)
+        batch_size = sharding.whole_batch(config.pretrain.batch_size, mesh)
+        columns = Prober(config.probing, metadata).columns(model, params, mesh, batch_size)
         return {name: columns[name] for name in ("probe_layer", "probe_accuracy", "probe_interval")}
 
     return _kept(folder / "probed.json", dataclasses.asdict(config.probing), measure)

@@ -92,7 +92,7 @@ class Metrics:
         kept = [line for line in valid if line["step"] <= start_step]
         if storage.is_local(path) and len(kept) < len(lines):
             if None in lines[:-1]:  # a killed run may leave half a last line, which is no damage
-                side_files.set_aside(path, f"its other lines are kept ({lines[:-1].count(None)} are damaged)")
+                side_files.set_aside(path, then=f"its other lines are kept ({lines[:-1].count(None)} are damaged)")
             storage.publish(path, "".join(json.dumps(line) + "\n" for line in kept))
         spent = goodput([line for line in valid if line["step"] > start_step])
         spent.pop("goodput", None)

@@ -33,11 +33,16 @@ class Profile:
         """Ends the trace where there is one, and says how to look at it."""
         if not self._folder:
             return
-        jax.profiler.stop_trace()
-        root = pathlib.Path(self._folder.name)
-        for file in filter(pathlib.Path.is_file, root.rglob("*")):
-            storage.publish(self._target / str(file.relative_to(root)), file.read_bytes())
-        self._folder.cleanup()
-        self._folder, self._steps = None, ()
+        folder, self._folder, self._steps = self._folder, None, ()
+        try:
+            jax.profiler.stop_trace()
+            root = pathlib.Path(folder.name)
+            for file in filter(pathlib.Path.is_file, root.rglob("*")):
+                storage.publish(self._target / str(file.relative_to(root)), file.read_bytes())
+        except Exception as error:  # of any kind: no profile is worth a run
+            say(f"no profile: {' '.join(str(error).split())}. Training continues.")
+            return
+        finally:
+            folder.cleanup()
         say(f"profile: xprof --logdir={self._target} --port=8791 (pip install xprof); or open its *.trace.json.gz at "
             "https://ui.perfetto.dev")

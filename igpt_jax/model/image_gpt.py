@@ -226,13 +226,13 @@ class Model:
         self.causal = self.objective.causal
         mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         sharding.check_model(self.dims.N, self.dims.T, mesh)
-        platform = mesh.devices.flat[0].platform
-        precision = precision_on(precision, platform)
+        device = mesh.devices.flat[0]
+        precision = precision_on(precision, device.platform)
         self.precision = Precision.of(precision)
-        backend = backend_for(config.attention, platform, precision, self.dims.T, self.dims.H,
-                              mesh.shape[sharding.CONTEXT])
+        backend = backend_for(config.attention, device.platform, precision, self.dims.T, self.dims.H,
+                              mesh.shape[sharding.CONTEXT], getattr(device, "compute_capability", ""))
         self.compiler_options = compiler_options.resolve(mesh, options)
-        self._product = product_for(mesh.devices.flat[0], precision, reduce_dtype)
+        self._product = product_for(device, precision, reduce_dtype)
         self.config = dataclasses.replace(config, attention=backend)
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 

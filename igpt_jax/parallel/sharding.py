@@ -162,15 +162,6 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
                         f"{max(1, round(batch_size / multiple)) * multiple}.")
 
 
-def microbatches_for(batch_size: int, mesh: Mesh, images_per_pass: int) -> int:
-    """The smallest number of equal microbatches in which a device has at most `images_per_pass` images at a time."""
-    devices = batch_shards(mesh)
-    # Microbatches must be of equal size, since the step averages their means. Therefore the count has to divide a
-    # device's images, and the search takes the first divisor that makes them few enough.
-    images = max(1, batch_size // devices)
-    return next(count for count in range(1, images + 1) if images % count == 0 and images // count <= images_per_pass)
-
-
 def check_model(heads: int, tokens: int, mesh: Mesh) -> None:
     """Raises UserError where the heads do not divide over the tensor axis, or the tokens over the context axis.
 

@@ -134,9 +134,12 @@ def like(device_kind: str, count: int) -> Target:
         target = resized(Target(kind, "tpu", chip, (1,) * TPUS[kind][1]), count)
     elif chip:
         target = resized(Target(chip.name.split()[0].lower(), "gpu", chip), count)
-    if not chip or not target:
-        raise UserError(f"{count} devices of kind {device_kind!r} are not in igpt_jax/parallel/topology.py. "
-                        "Add a row to CHIPS, or plan for a topology by name.")
+    if not chip:
+        raise UserError(f"devices of kind {device_kind!r} are not in igpt_jax/parallel/topology.py. Add a row to CHIPS,"
+                        " or plan for a topology by name.")
+    if not target:
+        raise UserError(f"{count} devices of kind {device_kind!r} are not whole {'slices' if kind else 'nodes of 8'}. "
+                        "Plan for a topology by name.")
     return dataclasses.replace(target, chip=chip)
 
 
@@ -147,7 +150,8 @@ def resized(target: Target, devices: int) -> Target | None:
         shape = max(_factors(devices, len(target.shape)), key=min, default=None)
         return shape and parse(f"{kind}:{'x'.join(map(str, sorted(shape)))}")
     if target.platform == "gpu" and devices > 8:
-        return parse(f"{kind}:8x{devices // 8}") if devices % 8 == 0 else None
+        nodes, rest = divmod(devices, 8)
+        return None if rest else dataclasses.replace(target, name=f"{kind}:8x{nodes}", shape=(8,), groups=nodes)
     return dataclasses.replace(target, name=f"{kind}:{devices}", shape=(devices,), groups=1)
 
 

@@ -22,7 +22,8 @@ EXACT, COMPILER, ESTIMATE = Evidence.EXACT, Evidence.COMPILER, Evidence.ESTIMATE
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What `config` costs on `target`. `forecast`, `schedule` and `mfu` are None unless the step compiled.
+    """What `config` costs on `target`. `forecast` is None unless the step compiled; `schedule` and `mfu` also unless
+    it is a training step.
 
     Attributes:
       usable_bytes: memory of one device that a program can use.
@@ -51,13 +52,12 @@ class Answer:
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilization (see `telemetry.mfu`)."""
-        return self.forecast and self._mfu(self.forecast.step_seconds)
+        return self._mfu(self.forecast.step_seconds) if self.schedule else None
 
     @property
     def mfu_interval(self) -> tuple[float, float] | None:
         """The lowest and highest MFU that the prediction allows for."""
-        return self.forecast and (self._mfu(self.forecast.high_seconds), self._mfu(self.forecast.low_seconds))
-
+        return (self._mfu(self.forecast.high_seconds), self._mfu(self.forecast.low_seconds)) if self.schedule else None
     def _mfu(self, seconds: float) -> float:
         return telemetry.mfu(self.model_flops / self.target.devices / seconds, self.target.chip.peak_bf16_flops)
 
@@ -171,8 +171,8 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, speed: Speed = 
     if verdict.status != "compiled":
         return plain
     time = forecast(target, verdict.mesh, verdict.flops, verdict.memory_bytes, verdict.collective_bytes, speed)
-    return dataclasses.replace(plain, forecast=time, schedule=run_cost(
-        config, target, time.step_seconds, flops, verdict.checkpoint_bytes))
+    cost = run_cost(config, target, time.step_seconds, flops, verdict.checkpoint_bytes) if flops else None
+    return dataclasses.replace(plain, forecast=time, schedule=cost)
 
 
 def table(rows: list[tuple[str, str, Any]]) -> str:

@@ -30,7 +30,8 @@ def settings(config: PlanConfig) -> str:
     """The command-line flags for what the search chose."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in config.mesh.sizes.items() if size != 1 or axis == "fsdp"]
     attention = [] if config.model.attention == "auto" else [f"--config.model.attention={config.model.attention}"]
-    return " ".join([*flags, f"--config.accumulate={config.accumulate}", f"--config.model.remat={config.model.remat}",
+    split = "images_per_pass" if config.images_per_pass else "accumulate"
+    return " ".join([*flags, f"--config.{split}={getattr(config, split)}", f"--config.model.remat={config.model.remat}",
                      *attention])
 
 
@@ -61,20 +62,25 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
       config: keeps everything but its mesh and, with `vary`, accumulate, remat and attention.
       target: the devices; they must have a known chip.
       speed: of the devices (see `roofline`).
-      vary: also try other accumulations, remat policies and, with attention=auto, attention back-ends.
+      vary: also try other accumulations (unless images_per_pass gives them), remat policies and, with attention=auto,
+        attention back-ends.
     """
     attentions = ATTENTIONS if config.model.attention == "auto" else (config.model.attention,)
     choices = [(config.accumulate, config.model.remat, config.model.attention)]
     if vary:
-        choices = list(itertools.product(ACCUMULATES, REMATS, attentions))
+        accumulates = (config.accumulate,) if config.images_per_pass else ACCUMULATES
+        choices = list(itertools.product(accumulates, REMATS, attentions))
     found = []
     for mesh in meshes(config, target):
+        shards = mesh.data * mesh.fsdp
         for accumulate, remat, attention in choices:
-            splits = config.batch_size % (mesh.data * mesh.fsdp * accumulate) == 0
-            if not splits or attention == "reference" and mesh.context > 1:
+            if attention == "reference" and mesh.context > 1:
                 continue
             model = dataclasses.replace(config.model, remat=remat, attention=attention)
             changed = dataclasses.replace(config, mesh=mesh, accumulate=accumulate, model=model)
+            changed = changed.with_microbatches(shards)
+            if config.batch_size % (shards * changed.accumulate):
+                continue
             guess = estimate(changed)
             time = forecast(target, mesh.sizes, guess.flops, guess.memory_bytes, guess.collective_bytes, speed)
             found.append(Candidate(changed, guess, time))

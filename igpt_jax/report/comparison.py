@@ -1,5 +1,6 @@
 """Runs of one kind side by side: one chart, and a table of what differs in their configs and results."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def _over_rates(rows: Sequence[Row]) -> Chart:
 def differing(runs: Sequence[Run]) -> dict[str, str]:
     """{dotted name: meaning} of the keys that two or more runs of one job set differently."""
     return {name: meaning for name, (default, meaning) in known_keys(runs[0].job).items()
-            if len({repr(run.values.get(name, default)) for run in runs}) > 1}
+            if len({json.dumps(run.values.get(name, default)) for run in runs}) > 1}
 
 
 def legend(runs: Sequence[Run], names: Sequence[str]) -> list[str]:

@@ -135,10 +135,8 @@ def _charts(run: Run) -> list[Chart]:
                   if run.metrics.get(key) is not None}
         found.append(charts.accuracy_by_layer([("", "layers, 95 % intervals", rows)], others))
     if rows := run.tables.get("scaling.json"):
-        optima = run.metrics.get("optima", {}).get("all", [])
         measures = ("nats_per_pixel", "probe_accuracy", *COMPLETION_MEASURES)
-        found += [*(scaling.profiles(rows, measure) for measure in measures),
-                  *scaling.frontier(run.metrics.get("profiles", []), optima)]
+        found += [*(scaling.profiles(rows, measure) for measure in measures), *scaling.frontier(run.metrics)]
     return found + charts.evaluation(run.tables.get("evaluation.json", ()))
 
 

@@ -21,6 +21,7 @@ FIGURES = (
     ("iGPT-S / M / L", "ImageNet 32x32, linear probe", "41.9 / 54.5 / 60.3", "%"),
     ("iGPT-XL, 6.8B", "ImageNet 64x64, linear probe, five layers", 72.0, "%"),
 )
+SAID = ("sentence", "probe_sentence", "not_fitted")  # by a scaling study
 IMAGES = 128_000_000  # that each model of the paper saw: 1M steps of 128, XL 2M of 64
 
 
@@ -80,5 +81,5 @@ def finetuning(run: Run, others: Sequence[Run]) -> list[str]:
 def sentences(run: Run, runs: Sequence[Run]) -> list[str]:
     """All that can be said of a run beside the paper's."""
     say: Mapping[str, Any] = {"pretrain": pretraining, "probe": probing, "finetune": lambda run: finetuning(run, runs),
-                              "scaling": lambda run: [run.metrics.get("sentence") or run.metrics["not_fitted"]]}
+                              "scaling": lambda run: [run.metrics[name] for name in SAID if name in run.metrics]}
     return say[run.job](run) if run.job in say else []

@@ -173,7 +173,8 @@ def _wait_for(number: int, name: str) -> str:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise PeerMissing(f"process {number} has not answered for {wait} s. Look at its log.") from None
+        raise PeerMissing(f"process {number} has not answered for {wait} s. Look at its log; to wait longer, set "
+                          "IGPT_START_SECONDS.") from None
 
 
 def _differences(answers: list[dict[str, Any]]) -> str:

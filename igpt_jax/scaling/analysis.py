@@ -23,18 +23,19 @@ Row = Mapping[str, Any]
 class Fit:
     """A law of n runs with parameters counted in one way, its refits, and the FLOPs per token."""
     count: str  # a name of study.COUNTS
+    measure: str  # the column that the law predicts
     n: int
     law: law.Law
     refits: law.Law
     cost: frontier.Cost
 
     @classmethod
-    def of(cls, rows: Sequence[Row], count: str) -> "Fit":
+    def of(cls, rows: Sequence[Row], count: str, measure: str = "nats_per_pixel") -> "Fit":
         """Raises UserError where the rows do not determine a law (see `law.fit`)."""
         N, D, loss, flops = (np.asarray([float(row[name]) for row in rows]) for name in (
-            f"parameters_{count}", "tokens", "nats_per_pixel", "flops"))
+            f"parameters_{count}", "tokens", measure, "flops"))
         found = law.fit(N, D, loss)
-        return cls(count, len(rows), found, law.bootstrap(found, N, D, loss), frontier.Cost.of(N, flops / D))
+        return cls(count, measure, len(rows), found, law.bootstrap(found, N, D, loss), frontier.Cost.of(N, flops / D))
 
     def interval(self, values: np.ndarray) -> tuple[float, float]:
         return law.interval(values, self.n)
@@ -54,14 +55,14 @@ class Fit:
         found = {"budget": budget}
         for name, laws in (("", self.law), ("_interval", self.refits)):
             N, D = frontier.optimum(laws, self.cost, budget)
-            values = {"parameters": N, "tokens": D, "tokens_per_parameter": D / N, "nats_per_pixel": laws.loss(N, D)}
+            values = {"parameters": N, "tokens": D, "tokens_per_parameter": D / N, self.measure: laws.loss(N, D)}
             found |= {key + name: self.interval(value) if name else float(value) for key, value in values.items()}
         return found
 
     def predicted(self, N: float, D: float) -> dict[str, Any]:
-        """The loss of N parameters after D tokens, with its interval."""
-        return {"nats_per_pixel": float(self.law.loss(N, D)),
-                "nats_per_pixel_interval": self.interval(self.refits.loss(N, D))}
+        """The measure of N parameters after D tokens, with its interval."""
+        return {self.measure: float(self.law.loss(N, D)),
+                f"{self.measure}_interval": self.interval(self.refits.loss(N, D))}
 
     def to_dict(self) -> dict[str, Any]:
         return {"counted": COUNTS[self.count], "runs": self.n, "flops_per_token": dataclasses.asdict(self.cost),
@@ -105,7 +106,8 @@ def analyze(rows: Sequence[Row], held_out: Sequence[float], predict: Sequence[fl
     """Everything that scaling.json's `metrics` and the report show.
 
     Args:
-      rows: finished runs, with budget, flops, tokens, parameters_* and nats_per_pixel. Those with `short` are left out.
+      rows: finished runs, with budget, flops, tokens, parameters_*, nats_per_pixel and, where probed, probe_accuracy.
+        Those with `short` are left out.
       held_out: budgets that are not fitted, but predicted and compared.
       predict: further budgets.
       sizes: parameters of the paper's models, by name.
@@ -116,6 +118,8 @@ def analyze(rows: Sequence[Row], held_out: Sequence[float], predict: Sequence[fl
     for measure in ("probe_accuracy", *COMPLETION_MEASURES):
         if best := minima(rows, measure):
             found["probe_profiles" if measure == "probe_accuracy" else "completion_profiles"] = best
+    budgets = sorted({row["budget"] for row in rows} | set(predict))
+    found |= _of_probe(fitted, budgets)
     try:
         fits = {count: Fit.of(fitted, count) for count in COUNTS}
     except UserError as error:
@@ -124,12 +128,28 @@ def analyze(rows: Sequence[Row], held_out: Sequence[float], predict: Sequence[fl
     fit = fits["all"]
     if fit.unidentified:
         return found | {"not_fitted": fit.unidentified}
-    budgets = sorted({row["budget"] for row in rows} | set(predict))
-    found["optima"] = {count: [each.optimum(budget) for budget in budgets] for count, each in fits.items()}
+    found["optima"] = {count: [each.optimum(budget) for budget in budgets] for count, each in fits.items()
+                       if not each.unidentified}
     found["predictions"] = {name: {"tokens": PAPER_TOKENS[name], "parameters": N,
                                    **fit.predicted(N, PAPER_TOKENS[name])} for name, N in sizes.items()}
     found["held_out"] = [_compared(fit, row) for row in rows if row["budget"] in held_out]
     return found | {"sentence": sentence(found["optima"]["all"][-1], len(fitted))}
+
+
+def _of_probe(rows: Sequence[Row], budgets: Sequence[float]) -> dict[str, Any]:
+    """The law of the linear probe's error, 1 - accuracy, and the best sizes by it; empty without probes."""
+    probed = [{**row, "probe_error": 1 - row["probe_accuracy"]} for row in rows
+              if row.get("probe_accuracy") not in (None, 1.0)]  # the law has no error of 0
+    if not probed:
+        return {}
+    try:
+        fit = Fit.of(probed, "all", "probe_error")
+    except UserError as error:
+        return {"probe_not_fitted": str(error)}
+    if fit.unidentified:
+        return {"probe_law": fit.to_dict(), "probe_not_fitted": fit.unidentified}
+    optima = [fit.optimum(budget) for budget in budgets]
+    return {"probe_law": fit.to_dict(), "probe_optima": optima, "probe_sentence": sentence(optima[-1], fit.n)}
 
 
 def _compared(fit: Fit, row: Row) -> dict[str, Any]:
@@ -139,12 +159,14 @@ def _compared(fit: Fit, row: Row) -> dict[str, Any]:
 
 
 def sentence(optimum: Mapping[str, Any], runs: int) -> str:
-    """The answer in words."""
+    """The answer in words, for the loss or for the probe."""
+    goal, expected = (("", f"{optimum['nats_per_pixel']:.3f} nats per pixel") if "nats_per_pixel" in optimum else
+                      ("the best linear probe at ", f"an accuracy of {100 * (1 - optimum['probe_error']):.1f} %"))
     N, (low, high) = optimum["parameters"], optimum["parameters_interval"]
     per, (fewest, most) = optimum["tokens_per_parameter"], optimum["tokens_per_parameter_interval"]
-    return (f"For {optimum['budget']:.3g} FLOPs, train {short(N)} parameters ({short(low)} to {short(high)}) on "
+    return (f"For {goal}{optimum['budget']:.3g} FLOPs, train {short(N)} parameters ({short(low)} to {short(high)}) on "
             f"{short(optimum['tokens'])} tokens: {per:,.0f} tokens per parameter ({fewest:,.0f} to {most:,.0f}). "
-            f"Expect {optimum['nats_per_pixel']:.3f} nats per pixel. Fitted to {runs} runs; 95 % intervals.")
+            f"Expect {expected}. Fitted to {runs} runs; 95 % intervals.")
 
 
 def short(number: float) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax.metrics.charts import Chart, Points, Series, points_of
+from igpt_jax.metrics.charts import Chart, Series, points_of
 from igpt_jax.scaling import analysis
 from igpt_jax.scaling.study import label
 
@@ -38,20 +38,18 @@ def profiles(rows: Sequence[Row], measure: str = "nats_per_pixel") -> Chart:
     return Chart(name, "parameters", unit_name, series, log_x=10)
 
 
-def frontier(minima: Sequence[Row], optima: Sequence[Row]) -> list[Chart]:
-    """The best number of parameters, and of tokens per parameter, over the budget.
-
-    Args:
-      minima: the best sizes by parabolas, `profiles` of `analysis.analyze`.
-      optima: those of the fitted law; empty: only the minima.
-    """
+def frontier(found: Mapping[str, Any]) -> list[Chart]:
+    """The best number of parameters, and of tokens per parameter, over the budget: for the loss, and where it was
+    measured for the linear probe. `found` are the results of `analysis.analyze`."""
     charts = []
+    laws = (("", found.get("optima", {}).get("all", [])), (" of the probe", found.get("probe_optima", [])))
+    minima = (("", found.get("profiles", [])), (" of the probe", found.get("probe_profiles", [])))
     for name, title in (("parameters", "parameters of the best size"),
                         ("tokens_per_parameter", "tokens per parameter")):
-        law: Points = points_of(optima, "budget", name)
-        spread = [tuple(row[f"{name}_interval"]) for row in optima]
-        charts.append(Chart(title, "training FLOPs", title, [
-            Series("fitted law, 95 % interval", law, spread),
-            Series("lowest points of the parabolas", points_of(minima, "budget", name), hue=1, line=False)],
-            log_x=10, log_y=True))
+        fitted = [Series(f"fitted law{which}, 95 % interval", points_of(rows, "budget", name),
+                         [tuple(row[f"{name}_interval"]) for row in rows], hue=2 * i)
+                  for i, (which, rows) in enumerate(laws) if rows]
+        lowest = [Series(f"parabolas{which}", points_of(rows, "budget", name), hue=2 * i + 1, line=False)
+                  for i, (which, rows) in enumerate(minima) if rows]
+        charts.append(Chart(title, "training FLOPs", title, [*fitted, *lowest], log_x=10, log_y=True))
     return charts

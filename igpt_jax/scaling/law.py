@@ -26,7 +26,7 @@ _GRID, _REFINEMENTS = 24, 6  # the search over exponents: points per axis, and h
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + a (N / N0)^-alpha + b (D / D0)^-beta, in nats per pixel.
+    """L(N, D) = E + a (N / N0)^-alpha + b (D / D0)^-beta, of nats per pixel or another measure.
 
     N0 and D0 are the runs' geometric means. With them, `a` and `b` are the two excess losses of a run in the middle.
     Fields are floats, or arrays [R] of the refits of a bootstrap.

@@ -33,10 +33,6 @@ class Planned:
     tokens: int
     parameters: Mapping[str, int]  # by the names of COUNTS
 
-    @property
-    def flops_per_token(self) -> float:
-        return self.flops / self.tokens
-
 
 def parameter_counts(dims: Dims) -> dict[str, int]:
     """The parameters of a model, counted in three ways. Fitted exponents depend on the choice."""

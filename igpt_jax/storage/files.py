@@ -1,5 +1,6 @@
 """Reading and atomic writing of whole files."""
 
+import contextlib
 import os
 import tempfile
 
@@ -39,7 +40,8 @@ def publish(path: epath.Path, data: bytes | str) -> None:
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # interrupted after the replacement
+            os.unlink(temporary)
         raise
 
 

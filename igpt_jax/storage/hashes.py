@@ -114,5 +114,5 @@ def check_hashes(step: Path, unread: Collection[str] = ()) -> bool:
 def _hash_of(path: Path) -> str | None:
     try:
         return _sha256(path)
-    except (OSError, ValueError):  # a missing file, or an impossible name in a damaged list
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # or an impossible name in the list
         return None

@@ -7,7 +7,7 @@ from igpt_jax.storage.files import read
 from igpt_jax.storage.json import parse_json
 from igpt_jax.storage.paths import Path
 
-DAMAGED = ".damaged"  # suffix of a damaged file that was renamed
+DAMAGED, FORMER = ".damaged", ".former"  # suffixes of files that were renamed
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ def load(file: Path, kind: type = dict) -> Any:
     return value
 
 
-def set_aside(file: Path, then: str = "the job continues without it") -> None:
-    """Renames a damaged file to NAME.damaged (or NAME.damaged-2, ... if that exists) and logs that, with what happens
-    `then`."""
-    number, to = 1, file.parent / f"{file.name}{DAMAGED}"
+def set_aside(file: Path, suffix: str = DAMAGED, why: str = "is damaged", then: str = "the job continues without it"
+              ) -> None:
+    """Renames a file to NAME.damaged (or NAME.damaged-2, ... if that exists). Logs `why`, and what happens `then`."""
+    number, to = 1, file.parent / f"{file.name}{suffix}"
     while to.exists():
         number += 1
-        to = file.parent / f"{file.name}{DAMAGED}-{number}"
+        to = file.parent / f"{file.name}{suffix}-{number}"
     file.rename(to)
-    log.error("%s is damaged. It is renamed to %s, and %s.", file, to.name, then)
+    log.error("%s %s. It is renamed to %s, and %s.", file, why, to.name, then)

@@ -1,6 +1,9 @@
 """Diverged runs, devices whose copies of the state differ, and the replay of logged steps."""
 
+import contextlib
+import itertools
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.metrics.logging import load_metrics, say
 from igpt_jax.parallel import checksums
 from igpt_jax.runtime.exits import Diverged
+from igpt_jax.runtime.watchdog import Watchdog
 from igpt_jax.storage import side_files
 
 DIVERGENCE = "divergence.json"  # read by skip_divergence: where in the data order the run diverged
@@ -74,26 +78,34 @@ def compare_replicas(step: int, state: dict[str, Any], mesh: jax.sharding.Mesh) 
                        "then resumes from the newest checkpoint.")
 
 
-def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract: dict[str, Any], metadata: checkpoint.Metadata,
-           do_step: Callable, batches_from: Callable) -> None:
+def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: checkpoint.AbstractOf,
+           metadata: checkpoint.Metadata, do_step: Callable, batches_from: Callable, watchdog: Watchdog) -> None:
     """Repeats logged steps and compares the loss: the fewest steps that lead from a checkpoint to a logged step.
+
+    Only steps that were trained with the settings and the data offset of the checkpoint before them.
 
     Raises:
       UserError: the loss differs from the logged one.
     """
     logged = {line["step"]: line["train/nats_per_pixel"] for line in load_metrics(workdir)
               if line.get("train/nats_per_pixel") is not None}
-    spans = [(before, after) for before in checkpoints.steps for after in logged if after > before]
+    steps = checkpoints.steps
+    offsets = {step: checkpoints.data_offset(step, metadata) for step in steps}
+    if not (storage.path(workdir) / DIVERGENCE).exists():  # or the steps after the newest one may have had another
+        offsets[math.inf] = offsets[steps[-1]]
+    spans = [(before, after) for before, later in itertools.pairwise(offsets) for after in logged
+             if before < after <= later and offsets[before] == offsets[later] is not None]
     # Of the shortest spans, the newest.
     before, after = min(spans, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
-    restored = checkpoints.restore(abstract, metadata, at=before) if spans else None
+    restored = checkpoints.restore(abstract_of, metadata, at=before) if spans else None
     if not restored or restored[1].steps_done != before:
-        say("replay_check: no logged step follows a good checkpoint; nothing is repeated")
+        say("replay_check: no logged step follows a good checkpoint of these settings; nothing is repeated")
         return
     state, stored = restored
-    batches = batches_from(before + stored.data_offset)
-    for _ in range(before, after):
-        state, measured = do_step(state, next(batches))
+    with contextlib.closing(batches_from(before + stored.data_offset)) as batches:
+        for step in range(before, after):
+            watchdog.beat(f"repeating step {step + 1:,}")
+            state, measured = do_step(state, next(batches))
     loss = float(measured["train/nats_per_pixel"])
     difference = abs(loss - logged[after]) / abs(logged[after])
     if not difference <= REPLAY_TOLERANCE:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from igpt_jax import checkpoint, storage
-from igpt_jax.config import PretrainConfig
+from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.config.keys import compiler_options_text
 from igpt_jax.data import Batch, Batches
 from igpt_jax.evaluation import exact_loss
@@ -29,7 +29,7 @@ from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.runtime import startup
-from igpt_jax.runtime.exits import Diverged, Preempted
+from igpt_jax.runtime.exits import Diverged, Ended, Preempted
 from igpt_jax.runtime.signals import StopSignal
 from igpt_jax.runtime.watchdog import Watchdog
 from igpt_jax.training import divergence, transfer
@@ -57,11 +57,13 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
       Diverged: `max_skipped_updates` updates in a row were skipped, or copies of the state differ between devices.
         Nothing is saved since then.
       Unsaved: the last state could not be saved.
+      Ended: an image is damaged on disk.
     """
     timer = PhaseTimer("start")
     check_installed(config)
     mesh = sharding.make_mesh(config.mesh)
-    config = _with_microbatches(config, mesh)
+    config = config.with_microbatches(sharding.batch_shards(mesh))
+    sharding.check_batch(config.batch_size, mesh, config.accumulate)
     inputs = open_inputs(config)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         run = Run(config, workdir, mesh, inputs, timer, stack)
@@ -69,18 +71,12 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         run.compile()
         run.restore_or_initialize()
         run.open_logs()
-        run.evaluate_if_owed()
-        run.run_steps()
+        try:
+            run.evaluate_if_owed()
+            run.run_steps()
+        except UserError as error:  # such as a damaged image; what the run has saved so far stays as it is
+            raise Ended(str(error)) from None
     return run.summarize()
-
-
-def _with_microbatches(config: PretrainConfig, mesh: jax.sharding.Mesh) -> PretrainConfig:
-    """The config with the number of microbatches that `images_per_pass` requires, checked against the mesh."""
-    if config.images_per_pass:
-        microbatches = sharding.microbatches_for(config.batch_size, mesh, config.images_per_pass)
-        config = dataclasses.replace(config, accumulate=microbatches)
-    sharding.check_batch(config.batch_size, mesh, config.accumulate)
-    return config
 
 
 class Run:
@@ -93,7 +89,7 @@ class Run:
         self.stop = stack.enter_context(StopSignal())
         self.watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         self.checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
-        self.model = Model.of(config, inputs.codec.vocabulary, inputs.image_size, mesh, inputs.classes)
+        self.model = self._model_of(config)
         self.abstract = abstract_state(self.model, config, mesh)
         self.noise_scale = NoiseScale(self.model, config, mesh) if config.noise_scale_every_steps else None
         self.measure = exact_loss.make_measure(self.model, mesh, config.batch_size, inputs.codec)
@@ -104,6 +100,9 @@ class Run:
                                             inputs.split.fingerprint, 0, classes=inputs.classes,
                                             warmup_steps=self.warmup_steps)
         self.evaluated: dict[str, float] = {}  # results of the newest evaluation
+
+    def _model_of(self, config: PretrainConfig) -> Model:
+        return Model.of(config, self.inputs.codec.vocabulary, self.inputs.image_size, self.mesh, self.inputs.classes)
 
     # Compile.
 
@@ -141,14 +140,17 @@ class Run:
 
         With `replay_check`, repeats steps first.
         """
+        def abstract_of(config: PretrainConfig) -> State:
+            return abstract_state(self._model_of(config), config, self.mesh)
+
         if self.config.replay_check and self.checkpoints.latest_step:
-            divergence.replay(self.workdir, self.checkpoints, self.abstract, self.metadata, self.do_step,
-                              self.batches_from)
+            divergence.replay(self.workdir, self.checkpoints, abstract_of, self.metadata, self.do_step,
+                              self.batches_from, self.watchdog)
         self.watchdog.beat("restoring")
-        restored = self.checkpoints.restore(self.abstract, self.metadata)
+        restored = self.checkpoints.restore(abstract_of, self.metadata)
         self.branches = bool(self.config.branch_from) and not restored
         if self.branches:
-            restored = checkpoint.branch(self.config.branch_from, self.abstract, self.metadata)
+            restored = checkpoint.branch(self.config.branch_from, abstract_of, self.metadata)
         self.state, stored = restored or (self._initial_state(), self.metadata)
         self.start, self.evaluated = stored.steps_done, dict(stored.metrics)
         self.offset = divergence.offset_after(self.config, self.workdir, self.start, stored.data_offset)
@@ -214,6 +216,7 @@ class Run:
                         return {}
                     found |= {prefix + name: figure for name, figure in measured.items()}
             self.metrics.log(step, found)
+            self.metrics.flush()
             self.checkpoints.note(step, found)
             self._draw()
             return found
@@ -342,7 +345,7 @@ class Run:
     def summarize(self) -> dict[str, float]:
         """The metrics for result.json; draws the loss curve once more."""
         figures = {"parameters": count_parameters(self.abstract["params"]), "steps": self.end,
-                   "best_step": self.checkpoints.best_step, "compiler_options": self.model.compiler_options,
+                   "best_step": self.checkpoints.best_saved_step, "compiler_options": self.model.compiler_options,
                    **self.evaluated, **self.throughput.overall()}
         if jax.process_index() == 0:
             lines = load_metrics(self.workdir)

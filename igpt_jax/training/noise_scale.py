@@ -75,8 +75,9 @@ class NoiseScale:
 
         The means are taken first, because the ratio of two noisy values is biased (Appendix A.1).
         """
-        for name, value in measured.items():
-            before = self._means.get(name, value)
-            self._means[name] = DECAY * before + (1 - DECAY) * value
-        trace, squared = self._means["noise/trace"], self._means["noise/squared_gradient"]
+        if all(map(math.isfinite, measured.values())):  # or one bad gradient would stay in the means
+            for name, value in measured.items():
+                before = self._means.get(name, value)
+                self._means[name] = DECAY * before + (1 - DECAY) * value
+        trace, squared = (self._means.get(f"noise/{name}", 0.0) for name in ("trace", "squared_gradient"))
         return {**measured, "noise/scale_images": trace / squared if squared > 0 else math.inf}

@@ -5,7 +5,7 @@
 #   ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x4 SLICES=1 HOSTS=4 DEVICES=4 launch/gke/render.sh tpu.yaml | kubectl apply -f -
 #
 #   gpu.yaml     NAME IMAGE CONFIG WORKDIR STORE ACCELERATOR (nvidia-h100-80gb) HOSTS DEVICES (of a node)
-#   slices.yaml  NAME IMAGE JOB (prepare or evaluate) CONFIG (configs/prepare.py:source=tar:gs://BUCKET/*.tar,image_size=32
+#   slices.yaml  NAME IMAGE JOB (prepare, evaluate or scaling) CONFIG (configs/prepare.py:source=tar:gs://BUCKET/*.tar,image_size=32
 #   merge.yaml   or configs/evaluate.py:checkpoints=gs://BUCKET/igpt_l/checkpoints/*) WORKDIR COUNT CPUS GPUS (0 or 1)
 set -euo pipefail
 

@@ -45,8 +45,8 @@ class Tar(Source):
       .webp) and its class number, in `.cls` or under "label" or "cls" of `.json`.
     - Shards whose first samples have no class, such as img2dataset's, are unlabeled.
     - Other members are counted and reported.
-    - Absolute paths, `..`, links and devices go to quarantine. So do samples without a class in labeled shards, and
-      samples with a class in unlabeled ones.
+    - Absolute paths, `..`, links and devices go to quarantine. So do samples whose label file has no class in labeled
+      shards, and samples with a class in unlabeled ones. A sample without a label file among labeled ones is an error.
     """
 
     def __init__(self, argument: str, image_size: int, seed: int, shard: tuple[int, int]):

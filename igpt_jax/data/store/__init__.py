@@ -22,6 +22,7 @@ from igpt_jax.data.store.manifest import (
     PALETTE,
     PROGRESS,
     SLICE,
+    check_files,
     damaged,
     files_in,
     load_manifest,
@@ -33,6 +34,6 @@ from igpt_jax.data.store.verification import verify
 from igpt_jax.data.store.writer import Writer
 
 __all__ = [
-    "MANIFEST", "PALETTE", "PROGRESS", "SLICE", "Split", "Store", "Writer", "damaged", "files_in", "load_manifest",
-    "publish_manifest", "size_and_hash", "split_of", "verify",
+    "MANIFEST", "PALETTE", "PROGRESS", "SLICE", "Split", "Store", "Writer", "check_files", "damaged", "files_in",
+    "load_manifest", "publish_manifest", "size_and_hash", "split_of", "verify",
 ]

@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 SLICE = "slice.json"  # a manifest without a palette
 PALETTE = "palette.npy"
 PROGRESS = "progress.npz"
+AGAIN = f"Restore it from a copy, or remove {MANIFEST} (of a slice: {SLICE}) and prepare it again."
 HASHERS = 4  # threads; each holds one file
 
 # The fields that the fingerprint covers: those that determine the images, but not where they came from.
@@ -52,7 +53,7 @@ def fingerprint_of(manifest: Mapping[str, Any]) -> str:
 
 def damaged(path: epath.Path, name: str, problem: str) -> UserError:
     """The error for a file of the store in `path` that is not as it was written."""
-    return UserError(f"pixel store {path}: {name} {problem}. Restore the store from a copy, or prepare it again.")
+    return UserError(f"pixel store {path}: {name} {problem}. {AGAIN}")
 
 
 def size_and_hash(data: bytes) -> list:
@@ -99,10 +100,9 @@ def load_manifest(path: epath.Path, name: str = MANIFEST) -> dict[str, Any] | No
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is not the manifest of a pixel store. Make one with the prepare job.") from None
     if version != FORMAT or missing:
-        raise UserError(f"{file} has format {version!r}; this version reads {FORMAT}. Prepare the store again.")
+        raise UserError(f"{file} has format {version!r}; this version reads {FORMAT}. {AGAIN}")
     if fingerprint_of(manifest) != manifest["fingerprint"]:
-        raise UserError(f"{file} was changed after it was written: its fingerprint differs. Restore it from a copy, "
-                        "or prepare the store again.")
+        raise UserError(f"{file} was changed after it was written: its fingerprint differs. {AGAIN}")
     return manifest
 
 

@@ -14,7 +14,7 @@ from igpt_jax.config import UserError, nearest
 from igpt_jax.data import palette
 from igpt_jax.data.order import Component
 from igpt_jax.data.store.arrays import array_spec
-from igpt_jax.data.store.manifest import MANIFEST, PALETTE, SLICE, SPLITS, check_files, load_manifest
+from igpt_jax.data.store.manifest import AGAIN, MANIFEST, PALETTE, SLICE, SPLITS, check_files, load_manifest
 from igpt_jax.storage.hashes import json_digest
 
 CACHE_BYTES = 256 * 2**20  # for the shards' indices (16 bytes per inner chunk) and, where chunk > 1, the chunks
@@ -38,8 +38,7 @@ class Store:
         self.image_size, self.classes = manifest["image_size"], manifest["classes"]
         self.fingerprint = manifest["fingerprint"]
         if palette.digest(self.palette) != manifest["palette"]:
-            raise UserError(f"{path / PALETTE} is not the palette that the manifest lists. Restore it from a copy, "
-                            "or prepare the store again.")
+            raise UserError(f"{path / PALETTE} is not the palette that the manifest lists. {AGAIN}")
         check_files(path, manifest)
 
     @classmethod
@@ -143,8 +142,7 @@ class _Part:
 
     def _damage(self, kind: str, what: str, error: Exception | str = "") -> UserError:
         reason = f" ({str(error).splitlines()[0].split(' [')[0]})" if str(error) else ""
-        return UserError(f"pixel store {self.path}: {self.folder}/{kind} {what}{reason}. "
-                         "Restore it from a copy, or prepare the store again.")
+        return UserError(f"pixel store {self.path}: {self.folder}/{kind} {what}{reason}. {AGAIN}")
 
 
 @functools.cache

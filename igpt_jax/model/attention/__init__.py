@@ -5,6 +5,7 @@ B batch, T query tokens, S key tokens, N heads, H head dim.
 
 import functools
 import logging
+import re
 from typing import Any
 
 import jax
@@ -71,7 +72,8 @@ def is_saved(primitive: Any, *avals: Any, **params: Any) -> bool:
 _by_name = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
-def backend_for(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int = 1) -> str:
+def backend_for(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int = 1,
+                capability: str = "") -> str:
     """The back-end that `auto` stands for, or `backend` itself if it can run.
 
     Args:
@@ -80,11 +82,12 @@ def backend_for(backend: str, platform: str, precision: str, tokens: int, head_d
       precision: of the computation; cudnn and splash run in bfloat16 only.
       tokens, head_dim: of the model.
       context: devices that share a sequence.
+      capability: of a GPU, such as 9.0; empty: not known.
 
     Raises:
       UserError: the back-end cannot run here; the message lists those that can.
     """
-    reasons = {name: _refusal(name, platform, precision, tokens, head_dim, context) for name in PLATFORMS}
+    reasons = {name: _refusal(name, platform, precision, tokens, head_dim, context, capability) for name in PLATFORMS}
     refused = {name: why for name, why in reasons.items() if why}
     if backend == "auto":
         best = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}[platform]
@@ -101,7 +104,8 @@ def backend_for(backend: str, platform: str, precision: str, tokens: int, head_d
     return backend
 
 
-def _refusal(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int) -> str | None:
+def _refusal(backend: str, platform: str, precision: str, tokens: int, head_dim: int, context: int, capability: str
+             ) -> str | None:
     """Why a back-end cannot run; None if it can."""
     if platform not in PLATFORMS[backend]:
         return f"does not run on {platform}"
@@ -109,6 +113,8 @@ def _refusal(backend: str, platform: str, precision: str, tokens: int, head_dim:
         return f"does not compute in precision={precision}"
     if backend == "cudnn" and (head_dim % 8 or head_dim > 128):
         return f"takes heads of 8, 16, ... 128, not of {head_dim}"
+    if backend == "cudnn" and capability and not (re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or later, not {capability}"
     if backend == "cudnn" and context > 1:
         return f"does not split sequences (mesh.context={context})"
     if backend == "splash" and (tokens // context) % splash.LANES:
