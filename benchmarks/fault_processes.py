@@ -102,6 +102,7 @@ def stop(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int, p
     run.finish()
     if processes == 1 and (wrong := run.differences(reference)):
         tallies["step"].lost.update(wrong)
+        tallies["step"].survived -= 1
         print(f"  {run.workdir}: {wrong}", flush=True)
     return list(tallies.values())
 

@@ -104,11 +104,14 @@ def test_early_stopping_ends_a_run_for_good(folder):
     ("all", ["--config.data.split=train+held_out", "--config.data.held_out=", "--config.generative_weight=0"])])
 def test_other_ways_to_fine_tune(folder, name, more):
     """A masked checkpoint with the head before the last block; another resolution; from scratch; on all labels. The
-    evaluate job reads the checkpoints with no more than their path."""
+    evaluate job reads the checkpoints with no more than their path. The accuracy is that of the best step."""
     ran(finetune(folder, name, "--config.precision=float32", *(each.format(folder) for each in more)),
-        ["evaluate", f"--workdir={folder / name}-evaluate", f"--config.checkpoints={folder / name}",
+        ["evaluate", f"--workdir={folder / name}-evaluate", f"--config.checkpoints={folder / name}/checkpoints/*",
          "--config.data.split=test"])
-    assert 0 < result(folder / name)["metrics"]["test_accuracy"] < 1
+    metrics, rows = result(folder / name)["metrics"], folder / f"{name}-evaluate" / "evaluation.json"
+    by_step = {row["steps"]: row["accuracy"] for row in json.loads(rows.read_text())}
+    best = metrics["best_step"] or metrics["steps"]
+    assert metrics["test_accuracy"] == pytest.approx(by_step[best]) and len(by_step) > 1
 
 
 @pytest.mark.parametrize("objective", [pytest.param("denoising", marks=pytest.mark.slow), "diffusion"])

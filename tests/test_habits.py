@@ -83,10 +83,11 @@ def test_environment(folder, finished, pretrain, environment, code, message, req
         assert losses(workdir) == losses(finished)
 
 
-@pytest.mark.parametrize("streams", [">&- 2>&- <&-", "> /dev/full 2>&1", "2>&1 | head -n 1"])
-def test_streams(folder, finished, pretrain, streams):
+@pytest.mark.parametrize("streams", [">&- 2>&- <&-", "> /dev/full 2>&1", "2>&1 | head -n 1"],
+                         ids=["closed", "full", "unread"])
+def test_streams(folder, finished, pretrain, streams, request):
     """Streams that are closed, full or no longer read do not change the run."""
-    workdir = folder / f"streams-{len(streams)}"
+    workdir = folder / f"streams-{request.node.callspec.id}"
     command = shlex.join([sys.executable, "-m", "igpt_jax", *pretrain(workdir)])
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {streams}"], cwd=ROOT, timeout=patience())
     assert done.returncode == 0 and losses(workdir) == losses(finished)

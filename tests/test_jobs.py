@@ -358,3 +358,23 @@ def test_a_workdir_in_use_is_refused(folder, store):
         rest = process.stderr.read()
     assert second.returncode == 2 and str(process.pid) in second.stderr, second.stderr
     assert process.returncode == 75 and "The same command resumes" in rest, rest
+
+
+def test_a_fault_after_the_start_keeps_the_runs_files(store, tmp_path, monkeypatch):
+    """A damaged image ends the run as failed. Seen to fail with the former result.json, which says done."""
+    def train(steps):
+        given = config.base_config("pretrain", "model=igpt_tiny,batch_size=8,precision=float32,eval_every_steps=0")
+        given.model.update(layers=1, embed=8, heads=1)
+        given.data.store, given.steps = str(store), steps
+        given.optimizer.update(schedule="constant", warmup_steps=1)
+        code = run_job(loop.train, config.parse("pretrain", given), str(tmp_path))
+        return code, [json.loads((tmp_path / name).read_text()) for name in ("config.json", "result.json")]
+
+    assert train(2)[0] == 0
+
+    def damaged(run):
+        raise config.UserError("an image is damaged")
+
+    monkeypatch.setattr(loop.Run, "run_steps", damaged)
+    code, (given, result) = train(3)
+    assert (code, given["steps"], result["status"]) == (2, 3, "failed")

@@ -9,7 +9,7 @@ import pytest
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.jobs import plan
 from igpt_jax.parallel import topology
-from igpt_jax.planner import compilation, targets, verdicts
+from igpt_jax.planner import compilation, search, targets, verdicts
 from igpt_jax.planner.answer import answer
 from igpt_jax.planner.evidence import Evidence
 from igpt_jax.runtime import job as runtime
@@ -64,10 +64,12 @@ def test_from_the_command_line(run_job, tmp_path):
     assert metrics["fits"] and 0 < metrics["bytes_per_device"] < 2**30
     low, high = metrics["mfu_interval"]
     assert 0 < low < metrics["mfu"] < high < 1
-    table = json.loads((tmp_path / "plan/plan.json").read_text())["table"]
+    written = json.loads((tmp_path / "plan/plan.json").read_text())
+    table = written["table"]
     assert {row["evidence"] for row in table.values()} == {"exact", "compiler", "estimate", "uncalibrated"}
     assert table["tokens per parameter"]["value"].endswith("1,000,000 steps, far from the compute-optimal 200 to 400")
-    assert "sent per device and step over" in done.stdout or "fsdp=4" in done.stdout
+    mesh = written["verdict"]["mesh"]
+    assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] * mesh["context"] == 4
     assert (tmp_path / "plan/figures/plan.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "cache/verdicts").iterdir())) == 1
 
@@ -142,6 +144,16 @@ def test_a_crash_of_the_compiler_fails_the_job(last_words, says, cache, tmp_path
 
 TOO_MUCH = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
             "temporaries (29.02G) exceeds available HBM (15.75G). HLO module: jit_train_step.")
+
+
+def test_images_per_pass_gives_the_microbatches():
+    """In every candidate, as in training. Seen to fail with one microbatch."""
+    config = config_for("model=igpt_s,batch_size=128,images_per_pass=4")
+    for vary in (False, True):
+        found = search.candidates(config, topology.parse("v5e:2x4"), vary=vary)
+        assert found and all(128 / (each.config.mesh.data * each.config.mesh.fsdp) / each.config.accumulate == 4
+                             for each in found)
+        assert "--config.images_per_pass=4" in search.settings(found[0].config)
 
 
 def test_a_step_that_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):

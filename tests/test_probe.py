@@ -136,13 +136,19 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_the_job_probes_every_layer(trained):
-    """A row for each layer, their concatenation, baselines, and few labels of each; a table with intervals, a curve."""
+@pytest.fixture(scope="module")
+def probed(trained):
     workdir = trained / "probe"
     done = run_job_command("probe", f"--workdir={workdir}", f"--config.checkpoint={trained / 'run'}",
                            "--config.labels_per_class=(4,)", "--config.draws=2", "--config.concatenate=3",
                            "--config.l2=(0.01, 0.1)", "--config.batch_size=64")
     assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_the_job_probes_every_layer(probed):
+    """A row for each layer, their concatenation, baselines, and few labels of each; a table with intervals, a curve."""
+    workdir = probed
     found = json.loads((workdir / "result.json").read_text())["metrics"]
     assert list(found["accuracy_by_layer"]) == ["0", "1", "2"]
     assert found["raw_pixel_accuracy"] > 0.8 and found["untrained_accuracy"] > 0.2
@@ -151,6 +157,7 @@ def test_the_job_probes_every_layer(trained):
     assert names[:3] == ["layer 0", "layer 1", "layer 2"] and len(names) == 9, names
     few = [name.removesuffix(", 4 labels per class") for name in names if name.endswith("labels per class")]
     assert few == [f"layer {found['best_layer']}", "raw pixels", names[6]] and names[5] == "raw pixels", names
+    assert names[3].startswith("layers ") and names[6].startswith("untrained model, layer "), names
     for row in json.loads((workdir / "probe.json").read_text())[:3]:
         expected = linear_probe.wilson(found["accuracy_by_layer"][str(row["layer"])], 1000)
         np.testing.assert_allclose(row["interval"], expected)
@@ -177,7 +184,7 @@ def test_other_kinds_add_rows(trained, kind, names):
     assert found[f"{kind}_accuracy"] == mine and list(found["accuracy_by_layer"]) == ["0", "2"]
 
 
-def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained):
+def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained, probed):
     """In float64: nats to 1e-8, and accuracies of all layers within 1 prediction per 1,000, on 1,000 test images.
 
     Seen to fail with the features of each batch in another order than its labels.
@@ -193,7 +200,7 @@ def test_one_device_and_eight_agree_and_evaluate_probes_as_the_probe_job(trained
         assert (workdir / "figures" / "accuracy_by_layer.png").stat().st_size > 10_000
     one, eight = found[1], found[8]
     np.testing.assert_allclose(eight["nats_per_pixel"], one["nats_per_pixel"], rtol=1e-8)
-    probe = json.loads((trained / "probe" / "result.json").read_text())["metrics"]["accuracy_by_layer"]
+    probe = json.loads((probed / "result.json").read_text())["metrics"]["accuracy_by_layer"]
     for first, second in zip(one["accuracy_by_layer"], eight["accuracy_by_layer"], strict=True):
         assert abs(first["test_accuracy"] - second["test_accuracy"]) <= 1 / 1000 + 1e-9
         assert abs(first["test_accuracy"] - probe[str(first["layer"])]) <= 1 / 1000 + 1e-9

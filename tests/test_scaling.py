@@ -7,12 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import run_job_command
 
 from igpt_jax.config import PretrainConfig, ScalingConfig, UserError
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.scaling import analysis, charts, frontier, law, study
-from tests.conftest import run_job_command
 
 DATA = pathlib.Path(__file__).parent / "data"
 TRUE = law.Law(E=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, N0=1.0, D0=1.0)  # Hoffmann et al., Approach 3
@@ -124,8 +124,10 @@ def test_few_runs_and_flat_losses_give_no_numbers():
 
 def test_short_runs_are_not_fitted():
     rows = rows_of(*runs(), TRUE.loss)
-    wrong = [{**rows[0], "nats_per_pixel": 9.0, "short": True}]
-    found = analysis.analyze(rows + wrong, (), (), {"igpt_s": 7.6e7})
+    wrong = [{**rows[0], "nats_per_pixel": 9.0, "short": True},
+             {**rows[0], "nats_per_pixel": 2 * rows[0]["nats_per_pixel"], "budget": 7.0}]  # held out
+    found = analysis.analyze(rows + wrong, (7.0,), (), {"igpt_s": 7.6e7})
+    assert found["held_out"][0]["error"] == pytest.approx(-0.5, abs=0.01)
     assert found["runs_fitted"] == 20 and found["laws"]["all"]["alpha"]["value"] == pytest.approx(0.34, rel=1e-2)
     assert "tokens per parameter" in found["sentence"] and found["predictions"]["igpt_s"]["nats_per_pixel"] > 1.69
 
@@ -210,6 +212,10 @@ def test_a_study_resumes_merges_and_reports(store, folder):
 
     other = job("one", "--config.pretrain.seed=1")
     assert other.returncode == 2 and "holds a run with seed=0 (now 1)" in other.stderr, other.stderr
+    other = job("one", "--config.pretrain.optimizer.schedule=wsd")
+    assert other.returncode == 2 and "holds a run with optimizer.schedule='cosine' (now 'wsd')" in other.stderr
+    other = job("one", "--config.pretrain.data.split=held_out", "--config.pretrain.data.held_out=train")
+    assert other.returncode == 2 and "has other images, held-out images or another palette" in other.stderr
 
     for i in range(2):  # the slices find their runs done
         for row in rows:

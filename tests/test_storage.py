@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import SCRIPTS
+from conftest import ROOT, SCRIPTS
 
 from igpt_jax import storage
 from igpt_jax.config import UserError, base_config, parse
@@ -208,7 +208,7 @@ def test_lines_in_a_bucket_are_numbered_parts(tmp_path, as_bucket):
 
 def test_lock_refuses_a_second_job_and_ends_with_the_first(tmp_path):
     """Seen to fail without the flock, and with a lock that is only a file."""
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen([sys.executable, SCRIPTS / "hold_lock.py", tmp_path], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, env=environment)
     try:
@@ -254,7 +254,7 @@ def test_a_job_that_loses_its_bucket_lock_ends(tmp_path):
     """
     command = [sys.executable, SCRIPTS / "hold_bucket_lock.py", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": os.getcwd()}) as job:
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as job:
         assert job.stdout.readline() == "held\n"
         (tmp_path / locks.LOCK).write_text(json.dumps({"host": "other", "pid": 7, "start": "now"}))
         assert "in use by host other, process 7" in job.stderr.read()

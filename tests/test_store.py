@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from igpt_jax import data, storage
-from igpt_jax.config import DataConfig, UserError
+from igpt_jax.config import DataConfig, UserError, base_config, parse
 from igpt_jax.data import palette, staging, store
 from igpt_jax.data.codecs import Palette
 from igpt_jax.data.store import writer
 from igpt_jax.data.token_file import tokens_of
+from igpt_jax.training.inputs import open_inputs
 
 PALETTE_VC = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 FIELDS = {"source": "test", "resize": "none", "seed": 0, "held_out": {}, "config": {}}
@@ -188,6 +189,21 @@ def test_the_error_of_a_missing_split_names_a_fix(tmp_path, images, splits, aske
     write(tmp_path, dict.fromkeys(splits, (images, None)))
     with pytest.raises(UserError, match=f"split '{asked}' is not in .*{fix}"):
         store.Store.open(tmp_path).split(asked)
+
+
+def test_a_run_takes_its_own_palette_and_reads_the_staged_copy(path, tmp_path_factory):
+    """The keys `palette` and `data.stage`. Seen to fail with the store's palette, and with the store in place."""
+    here = tmp_path_factory.mktemp("here")
+    palette.save(storage.path(here / "mine.npy"), PALETTE_VC[::-1] / 2)
+    given = base_config("pretrain")
+    given.data.update(store=str(path), stage=str(here / "stage"))
+    given.palette = str(here / "mine.npy")
+    inputs = open_inputs(parse("pretrain", given))
+    np.testing.assert_array_equal(inputs.codec.palette_VC, PALETTE_VC[::-1] / 2)
+    for file in (path / "train").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    assert inputs.split.read(np.arange(30)).shape == (30, 8, 8, 3)
 
 
 def test_hidden_files_are_ignored(path, tmp_path_factory):
