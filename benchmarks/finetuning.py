@@ -14,8 +14,9 @@ steps.
 import argparse
 import json
 import pathlib
+import sys
 
-import runs
+import job_runs
 
 from igpt_jax.data.store import Store
 from igpt_jax.evaluation.linear_probe import wilson
@@ -49,7 +50,7 @@ def main() -> None:
 
     def run(name: str, steps: int, evaluations: int, rate: str, way: dict, **more: str) -> dict:
         """The metrics of a run in the workdir's folder `name`."""
-        return runs.run("finetune", folder / name, {
+        return job_runs.run("finetune", folder / name, {
             "data.store": given.store, "objective": pretrained["objective"], "data.augment": given.augment,
             "steps": steps, "batch_size": given.batch, "precision": given.precision,
             "eval_every_steps": -(-steps // evaluations), "mesh.data": -1, "mesh.fsdp": 1,
@@ -65,6 +66,8 @@ def main() -> None:
             "eval/accuracy", 0.0) for rate in RATES}
         rate = max(RATES, key=searched.__getitem__)
         metrics = run(f"way{index}", given.steps, 6, rate, settings)
+        if not metrics:
+            sys.exit(f"{way} diverges at {rate}, the best of {given.search} steps: {folder}/way{index}")
         rows.append({"way": way, "learning_rate": rate, "test_accuracy": metrics["test_accuracy"],
                      "interval": wilson(metrics["test_accuracy"], test_images), "best_step": metrics["best_step"],
                      "held_out_nats": metrics["eval/nats_per_pixel"],

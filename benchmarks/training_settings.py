@@ -16,7 +16,7 @@ import json
 import pathlib
 from typing import Any
 
-import runs
+import job_runs
 
 from igpt_jax.metrics.logging import load_metrics
 
@@ -63,7 +63,7 @@ def transfer(steps: int) -> dict[str, Settings]:
 
 def row(name: str, workdir: pathlib.Path) -> dict[str, Any] | None:
     """A finished run's figures; None where it is not finished, or diverged."""
-    result = runs.result(workdir)
+    result = job_runs.result(workdir)
     if result.get("status") != "done":
         return None
     metrics = result["metrics"]
@@ -141,9 +141,9 @@ def main() -> None:
               "keep_newest": 1}
     for name, settings in planned.items():
         settings = {key: str(value).format(study=folder) for key, value in (common | settings).items()}
-        if left and not runs.finished(folder / name, runs.words("pretrain", folder / name, settings)):
+        if left and not job_runs.finished(folder / name, job_runs.words("pretrain", folder / name, settings)):
             left -= 1
-            runs.run("pretrain", folder / name, settings)
+            job_runs.run("pretrain", folder / name, settings)
             publish(arguments.study, arguments.workdir, planned, verdict)
     publish(arguments.study, arguments.workdir, planned, verdict)
 

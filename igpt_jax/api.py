@@ -92,7 +92,7 @@ def load(path: Path, step: int | None = None, *, device: jax.Device | str | None
             done = metadata.steps_done
             source = path if storage.path(path).name == str(done) else f"{path} step {done}"
             identity = checkpoint.identity(str(checkpoint.step_path(folder, done)), parameters)
-            with contextlib.suppress(OSError):  # not readable; the probe is optional
+            with contextlib.suppress(UserError, OSError):  # not readable; the probe is optional
                 beside = storage.children(storage.path(folder).parent.parent)
     saved = _given_probe(os.fspath(probe), model, identity) if probe else _probe_of(identity, beside)
     return ImageModel(model, params, metadata, on, source, precision, batch_size or default_batch_size(on), saved)

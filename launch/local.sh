@@ -22,7 +22,10 @@ label() {
   sed -u "s/^/[$1] /"
 }
 
-IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-}"  # those that the caller may use; none: all
+gpus=() # those that the caller may use; none: all
+if [[ ${CUDA_VISIBLE_DEVICES:-} != -1 && ${JAX_PLATFORMS:-} != cpu ]]; then
+  IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-}"
+fi
 if ((${#gpus[@]} && count > ${#gpus[@]})); then
   echo "$0: $count processes for CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES. Start ${#gpus[@]}, or name more GPUs." >&2
   exit 2
@@ -31,7 +34,7 @@ declare -A running  # process id -> process number
 for ((i = 0; i < count; i++)); do
   if ((count > 1)); then
     export IGPT_COORDINATOR=127.0.0.1:$port IGPT_PROCESSES=$count IGPT_PROCESS_ID=$i
-    export CUDA_VISIBLE_DEVICES=${gpus[i]:-$i}
+    if [[ ${CUDA_VISIBLE_DEVICES:-} != -1 ]]; then export CUDA_VISIBLE_DEVICES=${gpus[i]:-$i}; fi
   fi
   "$python" -m igpt_jax "$@" > >(label "$i") 2> >(label "$i" >&2) &
   running[$!]=$i

@@ -40,8 +40,9 @@ case $verb in
       cloud compute tpus queued-resources create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
         --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}" "${nodes[@]}" "${queue[@]}"
     fi
+    misses=0
     until [[ ${state:-} == ACTIVE ]]; do
-      state=$(cloud "${describe[@]}") || state="not known"  # perhaps the network: it looks again
+      state=$(cloud "${describe[@]}") && misses=0 || ((++misses < 10)) || exit 1 # perhaps the network: it looks again
       [[ -n ${DRY_RUN:-} ]] && state=ACTIVE
       case $state in
         FAILED | SUSPENDED | SUSPENDING) echo "the request is $state: delete it and create it again" >&2; exit 1 ;;
@@ -69,6 +70,7 @@ launch/install.sh .venv/bin/pip ${EXTRAS:-tpu,gcs}"
     for ((restarts = 0; ; restarts++)); do
       code=0
       everywhere ssh "$NAME" --command="$command" 2> >(tee "$log" >&2) || code=$?
+      wait # for tee
       [[ $code == 76 || $code == 134 ]] && ((restarts < ${MAX_RESTARTS:-100})) || exit "$code"
       if grep -qE 'failed with exit status (1|2|77)\b' "$log"; then exit "$code"; fi
       echo "exit code $code: resuming" >&2

@@ -173,6 +173,9 @@ def test_jobs_read_checkpoints_of_other_codecs(runs):
     grey, rgb = sorted(maps, key=lambda each: "nats_by_channel" in each)
     assert "nats_by_channel" not in grey and len(rgb["nats_by_channel"]) == 3
     assert sum(rgb["nats_by_channel"]) == pytest.approx(rows[3]["nats_per_pixel"], rel=1e-5)
+    by_class = [(each["nats_per_pixel"], each["examples"]) for each in rgb["nats_by_class"].values()]
+    of_class, examples = zip(*by_class, strict=True)
+    assert np.average(of_class, weights=examples) == pytest.approx(rows[3]["nats_per_pixel"], rel=1e-5)
 
     checkpoint_of_rgb = {"checkpoint": f"{runs}/rgb"}
     run("sample", runs / "sample", {**checkpoint_of_rgb, "count": 2, "examples": 2, **held_out})

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -10,6 +11,7 @@ from igpt_jax.parallel import topology
 from igpt_jax.planner.roofline import PUBLIC, Speed, flat, forecast
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 spec = importlib.util.spec_from_file_location("roofline_benchmark", ROOT / "benchmarks/roofline.py")
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)

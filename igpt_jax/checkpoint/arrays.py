@@ -1,6 +1,7 @@
 """Loads the arrays of a checkpoint step and compares each with its checksum."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -77,7 +78,10 @@ def load_state(folder: Any, step: int, abstract_of: AbstractOf, config: Pretrain
     """
     wanted = abstract_of(config)
     same = (config.optimizer, config.model) == (metadata.config.optimizer, metadata.config.model)
-    stored = wanted if same else abstract_of(metadata.config)
+    # The back-end of attention may have changed with the machine.
+    model = dataclasses.replace(metadata.config.model, attention=config.model.attention)
+    stored = wanted if same else abstract_of(dataclasses.replace(
+        config, optimizer=metadata.config.optimizer, model=model))
     kept = {name: tree for name, tree in stored.items() if name in wanted}
     added = wanted.keys() - kept.keys()
     if added - {"ema"} or _arrays(kept) != _arrays({name: wanted[name] for name in kept}):
@@ -103,6 +107,14 @@ def barrier(name: str) -> None:
     """Waits until every process has reached the barrier `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agreed(problem: str | None) -> str | None:
+    """The problem; on all processes one that any of them found. All must call it together."""
+    if jax.process_count() > 1:
+        bad_P = multihost_utils.process_allgather(np.int32(problem is not None))
+        problem = problem or (f"process {bad_P.argmax()} found damage" if bad_P.any() else None)
+    return problem
 
 
 def of_process_0(value: Any) -> Any:
@@ -155,9 +167,7 @@ def load_arrays(folder: Any, step: int, trees: dict[str, Any], metadata: Metadat
     except Damaged as damage:
         problem = str(damage)
     # Comparing checksums is a collective. A process that found damage skips it, so all must agree to skip it first.
-    if jax.process_count() > 1:
-        bad_P = multihost_utils.process_allgather(np.int32(problem is not None))
-        problem = problem or (f"process {bad_P.argmax()} found damage" if bad_P.any() else None)
+    problem = agreed(problem)
     if not problem and metadata.checksums:
         state = {name: tree for name, tree in loaded.items() if name != "training"} | loaded.get("training", {})
         if array := checksums.difference(metadata.checksums, checksums.of_tree(state)):

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import AbstractOf, barrier, load_state, of_process_0, save_context, split_state
+from igpt_jax.checkpoint.arrays import AbstractOf, agreed, barrier, load_state, of_process_0, save_context, split_state
 from igpt_jax.checkpoint.metadata import EVALUATION, Metadata, read_metadata
 from igpt_jax.checkpoint.step_folders import QUARANTINE, steps_in
 from igpt_jax.config import PretrainConfig, UserError
@@ -73,7 +73,7 @@ class Checkpoints:
     @property
     def best_saved_step(self) -> int | None:
         """The best of the evaluated steps that are on disk: others may have failed to save, or be in quarantine."""
-        return max(self._scores.keys() & set(self.steps), key=self._scores.__getitem__, default=None)
+        return max((step for step in self.steps if step in self._scores), key=self._scores.__getitem__, default=None)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation of the step gave finite metrics."""
@@ -205,9 +205,9 @@ class Checkpoints:
         # A shared disk may show each process other steps, and they would take each other's for damaged.
         steps = [step for step in of_process_0(self.steps) if at is None or step <= at]
         for step in reversed(steps):
-            # Damage is raised on all processes or on none (`load_arrays`), so all of them try the same older step next.
+            # Damage is raised on all processes or on none, so all of them try the same older step next.
             with self._quarantined_if_damaged(step):
-                stored = read_metadata(self._folder, step)
+                stored = self._metadata_of(step)
                 changes = stored.check_resumable(metadata, self._workdir)
                 if stored.versions and stored.versions != metadata.versions:
                     log.warning("The checkpoint was written with other versions. The run resumes, but results may "
@@ -221,6 +221,17 @@ class Checkpoints:
             raise UserError(f"all checkpoints of {self._workdir} are damaged: see {quarantine}. Copy a good one to "
                             f"{self._folder}, or remove {quarantine} to train from the start.")
         return None
+
+    def _metadata_of(self, step: int) -> Metadata:
+        """The metadata of a step. Raises Damaged on all processes if any of them cannot read it."""
+        stored, problem = None, None
+        try:
+            stored = read_metadata(self._folder, step)
+        except Damaged as damage:
+            problem = str(damage)
+        if problem := agreed(problem):
+            raise Damaged(problem)
+        return stored
 
     @contextlib.contextmanager
     def _quarantined_if_damaged(self, step: int) -> Iterator[None]:

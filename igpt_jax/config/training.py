@@ -48,9 +48,9 @@ class OptimizerConfig(Keys):
     beta2: float = key(0.95, "Adam's decay of the second moment (0.999 gave loss spikes in the paper)", resume="same",
                        rule=within(0, 1, "[)"), compiled=False)
     muon_beta: float = key(0.95, "muon: decay of the momentum", resume="same", rule=within(0, 1, "[)"), compiled=False)
-    second_moment: str = key("float32", "storage of Adam's second moment: float32; bfloat16: half the memory; "
-                                        "factored: a row and a column per matrix, nearly no memory (Shazeer and Stern "
-                                        "2018)",
+    second_moment: str = key("float32", "storage of Adam's second moment: float32; bfloat16: half the memory, beta2 "
+                                        "up to 0.99; factored: a row and a column per matrix, nearly no memory "
+                                        "(Shazeer and Stern 2018)",
                              resume="same", rule=one_of(*SECOND_MOMENTS))
     epsilon: float = key(1e-8, "Adam's epsilon, added outside the root; the paper does not state one", resume="same",
                          rule=at_least(0), compiled=False)
@@ -71,6 +71,9 @@ class OptimizerConfig(Keys):
                 f"optimizer.spike_factor={self.spike_factor} must be above 1, or 0 to skip no updates.")
         require(self.name != "adamw" or self.weight_decay > 0,
                 "optimizer.name=adamw decays weights. Set optimizer.weight_decay, such as 0.1, or optimizer.name=adam.")
+        require(self.second_moment != "bfloat16" or self.beta2 <= 0.99,
+                f"optimizer.beta2={self.beta2} needs optimizer.second_moment=float32: a moment in bfloat16 does not "
+                "change by less than 0.4 % and would stand still. Use beta2=0.99 or less.")
         for name, needed, value in (("decay_share", "schedule", "wsd"), ("decay_shape", "schedule", "wsd"),
                                     ("muon_beta", "name", "muon")):
             given = getattr(self, needed)
@@ -79,7 +82,7 @@ class OptimizerConfig(Keys):
                     f"Set optimizer.{needed}={value}.")
 
     def constant_until(self, steps: int) -> float:
-        """The first step, after warm-up, whose learning rate is below the peak; infinite if there is none."""
+        """The last step at the peak learning rate, after warm-up; infinite if the rate never falls."""
         decay_start = steps - max(1, round(self.decay_share * steps))
         return {"cosine": 0, "constant": math.inf, "wsd": decay_start}[self.schedule]
 

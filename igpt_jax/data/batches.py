@@ -116,14 +116,18 @@ class Mixture:
         self.palette = stores[0].palette if same else None
 
     def split(self, names: str) -> Split:
-        """The split `names` of every store, mixed, joined of those that it has. Raises UserError where none has any."""
-        pairs = []
+        """The split `names` of every store, mixed, joined of those that it has. Raises UserError for a name that no
+        store has."""
+        pairs, missing = [], set(names.split("+"))
         for store, weight in zip(self._stores, self._weights, strict=True):
             if has := [name for name in names.split("+") if name in store.manifest["splits"]]:
                 pairs.append((store.split("+".join(has)), weight))
-        if not pairs:
-            self._stores[0].split(names)
-        return Split.mixed(*zip(*pairs, strict=True))
+                missing -= set(has)
+        for name in sorted(missing):
+            self._stores[0].split(name)
+        mixed = Split.mixed(*zip(*pairs, strict=True))
+        mixed.name = names
+        return mixed
 
 
 class Batch(NamedTuple):

@@ -27,6 +27,7 @@ from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
 
 FEWEST = 4  # images: the covariance of each half needs two
+SMALLEST = 3  # pixels: `random_conv` halves the rows twice
 
 Features = Callable[[np.ndarray], np.ndarray]  # of images uint8 [B, Y, X, 3]: float [B, F]
 
@@ -151,6 +152,9 @@ class CompletionScorer:
         """
         K, N = self._keys.completions, min(self._keys.completion_images, split.count)
         require_causal(model.causal, metadata.config, f"completions={K}: {source}", "Set completions=0.")
+        if metadata.image_size < SMALLEST:
+            raise UserError(f"completions={K}: images of {metadata.image_size} pixels have no halves to compare. Set "
+                            "completions=0.")
         if N < FEWEST:
             raise UserError(f"completions={K}: there are {N} images, and a distance needs at least {FEWEST}. Name a "
                             "larger split.")

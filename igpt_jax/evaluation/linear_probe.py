@@ -55,8 +55,9 @@ def fit(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, l2_R: Seque
     """
     mean_D, deviation_D = _standards(features_ED)
     x_ED = jnp.asarray((features_ED - mean_D) / deviation_D, jnp.float32)
-    weights_RDK, biases_RK = _solve(x_ED, jnp.asarray(labels_E, jnp.int32), jnp.asarray(l2_R, jnp.float32),
-                                    tolerance, classes)
+    with jax.default_matmul_precision("highest"):  # whatever the precision of the features
+        weights_RDK, biases_RK = _solve(x_ED, jnp.asarray(labels_E, jnp.int32), jnp.asarray(l2_R, jnp.float32),
+                                        tolerance, classes)
     return _probes(mean_D, deviation_D, weights_RDK, biases_RK)
 
 

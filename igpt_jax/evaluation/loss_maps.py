@@ -62,7 +62,7 @@ def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, bat
     at = 0
     for nats_BT in exact_loss.over_split(step, params, split, mesh, batch_size, codec):
         sum_T += nats_BT.sum(axis=0, dtype=np.float64)
-        by_example_E[at:at + len(nats_BT)] = nats_BT.mean(axis=1, dtype=np.float64)
+        by_example_E[at:at + len(nats_BT)] = model.dims.C * nats_BT.mean(axis=1, dtype=np.float64)  # per pixel
         first.append(nats_BT[:max(0, shown - at)])
         at += len(nats_BT)
     by_class = {}

@@ -52,11 +52,18 @@ def open_store(path: str) -> Store:
     return Store.open(path)
 
 
-def check_store(path: str, splits: Sequence[str]) -> None:
-    """Raises UserError where a store or one of its splits is missing or has no labels."""
+def check_store(path: str, splits: Sequence[str], image_size: int = 0) -> None:
+    """Raises UserError where a store or one of its splits is missing or has no labels; 0: images of any size."""
     store = open_store(path)
+    _check_size(store, image_size or store.image_size)
     for name in splits:
         store.split(name).labels(np.arange(1))
+
+
+def _check_size(store: Store, image_size: int) -> None:
+    if store.image_size != image_size:
+        raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
+                        f"{image_size}. Prepare a store with image_size={image_size}.")
 
 
 class Prober:
@@ -76,9 +83,7 @@ class Prober:
     def __init__(self, config: ProbingConfig, record: Metadata, labels_per_class: int = 1):
         self.config, data = config, config.data
         store = open_store(store_of(record, data.store))
-        if store.image_size != record.image_size:
-            raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
-                            f"{record.image_size}. Prepare a store with image_size={record.image_size}.")
+        _check_size(store, record.image_size)
         self.splits = [store.split(name) for name in data.splits]
         for split in self.splits:
             split.count = min(split.count, config.limit or split.count)

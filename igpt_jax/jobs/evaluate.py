@@ -77,8 +77,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     asked = _asked(config)
     known = tables.load(folder, NAME)
     rows = [row for row in known if row.get("asked") == asked]
-    if len(rows) < len(known) and jax.process_index() == 0:  # their checkpoints may be gone
-        side_files.set_aside(folder / f"{NAME}.json", side_files.FORMER, "was measured with other settings")
+    former = len(rows) < len(known)  # rows of other settings, whose checkpoints may be gone
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
@@ -98,9 +97,13 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
                "identity": identity}
         row = storage.parse_json(to_json(row))  # as read from the table: None for a number that is not finite
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
+        if former and jax.process_index() == 0:
+            side_files.set_aside(folder / f"{NAME}.json", side_files.FORMER, "was measured with other settings")
+        former = False
         _publish(folder, rows)
         say(f"{step}: {_summary(row)}")
-    _publish(folder, rows)
+    if not former:
+        _publish(folder, rows)
     if damaged:
         raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows) | options)
     return _metrics(rows) | options

@@ -14,7 +14,7 @@ from igpt_jax.data import open_data
 from igpt_jax.evaluation import exact_loss
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import sharding
-from igpt_jax.runtime.exits import Ended
+from igpt_jax.runtime.exits import Failed
 from igpt_jax.training import loop, transfer
 
 
@@ -23,7 +23,7 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
 
     Raises:
       UserError: the checkpoint is missing or has another objective; labels are missing, or a class has no images.
-      Ended: the best checkpoint or a test image is damaged.
+      Failed: the best checkpoint or a test image is damaged.
     """
     config = transfer.adopted(config)
     test = open_data(config.data, config.image_size).split(config.data.test) if config.data.test else None
@@ -40,6 +40,6 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
         measure = exact_loss.make_measure(model, mesh, config.batch_size, metadata.codec)
         accuracy = measure(params, test)["accuracy"]
     except UserError as error:  # damage found after the training, whose files stay as they are
-        raise Ended(str(error), metrics) from None
+        raise Failed(str(error), metrics) from None
     say(f"step {step:,}: {accuracy:.2%} of {test.count:,} test images")
     return {**metrics, "test_accuracy": accuracy}

@@ -43,6 +43,7 @@ from igpt_jax.parallel.topology import GIB
 from igpt_jax.planner.estimate import estimate
 from igpt_jax.runtime.exits import Diverged
 from igpt_jax.runtime.job import run_in_workdir
+from igpt_jax.runtime.precision import set_precision
 from igpt_jax.scaling import analysis, charts
 from igpt_jax.scaling.study import Planned, model_of, parameter_counts, planned
 from igpt_jax.storage import side_files, slices, tables
@@ -122,7 +123,8 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
     mesh = sharding.make_mesh(config.pretrain.mesh)
     # Everything is checked before any time is spent.
     if config.probe:
-        probing.check_store(config.probing.data.store or config.pretrain.data.store, config.probing.data.splits)
+        probing.check_store(config.probing.data.store or config.pretrain.data.store, config.probing.data.splits,
+                            data.image_size)
     scorer = _scorer(config, mesh)
     for each in mine:
         _check(each, data, mesh)
@@ -232,6 +234,7 @@ def _kept(file: storage.Path, settings: Any, measure: Callable[[], Row]) -> Row:
     known, asked = side_files.load(file) or {}, json_digest(settings)
     if known.pop("asked", "") == asked:
         return known
+    set_precision("float32")  # a run before may have left its own
     found = measure()
     if jax.process_index() == 0:
         storage.publish(file, storage.to_json({**found, "asked": asked}))

@@ -58,6 +58,7 @@ class Answer:
     def mfu_interval(self) -> tuple[float, float] | None:
         """The lowest and highest MFU that the prediction allows for."""
         return (self._mfu(self.forecast.high_seconds), self._mfu(self.forecast.low_seconds)) if self.schedule else None
+
     def _mfu(self, seconds: float) -> float:
         return telemetry.mfu(self.model_flops / self.target.devices / seconds, self.target.chip.peak_bf16_flops)
 

@@ -86,8 +86,8 @@ def compile_step(config: PlanConfig) -> Verdict:
     Raises:
       UserError: topology, mesh, batch and model do not fit together, or a vendor's compiler is missing.
     """
-    mesh = sharding.make_mesh(config.mesh, targets.devices_for(topology.parse(config.topology)))
-    platform = mesh.devices.flat[0].platform
+    target = topology.parse(config.topology)
+    mesh = sharding.make_mesh(config.mesh, targets.devices_for(target))
     function, arguments, model = step_for(config, mesh)
     state = arguments[0]
     params = state["params"] if config.step == "train" else state
@@ -105,14 +105,14 @@ def compile_step(config: PlanConfig) -> Verdict:
         lowered = traced.lower()
     start = time.perf_counter()
     try:
-        compiled, text = compile_with_text(lowered, platform)
+        compiled, text = compile_with_text(lowered, target.platform)
     except jax.errors.JaxRuntimeError as error:
         return _compile_error(str(error), known)
     seconds = time.perf_counter() - start
     memory, moved = compiled.memory_analysis(), program.traffic(text, dict(mesh.shape))
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     # Only TPUs hold the program in device memory.
-    code = memory.generated_code_size_in_bytes if platform == "tpu" else 0
+    code = memory.generated_code_size_in_bytes if mesh.devices.flat[0].platform == "tpu" else 0
     required = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs + code
     return Verdict("compiled", required_bytes=required, temporaries_bytes=memory.temp_size_in_bytes,
                    memory_bytes=moved.memory_bytes, collective_bytes=moved.collective_bytes,

@@ -45,8 +45,9 @@ def meshes(config: PlanConfig, target: topology.Target) -> Iterator[MeshConfig]:
         fsdp, rest = divmod(devices, tensor * context * data)
         if rest or tensor > min(near, MOST_TENSOR) or dims.N % tensor or config.batch_size % (data * fsdp):
             continue
-        # Splash computes in blocks of 128 tokens, and the zigzag exchange gives each device two chunks of the sequence.
-        if context > 1 and dims.T % (256 * context) or dims.D % (fsdp * context):
+        # The zigzag exchange gives each device two chunks of the sequence, and splash computes in blocks of 128 tokens.
+        granule = 128 if target.platform == "tpu" else 2
+        if context > 1 and dims.T % (granule * context) or dims.D % (fsdp * context):
             continue
         # Links between slices or nodes are slow, so that only the batch is split over them.
         if target.groups > 1 and (data * fsdp) % target.groups:
@@ -62,23 +63,24 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
       config: keeps everything but its mesh and, with `vary`, accumulate, remat and attention.
       target: the devices; they must have a known chip.
       speed: of the devices (see `roofline`).
-      vary: also try other accumulations (unless images_per_pass gives them), remat policies and, with attention=auto,
+      vary: also try other accumulations (with images_per_pass, its halves), remat policies and, with attention=auto,
         attention back-ends.
     """
     attentions = ATTENTIONS if config.model.attention == "auto" else (config.model.attention,)
-    choices = [(config.accumulate, config.model.remat, config.model.attention)]
+    choices = [({}, config.model.remat, config.model.attention)]
     if vary:
-        accumulates = (config.accumulate,) if config.images_per_pass else ACCUMULATES
-        choices = list(itertools.product(accumulates, REMATS, attentions))
+        most = config.images_per_pass
+        splits = ([{"images_per_pass": most >> halvings} for halvings in range(most.bit_length())] or
+                  [{"accumulate": count} for count in ACCUMULATES])
+        choices = list(itertools.product(splits, REMATS, attentions))
     found = []
     for mesh in meshes(config, target):
         shards = mesh.data * mesh.fsdp
-        for accumulate, remat, attention in choices:
+        for split, remat, attention in choices:
             if attention == "reference" and mesh.context > 1:
                 continue
             model = dataclasses.replace(config.model, remat=remat, attention=attention)
-            changed = dataclasses.replace(config, mesh=mesh, accumulate=accumulate, model=model)
-            changed = changed.with_microbatches(shards)
+            changed = dataclasses.replace(config, mesh=mesh, model=model, **split).with_microbatches(shards)
             if config.batch_size % (shards * changed.accumulate):
                 continue
             guess = estimate(changed)

@@ -67,7 +67,7 @@ def _section(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
             "seconds": {name.removeprefix("seconds/"): seconds for name, seconds in run.goodput.items()
                         if name.startswith("seconds/") and seconds > 0},
             "sentences": whole(run, "comparison with the paper", [], paper.sentences, run, runs),
-            "results": [(name, value) for name, value in run.metrics.items() if name != "sentence" and not any(
+            "results": [(name, value) for name, value in run.metrics.items() if name not in paper.SAID and not any(
                 isinstance(each, Mapping) for each in (value if isinstance(value, list) else [value]))],
             "tables": [(name, *_table(rows)) for name, rows in run.tables.items()],
             "pictures": [picture for picture in drawn if picture]}

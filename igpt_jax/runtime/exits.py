@@ -15,6 +15,10 @@ class Ended(Exception):
         self.metrics = metrics or {}
 
 
+class Failed(Ended):
+    """A run met a fault, perhaps on this process alone, so that it must not wait for the others. Its files stay."""
+
+
 class Preempted(Ended):
     """The run was asked to stop and has saved its state. The message names the step."""
     status, code = "preempted", PREEMPTED

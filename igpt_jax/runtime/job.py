@@ -20,7 +20,7 @@ from igpt_jax.config import PRECISIONS, UserError, precision_on, to_dict
 from igpt_jax.config.keys import compiler_options_text
 from igpt_jax.metrics.logging import say
 from igpt_jax.runtime import launchers, startup
-from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, Ended, Preempted
+from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, Ended, Failed, Preempted
 from igpt_jax.runtime.precision import set_precision
 from igpt_jax.runtime.signals import StopSignal, another_stops, connected, leave, tell_others
 from igpt_jax.runtime.versions import versions
@@ -72,7 +72,7 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
       workdir: local path, gs:// or s3://; empty for a job that writes nothing.
       command: the command line, for command.txt; empty: no such file.
     """
-    interrupted, code = False, DONE
+    interrupted, alone, code = False, False, DONE
     name = f"igpt_jax {config.job}"
     try:
         with StopSignal():
@@ -80,10 +80,12 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
             try:
                 run_in_workdir(run, config, workdir, command)
             except Ended as end:
-                code = end.code
+                code, alone = end.code, isinstance(end, Failed)
+                if alone and jax.process_index() != 0:  # process 0 has said so itself, if it knows
+                    say(f"{name}: {end}")
                 # The signal broke into the job, maybe in the middle of JAX's tracing: end without clean-up.
                 interrupted = isinstance(end.__context__, KeyboardInterrupt)
-        if not interrupted:
+        if not (interrupted or alone):
             if connected.is_set():
                 jax.distributed.shutdown()  # waits for the others
                 connected.clear()

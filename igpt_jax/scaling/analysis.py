@@ -12,9 +12,9 @@ from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.scaling import frontier, law
 from igpt_jax.scaling.study import COUNTS
 
-# Steps x batch x tokens per image of the paper's models (Sections 3.3 and 3.4).
+# Steps x batch x tokens per image of the paper's models (Sections 3.3 and 3.4); XL was trained at 64x64.
 PAPER_TOKENS: Mapping[str, float] = {"igpt_s": 1e6 * 128 * 1024, "igpt_m": 1e6 * 128 * 1024,
-                                     "igpt_l": 1e6 * 128 * 1024, "igpt_xl": 2e6 * 64 * 1024}
+                                     "igpt_l": 1e6 * 128 * 1024, "igpt_xl": 2e6 * 64 * 4096}
 
 Row = Mapping[str, Any]
 

@@ -1,5 +1,6 @@
 """Checksums of files: JSON objects with a CRC, SHA256SUMS of a folder, digests of JSON values."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from igpt_jax.storage.json import parse_json
 from igpt_jax.storage.paths import Path, is_local
 
 HASHES = "SHA256SUMS"
+UNREADABLE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)  # of a file that is damaged
 LARGEST = 64 * 2**20  # bytes; larger JSON files and lists of hashes are damaged, and are not read into memory
 
 
@@ -114,5 +116,9 @@ def check_hashes(step: Path, unread: Collection[str] = ()) -> bool:
 def _hash_of(path: Path) -> str | None:
     try:
         return _sha256(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # or an impossible name in the list
+    except ValueError:  # an impossible name in a damaged list
         return None
+    except OSError as error:
+        if error.errno in UNREADABLE:
+            return None
+        raise  # such as a shared disk that is out of reach

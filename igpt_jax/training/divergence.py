@@ -97,7 +97,8 @@ def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: check
              if before < after <= later and offsets[before] == offsets[later] is not None]
     # Of the shortest spans, the newest.
     before, after = min(spans, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
-    restored = checkpoints.restore(abstract_of, metadata, at=before) if spans else None
+    before, after = checkpoint.of_process_0([before, after])
+    restored = checkpoints.restore(abstract_of, metadata, at=before) if after else None
     if not restored or restored[1].steps_done != before:
         say("replay_check: no logged step follows a good checkpoint of these settings; nothing is repeated")
         return

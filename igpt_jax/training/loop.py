@@ -29,7 +29,7 @@ from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.runtime import startup
-from igpt_jax.runtime.exits import Diverged, Ended, Preempted
+from igpt_jax.runtime.exits import Diverged, Failed, Preempted
 from igpt_jax.runtime.signals import StopSignal
 from igpt_jax.runtime.watchdog import Watchdog
 from igpt_jax.training import divergence, transfer
@@ -57,7 +57,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
       Diverged: `max_skipped_updates` updates in a row were skipped, or copies of the state differ between devices.
         Nothing is saved since then.
       Unsaved: the last state could not be saved.
-      Ended: an image is damaged on disk.
+      Failed: an image is damaged on disk.
     """
     timer = PhaseTimer("start")
     check_installed(config)
@@ -71,11 +71,12 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         run.compile()
         run.restore_or_initialize()
         run.open_logs()
+        run.evaluate_if_owed()
+        run.open_batches()
         try:
-            run.evaluate_if_owed()
             run.run_steps()
-        except UserError as error:  # such as a damaged image; what the run has saved so far stays as it is
-            raise Ended(str(error)) from None
+        except UserError as error:  # a damaged image; what the run has saved so far stays as it is
+            raise Failed(str(error)) from None
     return run.summarize()
 
 
@@ -237,11 +238,15 @@ class Run:
 
     # Steps.
 
+    def open_batches(self) -> None:
+        """Opens the batches of the remaining steps, if there are any. Raises UserError where they cannot be read."""
+        done = self.start >= self.config.steps or enough(self.start, self.checkpoints.best_step, self.config)
+        self.batches = None if done else self.batches_from(self.start + self.offset)
+
     def run_steps(self) -> None:
-        """Runs the remaining steps. Raises Preempted, Diverged or Unsaved."""
-        config, self.end = self.config, self.start
-        if self.start < config.steps and not enough(self.start, self.checkpoints.best_step, config):
-            self.batches = self.batches_from(self.start + self.offset)
+        """Runs the remaining steps. Raises Preempted, Diverged or Unsaved; UserError for a damaged image."""
+        self.end = self.start
+        if self.batches:
             self.timer.enter("step")
             self.stop.saves = True
             self._steps()
@@ -345,8 +350,8 @@ class Run:
     def summarize(self) -> dict[str, float]:
         """The metrics for result.json; draws the loss curve once more."""
         figures = {"parameters": count_parameters(self.abstract["params"]), "steps": self.end,
-                   "best_step": self.checkpoints.best_saved_step, "compiler_options": self.model.compiler_options,
-                   **self.evaluated, **self.throughput.overall()}
+                   "best_step": checkpoint.of_process_0(self.checkpoints.best_saved_step),
+                   "compiler_options": self.model.compiler_options, **self.evaluated, **self.throughput.overall()}
         if jax.process_index() == 0:
             lines = load_metrics(self.workdir)
             losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]

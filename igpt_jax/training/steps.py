@@ -184,6 +184,7 @@ def _averaged(state: State, params: dict[str, Any], decay: float) -> dict[str, A
 
     After t updates it is sum_i decay^(t-i) p_i / sum_i decay^(t-i), i = 1 ... t, as Adam corrects its moments (Kingma
     and Ba 2015, Section 3): the first parameters have no more weight than others. So it needs no correction on reading.
+    An average that begins at a later step starts as the parameters of that step, which keep a share of decay^n.
     """
     updates = state["step"] - state["skipped"] + 1
     weight = (1 - decay) / -jnp.expm1(updates * math.log(decay))  # of the newest; expm1 keeps digits that 1 - d^t loses
