@@ -1,9 +1,11 @@
 """TensorBoard and Weights & Biases: the values that they receive, restarts, and failures that cost no run."""
 
 import importlib.util
+import struct
 import sys
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from igpt_jax import storage
 from igpt_jax.config import UserError, base_config, parse
@@ -25,10 +27,22 @@ def run(workdir, steps):
     metrics.close()
 
 
+def scalars(data):
+    """(step, tag, value) of a TensorBoard file: records of a length, its checksum, the event and its checksum."""
+    found = []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12:12 + length]), data[16 + length:]
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
+
+
 def test_tensorboard_receives_scalars_and_its_failure_is_harmless(tmp_path, capsys):
+    """Seen to fail with step and value exchanged."""
     run(tmp_path, 2)
     (events,) = (tmp_path / "tensorboard").iterdir()
-    assert events.read_bytes().count(b"train/nats_per_pixel") == 2
+    assert [each for each in scalars(events.read_bytes()) if each[1] == "train/nats_per_pixel"] == [
+        (1, "train/nats_per_pixel", 1.0), (2, "train/nats_per_pixel", 0.5)]
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tensorboard").write_text("a file, where TensorBoard needs a folder")
@@ -54,10 +68,11 @@ def test_tensorboard_in_a_bucket_is_published_whole(monkeypatch):
     monkeypatch.setattr(storage, "publish", lambda path, data: published.update({str(path): data}))
     board = writers.TensorBoard("gs://bucket/run/tensorboard")
     for step in (1, 2):
-        board.write(step, 1.8e9, {"train/nats_per_pixel": 2.0})
+        board.write(step, 1.8e9, {"train/nats_per_pixel": step / 4})
     board.close()
     ((name, data),) = published.items()
-    assert name.startswith("gs://bucket/run/tensorboard/events") and data.count(b"train/nats_per_pixel") == 2
+    assert name.startswith("gs://bucket/run/tensorboard/events")
+    assert scalars(data) == [(1, "train/nats_per_pixel", 0.25), (2, "train/nats_per_pixel", 0.5)]
 
 
 @pytest.mark.parametrize("folder_of_that_name", [False, True])
