@@ -16,6 +16,7 @@ import time
 
 from fault_runs import EVALUATE_EVERY, ROOT, SAVE_EVERY, Run, Tally, end, rest
 
+STOP_SECONDS = 5.0  # that a run may take to save and end
 
 def kill(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int) -> list[Tally]:
     """SIGKILL: a quarter during start-up, the others up to 1.5 s after the first finished step, also during saves."""
@@ -54,7 +55,7 @@ def kill(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int) -
 
 
 def stop(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int, processes: int = 1) -> list[Tally]:
-    """SIGTERM or SIGINT in each phase in turn: exit code 75 within 5 s, and no finished step is lost.
+    """SIGTERM or SIGINT in each phase in turn: exit code 75 within STOP_SECONDS, and no finished step is lost.
 
     Until the command line is read, which takes some tenths of a second, a signal ends Python as it ends any program.
     """
@@ -94,8 +95,8 @@ def stop(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int, p
         finished = max(run.checkpoints(), default=0) == run.steps
         allowed = {75} | ({0} if finished else set()) | ({-signal.SIGTERM, -signal.SIGINT, 1} if reading else set())
         good = codes <= allowed and lost == 0
-        tallies[phase].add(good and seconds <= 5, seconds, steps_lost=lost)
-        if not good or seconds > 5:
+        tallies[phase].add(good and seconds <= STOP_SECONDS, seconds, steps_lost=lost)
+        if not good or seconds > STOP_SECONDS:
             print(f"  {phase}: exit codes {codes} after {seconds:.1f} s, {lost} steps lost\n"
                   f"{run.output()[-1500:]}", flush=True)
     run.env["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")

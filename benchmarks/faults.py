@@ -42,12 +42,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places of faults")
     parser.add_argument("--json", help="file for the table")
     parser.add_argument("--keep", metavar="DIR", help="folder for the runs, which stays")
-    parser.add_argument("--short", action="store_true", help="few tries of each, of shorter runs, for tests")
+    parser.add_argument("--short", action="store_true",
+                        help="few tries of each, of shorter runs that may take long to stop, for tests")
     # A shell starts background jobs with SIGINT ignored, and our child processes would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     given = parser.parse_args()
     if given.short:
-        Run.steps = 60
+        Run.steps, processes.STOP_SECONDS = 60, 60.0
     unknown = set(given.faults) - set(FAULTS)
     if unknown:
         parser.error(f"fault {unknown.pop()!r} is not known. Known: {', '.join(FAULTS)}")

@@ -1,6 +1,7 @@
 """How tests run jobs and scripts. JAX sees one CPU device here; tests of several run in a process of their own."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import signal
@@ -79,6 +80,15 @@ def script_command(script):
 def run_job_command(*arguments, script=None, devices=1, env=None):
     """`python -m igpt_jax ARGUMENTS`, or a script with these arguments (`script_command`), as a CompletedProcess."""
     return _run([*(script_command(script) if script else ["-m", "igpt_jax"]), *arguments], devices, env)
+
+
+def run_all(*commands, **options):
+    """[(exit code, standard error)] of jobs that run one after the other in one process, which saves most of the time
+    of short ones."""
+    done = run_job_command(json.dumps(commands), script="report_jobs.py", **options)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == len(commands), done.stdout + done.stderr
+    return lines
 
 
 @pytest.fixture

@@ -7,21 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_job_command
+from conftest import ROOT, run_all
 from sklearn.datasets import load_digits
 from test_jobs import TINY, arrays, losses, result, stopped_at_step_4
 
 STEPS = 12
 COMMON = [f"--config.steps={STEPS}", "--config.batch_size=16", "--config.log_every_steps=1",
           "--config.eval_every_steps=6", "--config.checkpoint_every_steps=5"]
-
-
-def run_all(*commands, **options):
-    """[(exit code, standard error)] of jobs that run one after the other in one process."""
-    done = run_job_command(json.dumps(commands), script="report_jobs.py", **options)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(lines) == len(commands), done.stdout + done.stderr
-    return lines
 
 
 def ran(*commands, **options):

@@ -12,7 +12,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, run_job_command
+from conftest import ROOT, run_all, run_job_command
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
@@ -202,20 +202,26 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(case, folder, store, trained):
-    """Seen to fail with a ValueError in place of one UserError."""
-    arguments, message = BAD[case]
-    if not any(argument.startswith("--workdir") for argument in arguments):
-        arguments = [*arguments, "--workdir={folder}/bad"]
+@pytest.fixture(scope="module")
+def refused(folder, store, trained):
+    """{case: (exit code, standard error)}."""
     foreign = folder / "foreign"
-    foreign.mkdir(exist_ok=True)
+    foreign.mkdir()
     (foreign / "config.json").write_text('{"model": "mine"}')
     paths = {"folder": folder, "store": store, "trained": trained, "foreign": foreign}
-    arguments = [argument.format(**paths) for argument in arguments]
-    done = run_job_command(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+    commands = []
+    for arguments, _ in BAD.values():
+        workdir = [] if any(each.startswith("--workdir") for each in arguments) else ["--workdir={folder}/bad"]
+        commands.append([argument.format(**paths) for argument in [*arguments, *workdir]])
+    return dict(zip(BAD, run_all(*commands), strict=True))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, refused, trained):
+    """Seen to fail with a ValueError in place of one UserError."""
+    code, log = refused[case]
+    assert code == 2, log
+    assert len(log.splitlines()) == 1 and BAD[case][1] in log, log
     assert result(trained)["status"] == "done"  # a refused command changes nothing in a finished workdir
 
 
@@ -336,14 +342,15 @@ def test_no_setting_of_jax_changes_results(name, value, capsys):
 
 def test_the_run_must_divide_over_the_mesh(folder, store):
     """On 8 devices, with images of 8x8. Each error names the value and the nearest valid choice."""
-    for more, message in ((["--config.batch_size=12"], "such as 16"),
-                          (["--config.accumulate=4"], "8 devices x accumulate=4. Choose a multiple of 32"),
-                          (["--config.mesh.fsdp=2", "--config.mesh.tensor=4"], "Choose mesh.tensor=2"),
-                          (["--config.mesh.fsdp=3"], "does not multiply to the 8 devices"),
-                          (["--config.model.attention=cudnn"], "does not run on cpu. Choose one of: auto, reference"),
-                          (["--config.mesh.context=3", "--config.mesh.fsdp=2"], "does not multiply to the 8 devices")):
-        done = run_job_command(*pretrain_arguments(store, folder / "bad", *more), devices=8)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    cases = ((["--config.batch_size=12"], "such as 16"),
+             (["--config.accumulate=4"], "8 devices x accumulate=4. Choose a multiple of 32"),
+             (["--config.mesh.fsdp=2", "--config.mesh.tensor=4"], "Choose mesh.tensor=2"),
+             (["--config.mesh.fsdp=3"], "does not multiply to the 8 devices"),
+             (["--config.model.attention=cudnn"], "does not run on cpu. Choose one of: auto, reference"),
+             (["--config.mesh.context=3", "--config.mesh.fsdp=2"], "does not multiply to the 8 devices"))
+    done = run_all(*(pretrain_arguments(str(store), str(folder / "bad"), *more) for more, _ in cases), devices=8)
+    for (_, message), (code, log) in zip(cases, done, strict=True):
+        assert code == 2 and message in log and len(log.splitlines()) == 1, log
 
 
 def test_a_workdir_in_use_is_refused(folder, store):

@@ -7,9 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run_job_command
+from conftest import run_all, run_job_command
 
+from igpt_jax import storage
 from igpt_jax.config import PretrainConfig, ScalingConfig, UserError
+from igpt_jax.data import palette
+from igpt_jax.data.store import Store
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.scaling import analysis, charts, frontier, law, study
@@ -192,9 +195,11 @@ STUDY = ["--config.fewest_steps=1",
 
 def test_a_study_resumes_merges_and_reports(store, folder):
     """A whole study on digits, the same again, and its runs as two slices."""
-    def job(workdir, *more):
-        return run_job_command("scaling", f"--workdir={folder / workdir}", *STUDY,
-                               f"--config.pretrain.data.store={store}", *more)
+    def command(workdir, *more):
+        return ["scaling", f"--workdir={folder / workdir}", *STUDY, f"--config.pretrain.data.store={store}", *more]
+
+    def job(*given):
+        return run_job_command(*command(*given))
 
     done = job("one")
     assert done.returncode == 0, done.stderr
@@ -206,23 +211,23 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     assert "laws" in result
 
     written = (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns
-    again = job("one")
-    assert again.returncode == 0 and (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns == written
+    refused = {"--config.pretrain.seed=1": "holds a run with seed=0 (now 1)",
+               "--config.pretrain.optimizer.schedule=wsd": "holds a run with optimizer.schedule='cosine' (now 'wsd')",
+               "--config.pretrain.palette=" + str(folder / "other.npy"): "held-out images or another palette"}
+    palette.save(storage.path(folder / "other.npy"), Store.open(store).palette[::-1])
+    again, *others = run_all(command("one"), *(command("one", setting) for setting in refused))
+    assert again[0] == 0 and (folder / "one" / rows[0]["run"] / "result.json").stat().st_mtime_ns == written
     assert json.loads((folder / "one" / "scaling.json").read_text()) == rows
-
-    other = job("one", "--config.pretrain.seed=1")
-    assert other.returncode == 2 and "holds a run with seed=0 (now 1)" in other.stderr, other.stderr
-    other = job("one", "--config.pretrain.optimizer.schedule=wsd")
-    assert other.returncode == 2 and "holds a run with optimizer.schedule='cosine' (now 'wsd')" in other.stderr
-    other = job("one", "--config.pretrain.data.split=held_out", "--config.pretrain.data.held_out=train")
-    assert other.returncode == 2 and "has other images, held-out images or another palette" in other.stderr
+    for (code, log), message in zip(others, refused.values(), strict=True):
+        assert code == 2 and message in log and len(log.splitlines()) == 1, log
 
     for i in range(2):  # the slices find their runs done
         for row in rows:
             shutil.copytree(folder / "one" / row["run"], folder / "many" / f"slice-{i}" / row["run"])
-        assert job(f"many/slice-{i}", f"--config.shard={i}/2").returncode == 0
+    slices = [command(f"many/slice-{i}", f"--config.shard={i}/2") for i in range(2)]
+    assert [code for code, _ in run_all(*slices, command("many", "--config.shard=merge"))] == [0, 0, 0]
+    for i in range(2):
         assert len(json.loads((folder / "many" / f"slice-{i}" / "scaling.json").read_text())) == 3
-    assert job("many", "--config.shard=merge").returncode == 0
     merged = json.loads((folder / "many" / "scaling.json").read_text())
     assert merged == rows
     assert json.loads((folder / "many" / "result.json").read_text())["metrics"] == result
