@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -17,6 +18,7 @@ import igpt_jax
 from igpt_jax import command_line, process, storage
 from igpt_jax.config import UserError, base_config, parse, to_dict
 from igpt_jax.runtime import job as runtime
+from igpt_jax.runtime import signals
 from igpt_jax.runtime.exits import Diverged, Preempted
 from igpt_jax.runtime.signals import StopSignal
 
@@ -309,10 +311,12 @@ def test_a_refused_config_keeps_the_previous_one(config, tmp_path, capsys):
     assert "belongs to the job 'prepare'" in capsys.readouterr().err
 
 
-def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(run_job, capsys):
+def test_a_signal_asks_to_stop_and_a_second_one_ends_the_process(run_job, capsys, monkeypatch):
     """The former handlers are restored at the end. A second signal within a second counts as the same request, passed
     on by a launcher. Seen to fail without re-raising; without the second of grace pytest itself ends.
     """
+    monkeypatch.setattr(signals, "GRACE_SECONDS", patience())  # or a slow machine would end pytest
+    monkeypatch.setattr(signals, "time", types.SimpleNamespace(monotonic=lambda: 0.0))
     former = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         stop.saves = True

@@ -11,7 +11,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, run_all, run_job_command
+from conftest import ROOT, patience, run_all, run_job_command
 from PIL import Image
 from test_model import random_parameters
 
@@ -46,7 +46,7 @@ def logs(folder):
     """Logs of a follower that starts before its run, is killed at its first row, and starts again."""
     command = [sys.executable, "-m", "igpt_jax", "evaluate", f"--workdir={folder / 'watch'}",
                f"--config.checkpoints={folder / 'run'}", "--config.watch=True", "--config.poll_seconds=0.2",
-               "--config.idle_seconds=200"]
+               f"--config.idle_seconds={patience()}"]
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     train = subprocess.Popen([sys.executable, "-m", "igpt_jax", "pretrain", f"--workdir={folder / 'run'}",
                               f"--config.data.store={folder / 'store'}", *SHAPE, f"--config.steps={STEPS[-1]}",
