@@ -80,7 +80,7 @@ def test_from_the_command_line(run_job, tmp_path):
 
 @pytest.mark.parametrize("settings, says", [
     ("topology=v5x:4x4", "Did you mean"), ("step=trian", "Did you mean 'train'?"),
-    ("topology=cpu:64,batch_size=7", "batch_size=7 with 4 heads and 64 tokens cannot be split over the 64 devices"),
+    ("topology=cpu:67,batch_size=7", "batch_size=7 with 4 heads and 64 tokens cannot be split over the 67 devices"),
     ("topology=cpu:4,mesh.data=5", "does not multiply to the 4 devices"),
     ("topology=cpu:4,python=/nowhere", "/nowhere"),
     ("topology=cpu:4,calibration=nothing/*", "matches nothing"), ("roofline_share=-0.1", "must not be negative")])

@@ -1,0 +1,69 @@
+"""The training loop's own faults, in this process: damaged images, replicas that differ, the watchdog."""
+
+import json
+
+from igpt_jax import checkpoint, config
+from igpt_jax.parallel import checksums
+from igpt_jax.runtime.job import run_job
+from igpt_jax.training import loop
+
+
+def code_of_a_run(store, workdir, steps, **keys):
+    """Exit code of a tiny run in this process."""
+    given = config.base_config("pretrain", "model=igpt_tiny,batch_size=8,precision=float32,eval_every_steps=0")
+    given.model.update(layers=1, embed=8, heads=1)
+    given.data.store, given.steps = str(store), steps
+    given.optimizer.update(schedule="constant", warmup_steps=1)
+    given.update(keys)
+    return run_job(loop.train, config.parse("pretrain", given), str(workdir))
+
+
+def test_a_fault_after_the_start_keeps_the_runs_files(store, tmp_path, monkeypatch):
+    """A damaged image ends the run as failed. Seen to fail with the former result.json, which says done."""
+    assert code_of_a_run(store, tmp_path, 2) == 0
+
+    def damaged(run):
+        raise config.UserError("an image is damaged")
+
+    monkeypatch.setattr(loop.Run, "run_steps", damaged)
+    assert code_of_a_run(store, tmp_path, 3) == 2
+    given, result = (json.loads((tmp_path / name).read_text()) for name in ("config.json", "result.json"))
+    assert (given["steps"], result["status"]) == (3, "failed")
+
+
+def test_replicas_that_differ_end_the_run_unsaved(store, tmp_path, monkeypatch, capsys):
+    """Seen to fail with the comparison left out, and with a save before it."""
+    found = iter([{}, {"params/head_VD": ["cpu:0"]}])
+    monkeypatch.setattr(checksums, "odd_devices", lambda *_: next(found))
+    keys = {"compare_replicas_every_steps": 2, "checkpoint_every_steps": 2}
+    assert code_of_a_run(store, tmp_path, 6, **keys) == 77
+    assert "params/head_VD on cpu:0. Nothing is saved" in capsys.readouterr().err
+    assert checkpoint.locate(str(tmp_path))[1] == 2 and (tmp_path / "divergence.json").exists()
+
+
+def test_the_watchdog_sees_every_step(store, tmp_path, monkeypatch):
+    """With the time of `stall_seconds`. Seen to fail where the loop did not beat."""
+    seen = []
+
+    class Spy(loop.Watchdog):
+        def __init__(self, seconds):
+            seen.append(seconds)
+            super().__init__(seconds)
+
+        def beat(self, what):
+            seen.append(what)
+            super().beat(what)
+
+    monkeypatch.setattr(loop, "Watchdog", Spy)
+    assert code_of_a_run(store, tmp_path, 3, stall_seconds=77.0) == 0
+    assert seen[0] == 77
+    assert {"compiling", "doing step 1", "doing step 2", "doing step 3", "evaluating", "saving step 3"} <= set(seen)
+
+
+def test_precision_follows_the_platform():
+    """Training in bfloat16 on accelerators, everything else in float32."""
+    assert [config.precision_on("auto", platform) for platform in ("cpu", "gpu", "tpu")] == [
+        "float32", "bfloat16", "bfloat16"]
+    assert {job: config.parse(job, config.base_config(job)).precision for job in (
+        "pretrain", "finetune", "probe", "evaluate", "sample")} == {
+        "pretrain": "auto", "finetune": "auto", "probe": "float32", "evaluate": "float32", "sample": "float32"}
