@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -322,12 +323,12 @@ def test_stage(path, tmp_path_factory):
     with pytest.raises(UserError, match="train/images/c/0/0/0/0 differs from its SHA-256"):
         staging.stage(str(path), str(here / "again"))
     assert not list((here / "again").glob("*/manifest.json"))
-    staged, = (here / "again").glob("*/train/labels/zarr.json")
-    before = staged.stat().st_mtime_ns
     flip(path / "train" / "images" / "c" / "0" / "0" / "0" / "0", 50)  # as it was
-    staging.stage(str(path), str(here / "again"))
-    assert staged.stat().st_mtime_ns == before  # an interrupted copy goes on
-    flip(path / "train" / "images" / "c" / "0" / "0" / "0" / "0", 50)
+    cut, kept = pathlib.Path(where, "manifest.json"), pathlib.Path(where, "train/labels/zarr.json")
+    before = kept.stat().st_mtime_ns
+    cut.unlink()
+    assert staging.stage(str(path), str(here)) == where and cut.exists()
+    assert kept.stat().st_mtime_ns == before  # an interrupted copy goes on
     for folder, message in (("gs://bucket", "folder of this machine"), (f"{path}/manifest.json", "Give a folder")):
         with pytest.raises(UserError, match=message):
             staging.stage(str(path), folder)
