@@ -18,6 +18,7 @@ from fault_runs import EVALUATE_EVERY, ROOT, SAVE_EVERY, Run, Tally, end, rest
 
 STOP_SECONDS = 5.0  # that a run may take to save and end
 
+
 def kill(folder: pathlib.Path, reference: Run, rng: random.Random, tries: int) -> list[Tally]:
     """SIGKILL: a quarter during start-up, the others up to 1.5 s after the first finished step, also during saves."""
     tally, number, redone = Tally("SIGKILL, restarted until done"), 0, []

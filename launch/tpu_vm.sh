@@ -7,7 +7,7 @@
 #   launch/tpu_vm.sh stop                                       sends SIGTERM: all processes save and stop
 #   launch/tpu_vm.sh delete
 #
-# The workers find each other through the metadata server. `create` goes on where it was interrupted. `run` resumes by
+# The workers find each other through the metadata server. `create` resumes after an interruption. `run` resumes by
 # itself after exit codes 76 and 134, up to MAX_RESTARTS (100) times. After a stop (75), or a preemption (delete,
 # create), the same `run` command resumes. DRY_RUN=1 shows the commands.
 set -euo pipefail

@@ -328,7 +328,7 @@ def test_stage(path, tmp_path_factory):
     before = kept.stat().st_mtime_ns
     cut.unlink()
     assert staging.stage(str(path), str(here)) == where and cut.exists()
-    assert kept.stat().st_mtime_ns == before  # an interrupted copy goes on
+    assert kept.stat().st_mtime_ns == before  # an interrupted copy resumes
     for folder, message in (("gs://bucket", "folder of this machine"), (f"{path}/manifest.json", "Give a folder")):
         with pytest.raises(UserError, match=message):
             staging.stage(str(path), folder)

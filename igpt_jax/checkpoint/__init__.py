@@ -29,7 +29,6 @@ from igpt_jax.checkpoint.verification import verify
 
 __all__ = [
     "AbstractOf", "Checkpoints", "METADATA_FILE", "Metadata", "NoGoodCheckpoint", "branch", "identity", "is_checkpoint",
-    "load_metadata", "load_model", "locate", "of_process_0",
-    "prepare_orbax", "require_objective", "require_parameters", "step_path",
-    "steps_in", "steps_of", "store_of", "verify",
+    "load_metadata", "load_model", "locate", "of_process_0", "prepare_orbax", "require_objective",
+    "require_parameters", "step_path", "steps_in", "steps_of", "store_of", "verify",
 ]

@@ -43,7 +43,7 @@ def stage(source: str, folder: str) -> str:
 
 def _copy(where: epath.Path, target: epath.Path, manifest: dict) -> None:
     def copy(name: str) -> None:
-        # A copy that was interrupted goes on: a large store may take longer than the other processes wait.
+        # An interrupted copy resumes: a large store may take longer than the other processes wait.
         if (target / name).exists() and store.size_and_hash(storage.read(target / name)) == manifest["files"][name]:
             return
         data = storage.read(where / name)

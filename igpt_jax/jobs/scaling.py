@@ -84,8 +84,10 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
              for name in analysis.PAPER_TOKENS}
     found = analysis.analyze(done, config.held_out_budgets, config.predict, paper)
     say(found.get("sentence") or f"no law: {found['not_fitted']}")
-    if probed := found.get("probe_sentence") or found.get("probe_not_fitted"):
-        say(probed if "probe_sentence" in found else f"no law of the probe: {probed}")
+    if "probe_sentence" in found:
+        say(found["probe_sentence"])
+    elif "probe_not_fitted" in found:
+        say(f"no law of the probe: {found['probe_not_fitted']}")
     if jax.process_index() == 0:
         folder = folder / "figures"
         figures.save(folder / "profiles.png", charts.profiles(done))

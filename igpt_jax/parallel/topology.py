@@ -140,7 +140,7 @@ def like(device_kind: str, count: int) -> Target:
     if not target:
         raise UserError(f"{count} devices of kind {device_kind!r} are not whole {'slices' if kind else 'nodes of 8'}. "
                         "Plan for a topology by name.")
-    return dataclasses.replace(target, chip=chip)
+    return target
 
 
 def resized(target: Target, devices: int) -> Target | None:

@@ -97,7 +97,7 @@ def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: check
              if before < after <= later and offsets[before] == offsets[later] is not None]
     # Of the shortest spans, the newest.
     before, after = min(spans, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
-    before, after = checkpoint.of_process_0([before, after])
+    before, after, expected = checkpoint.of_process_0([before, after, logged.get(after)])
     restored = checkpoints.restore(abstract_of, metadata, at=before) if after else None
     if not restored or restored[1].steps_done != before:
         say("replay_check: no logged step follows a good checkpoint of these settings; nothing is repeated")
@@ -108,9 +108,9 @@ def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: check
             watchdog.beat(f"repeating step {step + 1:,}")
             state, measured = do_step(state, next(batches))
     loss = float(measured["train/nats_per_pixel"])
-    difference = abs(loss - logged[after]) / abs(logged[after])
+    difference = abs(loss - expected) / abs(expected)
     if not difference <= REPLAY_TOLERANCE:
         raise UserError(f"replay_check: step {after:,} repeated from checkpoint {before:,} gives the loss {loss!r}, "
-                        f"but the log says {logged[after]!r}. The code, the data or a device has changed.")
+                        f"but the log says {expected!r}. The code, the data or a device has changed.")
     same = "the same loss, bit for bit" if difference == 0 else f"the loss differs by {difference:.1e}"
     say(f"replay_check: step {after:,} repeated from checkpoint {before:,}: {same}")
