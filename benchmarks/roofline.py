@@ -59,8 +59,10 @@ def parts(row: dict, figures: dict | None) -> tuple[Forecast, float]:
     """The stand-in's seconds at peak, by part, and the seconds that it takes at the measured MFU."""
     config = config_of(row)
     target, model = topology.parse(config.topology), config.model
-    figures = figures or {name: getattr(estimate(config), name) for name in FIGURES}
-    at_peak = forecast(target, config.mesh.sizes, *(figures[name] for name in FIGURES))
+    guess = estimate(config)
+    found = figures or {name: getattr(guess, name) for name in FIGURES}
+    at_peak = forecast(target, config.mesh.sizes, guess.busy_flops(config, target.chip, found["flops"]),
+                       found["memory_bytes"], found["collective_bytes"])
     flops = config.batch_size * train_flops_per_image(model.layers, model.embed, model.mlp, config.palette_size,
                                                       config.image_size ** 2)
     return at_peak, flops / target.devices / target.chip.peak_bf16_flops / measured_mfu(row)

@@ -14,6 +14,7 @@ from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel.topology import GIB, Target
 from igpt_jax.planner.compilation import Verdict
 from igpt_jax.planner.cost import RunCost, run_cost
+from igpt_jax.planner.estimate import estimate
 from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.roofline import PUBLIC, Forecast, Speed, forecast
 
@@ -171,7 +172,8 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, speed: Speed = 
     plain = Answer(config, target, verdict, usable, flops)
     if verdict.status != "compiled":
         return plain
-    time = forecast(target, verdict.mesh, verdict.flops, verdict.memory_bytes, verdict.collective_bytes, speed)
+    busy = estimate(config).busy_flops(config, target.chip, verdict.flops)
+    time = forecast(target, verdict.mesh, busy, verdict.memory_bytes, verdict.collective_bytes, speed)
     cost = run_cost(config, target, time.step_seconds, flops, verdict.checkpoint_bytes) if flops else None
     return dataclasses.replace(plain, forecast=time, schedule=cost)
 

@@ -10,18 +10,32 @@ from collections.abc import Mapping
 from igpt_jax.config import PlanConfig
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.objectives import objective_of
+from igpt_jax.parallel.topology import Chip
 
 HALF, WHOLE = 2, 4  # bytes of bfloat16 and float32
+TPU_TILE = 128  # v6e's units are 256 wide, but the measurements of heads of 128 dims (`roofline`) are not slower there
 SECOND_MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "factored": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Cost of a step: bytes of one device, FLOPs of all devices together."""
+    """Cost of a step: bytes of one device, FLOPs of all devices together; those of attention are part of `flops`."""
     required_bytes: float
     flops: float
+    attention_flops: float
     memory_bytes: float
     collective_bytes: Mapping[str, float]
+
+    def busy_flops(self, config: PlanConfig, chip: Chip, flops: float) -> float:
+        """FLOPs that the chip could do while it does `flops` of this step.
+
+        A TPU's matrix unit multiplies tiles of 128 x 128. Heads of 64 dims leave half of it idle.
+        """
+        if not chip.name.startswith("TPU"):
+            return flops
+        head = config.model.embed // config.model.heads
+        idle = -(-head // TPU_TILE) * TPU_TILE / head - 1
+        return flops * (1 + idle * self.attention_flops / self.flops)
 
 
 def estimate(config: PlanConfig) -> Estimate:
@@ -58,9 +72,9 @@ def estimate(config: PlanConfig) -> Estimate:
     whole = plain or not objective_of(config).causal  # both halves of the scores are computed
     attention = 2 * d.L * config.batch_size * d.T**2 * D * (2 if whole else 1)
     head = 2 * d.V * D * config.batch_size * d.T
-    again = {"full": products + attention, "offload": products, "attention": products + (attention if plain else 0),
-             "dots": attention if plain else 0, "none": 0}[remat]
-    flops = 3 * (products + attention + head) + again + (0 if plain else attention)
+    repeated = (remat == "full" or plain and remat in ("attention", "dots")) + (not plain)
+    attention *= 3 + repeated
+    flops = 3 * (products + head) + attention + (products if remat in ("full", "offload", "attention") else 0)
     flops += newton_schulz_flops(d) if muon else 0
 
     # Memory traffic: weights and activations of each pass (forward, backward twice, remat), and the optimizer.
@@ -79,7 +93,7 @@ def estimate(config: PlanConfig) -> Estimate:
         "tensor": (2 * passes - 2) * microbatches * d.L * 2 * b * t * D * HALF * (mesh.tensor - 1) / mesh.tensor,
         "context": (passes + 1) * microbatches * d.L * 2 * b * d.T * D / mesh.tensor * HALF
                    * (mesh.context - 1) / mesh.context}
-    return Estimate(required, flops, moved, {axes: size for axes, size in sent.items() if size})
+    return Estimate(required, flops, attention, moved, {axes: size for axes, size in sent.items() if size})
 
 
 def newton_schulz_flops(d: Dims) -> float:

@@ -1,6 +1,6 @@
 """Predicts the time of a step from its FLOPs and bytes, at the speed that public runs reached.
 
-    compute    = FLOPs / peak
+    compute    = FLOPs / peak (on TPUs with `Estimate.busy_flops`)
     memory     = memory bytes / bandwidth
     exposed    = bytes sent over tensor and context / bandwidth of their links: the next product needs the result
     overlapped = bytes sent over data and fsdp / bandwidth of their links: sent while other layers compute
@@ -68,7 +68,7 @@ class Speed:
 
 
 # The result of benchmarks/roofline.py, in docs/roofline.json.
-PUBLIC = Speed(compute=1.758, memory=1.014, overlapped=0.428, low=0.75, high=1.39)
+PUBLIC = Speed(compute=1.768, memory=0.877, overlapped=0.474, low=0.74, high=1.39)
 
 
 def flat(share: float) -> Speed:

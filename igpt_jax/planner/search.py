@@ -84,7 +84,8 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
             if config.batch_size % (shards * changed.accumulate):
                 continue
             guess = estimate(changed)
-            time = forecast(target, mesh.sizes, guess.flops, guess.memory_bytes, guess.collective_bytes, speed)
+            busy = guess.busy_flops(changed, target.chip, guess.flops)
+            time = forecast(target, mesh.sizes, busy, guess.memory_bytes, guess.collective_bytes, speed)
             found.append(Candidate(changed, guess, time))
     room = target.chip.usable_bytes
 
