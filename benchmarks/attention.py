@@ -10,7 +10,6 @@ The row `reference` shows the error that the dtype alone causes.
 import argparse
 import functools
 import json
-import pathlib
 import statistics
 import time
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from igpt_jax import storage
 from igpt_jax.config import ATTENTION_BACKENDS, UserError
 from igpt_jax.model.attention import attention, backend_for
 
@@ -92,7 +92,7 @@ def main() -> None:
     rows = [row for shape in arguments.shape
             for row in measure(tuple(map(int, shape.split(","))), arguments.dtype, arguments.rounds)]
     if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(
+        storage.publish(storage.path(arguments.json), json.dumps(
             {"device": kind, "jax": jax.__version__, "dtype": arguments.dtype, "rows": rows}, indent=1))
 
 

@@ -22,6 +22,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu looks for the machine
 
 import jax
 
+from igpt_jax import storage
 from igpt_jax.config import PlanConfig, base_config, parse, to_dict
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.planner import compilation, flops, hlo, program, targets
@@ -110,8 +111,8 @@ def main() -> None:
     print(f"state             {found['updated_in_place']:.1%} of its bytes updated in place")
     print("instructions      " + ", ".join(f"{count} {name}" for name, count in found["instructions"].items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"topology": arguments.topology, "config": arguments.config,
-                                              "jax": jax.__version__, **found}, indent=1) + "\n")
+        found = {"topology": arguments.topology, "config": arguments.config, "jax": jax.__version__, **found}
+        storage.publish(storage.path(arguments.json), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

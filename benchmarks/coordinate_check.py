@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from igpt_jax import storage
 from igpt_jax.config import base_config, parse
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.training.steps import init_state, make_train_step
@@ -123,7 +124,7 @@ def main() -> None:
             print(f"{parametrization}, {name}: slopes {slope['width']:+.3f} (width), {slope['depth']:+.3f} (depth)",
                   flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        storage.publish(storage.path(arguments.json), json.dumps(results, indent=1) + "\n")
     if arguments.figure:
         draw(results, arguments.figure)
 

@@ -8,7 +8,6 @@ read and those written. Both are medians, as shares of the vendor's figures wher
 
 import argparse
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from igpt_jax import storage
 from igpt_jax.parallel import topology
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     if chip:
         print(f"    {figures['share_of_peak_flops']:.0%} and {figures['share_of_peak_bandwidth']:.0%} of the vendor's")
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        storage.publish(storage.path(options.json), json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

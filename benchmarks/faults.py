@@ -19,6 +19,8 @@ import fault_files as files
 import fault_processes as processes
 from fault_runs import ROOT, Run
 
+from igpt_jax import storage
+
 sys.path.insert(0, str(ROOT))
 
 # fault: (function, tries, tries of the short form)
@@ -73,8 +75,7 @@ def main() -> int:
                                for row in rows]
     print("\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in table))
     if given.json:
-        pathlib.Path(given.json).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(given.json).write_text(json.dumps(rows, indent=2) + "\n")
+        storage.publish(storage.path(given.json), json.dumps(rows, indent=2) + "\n")
     return int(any(row["survived"] < row["tries"] for row in rows))
 
 

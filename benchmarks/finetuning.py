@@ -23,6 +23,7 @@ from igpt_jax.evaluation.linear_probe import wilson
 from igpt_jax.metrics import figures
 from igpt_jax.metrics.charts import Chart, Series
 from igpt_jax.metrics.logging import load_metrics
+from igpt_jax.training import transfer
 
 RATES = ("3e-4", "1e-3", "3e-3")
 
@@ -38,7 +39,8 @@ def main() -> None:
     pretrained = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())
     shape = pretrained["model"]
     loaded = {"checkpoint": given.checkpoint, "parameters": given.parameters}
-    scratch = {f"model.{name}": shape[name] for name in ("name", "layers", "embed", "heads")}
+    scratch = {"codec": pretrained.get("codec", "palette")}
+    scratch |= {f"model.{name}": shape[name] for name in transfer.SIZES if name in shape}
     ways = {
         "pretrained, L_GEN + L_CLF": loaded,
         "pretrained, L_CLF alone": {**loaded, "generative_weight": 0},

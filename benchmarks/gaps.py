@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = json.loads((DOCS / "scaling.json").read_text())
     known = {title: {"settings": chosen[title]["settings"]} for title in TITLES if title in chosen}
-    known |= json.loads(options.out.read_text())
+    known |= json.loads(options.out.read_text()) if options.out.exists() else {}
     todo = [title for title in TITLES if title in known and options.only in title
             and (options.python or topology.parse(title.split()[-1]).platform == "tpu")]
     todo.sort(key=lambda title: ("now" in known[title], title not in FIRST))
@@ -91,10 +91,13 @@ def main() -> None:
         except UserError as error:
             print(f"{title}: {error}", file=sys.stderr)
             continue
-        known |= json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
+        if options.out.exists():
+            known |= json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
         known[title]["now"] = found
         storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
         print(row(title, known[title]), flush=True)
+    if options.out.resolve().parent != DOCS.resolve():
+        return
     table = "\n".join([HEADER, *(row(title, known[title]) for title in TITLES if "now" in known.get(title, ()))])
     pages.replace(DOCS / "performance.md", MARKS, table)
 

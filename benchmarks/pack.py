@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.data import palette
 
@@ -61,8 +62,9 @@ def pack(file: str, palette_VC: np.ndarray, splits: dict[str, Sequence[str]]) ->
         images_BYXC = np.concatenate(images)
         arrays[f"{split}_ranks"] = rank_V[palette.encode(images_BYXC, table)].reshape(images_BYXC.shape[:3])
         arrays[f"{split}_labels"] = np.concatenate(labels)
-    with lzma.open(file, "wb") as packed:
-        np.savez(packed, **arrays)
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    storage.publish(storage.path(file), lzma.compress(packed.getvalue()))
 
 
 def unpack(file: str, folder: str) -> None:

@@ -13,7 +13,6 @@ machine disturb less, and of the ratio in each round.
 
 import argparse
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from igpt_jax import storage
 from igpt_jax.config import ModelConfig
 from igpt_jax.evaluation import linear_probe
 from igpt_jax.model.attention import attention
@@ -130,7 +130,7 @@ def main() -> None:
     rows = arguments.function(arguments)
     if arguments.json:
         given = {name: value for name, value in vars(arguments).items() if name != "function"}
-        pathlib.Path(arguments.json).write_text(json.dumps({"arguments": given, "rows": rows}, indent=1))
+        storage.publish(storage.path(arguments.json), json.dumps({"arguments": given, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

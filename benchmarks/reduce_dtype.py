@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from igpt_jax import storage
 from igpt_jax.config import base_config, parse
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.training.steps import make_loss
@@ -101,7 +102,7 @@ def main() -> None:
         if name == "float32":
             report("trained", params)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        storage.publish(storage.path(options.json), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

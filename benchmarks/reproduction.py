@@ -19,6 +19,8 @@ from typing import Any
 
 import pack
 
+from igpt_jax import storage
+
 ROOT = pathlib.Path(__file__).parent.parent
 JOBS = ("store", "pretrain", "evaluate", "probe", "sample")
 MARGIN = 5  # seconds to collect the results
@@ -59,7 +61,7 @@ def main() -> int:
     found = results(folder)
     print(f"{found['steps']} steps, {found['nats_per_pixel']} nats per pixel on the test images")
     if options.json and found["steps"]:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        storage.publish(storage.path(options.json), json.dumps(found, indent=1) + "\n")
         samples = folder / "sample/figures/samples.png"
         if samples.exists():
             shutil.copy(samples, options.json.parent / "reproduce_10m_samples.png")

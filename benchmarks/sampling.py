@@ -15,7 +15,6 @@ Then it measures one step with the cache of each segment, at 1,024 and 4,096 pix
 import argparse
 import importlib.util
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from igpt_jax import storage
 from igpt_jax.config import ModelConfig
 from igpt_jax.model import sampling
 from igpt_jax.model.dims import Dims
@@ -184,7 +184,7 @@ def main() -> None:
     cache = options.cache or options.precision
     figures = {**whole_images(options, cache), "steps": single_steps(options, cache)}
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(figures, indent=1))
+        storage.publish(storage.path(options.json), json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+from igpt_jax import storage
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRETRAIN = ["-m", "igpt_jax", "pretrain", "--config.model.name=igpt_tiny", "--config.model.layers=4",
             "--config.model.embed=64", "--config.batch_size=64", "--config.precision=float32",
@@ -74,7 +76,7 @@ def main() -> None:
     for row in figures["rows"]:
         print(f"{row['name']:20} {row['seconds']:6.2f} s   ({', '.join(f'{each:.2f}' for each in row['all_seconds'])})")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        storage.publish(storage.path(arguments.json), json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import platform
 import re
 import statistics
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from turns import Candidate, take_turns
 
+from igpt_jax import storage
 from igpt_jax.config import MODELS, MeshConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.model.image_gpt import Model
@@ -141,6 +141,8 @@ def main() -> int:
     choices = {"attention": arguments.attention, "remat": arguments.remat, "unroll": arguments.unroll}
     if arguments.model in MODELS:
         shape = ModelConfig(arguments.model, **choices)
+    elif not re.fullmatch(r"\d+x\d+x\d+", arguments.model) or arguments.rounds < 1:
+        parser.error("--model is a row of the model table or LAYERSxWIDTHxHEADS; --rounds at least 1")
     else:
         layers, embed, heads = map(int, arguments.model.split("x"))
         shape = ModelConfig("igpt_tiny", layers=layers, embed=embed, heads=heads, **choices)
@@ -179,7 +181,7 @@ def main() -> int:
         if row.get("peak_bytes"):
             print(f"    memory: {row['peak_bytes'] / 2**30:.2f} GiB, {row['planned_bytes'] / 2**30:.2f} planned")
     if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
+        storage.publish(storage.path(arguments.json), json.dumps(figures, indent=1) + "\n")
     return int(len(seconds) < len(chosen))
 
 

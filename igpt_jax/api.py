@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from igpt_jax import checkpoint, storage, weights
 from igpt_jax.checkpoint import Metadata
 from igpt_jax.config import MeshConfig, SampleConfig, SampleMeshConfig, UserError
-from igpt_jax.config.keys import PRECISIONS, one_of
+from igpt_jax.config.keys import PRECISIONS, at_least, one_of
 from igpt_jax.config.training import PARAMETERS
 from igpt_jax.data.pictures import Pictures, pixels
 from igpt_jax.data.store.manifest import load_manifest
@@ -75,6 +75,7 @@ def load(path: Path, step: int | None = None, *, device: jax.Device | str | None
     """
     one_of(*PRECISIONS)("precision", precision)
     one_of(*PARAMETERS)("parameters", parameters)
+    at_least(0)("batch_size", batch_size)
     startup.find_devices()
     path, on, beside = os.fspath(path), _mesh(device, mesh), []
     with in_precision(precision):
@@ -105,7 +106,7 @@ def _mesh(device: jax.Device | str | None, mesh: Mesh | MeshConfig | Mapping[str
         return mesh
     if device is not None:
         try:
-            devices = [jax.local_devices(backend=device)[0] if isinstance(device, str) else device]
+            devices = [jax.local_devices(backend=str(device))[0] if not isinstance(device, jax.Device) else device]
         except RuntimeError as error:
             raise UserError(f"device={device!r}: {' '.join(str(error).split())}. Use one of jax.devices().") from None
         return sharding.make_mesh(MeshConfig(), devices)
@@ -197,12 +198,14 @@ class ImageModel:
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the K classes: of the store that it was trained on, or else their numbers; empty where `classify`
-        has no classifier."""
-        count = len(self.probe.probe.biases_K) if self.probe and not self._model.dims.K else self._model.dims.K
-        names: list[str] = []
-        with contextlib.suppress(UserError, OSError):
-            names = (load_manifest(storage.path(self.metadata.config.data.store)) or {}).get("class_names") or []
+        """Names of the K classes: of the store that the classifier was trained on, or else their numbers; empty where
+        `classify` has no classifier."""
+        if self.probe and not self._model.dims.K:
+            count, names = len(self.probe.probe.biases_K), self.probe.class_names
+        else:
+            count, names = self._model.dims.K, ()
+            with contextlib.suppress(UserError, OSError):
+                names = (load_manifest(storage.path(checkpoint.store_of(self.metadata))) or {}).get("class_names", ())
         return tuple(names) if len(names) == count else tuple(map(str, range(count)))
 
     def quantize(self, images: Pictures) -> np.ndarray:

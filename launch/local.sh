@@ -22,6 +22,7 @@ label() {
   sed -u "s/^/[$1] /"
 }
 
+if [[ -v CUDA_VISIBLE_DEVICES && -z $CUDA_VISIBLE_DEVICES ]]; then export CUDA_VISIBLE_DEVICES=-1; fi  # hides all
 gpus=() # those that the caller may use; none: all
 if [[ ${CUDA_VISIBLE_DEVICES:-} != -1 && ${JAX_PLATFORMS:-} != cpu ]]; then
   IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-}"

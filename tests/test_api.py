@@ -224,6 +224,10 @@ def test_the_best_layer_and_the_classes_come_from_the_probe_of_this_step(folder,
     probe = probing.load_probe(str(folder / "runs/probe")).probe
     np.testing.assert_array_equal(model.classify(images), probe.predict(model.features(images, layer=3)))
     np.testing.assert_allclose(model.probabilities(images).sum(1), 1, rtol=1e-5)
+    # Its classes are those of the store that it was fit on, which need not be the one of the pretraining.
+    named = probing.load_probe(str(folder / "runs/probe"))._replace(class_names=tuple("abcdefghij"))
+    probing.save_probe(storage.path(tmp_path / "probe.npz"), named)
+    assert igpt_jax.load(folder / "runs/pretrain", probe=tmp_path).class_names == tuple("abcdefghij")
 
     earlier = igpt_jax.load(folder / "runs/pretrain", step=250)
     assert earlier.probe is None and earlier.best_layer == 2 and earlier.class_names == ()

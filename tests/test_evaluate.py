@@ -267,15 +267,18 @@ def test_another_run_s_step_under_the_same_path_is_evaluated(folder, logs):
 
 
 BAD = {
+    "no checkpoints, while it waits": (["--config.watch=True"], "checkpoints is empty"),
     "empty glob": (["--config.checkpoints={folder}/nothing*"], "matches nothing"),
     "nothing ever came": (["--config.checkpoints={folder}/nothing", "--config.watch=True", "--config.idle_seconds=0.1",
                            "--config.poll_seconds=0.1"], "names no finished checkpoint"),
     "being written": (["--config.checkpoints={folder}/unfinished/checkpoints/12"], "holds no checkpoint"),
     "no store, while it waits": (["--config.checkpoints={folder}/nothing", "--config.watch=True",
                                  "--config.data.store={folder}/missing"], "missing"),
-    "no store to probe": (["--config.probe=True", "--config.probing.data.store={folder}/missing"], "missing"),
+    "no store to probe": (["--config.checkpoints={folder}/run", "--config.probe=True",
+                           "--config.probing.data.store={folder}/missing"], "missing"),
     "no slice": (["--config.shard=2/2"], "slices are 0/n to n-1/n"),
-    "no such features": (["--config.completions=1", "--config.completion_features=nowhere:f"], "cannot be imported"),
+    "no such features": (["--config.checkpoints={folder}/run", "--config.completions=1",
+                          "--config.completion_features=nowhere:f"], "cannot be imported"),
     "nothing to merge": (["--config.shard=merge"], "finished slices of 0 array jobs"),
 }
 

@@ -126,6 +126,8 @@ BAD = {
     "layer": (["--config.model.class_layer=3"], "must be from 0 (the embedding) to 2"),
     "unlabelled": (["--config.data.store={}/unlabelled"], "has no labels"),
     "class": (["--config.data.store={}/nines", "--config.data.test="], "class 4 has no example in split 'train'"),
+    "trained on": (["--config.data.split=train+held_out", "--config.data.held_out=", "--config.data.test=held_out"],
+                   "data.test=held_out: held_out is also trained on"),
     "share": (["--config.mask_ratio=0.2"], "has no effect on objective=autoregressive"),
     "patience": (["--config.data.held_out=", "--config.patience=3"], "needs evaluations on held-out images"),
 }

@@ -1,6 +1,9 @@
 """The training loop's own faults, in this process: damaged images, replicas that differ, the watchdog."""
 
+import errno
 import json
+
+import pytest
 
 from igpt_jax import checkpoint, config
 from igpt_jax.parallel import checksums
@@ -29,6 +32,29 @@ def test_a_fault_after_the_start_keeps_the_runs_files(store, tmp_path, monkeypat
     assert code_of_a_run(store, tmp_path, 3) == 2
     given, result = (json.loads((tmp_path / name).read_text()) for name in ("config.json", "result.json"))
     assert (given["steps"], result["status"]) == (3, "failed")
+
+
+def test_metrics_that_cannot_be_read_end_no_run(store, tmp_path, monkeypatch, capsys):
+    """In a bucket the first flush may fail. Seen to fail with the loss curve drawn from a file that is not there."""
+    def missing(workdir):
+        raise config.UserError(f"{workdir}/metrics.jsonl does not exist")
+
+    monkeypatch.setattr(loop, "load_metrics", missing)
+    monkeypatch.setattr(loop, "metrics_lines", missing)
+    assert code_of_a_run(store, tmp_path, 2, eval_every_steps=1) == 0
+    assert "no loss curve: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (ValueError("UNAVAILABLE: Error opening the driver"), 76), (OSError(errno.ESTALE, "Stale file handle"), 76),
+    (ValueError("PERMISSION_DENIED: no access"), 2), (ValueError("a bug"), 1)])
+def test_storage_out_of_reach_restarts_the_job(tmp_path, error, code, capsys):
+    """Schedulers restart after 76. Seen to fail as a stack trace with exit code 1."""
+    def fails(*_):
+        raise error
+
+    assert run_job(fails, config.parse("verify", config.base_config("verify")), str(tmp_path)) == code
+    assert ("the storage is out of reach" in capsys.readouterr().err) == (code != 1)
 
 
 def test_replicas_that_differ_end_the_run_unsaved(store, tmp_path, monkeypatch, capsys):

@@ -116,7 +116,7 @@ def test_prepare_again(tmp_path):
         run(tmp_path, seed=1)
     shard = tmp_path / "train" / "images" / "c" / "0" / "0" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"remove manifest.json .* and prepare it again"):
+    with pytest.raises(UserError, match=r"remove the store's folder and prepare it again"):
         run(tmp_path)
     (tmp_path / "manifest.json").unlink()
     run(tmp_path)

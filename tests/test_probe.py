@@ -225,6 +225,7 @@ BAD = {
     "labels_per_class=(5000,)": "Ask for fewer",
     "layers=(3,)": "choose among 0 (the embedding) to 2",
     "data.test=tast": "Did you mean 'test'?",
+    "data.test=train": "train is also fitted on",
     "l2=(0.0,)": "must be positive",
     "concatenate=2": "must be odd",
     "data.store={trained}/unlabeled": "has no labels",

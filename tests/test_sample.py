@@ -38,6 +38,15 @@ def complete(folder, name, **more):
         return metrics, dict(file)
 
 
+def test_a_second_command_leaves_no_figure_of_the_first(folder):
+    """Seen to fail with completions.png left beside samples.npz of another command."""
+    complete(folder, "twice", completions=1)
+    sample.run(SampleConfig(checkpoint=str(folder / "model"), count=2, mesh=SampleMeshConfig()), str(folder / "twice"))
+    assert [file.name for file in (folder / "twice" / "figures").iterdir()] == ["samples.png"]
+    with np.load(folder / "twice" / "samples.npz") as file:
+        assert str(file["checkpoint"]) == str(folder / "model")  # the report's label
+
+
 def test_pictures_are_completed_below_the_rows_given(folder, capsys):
     """Pictures are cropped, reduced and quantized; unusable ones are reported. A completion depends neither on the
     number of others nor on the batch size.

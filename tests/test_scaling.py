@@ -176,6 +176,9 @@ def test_runs_take_the_budget_by_the_exact_count():
     ({"budgets": (1e3,)}, "less than one step of 2x32"),
     ({"budgets": (1e12,), "held_out_budgets": (1e12,)}, "name a budget twice"),
     ({"sizes": ()}, "sizes is empty"),
+    ({"sizes": ("0x64",)}, "'0x64' is not a size"),  # 0 would be the model table's
+    ({"budgets": (1.2341e12, 1.2342e12)}, "two budgets have the run 1.23e12-2x32"),
+    ({"pretrain": PretrainConfig(batch_size=64)}, "pretrain.batch_size has no effect: .* or set batch_size"),
 ])
 def test_wrong_studies_are_refused(keys, message):
     with pytest.raises(UserError, match=message):

@@ -97,6 +97,8 @@ def test_bad_branches_are_refused(store, tmp_path):
     train(store, tmp_path / "trunk", steps=8, optimizer={"schedule": "constant"})
     for given, message in (({"branch_from": f"{tmp_path}/trunk/checkpoints/8", "optimizer": WSD}, "The first 8 steps"),
                            ({"branch_from": f"{tmp_path}/trunk", "seed": 4, "steps": 20, "optimizer": WSD}, "seed=4"),
+                           ({"branch_from": f"{tmp_path}/trunk", "steps": 8, "optimizer": {"schedule": "constant"}},
+                            "is step 8, so nothing is left of steps=8"),
                            ({"branch_from": f"{tmp_path}/nowhere", "optimizer": WSD}, "holds no checkpoint")):
         with pytest.raises(UserError, match=message):
             train(store, tmp_path / "branch", **given)

@@ -204,6 +204,12 @@ def hashes_that_lead_out(folder, canary):
     return verify(step)
 
 
+def hashes_of_other_files(folder, canary):
+    step = checkpoint(folder)
+    (step / hashes.HASHES).write_text(f"{'0' * 64}  /dev/zero\n")
+    return verify(step)
+
+
 def link_in_a_checkpoint(folder, canary):
     step = checkpoint(folder)
     (step / "params" / "more").symlink_to("/dev/zero")
@@ -236,7 +242,8 @@ def manifest_that_leads_out(folder, canary):
 BAD_INPUT = (pickled_palette, pickled_palette_without_a_header, pickled_images, pickled_labels, pickled_tokens,
              pickled_weights, archive_bomb, header_bomb, safetensors_header_bomb, safetensors_shape_bomb,
              nested_weights_config, nested_metadata, large_metadata, metadata_of_a_huge_model, hashes_that_lead_out,
-             link_in_a_checkpoint, pipe_in_a_checkpoint, nested_manifest, manifest_that_leads_out)
+             hashes_of_other_files, link_in_a_checkpoint, pipe_in_a_checkpoint, nested_manifest,
+             manifest_that_leads_out)
 HARMLESS = (picture_bomb, tar_that_leads_out, python_in_a_checkpoint)
 
 

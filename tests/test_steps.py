@@ -179,6 +179,13 @@ def unchecked(config, name, value):
     return config
 
 
+def test_a_second_moment_that_would_stand_still_is_refused_but_can_be_read():
+    """Checkpoints of such runs exist. Seen to fail with the rule in the config, which parses them."""
+    optimizer = OptimizerConfig(second_moment="bfloat16", beta2=0.999)
+    with pytest.raises(UserError, match=r"optimizer.beta2=0.999 needs optimizer.second_moment=float32"):
+        make_optimizer(optimizer)
+
+
 def test_second_moments_in_less_memory():
     """bfloat16: within 1 % of float32's updates. Factored: equal for vectors, and for matrices whose squared gradients
     are an outer product.

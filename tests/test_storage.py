@@ -183,11 +183,13 @@ def test_lines_wait_for_a_full_disk_and_none_is_torn(tmp_path):
 
 @pytest.mark.parametrize("name", ["run", "run[1]", "*", "a?"])
 def test_sweep_removes_what_a_killed_publish_left(tmp_path, name):
-    """Seen to fail with the folder's name read as a pattern."""
+    """Seen to fail with the folder's name read as a pattern, and with the files of another run in it removed."""
     tmp_path = tmp_path / name
-    left = [tmp_path / ".result.json.abc.tmp", tmp_path / "figures" / ".loss.png.xyz.tmp"]
-    kept = [tmp_path / ".lock", tmp_path / "result.json", tmp_path / "figures" / "loss.png"]
+    left = [tmp_path / ".result.json.abcd_123.tmp", tmp_path / "figures" / ".loss.png.xyz01234.tmp"]
+    kept = [tmp_path / ".lock", tmp_path / "result.json", tmp_path / "figures" / "loss.png", tmp_path / ".mine.tmp",
+            tmp_path / "other run" / "config.json", tmp_path / "other run" / ".result.json.abcd_123.tmp"]
     (tmp_path / "figures").mkdir(parents=True)
+    (tmp_path / "other run").mkdir()
     for file in left + kept:
         file.write_text("")
     storage.sweep(storage.path(tmp_path))

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from igpt_jax import storage
 from igpt_jax.checkpoint import orbax_s3
 from igpt_jax.checkpoint.metadata import Metadata
 from igpt_jax.checkpoint.step_folders import step_path
@@ -25,7 +25,6 @@ from igpt_jax.storage.hashes import Damaged
 
 log = logging.getLogger(__name__)
 
-UNREACHABLE = re.compile("RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED")
 AbstractOf = Callable[[PretrainConfig], dict[str, Any]]  # the state of a run as abstract arrays, with its shardings
 
 
@@ -60,9 +59,8 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return state["params"], {name: value for name, value in state.items() if name != "params"}
 
 
-def load_state(folder: Any, step: int, abstract_of: AbstractOf, config: PretrainConfig, metadata: Metadata
-               ) -> dict[str, Any]:
-    """Loads and verifies the whole training state of a step (see `load_arrays`), for a run with `config`.
+def load_state(folder: Any, step: int, abstract_of: AbstractOf, run: Metadata, metadata: Metadata) -> dict[str, Any]:
+    """Loads and verifies the whole training state of a step (see `load_arrays`), for the run `run`.
 
     A run that begins to average its parameters at this step starts with these parameters as their average. What the run
     does not have, such as an average that it no longer keeps, is left on disk.
@@ -70,12 +68,13 @@ def load_state(folder: Any, step: int, abstract_of: AbstractOf, config: Pretrain
     Args:
       folder, step, metadata: of the step.
       abstract_of: the abstract state of a run with a config.
-      config: of the run that continues. Its optimizer may clip or decay where the step's did not, or the reverse.
+      run: describes the run that continues. Its optimizer may clip or decay where the step's did not, or the reverse.
 
     Raises:
       Damaged: as `load_arrays`.
       UserError: the run has other arrays than the step.
     """
+    config = run.config
     wanted = abstract_of(config)
     same = (config.optimizer, config.model) == (metadata.config.optimizer, metadata.config.model)
     # The back-end of attention may have changed with the machine.
@@ -84,10 +83,13 @@ def load_state(folder: Any, step: int, abstract_of: AbstractOf, config: Pretrain
         config, optimizer=metadata.config.optimizer, model=model))
     kept = {name: tree for name, tree in stored.items() if name in wanted}
     added = wanted.keys() - kept.keys()
-    if added - {"ema"} or _arrays(kept) != _arrays({name: wanted[name] for name in kept}):
+    # `abstract_of` knows the run's images and precision only.
+    other = run.sizes != metadata.sizes or _arrays(kept) != _arrays({name: wanted[name] for name in kept})
+    if other or added - {"ema"}:
         raise UserError(f"the run has other arrays than the checkpoint {step_path(folder, step)}: accept_changes cannot"
-                        " change the model's size, optimizer.second_moment or between adam and muon, nor begin with "
-                        "optimizer.spike_factor. Undo that change, or give a new --workdir.")
+                        " change the size of the model, the images or the palette, codec, classes, to or from float64, "
+                        "optimizer.second_moment or between adam and muon, nor begin with optimizer.spike_factor. Undo "
+                        "that change, or give a new --workdir.")
     params, training = split_state(kept)
     with partial_load_context() if kept.keys() < stored.keys() else contextlib.nullcontext():
         trees = load_arrays(folder, step, {"params": params, "training": training}, metadata)
@@ -161,7 +163,7 @@ def load_arrays(folder: Any, step: int, trees: dict[str, Any], metadata: Metadat
             loaded = ocp.load_checkpointables(path, trees)
         except Exception as error:
             # Where the files have their hashes, nothing is damaged: memory, the network or the credentials failed.
-            if hashed or isinstance(error, OSError | MemoryError) or UNREACHABLE.search(str(error)):
+            if hashed or isinstance(error, OSError | MemoryError) or storage.unreachable(error):
                 raise
             raise Damaged(f"it cannot be read: {next(iter(str(error).splitlines()), repr(error))}") from error
     except Damaged as damage:

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import AbstractOf, agreed, barrier, load_state, of_process_0, save_context, split_state
+from igpt_jax.checkpoint.arrays import AbstractOf, barrier, load_state, of_process_0, save_context, split_state
 from igpt_jax.checkpoint.metadata import EVALUATION, Metadata, read_metadata
 from igpt_jax.checkpoint.step_folders import QUARANTINE, steps_in
 from igpt_jax.config import PretrainConfig, UserError
@@ -182,10 +182,18 @@ class Checkpoints:
 
     def check_resumable(self, metadata: Metadata) -> None:
         """Raises the UserError of `restore` where another run wrote the newest good step; reads no arrays."""
-        for step in reversed(self.steps):
-            with contextlib.suppress(Damaged):  # `restore` reports it
+        refusal = ""
+        for step in reversed(self.steps if jax.process_index() == 0 else []):
+            try:
                 read_metadata(self._folder, step).check_resumable(metadata, self._workdir)
-                return
+                break
+            except Damaged:  # `restore` reports it
+                continue
+            except UserError as error:
+                refusal = str(error)
+                break
+        if refusal := of_process_0(refusal):
+            raise UserError(refusal)
 
     def restore(self, abstract_of: AbstractOf, metadata: Metadata, at: int | None = None
                 ) -> tuple[dict[str, Any], Metadata] | None:
@@ -214,7 +222,7 @@ class Checkpoints:
                                 "differ in the last bits: %s",
                                 "; ".join(f"{name} {stored.versions.get(name)}, now {now}" for name, now in
                                           metadata.versions.items() if stored.versions.get(name) != now))
-                return (load_state(self._folder, step, abstract_of, metadata.config, stored),
+                return (load_state(self._folder, step, abstract_of, metadata, stored),
                         dataclasses.replace(stored, changes=(*stored.changes, *changes)))
         quarantine = self._folder.parent / QUARANTINE
         if quarantine.exists() and any(quarantine.iterdir()):
@@ -223,15 +231,22 @@ class Checkpoints:
         return None
 
     def _metadata_of(self, step: int) -> Metadata:
-        """The metadata of a step. Raises Damaged on all processes if any of them cannot read it."""
-        stored, problem = None, None
-        try:
-            stored = read_metadata(self._folder, step)
-        except Damaged as damage:
-            problem = str(damage)
-        if problem := agreed(problem):
-            raise Damaged(problem)
-        return stored
+        """The metadata of a step, as process 0 reads it: a shared disk may not show the step to the others yet.
+
+        Raises Damaged or UserError on all processes.
+        """
+        found: dict[str, Any] = {}
+        if jax.process_index() == 0:
+            try:
+                found = {"metadata": read_metadata(self._folder, step).to_json()}
+            except Damaged as damage:
+                found = {"damaged": str(damage)}
+            except UserError as error:
+                found = {"refused": str(error)}
+        found = of_process_0(found)
+        if "metadata" in found:
+            return Metadata.from_json(found["metadata"])
+        raise Damaged(found["damaged"]) if "damaged" in found else UserError(found["refused"])
 
     @contextlib.contextmanager
     def _quarantined_if_damaged(self, step: int) -> Iterator[None]:

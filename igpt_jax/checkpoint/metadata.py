@@ -12,6 +12,7 @@ import numpy as np
 from igpt_jax import storage
 from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.config import PretrainConfig, UserError, flat, key_attributes, parse, to_dict
+from igpt_jax.data import open_data
 from igpt_jax.data.codecs import Codec, codec_of
 from igpt_jax.runtime.versions import versions
 from igpt_jax.storage import hashes
@@ -46,6 +47,12 @@ class Metadata:
     def codec(self) -> Codec:
         """Between the pixels of images and the model's tokens."""
         return codec_of(self.config.codec, self.palette_VC)
+
+    @property
+    def sizes(self) -> tuple:
+        """What decides the shapes and dtypes of the arrays, besides the keys of the model and the optimizer."""
+        float64 = self.config.precision == "float64"
+        return self.image_size, self.config.codec, len(self.palette_VC), self.classes, float64
 
     def to_json(self) -> dict[str, Any]:
         """The metadata as JSON values."""
@@ -158,14 +165,21 @@ def store_of(metadata: Metadata, given: str = "") -> str:
     """The store that a job reads: the `given` one, else the one that the checkpoint was trained on.
 
     Raises:
-      UserError: the checkpoint's store has moved.
+      UserError: the checkpoint's store has moved, or another one is in its place.
     """
-    store = given or metadata.config.data.store
-    stores = [] if given or not store else [each for each in store.split(",") if not each.startswith("tfds:")]
-    if not all(storage.path(each).exists() for each in stores):
-        raise UserError(f"the checkpoint was trained on the store {store}, which is not there. If it has moved, pass "
-                        "--config.data.store=DIR")
-    return store
+    if given or not metadata.config.data.store:
+        return given
+    data = dataclasses.replace(metadata.config.data, stage="")
+    names = storage.patterns(data.store)
+    stores = [name for name in names if not name.startswith("tfds:")]
+    if not all(storage.path(name).exists() for name in stores):
+        raise UserError(f"the checkpoint was trained on the store {data.store}, which is not there. If it has moved, "
+                        "pass --config.data.store=DIR")
+    # Its path may be relative, and the current folder another project's.
+    if stores == names and open_data(data).split(data.split).fingerprint != metadata.data_fingerprint != "":
+        raise UserError(f"the store {data.store} does not hold the images that the checkpoint was trained on. If these "
+                        f"are meant, pass --config.data.store={data.store}")
+    return data.store
 
 
 def later_metrics(path: Any) -> Mapping[str, float]:

@@ -169,7 +169,7 @@ def branch(checkpoint: str, abstract_of: AbstractOf, metadata: Metadata) -> tupl
                             f"Branch from one of {ours.job}; to fine-tune, set checkpoint.")
         trunk = dataclasses.replace(stored, config=dataclasses.replace(stored.config, branch_from=ours.branch_from))
         changes = trunk.check_resumable(metadata, checkpoint)
-        return (load_state(folder, step, abstract_of, ours, stored),
+        return (load_state(folder, step, abstract_of, metadata, stored),
                 dataclasses.replace(stored, changes=(*stored.changes, *changes)))
 
     return _newest_good(checkpoint, load)

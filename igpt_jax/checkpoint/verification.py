@@ -57,4 +57,6 @@ def verify(folder: str, step: int, mesh: Mesh) -> dict[str, Any]:
         found["arrays"] = len(metadata.checksums)
     except Damaged as damage:
         found["problem"] = str(damage)
+    except OSError as error:  # other steps may still be read
+        found["problem"] = f"it cannot be read: {error}"
     return found

@@ -71,9 +71,6 @@ class OptimizerConfig(Keys):
                 f"optimizer.spike_factor={self.spike_factor} must be above 1, or 0 to skip no updates.")
         require(self.name != "adamw" or self.weight_decay > 0,
                 "optimizer.name=adamw decays weights. Set optimizer.weight_decay, such as 0.1, or optimizer.name=adam.")
-        require(self.second_moment != "bfloat16" or self.beta2 <= 0.99,
-                f"optimizer.beta2={self.beta2} needs optimizer.second_moment=float32: a moment in bfloat16 does not "
-                "change by less than 0.4 % and would stand still. Use beta2=0.99 or less.")
         for name, needed, value in (("decay_share", "schedule", "wsd"), ("decay_shape", "schedule", "wsd"),
                                     ("muon_beta", "name", "muon")):
             given = getattr(self, needed)
@@ -175,8 +172,8 @@ class PretrainConfig(Keys):
     codec: str = key("palette", "tokens of a pixel: palette, the index of its nearest color (paper); rgb, its three "
                                 "bytes; grey, its luma, one byte", resume="same", rule=one_of(*CODECS))
     palette: str = key("", "a palette's .npy; empty: the store's own", resume="free", compiled=False)
-    steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)", resume="schedule", rule=at_least(1),
-                     compiled=False)
+    steps: int = key(1_000_000, "optimizer steps (paper: 1M; 2M for XL)", resume="schedule",
+                     rule=within(1, 2**31 - 1), compiled=False)
     branch_from: str = key("", "a step of another run's checkpoints (DIR/checkpoints/STEP) to continue with another "
                                "schedule; empty: a new run", resume="same", compiled=False)
     batch_size: int = key(128, "images per step over all devices (paper: 128; 64 for XL)", resume="same",
@@ -283,7 +280,7 @@ class FinetuneConfig(PretrainConfig):
                                            "diffusion", resume="same", rule=one_of(*OBJECTIVES))
     mask_ratio: float = key(0.15, "masked, denoising: share of pixels to predict, in evaluation too", resume="same",
                             rule=within(0, 1, "()"), alias="masked_share")
-    steps: int = key(10_000, "optimizer steps, at most", resume="schedule", rule=at_least(1), compiled=False)
+    steps: int = key(10_000, "optimizer steps, at most", resume="schedule", rule=within(1, 2**31 - 1), compiled=False)
     eval_every_steps: int = key(500, "steps between evaluations on data.held_out, each with a checkpoint; 0: only at "
                                      "the end", resume="free", rule=at_least(0), compiled=False)
     keep_steps: tuple[int, ...] = key((), "steps whose checkpoints are saved and never deleted", resume="free",

@@ -51,12 +51,10 @@ def open_data(config: DataConfig, image_size: int = 0):
         held = f"{config.store} holds images of {', '.join(str(store.image_size) for store in opened)} pixels"
         raise UserError(f"image_size={image_size}: the store {held}. Prepare a store of that size, or leave "
                         "image_size=0." if image_size else f"the mixture {held}. Mix stores of one size.")
-    if len(opened) == 1:
-        return opened[0]
     weights = config.weights or (1,) * len(opened)
     if len(weights) != len(opened):
-        raise UserError(f"data.weights={weights}: there are {len(opened)} stores. Give one weight for each.")
-    return Mixture(opened, weights)
+        raise UserError(f"data.weights={weights}: the number of stores is {len(opened)}. Give one weight for each.")
+    return opened[0] if len(opened) == 1 else Mixture(opened, weights)
 
 
 def open_split(names: str, split: str, image_size: int) -> Split:

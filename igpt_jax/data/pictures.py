@@ -4,7 +4,7 @@ N images, H and W height and width, Y rows, X columns, C channels.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 from PIL import Image
@@ -33,8 +33,12 @@ def pixels(pictures: Pictures, image_size: int) -> np.ndarray:
     """
     if isinstance(pictures, str | os.PathLike | Image.Image):
         pictures = [pictures]
+    elif isinstance(pictures, Iterator | Set):
+        pictures = list(pictures)
     elif not isinstance(pictures, list | tuple):
         pictures = np.asarray(pictures)  # of JAX and others too
+        if pictures.ndim == 0:
+            raise UserError(f"images are {pictures.item()!r}. Give arrays uint8 [H, W, 3], paths or Pillow images.")
         pictures = pictures[None] if pictures.ndim == 3 else pictures
     if len(pictures) == 0:
         raise UserError("no images are given. Give at least one.")

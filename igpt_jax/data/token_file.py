@@ -7,6 +7,8 @@ import functools
 import hashlib
 import io
 import os
+import tokenize
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -56,8 +58,8 @@ class TokenFile(Tokens):
             local = storage.is_local(file) and file.exists()
             rows = (np.load(os.fspath(file), mmap_mode="r", allow_pickle=False) if local else
                     np.load(io.BytesIO(storage.read(file)), allow_pickle=False))
-        except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"tokens {path}: not a plain .npy array ({str(error).splitlines()[0]}). "
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile, tokenize.TokenError) as error:
+            raise UserError(f"tokens {path}: not a plain .npy array ({next(iter(str(error).splitlines()), 'empty')}). "
                             "Save it with numpy.save.") from None
         tokens = image_size**2 * codec.channels
         if not (isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.dtype.kind in "iu"

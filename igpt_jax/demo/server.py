@@ -81,8 +81,9 @@ class Server(ThreadingHTTPServer):
         try:
             self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             super().__init__(address, Handler)
-        except OSError as error:
-            raise UserError(f"host={host!r}, port={port}: cannot listen there: {error.strerror or error}. Choose "
+        except (OSError, UnicodeError) as error:  # of a name that cannot be one
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"host={host!r}, port={port}: cannot listen there: {reason}. Choose "
                             "others; --config.port=0 takes a free port.") from None
 
     def server_bind(self) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from igpt_jax import storage
 from igpt_jax.checkpoint import Metadata, store_of
 from igpt_jax.config import ProbingConfig, UserError
+from igpt_jax.config.data import ProbeDataConfig
 from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
 from igpt_jax.evaluation import attention_probe, exact_loss, knn_probe, linear_probe
@@ -46,18 +47,40 @@ class Labeled:
 
 def open_store(path: str) -> Store:
     """The store to probe. Raises UserError where it is missing, or is not one pixel store."""
-    if "," in path or path.startswith("tfds:"):
+    if len(storage.patterns(path)) > 1 or path.startswith("tfds:"):
         raise UserError(f"probes read one pixel store, not {path}. Name a labeled one in data.store; in evaluate and "
                         "scaling, in probing.data.store.")
     return Store.open(path)
 
 
-def check_store(path: str, splits: Sequence[str], image_size: int = 0) -> None:
-    """Raises UserError where a store or one of its splits is missing or has no labels; 0: images of any size."""
+def check_store(path: str, config: ProbingConfig, image_size: int = 0) -> list[str]:
+    """The fingerprints of the splits to probe.
+
+    Raises UserError where the store or a split is missing or has no labels, or `limit` cuts off classes. image_size=0:
+    images of any size.
+    """
     store = open_store(path)
     _check_size(store, image_size or store.image_size)
-    for name in splits:
-        store.split(name).labels(np.arange(1))
+    splits = _splits(store, config.data)
+    for split in splits:
+        split.labels(np.arange(1))
+    _check_limit(store, splits[0], config.limit)
+    return [split.fingerprint for split in splits]
+
+
+def _splits(store: Store, data: ProbeDataConfig) -> list[Split]:
+    """The splits to probe. Raises UserError where one is missing, or fitted and tested on."""
+    if both := set(data.train.split("+")) & set(data.test.split("+")):
+        raise UserError(f"data.test={data.test}: {', '.join(sorted(both))} is also fitted on (data.train={data.train})."
+                        " Test on another split.")
+    return [store.split(name) for name in data.splits]
+
+
+def _check_limit(store: Store, train: Split, limit: int) -> None:
+    """Raises UserError where the first `limit` training examples lack classes that the split has."""
+    if 0 < limit < train.count and (held := len(np.unique(train.labels(np.arange(limit))))) < store.classes:
+        raise UserError(f"limit={limit}: the first {limit:,} examples of split {train.name!r} have {held} of "
+                        f"{store.classes} classes. Raise limit, or leave it out.")
 
 
 def _check_size(store: Store, image_size: int) -> None:
@@ -84,15 +107,13 @@ class Prober:
         self.config, data = config, config.data
         store = open_store(store_of(record, data.store))
         _check_size(store, record.image_size)
-        self.splits = [store.split(name) for name in data.splits]
+        self.splits = _splits(store, data)
+        _check_limit(store, self.splits[0], config.limit)
         for split in self.splits:
             split.count = min(split.count, config.limit or split.count)
         self.labels = [split.labels(np.arange(split.count)) for split in self.splits]
-        if config.limit and (held := len(np.unique(self.labels[0]))) < store.classes:
-            raise UserError(f"limit={config.limit}: the first {self.splits[0].count:,} examples of split "
-                            f"{self.splits[0].name!r} have {held} of {store.classes} classes. Raise limit, or leave it "
-                            "out.")
         self.classes = count_classes(store, self.splits[0])
+        self.class_names = tuple(store.manifest["class_names"])
         self._check_labels_per_class(labels_per_class)
         self._codec = record.codec
 
@@ -253,6 +274,7 @@ class SavedProbe(NamedTuple):
     layer: int
     kind: str  # of the features that it reads
     checkpoint: str  # `checkpoint.identity` of the step that it was fit on; empty in probes of former versions
+    class_names: tuple[str, ...] = ()  # of its store; empty where that has none
 
     def fits(self, dims: Dims, identity: str) -> bool:
         """Whether the probe can be of a model with these dims and, unless it is empty, this identity."""
@@ -263,7 +285,8 @@ class SavedProbe(NamedTuple):
 def save_probe(file: storage.Path, saved: SavedProbe) -> None:
     """Writes a probe as .npz."""
     arrays = {name: array.astype(np.float32) for name, array in dataclasses.asdict(saved.probe).items()}
-    publish_arrays(file, layer=saved.layer, kind=saved.kind, checkpoint=saved.checkpoint, **arrays)
+    publish_arrays(file, layer=saved.layer, kind=saved.kind, checkpoint=saved.checkpoint,
+                   class_names=np.array(saved.class_names, np.str_), **arrays)
 
 
 def load_probe(workdir: str) -> SavedProbe:
@@ -273,6 +296,7 @@ def load_probe(workdir: str) -> SavedProbe:
         with np.load(io.BytesIO(storage.read(file))) as given:
             probe = linear_probe.Probe(*(given[field.name] for field in dataclasses.fields(linear_probe.Probe)))
             return SavedProbe(probe, int(given["layer"]), str(given["kind"]),
-                              str(given["checkpoint"]) if "checkpoint" in given else "")
+                              str(given["checkpoint"]) if "checkpoint" in given else "",
+                              tuple(given["class_names"].tolist()) if "class_names" in given else ())
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is not a probe written by the probe job: {error}. Give a workdir of probe.") from None

@@ -11,6 +11,7 @@ again evaluates only what is missing. An array job of n slices can share many ch
     python -m igpt_jax evaluate --config.shard=merge --workdir=DIR
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -38,7 +39,7 @@ from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import compiler_options, sharding
-from igpt_jax.runtime.exits import Ended
+from igpt_jax.runtime.exits import Ended, Failed
 from igpt_jax.storage import side_files, slices, tables
 from igpt_jax.storage.arrays import publish_arrays
 from igpt_jax.storage.hashes import json_digest
@@ -61,6 +62,8 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
       Ended: some checkpoints are damaged or not finite; the table holds all others.
     """
     folder = storage.path(workdir)
+    if not config.checkpoints and config.shard != "merge":
+        raise UserError("checkpoints is empty. Set --config.checkpoints to workdirs of pretrain or steps of one.")
     if config.shard == "merge":
         rows = _joined(folder)
         _publish(folder, rows)
@@ -81,17 +84,13 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     damaged = []
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
-            identity = checkpoint.identity(step)  # before the measurement, since its run may remove the step meanwhile
-            loaded = checkpoint.load_model(step, mesh, config.precision, config.attention, config.parameters,
-                                           config.compiler_options)
-        except (UserError, OSError) as error:
-            if not checkpoint.is_checkpoint(step):
-                say(f"{step}: its run has removed it in the meantime; skipped")
-            elif isinstance(error, checkpoint.NoGoodCheckpoint):
+            identity, *loaded = _loaded(config, step, mesh)
+        except checkpoint.NoGoodCheckpoint as error:
+            if checkpoint.of_process_0(checkpoint.is_checkpoint(step)):
                 say(str(error))
                 damaged.append(step)
             else:
-                raise
+                say(f"{step}: its run has removed it in the meantime; skipped")
             continue
         row = {"checkpoint": step, **_measured(config, step, *loaded, mesh, folder, scorer), "asked": asked,
                "identity": identity}
@@ -109,6 +108,33 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     return _metrics(rows) | options
 
 
+def _loaded(config: EvaluateConfig, step: str, mesh: Mesh) -> tuple[str, Model, Any, checkpoint.Metadata]:
+    """(identity, model, parameters, metadata) of a checkpoint.
+
+    Raises:
+      NoGoodCheckpoint: it is damaged or was removed; on all processes, which would wait for each other otherwise.
+      Failed: one of several processes cannot load it.
+    """
+    fault = None
+    try:
+        identity = checkpoint.identity(step)  # before the measurement, since its run may remove the step meanwhile
+    except (UserError, OSError) as error:
+        fault = str(error)
+    if fault := checkpoint.agreed(fault):
+        raise checkpoint.NoGoodCheckpoint(fault)
+    try:
+        return identity, *checkpoint.load_model(step, mesh, config.precision, config.attention, config.parameters,
+                                                config.compiler_options)
+    except checkpoint.NoGoodCheckpoint:
+        raise
+    except (UserError, OSError) as error:
+        if jax.process_count() > 1:
+            raise Failed(str(error)) from None
+        if checkpoint.is_checkpoint(step):
+            raise
+        raise checkpoint.NoGoodCheckpoint(str(error)) from None
+
+
 def _asked(config: EvaluateConfig) -> str:
     """A digest of the keys that affect the table. It leaves out later keys where they have no effect, so that tables of
     versions without them stay valid."""
@@ -120,10 +146,10 @@ def _asked(config: EvaluateConfig) -> str:
 
 def _check_stores(config: EvaluateConfig) -> None:
     """Raises UserError if a store or split is missing, before the first checkpoint is waited for or measured."""
-    if config.data.store and not config.tokens:
+    if config.data.store and not config.tokens and not config.data.store.startswith("tfds:"):  # needs the model's size
         open_split(config.data.store, config.data.split, 0)
     if config.probe and (probed := config.probing.data.store or config.data.store):
-        probing.check_store(probed, config.probing.data.splits)
+        probing.check_store(probed, config.probing)
 
 
 def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None]:
@@ -154,6 +180,9 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     split = _examples(config, *_needed(metadata))
     codec = metadata.codec
     labelled = not isinstance(split, TokenFile) and split.labeled
+    if labelled and model.dims.K and config.data.store and _renumbered(config.data.store, metadata):
+        say(f"{step}: no accuracy, since {config.data.store} has other classes than the store of its training")
+        labelled = False
     measure = exact_loss.make_measure(model, mesh, config.batch_size, codec, views=config.views)
     found = measure(params, split, labeled=labelled)
     row = {"steps": metadata.steps_done, "objective": metadata.config.objective,
@@ -168,7 +197,8 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     if config.loss_maps:
         found = loss_maps.measure(model, params, split, mesh, config.batch_size, codec, config.loss_maps)
         if jax.process_index() == 0:
-            names = _class_names(config.data.store or metadata.config.data.store) if found.by_class else {}
+            store = config.data.store or metadata.config.data.store
+            names = _class_names(store, metadata.image_size) if found.by_class else {}
             _publish_loss_maps(folder, step, found, split, metadata, names)
     if config.samples:
         _draw(config.samples, step, model, params, metadata, mesh, split, folder)
@@ -217,19 +247,26 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
                        step=metadata.steps_done, **arrays)
 
 
-def _class_names(store: str) -> Mapping[int, str]:
+def _class_names(store: str, image_size: int) -> Mapping[int, str]:
     """The names of a data set's classes by label; empty if it has none, or if its stores name them differently."""
-    data = open_data(DataConfig(store=store, held_out=""))
+    data = open_data(DataConfig(store=store, held_out=""), image_size)
     named = getattr(data, "class_names", None) or [getattr(data, "manifest", {}).get("class_names", ())]
     return dict(enumerate(named[0])) if len(named) == 1 else {}
+
+
+def _renumbered(store: str, metadata: checkpoint.Metadata) -> bool:
+    """Whether `store` and that of the training name their classes differently, so that their numbers differ."""
+    with contextlib.suppress(UserError, OSError):
+        names = [_class_names(each, metadata.image_size) for each in (checkpoint.store_of(metadata), store)]
+        return all(names) and names[0] != names[1]
+    return False
 
 
 def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *_: Any) -> str:
     """A digest of the evaluated split, of the probed splits and of the features of completions."""
     found = [split.fingerprint]
     if config.probe:
-        probed = probing.open_store(config.probing.data.store or config.data.store or store)
-        found += [probed.split(name).fingerprint for name in config.probing.data.splits]
+        found += probing.check_store(config.probing.data.store or config.data.store or store, config.probing)
     if config.completions:
         found.append(completion_score.identity(config))
     return json_digest(found)
@@ -290,7 +327,7 @@ def _file_name(folder: storage.Path, step: str, steps_done: int) -> str:
 
 def _joined(folder: storage.Path) -> list[Row]:
     """The rows of all slices, each in a folder of the workdir. Raises UserError if a slice is missing or not done."""
-    config, rows = slices.joined(folder, "evaluate", NAME)
+    config, rows = slices.joined(folder, "evaluate", NAME, ())
     same_data = bool(config["tokens"] or config["data"]["store"])  # else each run is measured on its own store
     if len({(row["asked"], same_data and row.get("data")) for row in rows}) > 1:
         raise UserError(f"shard=merge: {folder}: the slices differ in settings or data. Evaluate them again.")

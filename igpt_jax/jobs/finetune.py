@@ -26,6 +26,13 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
       Failed: the best checkpoint or a test image is damaged.
     """
     config = transfer.adopted(config)
+    train, held_out, tested = (set(filter(None, name.split("+"))) for name in (
+        config.data.split, config.data.held_out, config.data.test))
+    if both := train & tested:
+        raise UserError(f"data.test={config.data.test}: {', '.join(sorted(both))} is also trained on "
+                        f"(data.split={config.data.split}). Test on another split, or on none with --config.data.test=")
+    if held_out & tested:
+        say(f"the accuracy is optimistic: the images of {config.data.held_out!r} also choose the best step")
     test = open_data(config.data, config.image_size).split(config.data.test) if config.data.test else None
     if test:
         test.labels(np.arange(1))  # raises UserError now, not after training, if the split has no labels

@@ -58,7 +58,8 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     if manifest := store.load_manifest(path) or store.load_manifest(path, store.SLICE):
         _check_same(manifest["config"], asked, path)
         store.check_files(path, manifest)
-        say(f"{path} is complete already: nothing to do.")
+        say(f"{path} is complete already: nothing to do. Its source was not read again; for new pictures, give another "
+            "--workdir.")
         return _metrics(manifest, seconds=None)
 
     imported, count = _palette_for(config.palette, config.source)
@@ -91,6 +92,8 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     finally:
         if quarantine.entries:
             storage.publish(path / "quarantined.json", json.dumps(quarantine.entries, indent=1) + "\n")
+        else:
+            (path / "quarantined.json").unlink(missing_ok=True)  # of an attempt that started over
     if not finished:
         raise Preempted(f"stopped; the progress on {inputs:,} images is saved.")
     seconds = time.perf_counter() - start
@@ -214,6 +217,8 @@ def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} holds a pixel store, which keeps its palette. Give the new palette another --workdir.")
     opened = store.Store.open(config.source.removeprefix("store:"))
     chosen = _choose(opened.split("train"), *_palette_for(config.palette, config.source), config.seed, path)
+    if (path / store.PALETTE).exists() and not np.array_equal(palette.load(str(path / store.PALETTE)), chosen):
+        raise UserError(f"{path} holds another palette. Give the new one another --workdir.")
     palette.save(path / store.PALETTE, chosen)
     say(f"the palette is ready: --config.palette={path / store.PALETTE}")
     return _metrics(opened.manifest, seconds=None)

@@ -83,7 +83,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
         tables.publish(folder, "probe", rows)
         step = checkpoint.step_path(checkpoint.locate(config.checkpoint)[0], metadata.steps_done)
         save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features,
-                                              checkpoint.identity(str(step), config.parameters)))
+                                              checkpoint.identity(str(step), config.parameters), prober.class_names))
         figures.save(folder / "figures" / "accuracy_by_layer.png",
                      charts.accuracy_by_layer(curves, baselines, prober.test_count))
     return metrics

@@ -84,7 +84,10 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
 
     seconds = time.perf_counter() - start
     if jax.process_index() == 0:
-        publish_arrays(storage.path(workdir) / "samples.npz", palette=metadata.palette_VC, codec=codec.name, **arrays)
+        publish_arrays(storage.path(workdir) / "samples.npz", palette=metadata.palette_VC, codec=codec.name,
+                       checkpoint=config.checkpoint, step=metadata.steps_done, **arrays)
+        for name in {"samples", "completions"} - arrays.keys():  # a former command's
+            (figures / f"{name}.png").unlink(missing_ok=True)
     completions = len(names) * config.completions
     return {"step": metadata.steps_done, "images_per_second": (count + completions) / seconds, "samples": count,
             "completions": completions, "compiler_options": model.compiler_options}
@@ -98,7 +101,8 @@ def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, li
         images_BYXC, names = _users_pictures(config.images, size)
         return codec.encode(images_BYXC).astype(np.int32), names
     store = config.data.store or metadata.config.data.store
-    if config.examples == 0 or not store and config.examples < 0:
+    unasked = config.examples < 0 and not config.data.store
+    if config.examples == 0 or unasked and (not store or store.startswith("tfds:")):  # opening TFDS may download it
         return none
     try:
         checkpoint.store_of(metadata, config.data.store)

@@ -52,6 +52,7 @@ from igpt_jax.training import loop
 from igpt_jax.training.inputs import open_inputs
 
 NAME = "scaling"
+STUDY = ("budgets", "held_out_budgets", "sizes", "batch_size")  # keys that decide the list of runs
 
 Row = dict[str, Any]
 
@@ -67,7 +68,8 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
     precision = precision_on(config.pretrain.precision, jax.devices()[0].platform)
     config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, precision=precision))
     data = _open(config.pretrain)
-    rows = slices.joined(folder, config.job, NAME)[1] if config.shard == "merge" else tables.load(folder, NAME)
+    rows = (slices.joined(folder, config.job, NAME, STUDY)[1] if config.shard == "merge" else
+            tables.load(folder, NAME))
     if other := [row["run"] for row in rows if row.get("data") != data.fingerprint]:
         raise UserError(f"{folder}: {other[0]} has other images, held-out images or another palette than "
                         f"data.store={config.pretrain.data.store}. Name its store, or give another --workdir.")
@@ -124,9 +126,7 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
     mine, rows = runs[index::count], []
     mesh = sharding.make_mesh(config.pretrain.mesh)
     # Everything is checked before any time is spent.
-    if config.probe:
-        probing.check_store(config.probing.data.store or config.pretrain.data.store, config.probing.data.splits,
-                            data.image_size)
+    probed = _check_probes(config, mine, data) if config.probe else []
     scorer = _scorer(config, mesh)
     for each in mine:
         _check(each, data, mesh)
@@ -134,10 +134,20 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
     for number, each in enumerate(mine, 1):
         say(f"run {number} of {len(mine)}: {each.name}, {each.parameters['all']:,} parameters, {each.tokens:,} tokens, "
             f"{each.config.steps:,} steps of {each.config.batch_size} images, {each.budget:.3g} FLOPs")
-        rows.append(_row(config, each, data, folder / each.name, scorer))
+        rows.append(_row(config, each, data, folder / each.name, probed, scorer))
         if jax.process_index() == 0:
             tables.publish(folder, NAME, rows)
     return rows
+
+
+def _check_probes(config: ScalingConfig, runs: Sequence[Planned], data: _Data) -> list[str]:
+    """The fingerprints of the splits to probe. Raises UserError where a run could not be probed on them."""
+    for each in runs:
+        if max(config.probing.layers, default=0) > each.config.model.layers:
+            raise UserError(f"probing.layers={config.probing.layers}: {each.name} has layers 0 (the embedding) to "
+                            f"{each.config.model.layers}. Leave it empty to probe all.")
+    store = config.probing.data.store or config.pretrain.data.store
+    return probing.check_store(store, config.probing, data.image_size)
 
 
 def _scorer(config: ScalingConfig, mesh: Mesh) -> CompletionScorer | None:
@@ -180,9 +190,9 @@ def _check_folder(planned: Planned, folder: storage.Path) -> None:
                         "give another --workdir.")
 
 
-def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.Path, scorer: CompletionScorer | None
-         ) -> Row:
-    """Trains one run, unless it is done, and measures it."""
+def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.Path, probed: list[str],
+         scorer: CompletionScorer | None) -> Row:
+    """Trains one run, unless it is done, and measures it. `probed` are the fingerprints of the splits to probe."""
     result = side_files.look(folder / "result.json") or {}
     metrics, status = result.get("metrics", {}), result.get("status")
     if status not in ("done", "diverged"):
@@ -198,7 +208,7 @@ def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.P
            "epochs": planned.config.steps * planned.config.batch_size / data.examples, "status": status,
            "nats_per_pixel": metrics.get("eval/nats_per_pixel"), "data": data.fingerprint}
     if status == "done":
-        row |= _probed(config, folder) if config.probe else {}
+        row |= _probed(config, folder, probed) if config.probe else {}
         row |= _scored(config, data, folder, scorer) if scorer else {}
     return row
 
@@ -207,7 +217,7 @@ def _columns(counts: dict[str, int]) -> dict[str, int]:
     return {f"parameters_{name}": count for name, count in counts.items()}
 
 
-def _probed(config: ScalingConfig, folder: storage.Path) -> Row:
+def _probed(config: ScalingConfig, folder: storage.Path, probed: list[str]) -> Row:
     """The accuracy of the best layer's linear probe, by held-out accuracy. Kept in the run's folder as probed.json."""
     def measure() -> Row:
         mesh = sharding.make_mesh(config.pretrain.mesh)
@@ -216,7 +226,7 @@ def _probed(config: ScalingConfig, folder: storage.Path) -> Row:
         columns = Prober(config.probing, metadata).columns(model, params, mesh, batch_size)
         return {name: columns[name] for name in ("probe_layer", "probe_accuracy", "probe_interval")}
 
-    return _kept(folder / "probed.json", dataclasses.asdict(config.probing), measure)
+    return _kept(folder / "probed.json", [dataclasses.asdict(config.probing), probed], measure)
 
 
 def _scored(config: ScalingConfig, data: _Data, folder: storage.Path, scorer: CompletionScorer) -> Row:
@@ -233,7 +243,7 @@ def _scored(config: ScalingConfig, data: _Data, folder: storage.Path, scorer: Co
 
 def _kept(file: storage.Path, settings: Any, measure: Callable[[], Row]) -> Row:
     """The figures that a file keeps, if they are of the same settings; otherwise `measure`s them, and keeps them."""
-    known, asked = side_files.load(file) or {}, json_digest(settings)
+    known, asked = side_files.load(file) or {}, json_digest(["float32", settings])
     if known.pop("asked", "") == asked:
         return known
     set_precision("float32")  # a run before may have left its own

@@ -1,5 +1,6 @@
 """Compiles each config in a process of its own, and caches the verdicts by a hash of everything that decides them."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -49,7 +50,8 @@ def verdict_for(config: PlanConfig) -> Verdict:
     # A step that does not fit is a result and is cached. A failure may be this machine's, such as too little memory for
     # the compiler, and could succeed next time.
     if verdict.status != "failed":
-        storage.publish(file, json.dumps(dataclasses.asdict(verdict)))
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs no answer
+            storage.publish(file, json.dumps(dataclasses.asdict(verdict)))
     return verdict
 
 

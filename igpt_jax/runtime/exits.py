@@ -2,7 +2,7 @@
 
 from typing import Any
 
-DONE, BUG, INPUT, PREEMPTED, DIVERGED = 0, 1, 2, 75, 77  # and watchdog.EXIT_CODE, 76
+DONE, BUG, INPUT, PREEMPTED, STUCK, DIVERGED = 0, 1, 2, 75, 76, 77
 PEER = 134  # another process died; JAX itself aborts with this code if no collective fails first
 
 

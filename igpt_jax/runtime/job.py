@@ -20,7 +20,7 @@ from igpt_jax.config import PRECISIONS, UserError, precision_on, to_dict
 from igpt_jax.config.keys import compiler_options_text
 from igpt_jax.metrics.logging import say
 from igpt_jax.runtime import launchers, startup
-from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, Ended, Failed, Preempted
+from igpt_jax.runtime.exits import BUG, DONE, INPUT, PEER, PREEMPTED, STUCK, Ended, Failed, Preempted
 from igpt_jax.runtime.precision import set_precision
 from igpt_jax.runtime.signals import StopSignal, another_stops, connected, leave, tell_others
 from igpt_jax.runtime.versions import versions
@@ -31,7 +31,7 @@ PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
 # What a person opens first of what a job left: the first of these that exists.
 OPENED_FIRST = ("report.html", "figures/completions.png", "figures/samples.png", "figures/accuracy_by_layer.png",
                 "figures/loss.png", "figures/before_after.png", "plan.txt", "result.json")
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def initialize(**facts: Any) -> None:
@@ -161,8 +161,16 @@ def _failure(error: Exception) -> tuple[int, str]:
         return PEER, str(error)
     if isinstance(error, Preempted):
         return PREEMPTED, "interrupted. The same command starts it again."
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return INPUT, f"{error}. Free disk space, allow writing there, or give another --workdir."
+    if isinstance(error, PermissionError):
+        return INPUT, f"{error}. Allow access there, or name another path."
+    # Orbax, TensorStore and TensorFlow have exceptions of their own for a full disk.
+    if getattr(error, "errno", None) in UNWRITABLE or "No space left on device" in str(error):
+        return INPUT, f"{next(iter(str(error).splitlines()))}. Free disk space, or give another --workdir."
+    if isinstance(error, MemoryError):
+        return INPUT, f"out of memory: {error or 'too many examples at once'}. Ask for fewer."
+    if not isinstance(error, jax.errors.JaxRuntimeError) and storage.unreachable(error):
+        code = INPUT if re.search("PERMISSION_DENIED|UNAUTHENTICATED", str(error)) else STUCK
+        return code, f"the storage is out of reach: {str(error).splitlines()[0]} The same command resumes."
     if isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
         return INPUT, missing
     if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
@@ -188,8 +196,8 @@ def _workdir_for(config: Any, workdir: str, command: str) -> Iterator[storage.Pa
             try:
                 storage.absolute(folder)  # raises UserError for a path that cannot hold checkpoints or stores
                 stack.enter_context(storage.lock(folder))
-                storage.sweep(folder)
                 stack.enter_context(_config_and_result(folder, config, command))
+                storage.sweep(folder)
             except UserError as error:
                 refusal = str(error)
             except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed

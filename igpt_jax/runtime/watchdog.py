@@ -12,8 +12,8 @@ import jax
 from jax._src import distributed as jax_distributed  # the coordination service's client has no public name
 
 from igpt_jax.metrics.logging import say
+from igpt_jax.runtime.exits import STUCK
 
-EXIT_CODE = 76
 COMPILER = os.path.join("jax", "_src", "compiler.py")  # a thread with a frame in it is compiling
 
 
@@ -81,7 +81,7 @@ class Watchdog:
             asking.join(12 * self._tick + 2)
             say(answer[0] if answer else "stuck: process 0, which coordinates the others, does not respond")
         say("igpt_jax: ended as stuck (exit code 76). The same command resumes from the newest checkpoint.")
-        os._exit(EXIT_CODE)
+        os._exit(STUCK)
 
     def _stragglers(self) -> str:
         """Names the processes that do not respond within 11 ticks; if all respond, those with the least progress."""

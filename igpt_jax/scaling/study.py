@@ -51,7 +51,7 @@ def model_of(size: str, base: ModelConfig) -> ModelConfig:
     """`base` with the size of a row of the model table, or LAYERSxWIDTH[xHEADS]. Raises UserError for other text."""
     if size in MODELS:
         layers, embed, heads = MODELS[size]
-    elif found := re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", size):
+    elif found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", size):
         layers, embed = int(found[1]), int(found[2])
         heads = int(found[3] or 0) or _heads_for(embed)
     else:
@@ -78,6 +78,10 @@ def planned(config: ScalingConfig, image_size: int, vocabulary: int) -> list[Pla
     """
     require(bool(config.budgets), "budgets is empty. Name training FLOPs: --config.budgets='(1e13,3e13,1e14)'.")
     require(bool(config.sizes), "sizes is empty. Name sizes: --config.sizes=\"('4x64','6x96','6x128')\".")
+    for name in ("steps", "batch_size", "keep_steps"):
+        require(getattr(config.pretrain, name) == getattr(PretrainConfig, name),
+                f"pretrain.{name} has no effect: budgets and sizes decide the steps. Leave it out"
+                f"{', or set batch_size' if name == 'batch_size' else ''}.")
     causal = objective_of(config.pretrain).causal
     runs = []
     for budget, size in itertools.product(sorted(config.all_budgets), config.sizes):
@@ -93,6 +97,9 @@ def planned(config: ScalingConfig, image_size: int, vocabulary: int) -> list[Pla
                                        optimizer=_with_warmup(config.pretrain, steps))
         runs.append(Planned(f"{label(budget)}-{size}", pretrain, budget, steps * batch * per_image,
                             steps * batch * dims.T, parameter_counts(dims)))
+    names = [run.name for run in runs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two budgets have the run {twice}: they agree to three digits. Name one of them.")
     return runs
 
 

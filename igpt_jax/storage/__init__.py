@@ -20,10 +20,11 @@ from igpt_jax.storage.paths import (
     path,
     patterns,
     tensorstore_spec,
+    unreachable,
 )
 
 __all__ = [
     "LOCK", "LineWriter", "Path", "SCHEMES", "absolute", "children", "encoded", "is_local", "listing", "lock",
     "matching", "parse_json", "path", "patterns", "publish", "read", "read_lines", "sweep", "tensorstore_spec",
-    "to_json",
+    "to_json", "unreachable",
 ]

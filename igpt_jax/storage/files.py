@@ -46,9 +46,10 @@ def publish(path: epath.Path, data: bytes | str) -> None:
 
 
 def sweep(workdir: epath.Path) -> None:
-    """Removes the temporary files of a killed `publish` from a workdir and its folders. Call it with the workdir's lock
-    held, so that no other job is writing."""
+    """Removes the temporary files of a killed `publish` from a workdir and its folders, but not from other workdirs in
+    it. Call it with the workdir's lock held, so that no other job is writing."""
     if is_local(workdir):  # a bucket has no temporary files
-        for folder in (workdir, *(child for child in workdir.iterdir() if child.is_dir())):
-            for file in folder.glob(f".*{TEMPORARY}"):
+        own = (child for child in workdir.iterdir() if child.is_dir() and not (child / "config.json").exists())
+        for folder in (workdir, *own):
+            for file in folder.glob(f".*.????????{TEMPORARY}"):
                 file.unlink(missing_ok=True)

@@ -101,7 +101,7 @@ def check_hashes(step: Path, unread: Collection[str] = ()) -> bool:
         raise Damaged(f"{HASHES} is not a list of hashes")
     lines = (step / HASHES).read_bytes().decode(errors="replace").splitlines()
     entries = [line.partition("  ") for line in lines]
-    if not entries or not all(len(digest) == 64 and file and ".." not in file.split("/")
+    if not entries or not all(len(digest) == 64 and file and not file.startswith("/") and ".." not in file.split("/")
                               for digest, _, file in entries):
         raise Damaged(f"{HASHES} is not a list of hashes")
     wanted = [(digest, file) for digest, _, file in entries if file.split("/")[0] not in unread]

@@ -1,6 +1,7 @@
 """Paths on local disks and in buckets (gs://, s3://): parsing, comma lists, globs, listings."""
 
 import contextlib
+import errno
 import functools
 import glob
 import os
@@ -17,6 +18,8 @@ from igpt_jax.config import UserError
 
 Path = epath.Path
 SCHEMES = ("gs://", "s3://")
+NO_ANSWER = re.compile("RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED")
+UNREACHABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET)
 
 
 def path(text: str | os.PathLike) -> epath.Path:
@@ -215,3 +218,8 @@ def _listed(folder: str, name: str, listed: dict[str, str], skipped: dict[str, s
 def encoded(text: str) -> bytes:
     """`text` in UTF-8. Bytes of a file name that are not UTF-8 are escaped as in Python's strings: caf\\udce9."""
     return text.encode(errors="backslashreplace")
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether a bucket or a shared disk did not answer, or refused the credentials: its files may be whole."""
+    return getattr(error, "errno", None) in UNREACHABLE or bool(NO_ANSWER.search(str(error)))

@@ -87,17 +87,8 @@ def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: check
     Raises:
       UserError: the loss differs from the logged one.
     """
-    logged = {line["step"]: line["train/nats_per_pixel"] for line in load_metrics(workdir)
-              if line.get("train/nats_per_pixel") is not None}
-    steps = checkpoints.steps
-    offsets = {step: checkpoints.data_offset(step, metadata) for step in steps}
-    if not (storage.path(workdir) / DIVERGENCE).exists():  # or the steps after the newest one may have had another
-        offsets[math.inf] = offsets[steps[-1]]
-    spans = [(before, after) for before, later in itertools.pairwise(offsets) for after in logged
-             if before < after <= later and offsets[before] == offsets[later] is not None]
-    # Of the shortest spans, the newest.
-    before, after = min(spans, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
-    before, after, expected = checkpoint.of_process_0([before, after, logged.get(after)])
+    span = _span(workdir, checkpoints, metadata) if jax.process_index() == 0 else None
+    before, after, expected, rate = checkpoint.of_process_0(span)
     restored = checkpoints.restore(abstract_of, metadata, at=before) if after else None
     if not restored or restored[1].steps_done != before:
         say("replay_check: no logged step follows a good checkpoint of these settings; nothing is repeated")
@@ -107,6 +98,10 @@ def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: check
         for step in range(before, after):
             watchdog.beat(f"repeating step {step + 1:,}")
             state, measured = do_step(state, next(batches))
+    # After the newest checkpoint the run may have been trained with other settings for a while.
+    if rate is not None and not math.isclose(rate, float(measured["train/learning_rate"]), rel_tol=1e-5):
+        say(f"replay_check: step {after:,} was logged at another learning rate; nothing is compared")
+        return
     loss = float(measured["train/nats_per_pixel"])
     difference = abs(loss - expected) / abs(expected)
     if not difference <= REPLAY_TOLERANCE:
@@ -114,3 +109,19 @@ def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: check
                         f"but the log says {expected!r}. The code, the data or a device has changed.")
     same = "the same loss, bit for bit" if difference == 0 else f"the loss differs by {difference:.1e}"
     say(f"replay_check: step {after:,} repeated from checkpoint {before:,}: {same}")
+
+
+def _span(workdir: str, checkpoints: checkpoint.Checkpoints, metadata: checkpoint.Metadata
+          ) -> tuple[int, int, float | None, float | None]:
+    """The steps to repeat: (checkpoint, logged step, its loss, its learning rate); the step is 0 if there is none."""
+    logged = {line["step"]: line for line in load_metrics(workdir) if line.get("train/nats_per_pixel") is not None}
+    steps = checkpoints.steps
+    offsets = {step: checkpoints.data_offset(step, metadata) for step in steps}
+    if not (storage.path(workdir) / DIVERGENCE).exists():  # or the steps after the newest one may have had another
+        offsets[math.inf] = offsets[steps[-1]]
+    spans = [(before, after) for before, later in itertools.pairwise(offsets) for after in logged
+             if before < after <= later and offsets[before] == offsets[later] is not None]
+    # Of the shortest spans, the newest.
+    before, after = min(spans, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
+    line = logged.get(after, {})
+    return before, after, line.get("train/nats_per_pixel"), line.get("train/learning_rate")

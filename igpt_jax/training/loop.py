@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ class Run:
         def abstract_of(config: PretrainConfig) -> State:
             return abstract_state(self._model_of(config), config, self.mesh)
 
-        if self.config.replay_check and self.checkpoints.latest_step:
+        if self.config.replay_check and checkpoint.of_process_0(self.checkpoints.latest_step):
             divergence.replay(self.workdir, self.checkpoints, abstract_of, self.metadata, self.do_step,
                               self.batches_from, self.watchdog)
         self.watchdog.beat("restoring")
@@ -152,6 +153,9 @@ class Run:
         self.branches = bool(self.config.branch_from) and not restored
         if self.branches:
             restored = checkpoint.branch(self.config.branch_from, abstract_of, self.metadata)
+            if (done := restored[1].steps_done) >= self.config.steps:
+                raise UserError(f"branch_from={self.config.branch_from} is step {done:,}, so nothing is left of "
+                                f"steps={self.config.steps:,}. Set more steps.")
         self.state, stored = restored or (self._initial_state(), self.metadata)
         self.start, self.evaluated = stored.steps_done, dict(stored.metrics)
         self.offset = divergence.offset_after(self.config, self.workdir, self.start, stored.data_offset)
@@ -353,21 +357,29 @@ class Run:
                    "best_step": checkpoint.of_process_0(self.checkpoints.best_saved_step),
                    "compiler_options": self.model.compiler_options, **self.evaluated, **self.throughput.overall()}
         if jax.process_index() == 0:
-            lines = load_metrics(self.workdir)
+            lines = self._lines()
             losses = [line["train/nats_per_pixel"] for line in lines if "train/nats_per_pixel" in line]
             figures["train/nats_per_pixel"] = losses[-1] if losses else None
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
             figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
-            figures["goodput"] = goodput(metrics_lines(self.workdir)).get("goodput")
+            with contextlib.suppress(UserError):  # `_lines` has reported it
+                figures["goodput"] = goodput(metrics_lines(self.workdir)).get("goodput")
             self._draw()
         return figures
 
     def _draw(self) -> None:
         """Draws the loss curve, on process 0."""
         if jax.process_index() == 0:
-            curves = charts.training(load_metrics(self.workdir), self.config.steps, self.model.dims.V,
-                                     self.model.dims.C)
+            curves = charts.training(self._lines(), self.config.steps, self.model.dims.V, self.model.dims.C)
             save_figure(storage.path(self.workdir) / "figures" / "loss.png", *curves)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; none where a bucket is out of reach, which ends no run."""
+        try:
+            return load_metrics(self.workdir)
+        except UserError as error:
+            say(f"no loss curve: {error}")
+            return []
 
 
 def throughput_of(config: PretrainConfig, model: Model, mesh: jax.sharding.Mesh) -> Throughput:

@@ -61,7 +61,14 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _bfloat16_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam whose second moment is stored in bfloat16 and computed in the dtype of the first."""
+    """Adam whose second moment is stored in bfloat16 and computed in the dtype of the first.
+
+    Raises:
+      UserError: beta2 is too near to 1. Checkpoints of such runs can be read, so this is no rule of the config.
+    """
+    if config.beta2 > 0.99:
+        raise UserError(f"optimizer.beta2={config.beta2} needs optimizer.second_moment=float32: a moment in bfloat16 "
+                        "does not change by less than 0.4 % and would stand still. Use beta2=0.99 or less.")
     adam = _adam(config)
 
     def rest(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import logging
+import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -146,7 +148,11 @@ def write(weights: Weights, workdir: str, palette_VC: np.ndarray) -> None:
     parent = str(folder) if storage.is_local(folder) else None
     with tempfile.TemporaryDirectory(dir=parent, prefix=".convert-") as temporary:
         def mapped(shape: tuple[int, ...], name: str) -> np.ndarray:
-            return np.memmap(f"{temporary}/{name}", np.float32, "w+", shape=shape)
+            with open(f"{temporary}/{name}", "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file kills the process
+                    os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+                file.truncate(4 * math.prod(shape))
+            return np.memmap(f"{temporary}/{name}", np.float32, "r+", shape=shape)
 
         save(workdir, parameters(weights, mapped), record_for(weights, palette_VC))
 
