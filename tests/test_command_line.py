@@ -128,7 +128,7 @@ MISTAKES = {
     "pretrain --workdir=W --config.stepz=3": "Did you mean 'steps'?",
     "pretrain --workdir=W --config.optimizer=3": "Set optimizer.name or optimizer.learning_rate or",
     "pretrain --workdir=W --config.steps=abc": "steps='abc' must be of type int",
-    "pretrain --workdir=W --config.steps=0": "steps=0 must be at least 1",
+    "pretrain --workdir=W --config.steps=0": "steps=0 must lie in [1, 2147483647]",
     "pretrain --workdir=W --config.keep_steps=a": "keep_steps[0]='a' must be of type int",
     "pretrain --workdir=W --config.wandb=me/digits/2": "must be PROJECT or ENTITY/PROJECT",
     "pretrain --workdir=W --config.model.name=igpt_z": "Did you mean 'igpt_s'?",

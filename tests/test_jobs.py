@@ -188,7 +188,7 @@ BAD = {
     "unknown split": (["pretrain", "--config.data.store={store}", "--config.data.split=trian"], "Did you mean 'train'"),
     "mesh": (["pretrain", "--config.data.store={store}", "--config.mesh.data=3"], "does not multiply to the 1 devices"),
     "no checkpoint": (["sample", "--config.checkpoint={store}"], "holds no checkpoint"),
-    "nothing to evaluate": (["evaluate"], "names no finished checkpoint"),
+    "nothing to evaluate": (["evaluate"], "checkpoints is empty"),
     "empty glob": (["evaluate", "--config.checkpoints={folder}/x*"], "matches nothing"),
     "too many rows": (["sample", "--config.checkpoint={trained}", "--config.rows=9"], "rows=9"),
     "other settings": (pretrain_arguments("{store}", "{trained}", "--config.seed=4"), "seed=4 (checkpoint: 0)"),
