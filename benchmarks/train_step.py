@@ -138,11 +138,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression: only candidates whose names match")
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
     choices = {"attention": arguments.attention, "remat": arguments.remat, "unroll": arguments.unroll}
     if arguments.model in MODELS:
         shape = ModelConfig(arguments.model, **choices)
-    elif not re.fullmatch(r"\d+x\d+x\d+", arguments.model) or arguments.rounds < 1:
-        parser.error("--model is a row of the model table or LAYERSxWIDTHxHEADS; --rounds at least 1")
+    elif not re.fullmatch(r"\d+x\d+x\d+", arguments.model):
+        parser.error("--model is a row of the model table or LAYERSxWIDTHxHEADS")
     else:
         layers, embed, heads = map(int, arguments.model.split("x"))
         shape = ModelConfig("igpt_tiny", layers=layers, embed=embed, heads=heads, **choices)

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import watching
-from igpt_jax.config import UserError, base_config, parse
+from igpt_jax.config import UserError, VerifyConfig, base_config, parse
 from igpt_jax.data.store import Store
 from igpt_jax.jobs import verify
 from igpt_jax.model.image_gpt import Model
@@ -279,6 +279,17 @@ def test_workdirs_may_have_any_name(run, tmp_path, name):
     assert stored.steps_done == 4 and same(restored, state)
 
 
+def test_verify_skips_what_the_run_removes_meanwhile(copy, tmp_path, monkeypatch, capsys):
+    """Seen to fail with the removed step called damaged."""
+    def removed(folder, step, mesh):
+        shutil.rmtree(pathlib.Path(folder) / str(step))
+        return {"problem": "a file is missing"}
+
+    monkeypatch.setattr(verify.checkpoint, "verify", removed)
+    found = verify.run(VerifyConfig(path=str(copy[0])), str(tmp_path))
+    assert found["checked"] == 0 and "has removed it in the meantime" in capsys.readouterr().err
+
+
 def test_a_renamed_step_is_damaged(copy):
     """Seen to fail without comparing the step in the metadata with the folder's name."""
     workdir, step, config, abstract, _, metadata = copy
@@ -369,9 +380,10 @@ def test_accepted_changes_that_change_arrays_are_refused_and_nothing_is_quaranti
     accepted = dataclasses.replace(config, accept_changes=("palette", "image_size", "precision", "codec"))
     steps = checkpoint.steps_of(workdir)
     for other in ({"palette_VC": metadata.palette_VC[:-1]}, {"image_size": 8}, {"classes": 10},
-                  {"config": dataclasses.replace(accepted, precision="float64")}):
+                  {"config": dataclasses.replace(accepted, precision="float64")},
+                  {"config": dataclasses.replace(accepted, codec="grey")}):
         with (checkpoint.Checkpoints(workdir, config) as checkpoints,
-              pytest.raises(UserError, match="the run has other arrays than the checkpoint .*images or the palette")):
+              pytest.raises(UserError, match="the run has other arrays than the checkpoint .* images or palette")):
             checkpoints.restore(lambda _: abstract, dataclasses.replace(metadata, **{"config": accepted} | other))
     assert checkpoint.steps_of(workdir) == steps
 

@@ -4,8 +4,12 @@ import errno
 import json
 
 import pytest
+from etils import epath
 
 from igpt_jax import checkpoint, config
+from igpt_jax.checkpoint import verification
+from igpt_jax.data.store import reader
+from igpt_jax.jobs import verify
 from igpt_jax.parallel import checksums
 from igpt_jax.runtime.job import run_job
 from igpt_jax.training import loop
@@ -47,14 +51,35 @@ def test_metrics_that_cannot_be_read_end_no_run(store, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(("error", "code"), [
     (ValueError("UNAVAILABLE: Error opening the driver"), 76), (OSError(errno.ESTALE, "Stale file handle"), 76),
-    (ValueError("PERMISSION_DENIED: no access"), 2), (ValueError("a bug"), 1)])
+    (ValueError("PERMISSION_DENIED: no access"), 2), (MemoryError(), 2), (ValueError("a bug"), 1)])
 def test_storage_out_of_reach_restarts_the_job(tmp_path, error, code, capsys):
     """Schedulers restart after 76. Seen to fail as a stack trace with exit code 1."""
     def fails(*_):
         raise error
 
     assert run_job(fails, config.parse("verify", config.base_config("verify")), str(tmp_path)) == code
-    assert ("the storage is out of reach" in capsys.readouterr().err) == (code != 1)
+    said = capsys.readouterr().err
+    assert code == 1 or len(said.splitlines()) == 1 and ("out of reach" in said or "too many examples" in said)
+
+
+@pytest.mark.parametrize("where", ["store", "checkpoint", "manifest"])
+def test_files_out_of_reach_are_not_damaged(store, tmp_path, monkeypatch, where, capsys):
+    """Seen to fail with the advice to prepare the store again, and with the checkpoint called damaged."""
+    def fails(*_, **__):
+        stale = OSError(errno.ESTALE, "Stale file handle")
+        raise stale if where == "manifest" else ValueError("UNAVAILABLE: no answer")
+
+    if where == "checkpoint":
+        assert code_of_a_run(store, tmp_path / "run", 1) == 0
+        monkeypatch.setattr(verification.ocp, "checkpointables_metadata", fails)
+        given = config.VerifyConfig(path=str(tmp_path / "run"))
+        assert run_job(verify.run, given, str(tmp_path / "verify")) == 76
+    else:
+        target = (reader.tensorstore, "open") if where == "store" else (epath.Path("/"), "read_bytes")
+        monkeypatch.setattr(target[0] if where == "store" else type(target[0]), target[1], fails)
+        assert code_of_a_run(store, tmp_path / "run", 1) == 76
+    said = capsys.readouterr().err
+    assert "prepare it again" not in said and "damaged" not in said
 
 
 def test_replicas_that_differ_end_the_run_unsaved(store, tmp_path, monkeypatch, capsys):

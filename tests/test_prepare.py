@@ -116,7 +116,7 @@ def test_prepare_again(tmp_path):
         run(tmp_path, seed=1)
     shard = tmp_path / "train" / "images" / "c" / "0" / "0" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"remove the store's folder and prepare it again"):
+    with pytest.raises(UserError, match=r"remove manifest.json .* and prepare it again"):
         run(tmp_path)
     (tmp_path / "manifest.json").unlink()
     run(tmp_path)
@@ -352,6 +352,10 @@ def test_a_palette_alone(tmp_path):
     assert (tmp_path / "store" / "manifest.json").read_text() == before
     with pytest.raises(UserError, match="holds a pixel store, which keeps its palette"):
         run(tmp_path / "store", source=f"store:{tmp_path}/store", palette="fit:33")
+    report = (tmp_path / "palette" / "palette.json").read_text()
+    with pytest.raises(UserError, match="holds another palette"):
+        run(tmp_path / "palette", source=f"store:{tmp_path}/store", palette="fit:32")
+    assert (tmp_path / "palette" / "palette.json").read_text() == report
     store.Store.open(tmp_path / "store")
 
 

@@ -13,9 +13,11 @@ from igpt_jax import storage
 from igpt_jax.config import PretrainConfig, ScalingConfig, UserError
 from igpt_jax.data import palette
 from igpt_jax.data.store import Store
+from igpt_jax.jobs import scaling
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.scaling import analysis, charts, frontier, law, study
+from igpt_jax.storage import slices
 
 DATA = pathlib.Path(__file__).parent / "data"
 TRUE = law.Law(E=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, N0=1.0, D0=1.0)  # Hoffmann et al., Approach 3
@@ -227,8 +229,8 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     for i in range(2):  # the slices find their runs done
         for row in rows:
             shutil.copytree(folder / "one" / row["run"], folder / "many" / f"slice-{i}" / row["run"])
-    slices = [command(f"many/slice-{i}", f"--config.shard={i}/2") for i in range(2)]
-    assert [code for code, _ in run_all(*slices, command("many", "--config.shard=merge"))] == [0, 0, 0]
+    parts = [command(f"many/slice-{i}", f"--config.shard={i}/2") for i in range(2)]
+    assert [code for code, _ in run_all(*parts, command("many", "--config.shard=merge"))] == [0, 0, 0]
     for i in range(2):
         assert len(json.loads((folder / "many" / f"slice-{i}" / "scaling.json").read_text())) == 3
     merged = json.loads((folder / "many" / "scaling.json").read_text())
@@ -243,4 +245,6 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     probed = job("many/slice-0", "--config.shard=0/2", "--config.probing.limit=128")
     assert probed.returncode == 0 and "step 1/" not in probed.stderr, probed.stderr
     assert all(old["probe_interval"] != new["probe_interval"] for old, new in zip(before, slice_rows(), strict=True))
+    with pytest.raises(UserError, match="the slices differ in probing.limit"):
+        slices.joined(storage.path(folder / "many"), "scaling", scaling.NAME, scaling.STUDY)
     assert job("many/slice-0", "--config.shard=0/2").returncode == 0 and slice_rows() == before

@@ -12,7 +12,7 @@ import pytest
 from igpt_jax.config import OptimizerConfig, UserError, base_config, parse
 from igpt_jax.model import objectives
 from igpt_jax.model.image_gpt import Model
-from igpt_jax.training.optimizer import learning_rate, make_optimizer, warmup_steps_for
+from igpt_jax.training.optimizer import check_second_moment, learning_rate, make_optimizer, warmup_steps_for
 from igpt_jax.training.steps import init_state, make_train_step
 
 
@@ -180,10 +180,13 @@ def unchecked(config, name, value):
 
 
 def test_a_second_moment_that_would_stand_still_is_refused_but_can_be_read():
-    """Checkpoints of such runs exist. Seen to fail with the rule in the config, which parses them."""
+    """Checkpoints of such runs exist, and their state is loaded where beta2 has changed since. Seen to fail with the
+    rule in the config, which parses them, and in the optimizer."""
     optimizer = OptimizerConfig(second_moment="bfloat16", beta2=0.999)
+    make_optimizer(optimizer)
     with pytest.raises(UserError, match=r"optimizer.beta2=0.999 needs optimizer.second_moment=float32"):
-        make_optimizer(optimizer)
+        check_second_moment(optimizer)
+    check_second_moment(OptimizerConfig(second_moment="bfloat16"))
 
 
 def test_second_moments_in_less_memory():

@@ -11,7 +11,7 @@ written last and names a damaged file; `sha256sum -c SHA256SUMS` reads it too. A
 and the newest good step is used instead.
 """
 
-from igpt_jax.checkpoint.arrays import AbstractOf, agreed, of_process_0, prepare_orbax
+from igpt_jax.checkpoint.arrays import AbstractOf, from_process_0, of_process_0, prepare_orbax
 from igpt_jax.checkpoint.manager import Checkpoints
 from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, require_objective, require_parameters, store_of
 from igpt_jax.checkpoint.reading import (
@@ -28,7 +28,7 @@ from igpt_jax.checkpoint.step_folders import step_path, steps_in
 from igpt_jax.checkpoint.verification import verify
 
 __all__ = [
-    "AbstractOf", "Checkpoints", "METADATA_FILE", "Metadata", "NoGoodCheckpoint", "agreed", "branch", "identity",
-    "is_checkpoint", "load_metadata", "load_model", "locate", "of_process_0", "prepare_orbax", "require_objective",
-    "require_parameters", "step_path", "steps_in", "steps_of", "store_of", "verify",
+    "AbstractOf", "Checkpoints", "METADATA_FILE", "Metadata", "NoGoodCheckpoint", "branch", "from_process_0",
+    "identity", "is_checkpoint", "load_metadata", "load_model", "locate", "of_process_0", "prepare_orbax",
+    "require_objective", "require_parameters", "step_path", "steps_in", "steps_of", "store_of", "verify",
 ]

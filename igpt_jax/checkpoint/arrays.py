@@ -87,9 +87,9 @@ def load_state(folder: Any, step: int, abstract_of: AbstractOf, run: Metadata, m
     other = run.sizes != metadata.sizes or _arrays(kept) != _arrays({name: wanted[name] for name in kept})
     if other or added - {"ema"}:
         raise UserError(f"the run has other arrays than the checkpoint {step_path(folder, step)}: accept_changes cannot"
-                        " change the size of the model, the images or the palette, codec, classes, to or from float64, "
-                        "optimizer.second_moment or between adam and muon, nor begin with optimizer.spike_factor. Undo "
-                        "that change, or give a new --workdir.")
+                        " change codec, optimizer.second_moment, the number of classes, or the size of the model, "
+                        "images or palette; switch to or from float64, or between adam and muon; nor begin with "
+                        "optimizer.spike_factor. Undo that change, or give a new --workdir.")
     params, training = split_state(kept)
     with partial_load_context() if kept.keys() < stored.keys() else contextlib.nullcontext():
         trees = load_arrays(folder, step, {"params": params, "training": training}, metadata)
@@ -117,6 +117,25 @@ def agreed(problem: str | None) -> str | None:
         bad_P = multihost_utils.process_allgather(np.int32(problem is not None))
         problem = problem or (f"process {bad_P.argmax()} found damage" if bad_P.any() else None)
     return problem
+
+
+def from_process_0(read: Callable[[], Any]) -> Any:
+    """The JSON value of `read()` on process 0, on all processes. All must call it together.
+
+    Raises Damaged or UserError on all processes where process 0 does.
+    """
+    found: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            found = {"value": read()}
+        except Damaged as damage:
+            found = {"damaged": str(damage)}
+        except UserError as error:
+            found = {"refused": str(error)}
+    found = of_process_0(found)
+    if "value" not in found:
+        raise Damaged(found["damaged"]) if "damaged" in found else UserError(found["refused"])
+    return found["value"]
 
 
 def of_process_0(value: Any) -> Any:

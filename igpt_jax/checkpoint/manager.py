@@ -15,7 +15,15 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import AbstractOf, barrier, load_state, of_process_0, save_context, split_state
+from igpt_jax.checkpoint.arrays import (
+    AbstractOf,
+    barrier,
+    from_process_0,
+    load_state,
+    of_process_0,
+    save_context,
+    split_state,
+)
 from igpt_jax.checkpoint.metadata import EVALUATION, Metadata, read_metadata
 from igpt_jax.checkpoint.step_folders import QUARANTINE, steps_in
 from igpt_jax.config import PretrainConfig, UserError
@@ -182,18 +190,10 @@ class Checkpoints:
 
     def check_resumable(self, metadata: Metadata) -> None:
         """Raises the UserError of `restore` where another run wrote the newest good step; reads no arrays."""
-        refusal = ""
-        for step in reversed(self.steps if jax.process_index() == 0 else []):
-            try:
-                read_metadata(self._folder, step).check_resumable(metadata, self._workdir)
-                break
-            except Damaged:  # `restore` reports it
-                continue
-            except UserError as error:
-                refusal = str(error)
-                break
-        if refusal := of_process_0(refusal):
-            raise UserError(refusal)
+        for step in reversed(of_process_0(self.steps)):
+            with contextlib.suppress(Damaged):  # `restore` reports it
+                self._metadata_of(step).check_resumable(metadata, self._workdir)
+                return
 
     def restore(self, abstract_of: AbstractOf, metadata: Metadata, at: int | None = None
                 ) -> tuple[dict[str, Any], Metadata] | None:
@@ -235,18 +235,7 @@ class Checkpoints:
 
         Raises Damaged or UserError on all processes.
         """
-        found: dict[str, Any] = {}
-        if jax.process_index() == 0:
-            try:
-                found = {"metadata": read_metadata(self._folder, step).to_json()}
-            except Damaged as damage:
-                found = {"damaged": str(damage)}
-            except UserError as error:
-                found = {"refused": str(error)}
-        found = of_process_0(found)
-        if "metadata" in found:
-            return Metadata.from_json(found["metadata"])
-        raise Damaged(found["damaged"]) if "damaged" in found else UserError(found["refused"])
+        return Metadata.from_json(from_process_0(lambda: read_metadata(self._folder, step).to_json()))
 
     @contextlib.contextmanager
     def _quarantined_if_damaged(self, step: int) -> Iterator[None]:

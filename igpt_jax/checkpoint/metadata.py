@@ -176,7 +176,8 @@ def store_of(metadata: Metadata, given: str = "") -> str:
         raise UserError(f"the checkpoint was trained on the store {data.store}, which is not there. If it has moved, "
                         "pass --config.data.store=DIR")
     # Its path may be relative, and the current folder another project's.
-    if stores == names and open_data(data).split(data.split).fingerprint != metadata.data_fingerprint != "":
+    trained_on = metadata.data_fingerprint
+    if trained_on and stores == names and open_data(data).split(data.split).fingerprint != trained_on:
         raise UserError(f"the store {data.store} does not hold the images that the checkpoint was trained on. If these "
                         f"are meant, pass --config.data.store={data.store}")
     return data.store

@@ -15,7 +15,14 @@ from jax.sharding import Mesh
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import step_folders
-from igpt_jax.checkpoint.arrays import AbstractOf, float64_enabled, load_arrays, load_state, partial_load_context
+from igpt_jax.checkpoint.arrays import (
+    AbstractOf,
+    float64_enabled,
+    from_process_0,
+    load_arrays,
+    load_state,
+    partial_load_context,
+)
 from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_parameters
 from igpt_jax.checkpoint.step_folders import NUMBER, directory_of_steps, is_step, step_path, steps_in
 from igpt_jax.config import UserError
@@ -120,7 +127,7 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
       UserError: there is no checkpoint, it is damaged, its weights are not finite, or it holds no moving average.
     """
     def load(folder: str, step: int) -> tuple[Model, dict[str, Any], Metadata]:
-        metadata = read_metadata(folder, step)
+        metadata = _metadata_for_all(folder, step)
         require_parameters(metadata, parameters, checkpoint)
 
         def model_for(precision: str) -> Model:
@@ -145,7 +152,7 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
                            "saved them diverged. Name an earlier step (DIR/checkpoints/STEP).")
         return model, params, metadata
 
-    return _newest_good(checkpoint, load)
+    return _newest_good(checkpoint, load, for_all=True)
 
 
 def branch(checkpoint: str, abstract_of: AbstractOf, metadata: Metadata) -> tuple[dict[str, Any], Metadata]:
@@ -163,7 +170,7 @@ def branch(checkpoint: str, abstract_of: AbstractOf, metadata: Metadata) -> tupl
       UserError: there is no good checkpoint; or the runs differ in more than their schedules after that step.
     """
     def load(folder: str, step: int) -> tuple[dict[str, Any], Metadata]:
-        stored, ours = read_metadata(folder, step), metadata.config
+        stored, ours = _metadata_for_all(folder, step), metadata.config
         if stored.config.job != ours.job:
             raise UserError(f"branch_from={checkpoint} is a checkpoint of the job {stored.config.job}, not {ours.job}. "
                             f"Branch from one of {ours.job}; to fine-tune, set checkpoint.")
@@ -172,12 +179,20 @@ def branch(checkpoint: str, abstract_of: AbstractOf, metadata: Metadata) -> tupl
         return (load_state(folder, step, abstract_of, metadata, stored),
                 dataclasses.replace(stored, changes=(*stored.changes, *changes)))
 
-    return _newest_good(checkpoint, load)
+    return _newest_good(checkpoint, load, for_all=True)
 
 
-def _newest_good(checkpoint: str, read: Callable[[str, int], T]) -> T:
-    """`read(folder, step)` of the newest step of `checkpoint` for which it does not raise Damaged."""
-    folder, steps = steps_of(checkpoint)
+def _metadata_for_all(folder: str, step: int) -> Metadata:
+    """A step's metadata as process 0 reads it: a shared disk may show each process other files."""
+    return Metadata.from_json(from_process_0(lambda: read_metadata(folder, step).to_json()))
+
+
+def _newest_good(checkpoint: str, read: Callable[[str, int], T], for_all: bool = False) -> T:
+    """`read(folder, step)` of the newest step of `checkpoint` for which it does not raise Damaged.
+
+    With `for_all`, all processes call it together and take process 0's steps.
+    """
+    folder, steps = from_process_0(lambda: steps_of(checkpoint)) if for_all else steps_of(checkpoint)
     for step in reversed(steps):
         try:
             return read(folder, step)

@@ -52,11 +52,15 @@ def verify(folder: str, step: int, mesh: Mesh) -> dict[str, Any]:
                 start = time.perf_counter()
                 load_arrays(folder, step, trees, metadata)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if storage.unreachable(error):
+                raise
             raise Damaged(f"its metadata cannot be read: {error}") from None
         found["array_seconds"] = time.perf_counter() - start
         found["arrays"] = len(metadata.checksums)
     except Damaged as damage:
         found["problem"] = str(damage)
     except OSError as error:  # other steps may still be read
+        if storage.unreachable(error):
+            raise
         found["problem"] = f"it cannot be read: {error}"
     return found

@@ -16,6 +16,11 @@ from igpt_jax.config.keys import (
 )
 
 
+def common_splits(one: str, other: str) -> str:
+    """The splits that two values such as train+held_out have in common, for a message; empty if there are none."""
+    return ", ".join(sorted(set(one.split("+")) & set(other.split("+")) - {""}))
+
+
 @dataclasses.dataclass(frozen=True)
 class SplitConfig(Keys):
     group: ClassVar[str] = "data."
@@ -52,9 +57,9 @@ class DataConfig(Keys):
         super().__post_init__()
         require(all(1 <= weight <= 10_000 for weight in self.weights),
                 f"data.weights={self.weights} must be integers from 1 to 10,000, such as (1,3).")
-        overlap = set(self.split.split("+")) & set(self.held_out.split("+"))
-        require(not overlap, f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
-                          "Evaluate on another split, or on none with --config.data.held_out=")
+        require(not common_splits(self.split, self.held_out),
+                f"data.held_out={self.held_out} is also trained on (data.split={self.split}). "
+                "Evaluate on another split, or on none with --config.data.held_out=")
 
 
 @dataclasses.dataclass(frozen=True)

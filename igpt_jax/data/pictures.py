@@ -38,7 +38,8 @@ def pixels(pictures: Pictures, image_size: int) -> np.ndarray:
     elif not isinstance(pictures, list | tuple):
         pictures = np.asarray(pictures)  # of JAX and others too
         if pictures.ndim == 0:
-            raise UserError(f"images are {pictures.item()!r}. Give arrays uint8 [H, W, 3], paths or Pillow images.")
+            kind = type(pictures.item()).__name__
+            raise UserError(f"images are of type {kind}. Give arrays uint8 [H, W, 3], paths or Pillow images.")
         pictures = pictures[None] if pictures.ndim == 3 else pictures
     if len(pictures) == 0:
         raise UserError("no images are given. Give at least one.")

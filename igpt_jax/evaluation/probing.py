@@ -19,7 +19,7 @@ from tqdm import tqdm
 from igpt_jax import storage
 from igpt_jax.checkpoint import Metadata, store_of
 from igpt_jax.config import ProbingConfig, UserError
-from igpt_jax.config.data import ProbeDataConfig
+from igpt_jax.config.data import ProbeDataConfig, common_splits
 from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
 from igpt_jax.evaluation import attention_probe, exact_loss, knn_probe, linear_probe
@@ -69,15 +69,16 @@ def check_store(path: str, config: ProbingConfig, image_size: int = 0) -> list[s
 
 
 def _splits(store: Store, data: ProbeDataConfig) -> list[Split]:
-    """The splits to probe. Raises UserError where one is missing, or fitted and tested on."""
-    if both := set(data.train.split("+")) & set(data.test.split("+")):
-        raise UserError(f"data.test={data.test}: {', '.join(sorted(both))} is also fitted on (data.train={data.train})."
-                        " Test on another split.")
+    """The splits to probe. Raises UserError where one is missing, or fitted and measured on."""
+    for name, value in (("test", data.test), ("held_out", data.held_out)):
+        if both := common_splits(data.train, value):
+            raise UserError(f"data.{name}={value}: {both} is also fitted on (data.train={data.train}). Name another "
+                            "split.")
     return [store.split(name) for name in data.splits]
 
 
 def _check_limit(store: Store, train: Split, limit: int) -> None:
-    """Raises UserError where the first `limit` training examples lack classes that the split has."""
+    """Raises UserError where the first `limit` training examples lack classes of the store."""
     if 0 < limit < train.count and (held := len(np.unique(train.labels(np.arange(limit))))) < store.classes:
         raise UserError(f"limit={limit}: the first {limit:,} examples of split {train.name!r} have {held} of "
                         f"{store.classes} classes. Raise limit, or leave it out.")
@@ -230,7 +231,7 @@ class Prober:
     def _final(self, data: Labeled) -> list[np.ndarray]:
         """The features and labels of the final fit: train and held-out."""
         # Not those that the accuracy is measured on, where the config names held-out images as the test split.
-        fitted = 1 if self.config.data.test == self.config.data.held_out else 2
+        fitted = 1 if common_splits(self.config.data.test, self.config.data.held_out) else 2
         return [np.concatenate(each[:fitted]) for each in (data.features_ED, data.labels_E)]
 
     def _figures(self, solver: str, chosen: float, held_out: float, classes_EM: np.ndarray, labels_E: np.ndarray

@@ -39,7 +39,7 @@ from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import compiler_options, sharding
-from igpt_jax.runtime.exits import Ended, Failed
+from igpt_jax.runtime.exits import Ended
 from igpt_jax.storage import side_files, slices, tables
 from igpt_jax.storage.arrays import publish_arrays
 from igpt_jax.storage.hashes import json_digest
@@ -104,33 +104,25 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     if not former:
         _publish(folder, rows)
     if damaged:
-        raise Ended(f"damaged or not finite, and not in the table: {', '.join(damaged)}.", _metrics(rows) | options)
+        raise Ended(f"damaged, not readable or not finite, and not in the table: {', '.join(damaged)}.",
+                    _metrics(rows) | options)
     return _metrics(rows) | options
 
 
 def _loaded(config: EvaluateConfig, step: str, mesh: Mesh) -> tuple[str, Model, Any, checkpoint.Metadata]:
     """(identity, model, parameters, metadata) of a checkpoint.
 
-    Raises:
-      NoGoodCheckpoint: it is damaged or was removed; on all processes, which would wait for each other otherwise.
-      Failed: one of several processes cannot load it.
+    Raises NoGoodCheckpoint, on all processes, where it cannot be read or its run has removed it.
     """
-    fault = None
-    try:
-        identity = checkpoint.identity(step)  # before the measurement, since its run may remove the step meanwhile
-    except (UserError, OSError) as error:
-        fault = str(error)
-    if fault := checkpoint.agreed(fault):
-        raise checkpoint.NoGoodCheckpoint(fault)
+    try:  # before the measurement, since its run may remove the step meanwhile
+        identity = checkpoint.from_process_0(lambda: checkpoint.identity(step))
+    except UserError as error:
+        raise checkpoint.NoGoodCheckpoint(str(error)) from None
     try:
         return identity, *checkpoint.load_model(step, mesh, config.precision, config.attention, config.parameters,
                                                 config.compiler_options)
-    except checkpoint.NoGoodCheckpoint:
-        raise
-    except (UserError, OSError) as error:
-        if jax.process_count() > 1:
-            raise Failed(str(error)) from None
-        if checkpoint.is_checkpoint(step):
+    except FileNotFoundError as error:
+        if jax.process_count() > 1:  # perhaps on this process alone, which must not wait for the others
             raise
         raise checkpoint.NoGoodCheckpoint(str(error)) from None
 
@@ -327,7 +319,7 @@ def _file_name(folder: storage.Path, step: str, steps_done: int) -> str:
 
 def _joined(folder: storage.Path) -> list[Row]:
     """The rows of all slices, each in a folder of the workdir. Raises UserError if a slice is missing or not done."""
-    config, rows = slices.joined(folder, "evaluate", NAME, ())
+    config, rows = slices.joined(folder, "evaluate", NAME)
     same_data = bool(config["tokens"] or config["data"]["store"])  # else each run is measured on its own store
     if len({(row["asked"], same_data and row.get("data")) for row in rows}) > 1:
         raise UserError(f"shard=merge: {folder}: the slices differ in settings or data. Evaluate them again.")

@@ -10,6 +10,7 @@ import numpy as np
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import FinetuneConfig, UserError
+from igpt_jax.config.data import common_splits
 from igpt_jax.data import open_data
 from igpt_jax.evaluation import exact_loss
 from igpt_jax.metrics.logging import say
@@ -26,12 +27,10 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
       Failed: the best checkpoint or a test image is damaged.
     """
     config = transfer.adopted(config)
-    train, held_out, tested = (set(filter(None, name.split("+"))) for name in (
-        config.data.split, config.data.held_out, config.data.test))
-    if both := train & tested:
-        raise UserError(f"data.test={config.data.test}: {', '.join(sorted(both))} is also trained on "
-                        f"(data.split={config.data.split}). Test on another split, or on none with --config.data.test=")
-    if held_out & tested:
+    if both := common_splits(config.data.split, config.data.test):
+        raise UserError(f"data.test={config.data.test}: {both} is also trained on (data.split={config.data.split}). "
+                        "Test on another split, or on none with --config.data.test=")
+    if common_splits(config.data.held_out, config.data.test):
         say(f"the accuracy is optimistic: the images of {config.data.held_out!r} also choose the best step")
     test = open_data(config.data, config.image_size).split(config.data.test) if config.data.test else None
     if test:

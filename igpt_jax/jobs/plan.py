@@ -27,6 +27,7 @@ from igpt_jax.planner.roofline import PUBLIC, Speed, flat
 from igpt_jax.planner.verdicts import verdict_for
 from igpt_jax.runtime.exits import Ended
 from igpt_jax.storage import side_files, to_json
+from igpt_jax.training.optimizer import check_second_moment
 
 REMEDY_COMPILES = 3  # settings compiled to find one that fits
 COUNTS = tuple(2**power for power in range(13))  # devices on the plot
@@ -41,6 +42,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
         split.
       Ended: the compiler crashed or failed, so there is no answer.
     """
+    check_second_moment(config.optimizer)
     target = _target(config)
     if config.data != DataConfig():
         say("igpt_jax plan: data.* has no effect: a plan reads no data.")

@@ -216,9 +216,12 @@ def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     if any((path / name).exists() for name in (store.MANIFEST, store.SLICE, store.PROGRESS)):
         raise UserError(f"{path} holds a pixel store, which keeps its palette. Give the new palette another --workdir.")
     opened = store.Store.open(config.source.removeprefix("store:"))
-    chosen = _choose(opened.split("train"), *_palette_for(config.palette, config.source), config.seed, path)
+    split, (chosen, count) = opened.split("train"), _palette_for(config.palette, config.source)
+    if chosen is None:
+        chosen = palette.fit(color_sample.sample_pixels(split, config.seed), count, config.seed)
     if (path / store.PALETTE).exists() and not np.array_equal(palette.load(str(path / store.PALETTE)), chosen):
         raise UserError(f"{path} holds another palette. Give the new one another --workdir.")
+    _choose(split, chosen, count, config.seed, path)  # its report and figures
     palette.save(path / store.PALETTE, chosen)
     say(f"the palette is ready: --config.palette={path / store.PALETTE}")
     return _metrics(opened.manifest, seconds=None)

@@ -24,6 +24,7 @@ from igpt_jax.config import (
     PretrainConfig,
     ScalingConfig,
     UserError,
+    key_attributes,
     parse,
     precision_on,
     values_with,
@@ -52,7 +53,9 @@ from igpt_jax.training import loop
 from igpt_jax.training.inputs import open_inputs
 
 NAME = "scaling"
-STUDY = ("budgets", "held_out_budgets", "sizes", "batch_size")  # keys that decide the list of runs
+# Keys in which slices must agree: those that decide the list of runs, and those that change a run's results.
+STUDY = {"budgets", "held_out_budgets", "sizes", "batch_size", "probe",
+         *(name for name, resume in key_attributes(NAME, "resume").items() if resume != "free")}
 
 Row = dict[str, Any]
 
@@ -143,7 +146,7 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
 def _check_probes(config: ScalingConfig, runs: Sequence[Planned], data: _Data) -> list[str]:
     """The fingerprints of the splits to probe. Raises UserError where a run could not be probed on them."""
     for each in runs:
-        if max(config.probing.layers, default=0) > each.config.model.layers:
+        if not all(0 <= layer <= each.config.model.layers for layer in config.probing.layers):
             raise UserError(f"probing.layers={config.probing.layers}: {each.name} has layers 0 (the embedding) to "
                             f"{each.config.model.layers}. Leave it empty to probe all.")
     store = config.probing.data.store or config.pretrain.data.store
@@ -243,6 +246,7 @@ def _scored(config: ScalingConfig, data: _Data, folder: storage.Path, scorer: Co
 
 def _kept(file: storage.Path, settings: Any, measure: Callable[[], Row]) -> Row:
     """The figures that a file keeps, if they are of the same settings; otherwise `measure`s them, and keeps them."""
+    # Older versions measured in the precision of the runs, and had no such mark.
     known, asked = side_files.load(file) or {}, json_digest(["float32", settings])
     if known.pop("asked", "") == asked:
         return known

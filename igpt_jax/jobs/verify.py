@@ -36,10 +36,9 @@ def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
     else:
         rows = [{"path": str(storage.path(folder) / str(step)), **checkpoint.verify(folder, step, _mesh())}
                 for folder, step in _steps(config.path)]
-        gone = [row for row in rows if row["problem"] and not checkpoint.is_checkpoint(row["path"])]
-        for row in gone:
+        for row in [row for row in rows if row["problem"] and not checkpoint.is_checkpoint(row["path"])]:
             say(f"{row['path']}: its run has removed it in the meantime; skipped")
-        rows = [row for row in rows if row not in gone]
+            rows.remove(row)
     seconds = time.perf_counter() - start
     for row in rows:
         say(f"{row['path']}: {row['problem'] or 'undamaged'}")

@@ -172,7 +172,8 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, speed: Speed = 
     plain = Answer(config, target, verdict, usable, flops)
     if verdict.status != "compiled":
         return plain
-    busy = estimate(config).busy_flops(config, target.chip, verdict.flops)
+    train = config.step == "train"
+    busy = estimate(config).busy_flops(config, target.chip, verdict.flops) if train else verdict.flops
     time = forecast(target, verdict.mesh, busy, verdict.memory_bytes, verdict.collective_bytes, speed)
     cost = run_cost(config, target, time.step_seconds, flops, verdict.checkpoint_bytes) if flops else None
     return dataclasses.replace(plain, forecast=time, schedule=cost)

@@ -27,7 +27,7 @@ class Estimate:
     collective_bytes: Mapping[str, float]
 
     def busy_flops(self, config: PlanConfig, chip: Chip, flops: float) -> float:
-        """FLOPs that the chip could do while it does `flops` of this step.
+        """FLOPs that the chip could do while it does `flops` of this training step.
 
         A TPU's matrix unit multiplies tiles of 128 x 128. Heads of 64 dims leave half of it idle.
         """

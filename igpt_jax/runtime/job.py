@@ -156,7 +156,7 @@ def _failure(error: Exception) -> tuple[int, str]:
     if isinstance(error, startup.Refused):
         return INPUT, ""
     if isinstance(error, UserError):
-        return INPUT, str(error)
+        return STUCK if error.__cause__ and storage.unreachable(error.__cause__) else INPUT, str(error)
     if isinstance(error, startup.PeerMissing):
         return PEER, str(error)
     if isinstance(error, Preempted):
@@ -167,10 +167,10 @@ def _failure(error: Exception) -> tuple[int, str]:
     if getattr(error, "errno", None) in UNWRITABLE or "No space left on device" in str(error):
         return INPUT, f"{next(iter(str(error).splitlines()))}. Free disk space, or give another --workdir."
     if isinstance(error, MemoryError):
-        return INPUT, f"out of memory: {error or 'too many examples at once'}. Ask for fewer."
+        return INPUT, f"out of memory: {str(error) or 'too many examples at once'}. Ask for fewer."
     if not isinstance(error, jax.errors.JaxRuntimeError) and storage.unreachable(error):
         code = INPUT if re.search("PERMISSION_DENIED|UNAUTHENTICATED", str(error)) else STUCK
-        return code, f"the storage is out of reach: {str(error).splitlines()[0]} The same command resumes."
+        return code, f"the storage is out of reach: {str(error).splitlines()[0].rstrip('.')}. The same command resumes."
     if isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
         return INPUT, missing
     if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):

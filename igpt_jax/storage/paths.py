@@ -93,7 +93,7 @@ def readable(path: epath.Path) -> Iterator[None]:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder. Give a file.") from None
     except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def children(path: epath.Path) -> list[epath.Path]:

@@ -3,27 +3,26 @@
 from collections.abc import Collection
 from typing import Any
 
-from igpt_jax.config import UserError, flat, key_attributes
+from igpt_jax.config import UserError, flat, parse, to_dict
 from igpt_jax.storage import side_files
 from igpt_jax.storage.paths import Path, children
 
 
-def joined(folder: Path, job: str, table: str, same: Collection[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def joined(folder: Path, job: str, table: str, same: Collection[str] = ()
+           ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The config of one slice, and the rows of TABLE.json of all n slices in `folder`.
 
     Raises:
-      UserError: a slice is missing or not done; or the slices differ in one of the keys `same`, or in one that a
-        resumed run may not change.
+      UserError: a slice is missing or not done; or the slices differ in one of the keys `same`.
     """
     slices: dict[str, list[dict[str, Any]]] = {}
     config: dict[str, Any] = {}
-    compared = {*same, *(name for name, resume in key_attributes(job, "resume").items() if resume != "free")}
     for child in children(folder):
         given = child.is_dir() and side_files.look(child / "config.json")
         if given and given.get("job") == job and (
                 side_files.look(child / "result.json") or {}).get("status") == "done":
-            mine, other = flat(given), flat(config or given)
-            if differs := sorted(name for name in compared if mine.get(name) != other.get(name)):
+            mine, other = (flat(to_dict(parse(job, each))) for each in (given, config or given))
+            if differs := sorted(name for name in same if mine[name] != other[name]):
                 raise UserError(f"shard=merge: {folder}: the slices differ in {', '.join(differs[:5])}. Run all with "
                                 "the same settings.")
             config, slices[given["shard"]] = given, side_files.look(child / f"{table}.json", list) or []

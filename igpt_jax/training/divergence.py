@@ -114,7 +114,10 @@ def replay(workdir: str, checkpoints: checkpoint.Checkpoints, abstract_of: check
 def _span(workdir: str, checkpoints: checkpoint.Checkpoints, metadata: checkpoint.Metadata
           ) -> tuple[int, int, float | None, float | None]:
     """The steps to repeat: (checkpoint, logged step, its loss, its learning rate); the step is 0 if there is none."""
-    logged = {line["step"]: line for line in load_metrics(workdir) if line.get("train/nats_per_pixel") is not None}
+    lines = []
+    with contextlib.suppress(UserError):  # without a log there is nothing to repeat; the other processes wait
+        lines = load_metrics(workdir)
+    logged = {line["step"]: line for line in lines if line.get("train/nats_per_pixel") is not None}
     steps = checkpoints.steps
     offsets = {step: checkpoints.data_offset(step, metadata) for step in steps}
     if not (storage.path(workdir) / DIVERGENCE).exists():  # or the steps after the newest one may have had another

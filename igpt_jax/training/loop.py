@@ -37,7 +37,7 @@ from igpt_jax.training import divergence, transfer
 from igpt_jax.training.due import NOTHING, Due, due, enough, every
 from igpt_jax.training.inputs import Inputs, open_inputs
 from igpt_jax.training.noise_scale import NoiseScale
-from igpt_jax.training.optimizer import warmup_steps_for
+from igpt_jax.training.optimizer import check_second_moment, warmup_steps_for
 from igpt_jax.training.steps import State, abstract_state, init_state, jit_train_step
 
 
@@ -62,6 +62,7 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     """
     timer = PhaseTimer("start")
     check_installed(config)
+    check_second_moment(config.optimizer)
     mesh = sharding.make_mesh(config.mesh)
     config = config.with_microbatches(sharding.batch_shards(mesh))
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
@@ -223,7 +224,8 @@ class Run:
             self.metrics.log(step, found)
             self.metrics.flush()
             self.checkpoints.note(step, found)
-            self._draw()
+            if jax.process_index() == 0:
+                self._draw(self._lines())
             return found
 
     def evaluate_if_owed(self) -> None:
@@ -364,14 +366,13 @@ class Run:
             figures.setdefault("images_per_second", statistics.median(speeds) if speeds else None)
             with contextlib.suppress(UserError):  # `_lines` has reported it
                 figures["goodput"] = goodput(metrics_lines(self.workdir)).get("goodput")
-            self._draw()
+            self._draw(lines)
         return figures
 
-    def _draw(self) -> None:
-        """Draws the loss curve, on process 0."""
-        if jax.process_index() == 0:
-            curves = charts.training(self._lines(), self.config.steps, self.model.dims.V, self.model.dims.C)
-            save_figure(storage.path(self.workdir) / "figures" / "loss.png", *curves)
+    def _draw(self, lines: list[dict[str, Any]]) -> None:
+        """Draws the loss curve of a log."""
+        curves = charts.training(lines, self.config.steps, self.model.dims.V, self.model.dims.C)
+        save_figure(storage.path(self.workdir) / "figures" / "loss.png", *curves)
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; none where a bucket is out of reach, which ends no run."""

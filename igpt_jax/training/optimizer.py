@@ -49,6 +49,16 @@ def warmup_steps_for(config: OptimizerConfig, steps: int, examples: int, batch_s
     return config.warmup_steps
 
 
+def check_second_moment(config: OptimizerConfig) -> None:
+    """Raises UserError where a second moment in bfloat16 would stand still.
+
+    This is no rule of the config: checkpoints of such runs exist, and must be read.
+    """
+    if config.second_moment == "bfloat16" and config.beta2 > 0.99:
+        raise UserError(f"optimizer.beta2={config.beta2} needs optimizer.second_moment=float32: a moment in bfloat16 "
+                        "does not change by less than 0.4 % and would stand still. Use beta2=0.99 or less.")
+
+
 def _is_matrix(params: Any) -> Any:
     """True for weights with two or more dims, not counting the layers' L; norms and the start vector have one."""
     def matrix(path, leaf):
@@ -61,14 +71,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _bfloat16_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam whose second moment is stored in bfloat16 and computed in the dtype of the first.
-
-    Raises:
-      UserError: beta2 is too near to 1. Checkpoints of such runs can be read, so this is no rule of the config.
-    """
-    if config.beta2 > 0.99:
-        raise UserError(f"optimizer.beta2={config.beta2} needs optimizer.second_moment=float32: a moment in bfloat16 "
-                        "does not change by less than 0.4 % and would stand still. Use beta2=0.99 or less.")
+    """Adam whose second moment is stored in bfloat16 and computed in the dtype of the first."""
     adam = _adam(config)
 
     def rest(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:

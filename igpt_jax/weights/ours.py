@@ -81,8 +81,8 @@ class OurWeights:
                             "another step.")
         try:
             array = _read(self._path / folder, ".".join(path))
-        except ValueError:  # of TensorStore
-            raise damaged from None
+        except ValueError as error:  # of TensorStore
+            raise error if storage.unreachable(error) else damaged from None
         expected = self.record.checksums.get(full_name)
         exact = self.record.config.precision != "float64"
         if expected is not None and exact and checksums.of_host_array(array) != expected:

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 SLICE = "slice.json"  # a manifest without a palette
 PALETTE = "palette.npy"
 PROGRESS = "progress.npz"
-AGAIN = "Restore it from a copy, or remove the store's folder and prepare it again."
+AGAIN = f"Restore it from a copy, or remove {MANIFEST} (of a slice: {SLICE}) and prepare it again."
 HASHERS = 4  # threads; each holds one file
 
 # The fields that the fingerprint covers: those that determine the images, but not where they came from.

@@ -123,6 +123,8 @@ class _Part:
         try:
             array = tensorstore.open(spec, context=_context(), read=True).result()
         except ValueError as error:
+            if storage.unreachable(error):
+                raise
             raise self._damage(kind, "cannot be opened", error) from None
         if array.shape != shape:
             raise self._damage(kind, f"has shape {list(array.shape)}, not {list(shape)}")
@@ -137,6 +139,8 @@ class _Part:
         try:
             return reading.result()
         except ValueError as error:
+            if storage.unreachable(error):
+                raise
             entry = _first_bad(getattr(self, kind), ids)
             raise self._damage(kind, f"entry {entry} cannot be read", error) from None
 
