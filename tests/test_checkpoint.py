@@ -53,6 +53,14 @@ def test_the_newest_the_best_and_the_named_steps_stay(run):
     assert checkpoint.steps_in(run[0] / "checkpoints") == [20, 30, 40, 50]
 
 
+def test_losses_of_other_held_out_images_choose_no_best_step(run):
+    """Seen to fail with the best step of another split kept for ever."""
+    workdir, config, *_ = run
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out="test"))
+    with checkpoint.Checkpoints(workdir, other) as checkpoints:
+        assert checkpoints.best_step is None
+
+
 def test_a_step_describes_itself_and_gives_its_parameters(run):
     """Config, palette to the last bit, parameters alone. Seen to fail with the palette rounded to six digits."""
     workdir, config, mesh, state, _, metadata = run

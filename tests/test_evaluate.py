@@ -199,6 +199,14 @@ def test_a_table_of_other_settings_is_kept(folder, logs):
     assert json.loads(kept.read_text()) == first
 
 
+def test_figures_of_trained_images_say_so(folder, logs, capsys):
+    """On the store of the training, not on another one. Seen to fail without the column."""
+    rows, _ = measure(folder, "on train", checkpoints=str(folder / "run"), data={"split": "train+held_out"}, limit=5)
+    assert rows[0]["trained_on"] == "train" and "was trained on train" in capsys.readouterr().err
+    rows, _ = measure(folder, "on held out", checkpoints=str(folder / "run"), limit=5)
+    assert "trained_on" not in rows[0]
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff", b"5", b"null", b'[5, {"checkpoint": 1}]'])
 def test_a_damaged_table_is_set_aside_and_written_anew(folder, logs, content, caplog):
     """Seen to fail without the check of the table's content."""

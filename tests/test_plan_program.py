@@ -104,11 +104,17 @@ def test_collectives_by_mesh_axis():
 
 
 def test_groups_in_every_spelling():
-    """Listed, counted and transposed, or by named axes. Seen to fail with the transposition left out."""
+    """Listed, counted and transposed, or by named axes, which need not be in the devices' order.
+
+    Seen to fail with either transposition left out, and with a part of an axis read as all of it.
+    """
     assert read("{{0,1},{2,3}}").collective_bytes == read().collective_bytes
     assert read("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}").collective_bytes == read().collective_bytes
     over_data = {"data": 5 * (256 + 128), "fsdp": 5 * 16}
-    for groups in ("[2,2]<=[2,2]T(1,0)", "{{0,2},{1,3}}", "mesh['axis_0'=2,'axis_1'=2] {'axis_0'}"):
+    for groups in ("[2,2]<=[2,2]T(1,0)", "{{0,2},{1,3}}", "mesh['axis_0'=2,'axis_1'=2] {'axis_0'}",
+                   "mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}",
+                   "mesh['axis_0'=2,'axis_1'=2], device_ids=(0,2,1,3) {'axis_1'}", "mesh['axis_0'=4] {'axis_0':(1)2}",
+                   "mesh['axis_0'=4], device_ids=([2,2]T(1,0)) {'axis_0':(2)2}"):
         assert read(groups).collective_bytes == over_data, groups
     assert read("mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}").collective_bytes["data+fsdp"] == 5 * 3 * 128
 

@@ -61,7 +61,9 @@ class Checkpoints:
         # A resumed run must still know which of the earlier steps is the best, or it would remove it.
         for step in self.steps:
             with contextlib.suppress(Damaged, UserError):  # reported when the step is restored
-                self.note(step, read_metadata(self._folder, step).metrics)
+                stored = read_metadata(self._folder, step)
+                if stored.config.data.held_out == config.data.held_out:  # losses of other images do not compare
+                    self.note(step, stored.metrics)
 
     @property
     def steps(self) -> list[int]:

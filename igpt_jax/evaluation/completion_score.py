@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.stats
 from jax.sharding import Mesh
@@ -200,7 +201,8 @@ class CompletionScorer:
                 raise UserError(f"completion_features={given}: its model takes images of {metadata.image_size} pixels, "
                                 f"and these have {images_BYXC.shape[1]}. Name a checkpoint of that size.")
             tokens = Tokens(metadata.codec.encode(images_BYXC))
-            features_BMPD, = exact_loss.over_split(step, params, tokens, self._mesh, self._batch_size, None)
+            with jax.default_matmul_precision("highest"):  # whatever the precision of the model that is scored
+                features_BMPD, = exact_loss.over_split(step, params, tokens, self._mesh, self._batch_size, None)
             return features_BMPD[:, 0, model.dims.L // 2]
 
         return features

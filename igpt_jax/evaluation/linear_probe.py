@@ -171,7 +171,8 @@ def fit_sgd(features_ED: np.ndarray, labels_E: np.ndarray, classes: int, rates_R
     for index, ids in enumerate(batches):
         ids = np.sort(ids)  # a mapped file is read faster in order
         x_ED = ((features_ED[ids] - mean_D) / deviation_D).astype(np.float32)
-        params, velocity = step(params, velocity, jnp.float32(index), x_ED, labels_E[ids].astype(np.int32))
+        with jax.default_matmul_precision("highest"):  # whatever the precision of the features
+            params, velocity = step(params, velocity, jnp.float32(index), x_ED, labels_E[ids].astype(np.int32))
     return _probes(mean_D, deviation_D, params["weights"], params["biases"])
 
 

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from igpt_jax.config.data import ProbeDataConfig, common_splits
 from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
 from igpt_jax.evaluation import attention_probe, exact_loss, knn_probe, linear_probe
+from igpt_jax.metrics.logging import say
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.features import make_feature_step
 from igpt_jax.model.image_gpt import Model
@@ -66,6 +68,12 @@ def check_store(path: str, config: ProbingConfig, image_size: int = 0) -> list[s
         split.labels(np.arange(1))
     _check_limit(store, splits[0], config.limit)
     return [split.fingerprint for split in splits]
+
+
+def say_if_optimistic(data: ProbeDataConfig) -> None:
+    """Says so where the images that accuracies are measured on also select."""
+    if (both := common_splits(data.test, data.held_out)) and jax.process_index() == 0:
+        say(f"accuracies are optimistic: the images of {both!r} also choose the layer and the penalty")
 
 
 def _splits(store: Store, data: ProbeDataConfig) -> list[Split]:

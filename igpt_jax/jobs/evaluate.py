@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
 from igpt_jax.config import DataConfig, EvaluateConfig, ProbingConfig, UserError, values_with
+from igpt_jax.config.data import common_splits
 from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.data import open_data, open_split
 from igpt_jax.data.codecs import Codec
@@ -70,6 +71,8 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         return _metrics(rows)
     if not config.probe and config.probing != ProbingConfig():
         say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
+    if config.probe:
+        probing.say_if_optimistic(config.probing.data)
     if config.without_effect:
         say("igpt_jax evaluate: completion_* has no effect without --config.completions=K.")
     mesh = sharding.make_mesh(config.mesh)
@@ -182,6 +185,11 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
            "bits_per_pixel": found["nats_per_pixel"] / math.log(2)}
     if model.objective.bound:
         row["bound"] = "upper"
+    trained = metadata.config.data
+    own = not config.tokens and config.data.store in ("", trained.store)
+    if own and (both := common_splits(config.data.split, trained.split)):
+        say(f"{step} was trained on {both}: its figures are of images that it has seen")
+        row["trained_on"] = both
     if config.probe:
         row |= _probed(config, model, params, metadata, mesh)
     if scorer:

@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.config import ProbeConfig
-from igpt_jax.config.data import common_splits
-from igpt_jax.evaluation.probing import PROBE, Labeled, Prober, SavedProbe, save_probe
+from igpt_jax.evaluation.probing import PROBE, Labeled, Prober, SavedProbe, save_probe, say_if_optimistic
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
@@ -39,8 +38,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
       UserError: the checkpoint is missing or has another objective; or the data does not fit it, or has no labels or
         too few per class.
     """
-    if common_splits(config.data.test, config.data.held_out) and jax.process_index() == 0:
-        say(f"accuracies are optimistic: the images of {config.data.held_out!r} also choose the layer and the penalty")
+    say_if_optimistic(config.data)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention,

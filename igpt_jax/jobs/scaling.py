@@ -12,6 +12,7 @@ fitted laws, best sizes and predictions, and figures. An array job of n slices c
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
         tables.publish(folder, NAME, rows)
     if config.slice[1] > 1:
         return {"runs": len(rows)}
-    done = [row for row in rows if row.get("nats_per_pixel") is not None]
+    done = [row for row in rows if math.isfinite(row.get("nats_per_pixel") or math.inf)]
     paper = {name: parameter_counts(Dims.of(model_of(name, config.pretrain.model), data.vocabulary, data.image_size,
                                             channels=config.pretrain.channels))["all"]
              for name in analysis.PAPER_TOKENS}
@@ -149,6 +150,7 @@ def _check_probes(config: ScalingConfig, runs: Sequence[Planned], data: _Data) -
         if not all(0 <= layer <= each.config.model.layers for layer in config.probing.layers):
             raise UserError(f"probing.layers={config.probing.layers}: {each.name} has layers 0 (the embedding) to "
                             f"{each.config.model.layers}. Leave it empty to probe all.")
+    probing.say_if_optimistic(config.probing.data)
     store = config.probing.data.store or config.pretrain.data.store
     return probing.check_store(store, config.probing, data.image_size)
 

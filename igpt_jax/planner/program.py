@@ -156,7 +156,8 @@ def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
     - `source_target_pairs={{0,2},{2,0}}`, the pairs of a permutation;
     - `replica_groups={{0,2},{1,3}}`, lists of devices;
     - `replica_groups=[2,2]<=[2,2]T(1,0)`: devices in order, as the shape after <=, transposed, then cut into groups;
-    - `replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}`, names of mesh axes.
+    - `replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}`, names of mesh axes. `, device_ids=([2,2]T(1,0))` after
+      the mesh gives its devices where they are not in order, and `'axis_0':(1)2` a part of an axis: 2 after 1.
     """
     if "_xla_megascale" in attributes:  # between TPU slices, which are split along the first mesh axis larger than 1
         return next((axis for axis, size in mesh_shape.items() if size > 1), ""), 2
@@ -177,15 +178,31 @@ def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
         dims = list(map(int, iota[3].split(",")))
         order = list(map(int, iota[4].split(","))) if iota[4] else range(len(dims))
         groups = devices.reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
-    elif named := re.search(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        dims = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1])}
-        used = re.findall(r"'(\w+)'", named[2])
-        within = [list(dims).index(name) for name in used]
+    elif named := re.search(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? *\{([^}]*)\}",
+                            attributes):
+        used = {name: (int(before or 1), int(part or 0)) for name, before, part in
+                re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])}
+        dims: list[int] = []  # each axis as its part before the used one, the used one, and the rest
+        for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1]):
+            before, part = used.get(name, (int(size), 1))
+            part = part or int(size)
+            dims += [before, part, int(size) // (before * part)]
+        within = range(1, len(dims), 3)
         between = [index for index in range(len(dims)) if index not in within]
-        whole = devices.reshape(list(dims.values())).transpose(between + within)
-        groups = whole.reshape(-1, math.prod(dims[name] for name in used))
+        whole = _ordered(devices, named[2]).reshape(dims).transpose(*between, *within)
+        groups = whole.reshape(-1, math.prod(dims[index] for index in within))
     coordinates = np.array(np.unravel_index(np.asarray(groups[0]), sizes))
     return _names((coordinates != coordinates[:, :1]).any(axis=1), mesh_shape), len(groups[0])
+
+
+def _ordered(devices: np.ndarray, text: str | None) -> np.ndarray:
+    """The devices in the order of `device_ids`: a shape and its transposition, as in [32,8]T(1,0), or a list."""
+    if not text:
+        return devices
+    if found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = list(map(int, found[1].split(",")))
+        return devices.reshape(dims).transpose(list(map(int, found[2].split(","))) if found[2] else range(len(dims)))
+    return np.array(list(map(int, text.split(","))))
 
 
 def _names(differ: np.ndarray, mesh_shape: Mapping[str, int]) -> str:

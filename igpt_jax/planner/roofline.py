@@ -68,7 +68,7 @@ class Speed:
 
 
 # The result of benchmarks/roofline.py, in docs/roofline.json.
-PUBLIC = Speed(compute=1.768, memory=0.877, overlapped=0.474, low=0.74, high=1.39)
+PUBLIC = Speed(compute=1.786, memory=0.911, overlapped=0.354, low=0.74, high=1.41)
 
 
 def flat(share: float) -> Speed:
