@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,16 @@ def candidates(shape: ModelConfig, side: int, batch: int, axis: str) -> dict[str
     return makers | peers.candidates(shape, ON_GPU, PRODUCT, RATE, COLORS, batch_of(side, batch))
 
 
+def shape_of(text: str, choices: dict[str, Any]) -> ModelConfig | None:
+    """The model of a row of the model table, or of LAYERSxWIDTHxHEADS; None for other text."""
+    if text in MODELS:
+        return ModelConfig(text, **choices)
+    if found := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text):
+        layers, embed, heads = map(int, found.groups())
+        return ModelConfig("igpt_tiny", layers=layers, embed=embed, heads=heads, **choices)
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="6x256x8", help="a size of the model table, or layers x width x heads")
@@ -141,13 +152,8 @@ def main() -> int:
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
     choices = {"attention": arguments.attention, "remat": arguments.remat, "unroll": arguments.unroll}
-    if arguments.model in MODELS:
-        shape = ModelConfig(arguments.model, **choices)
-    elif not re.fullmatch(r"\d+x\d+x\d+", arguments.model):
+    if not (shape := shape_of(arguments.model, choices)):
         parser.error("--model is a row of the model table or LAYERSxWIDTHxHEADS")
-    else:
-        layers, embed, heads = map(int, arguments.model.split("x"))
-        shape = ModelConfig("igpt_tiny", layers=layers, embed=embed, heads=heads, **choices)
     T = arguments.side**2
     flops = arguments.batch * train_flops_per_image(shape.layers, shape.embed, shape.mlp, COLORS, T)
 

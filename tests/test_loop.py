@@ -2,6 +2,8 @@
 
 import errno
 import json
+import pathlib
+import shutil
 
 import pytest
 from etils import epath
@@ -118,3 +120,15 @@ def test_precision_follows_the_platform():
     assert {job: config.parse(job, config.base_config(job)).precision for job in (
         "pretrain", "finetune", "probe", "evaluate", "sample")} == {
         "pretrain": "auto", "finetune": "auto", "probe": "float32", "evaluate": "float32", "sample": "float32"}
+
+
+def test_verify_skips_what_the_run_removes_meanwhile(store, tmp_path, monkeypatch, capsys):
+    """Seen to fail with the removed step called damaged."""
+    def removed(folder, step, mesh):
+        shutil.rmtree(pathlib.Path(folder) / str(step))
+        return {"problem": "a file is missing"}
+
+    assert code_of_a_run(store, tmp_path / "run", 1) == 0
+    monkeypatch.setattr(verify.checkpoint, "verify", removed)
+    found = verify.run(config.VerifyConfig(path=str(tmp_path / "run")), str(tmp_path))
+    assert found["checked"] == 0 and "has removed it in the meantime" in capsys.readouterr().err
