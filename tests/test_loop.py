@@ -11,7 +11,7 @@ from etils import epath
 from igpt_jax import checkpoint, config
 from igpt_jax.checkpoint import verification
 from igpt_jax.data.store import reader
-from igpt_jax.jobs import verify
+from igpt_jax.jobs import evaluate, verify
 from igpt_jax.parallel import checksums
 from igpt_jax.runtime.job import run_job
 from igpt_jax.training import loop
@@ -61,21 +61,29 @@ def test_storage_out_of_reach_restarts_the_job(tmp_path, error, code, capsys):
 
     assert run_job(fails, config.parse("verify", config.base_config("verify")), str(tmp_path)) == code
     said = capsys.readouterr().err
-    assert code == 1 or len(said.splitlines()) == 1 and ("out of reach" in said or "too many examples" in said)
+    assert ("out of reach" in said or "too many examples" in said) == (code != 1)
+    assert code == 1 or len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("where", ["store", "checkpoint", "manifest"])
+@pytest.mark.parametrize("where", ["store", "checkpoint", "manifest", "evaluate"])
 def test_files_out_of_reach_are_not_damaged(store, tmp_path, monkeypatch, where, capsys):
     """Seen to fail with the advice to prepare the store again, and with the checkpoint called damaged."""
     def fails(*_, **__):
         stale = OSError(errno.ESTALE, "Stale file handle")
-        raise stale if where == "manifest" else ValueError("UNAVAILABLE: no answer")
+        raise stale if where in ("manifest", "evaluate") else ValueError("UNAVAILABLE: no answer")
 
     if where == "checkpoint":
         assert code_of_a_run(store, tmp_path / "run", 1) == 0
         monkeypatch.setattr(verification.ocp, "checkpointables_metadata", fails)
         given = config.VerifyConfig(path=str(tmp_path / "run"))
         assert run_job(verify.run, given, str(tmp_path / "verify")) == 76
+    elif where == "evaluate":
+        assert code_of_a_run(store, tmp_path / "run", 1) == 0
+        kind = type(epath.Path("/"))
+        monkeypatch.setattr(kind, "read_bytes", lambda path, read=kind.read_bytes: (
+            fails() if "CHECKPOINT" in path.name else read(path)))
+        given = config.EvaluateConfig(checkpoints=str(tmp_path / "run"))
+        assert run_job(evaluate.run, given, str(tmp_path / "evaluate")) == 76
     else:
         target = (reader.tensorstore, "open") if where == "store" else (epath.Path("/"), "read_bytes")
         monkeypatch.setattr(target[0] if where == "store" else type(target[0]), target[1], fails)

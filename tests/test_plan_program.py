@@ -1,5 +1,6 @@
 """Traffic of a compiled program, read from a text small enough to add up by hand."""
 
+from igpt_jax.planner import program
 from igpt_jax.planner.program import traffic
 
 # A loop of 5 layers. Each reads one of 5 stacked weights f32[8,4] by a slice (128 bytes), gathers it over fsdp, and
@@ -117,6 +118,9 @@ def test_groups_in_every_spelling():
                    "mesh['axis_0'=4], device_ids=([2,2]T(1,0)) {'axis_0':(2)2}"):
         assert read(groups).collective_bytes == over_data, groups
     assert read("mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}").collective_bytes["data+fsdp"] == 5 * 3 * 128
+    three = {"data": 2, "fsdp": 2, "tensor": 2}
+    for groups in ("mesh['axis_0'=8] {'axis_0':(1)2,'axis_0':(4)2}", "{{0,1,4,5},{2,3,6,7}}"):
+        assert program._group(f"replica_groups={groups}", three) == ("data+tensor", 4)
 
 
 # A gather that a SparseCore does: it is set up first, gets its operand in the update, and is waited for in the done.

@@ -131,6 +131,8 @@ def from_process_0(read: Callable[[], Any]) -> Any:
         except Damaged as damage:
             found = {"damaged": str(damage)}
         except UserError as error:
+            if storage.unreachable(error):
+                raise (error.__cause__ or error) from None  # this process ends, and the others with it
             found = {"refused": str(error)}
     found = of_process_0(found)
     if "value" not in found:

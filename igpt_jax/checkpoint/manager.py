@@ -49,7 +49,8 @@ class Checkpoints:
     def __init__(self, workdir: str, config: PretrainConfig):
         self._workdir, self._folder = workdir, storage.absolute(storage.path(workdir)) / "checkpoints"
         self._keep_newest, self._keep_steps = config.keep_newest, set(config.keep_steps)
-        self._scores: dict[int, float] = {}  # of the evaluated steps
+        self._scores: dict[int, float] = {}  # of the steps evaluated on this run's held-out split
+        self._evaluated: set[int] = set()  # on any split
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish checkpoint")
         self._saving: Future | None = None
         self._problem, self._retry_at, self._pause = "", 0.0, 1.0
@@ -62,7 +63,10 @@ class Checkpoints:
         for step in self.steps:
             with contextlib.suppress(Damaged, UserError):  # reported when the step is restored
                 stored = read_metadata(self._folder, step)
-                if stored.config.data.held_out == config.data.held_out:  # losses of other images do not compare
+                if math.isfinite(_score(stored.metrics)):
+                    self._evaluated.add(step)
+                # Losses of other images do not compare. A run that evaluates no more keeps its best step.
+                if config.data.held_out in ("", stored.config.data.held_out):
                     self.note(step, stored.metrics)
 
     @property
@@ -87,13 +91,13 @@ class Checkpoints:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation of the step gave finite metrics."""
-        return step in self._scores
+        return step in self._evaluated
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of an evaluation to the choice of the best step."""
-        score = metrics.get("eval/accuracy", -metrics.get("eval/nats_per_pixel", math.nan))
-        if math.isfinite(score):
+        if math.isfinite(score := _score(metrics)):
             self._scores[step] = score
+            self._evaluated.add(step)
 
     def save(self, state: dict[str, Any], metadata: Metadata, blocking: bool = False, supersedes: bool = True) -> None:
         """Starts to save. Returns once the arrays are copied, so that the next step may overwrite them.
@@ -265,3 +269,8 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.wait()
         self._thread.shutdown()
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    """Held-out accuracy, or minus the loss of a run without classes; NaN if it was not evaluated."""
+    return metrics.get("eval/accuracy", -metrics.get("eval/nats_per_pixel", math.nan))

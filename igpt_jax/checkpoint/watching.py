@@ -93,6 +93,8 @@ def on_all_processes(steps: Iterator[str | None]) -> Iterator[str]:
             except StopIteration:
                 pass
             except UserError as error:
+                if storage.unreachable(error):
+                    raise
                 found = {"error": str(error)}
         found = of_process_0(found)
         if "error" in found:

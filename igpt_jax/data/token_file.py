@@ -59,6 +59,8 @@ class TokenFile(Tokens):
             rows = (np.load(os.fspath(file), mmap_mode="r", allow_pickle=False) if local else
                     np.load(io.BytesIO(storage.read(file)), allow_pickle=False))
         except (ValueError, EOFError, OSError, zipfile.BadZipFile, tokenize.TokenError) as error:
+            if storage.unreachable(error):
+                raise
             raise UserError(f"tokens {path}: not a plain .npy array ({next(iter(str(error).splitlines()), 'empty')}). "
                             "Save it with numpy.save.") from None
         tokens = image_size**2 * codec.channels

@@ -40,7 +40,7 @@ from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import compiler_options, sharding
-from igpt_jax.runtime.exits import Ended
+from igpt_jax.runtime.exits import Ended, Failed
 from igpt_jax.storage import side_files, slices, tables
 from igpt_jax.storage.arrays import publish_arrays
 from igpt_jax.storage.hashes import json_digest
@@ -124,9 +124,15 @@ def _loaded(config: EvaluateConfig, step: str, mesh: Mesh) -> tuple[str, Model, 
     try:
         return identity, *checkpoint.load_model(step, mesh, config.precision, config.attention, config.parameters,
                                                 config.compiler_options)
+    except checkpoint.NoGoodCheckpoint:
+        raise
+    except UserError as error:  # on all processes
+        if checkpoint.of_process_0(checkpoint.is_checkpoint(step)):
+            raise
+        raise checkpoint.NoGoodCheckpoint(str(error)) from None
     except FileNotFoundError as error:
         if jax.process_count() > 1:  # perhaps on this process alone, which must not wait for the others
-            raise
+            raise Failed(str(error)) from None
         raise checkpoint.NoGoodCheckpoint(str(error)) from None
 
 
@@ -186,7 +192,8 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     if model.objective.bound:
         row["bound"] = "upper"
     trained = metadata.config.data
-    own = not config.tokens and config.data.store in ("", trained.store)
+    own = not config.tokens and (not config.data.store or bool(
+        {*storage.patterns(config.data.store)} & {*storage.patterns(trained.store)}))
     if own and (both := common_splits(config.data.split, trained.split)):
         say(f"{step} was trained on {both}: its figures are of images that it has seen")
         row["trained_on"] = both

@@ -69,4 +69,6 @@ def _verify_store(path: str) -> dict[str, Any]:
         store.verify(opened.path, opened.manifest)
         return {"problem": None, "bytes": sum(size for size, _ in opened.manifest["files"].values())}
     except UserError as error:
+        if storage.unreachable(error):
+            raise
         return {"problem": str(error), "bytes": 0}

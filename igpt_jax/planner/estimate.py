@@ -84,7 +84,7 @@ def estimate(config: PlanConfig) -> Estimate:
 
     # Collectives: weights are gathered forward and backward, and gradients scattered. Tensor parallelism sums
     # activations twice per layer and pass, and context parallelism gathers keys and values.
-    reduced = HALF if mesh.reduce_dtype == "bfloat16" else WHOLE
+    reduced = HALF if mesh.reduce_dtype == config.precision == "bfloat16" else WHOLE
     summed = reduced * (blocks / mesh.tensor + d.V * D) + WHOLE * (d.V + d.positions) * D  # embeddings are never cast
     sent = {
         "data": 2 * microbatches * summed / shards * (mesh.data - 1) / mesh.data,

@@ -180,14 +180,17 @@ def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
         groups = devices.reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
     elif named := re.search(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? *\{([^}]*)\}",
                             attributes):
-        used = {name: (int(before or 1), int(part or 0)) for name, before, part in
-                re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])}
-        dims: list[int] = []  # each axis as its part before the used one, the used one, and the rest
+        used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])
+        dims: list[int] = []  # of the devices, each axis cut at its used parts
+        within: list[int] = []
         for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1]):
-            before, part = used.get(name, (int(size), 1))
-            part = part or int(size)
-            dims += [before, part, int(size) // (before * part)]
-        within = range(1, len(dims), 3)
+            done = 1
+            for before, part in sorted((int(before or 1), int(part or size)) for used_name, before, part in used
+                                       if used_name == name):
+                dims += [before // done, part]
+                within.append(len(dims) - 1)
+                done = before * part
+            dims.append(int(size) // done)
         between = [index for index in range(len(dims)) if index not in within]
         whole = _ordered(devices, named[2]).reshape(dims).transpose(*between, *within)
         groups = whole.reshape(-1, math.prod(dims[index] for index in within))

@@ -31,6 +31,7 @@ PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
 # What a person opens first of what a job left: the first of these that exists.
 OPENED_FIRST = ("report.html", "figures/completions.png", "figures/samples.png", "figures/accuracy_by_layer.png",
                 "figures/loss.png", "figures/before_after.png", "plan.txt", "result.json")
+DENIED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")  # of a bucket
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -156,7 +157,7 @@ def _failure(error: Exception) -> tuple[int, str]:
     if isinstance(error, startup.Refused):
         return INPUT, ""
     if isinstance(error, UserError):
-        return STUCK if error.__cause__ and storage.unreachable(error.__cause__) else INPUT, str(error)
+        return STUCK if storage.unreachable(error) and not DENIED.search(str(error)) else INPUT, str(error)
     if isinstance(error, startup.PeerMissing):
         return PEER, str(error)
     if isinstance(error, Preempted):
@@ -169,7 +170,7 @@ def _failure(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return INPUT, f"out of memory: {str(error) or 'too many examples at once'}. Ask for fewer."
     if not isinstance(error, jax.errors.JaxRuntimeError) and storage.unreachable(error):
-        code = INPUT if re.search("PERMISSION_DENIED|UNAUTHENTICATED", str(error)) else STUCK
+        code = INPUT if DENIED.search(str(error)) else STUCK
         return code, f"the storage is out of reach: {str(error).splitlines()[0].rstrip('.')}. The same command resumes."
     if isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
         return INPUT, missing
@@ -191,7 +192,7 @@ def _workdir_for(config: Any, workdir: str, command: str) -> Iterator[storage.Pa
     folder = storage.path(workdir)
     with contextlib.ExitStack() as stack:
         # The other processes learn of an error on process 0 by `follow`. Raised before it, they would wait for ever.
-        refusal = ""
+        refusal, cause = "", None
         if jax.process_index() == 0:
             try:
                 storage.absolute(folder)  # raises UserError for a path that cannot hold checkpoints or stores
@@ -199,10 +200,13 @@ def _workdir_for(config: Any, workdir: str, command: str) -> Iterator[storage.Pa
                 stack.enter_context(_config_and_result(folder, config, command))
                 storage.sweep(folder)
             except UserError as error:
-                refusal = str(error)
+                refusal, cause = str(error), error.__cause__
             except (OSError, ImportError) as error:  # ImportError: the bucket's client is not installed
-                refusal = f"workdir {workdir} cannot be written: {error}. Give another --workdir."
-        startup.follow(refusal)
+                refusal, cause = f"workdir {workdir} cannot be written: {error}. Give another --workdir.", error
+        try:
+            startup.follow(refusal)
+        except UserError as error:
+            raise error from cause
         yield folder
 
 

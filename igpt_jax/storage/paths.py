@@ -222,4 +222,6 @@ def encoded(text: str) -> bytes:
 
 def unreachable(error: Exception) -> bool:
     """Whether a bucket or a shared disk did not answer, or refused the credentials: its files may be whole."""
-    return getattr(error, "errno", None) in UNREACHABLE or bool(NO_ANSWER.search(str(error)))
+    cause = error.__cause__  # of a UserError
+    return (getattr(error, "errno", None) in UNREACHABLE or bool(NO_ANSWER.search(str(error)))
+            or isinstance(cause, Exception) and unreachable(cause))

@@ -10,6 +10,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
+from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source, files_of, slice_of
@@ -106,6 +107,8 @@ def _archive_errors(file: epath.Path) -> Iterator[None]:
         yield
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, ImportError,
             MemoryError) as error:
+        if storage.unreachable(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file} is not a readable .npz archive ({reason}). Save it with numpy.savez.") from None
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.data import images
 from igpt_jax.data.sources import contents
@@ -112,6 +113,8 @@ class Tar(Source):
                         raise tarfile.ReadError(f"damaged header at byte {archive.offset:,}")
                     end = stream.seek(0, 2)
             except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+                if storage.unreachable(error):
+                    raise
                 raise UserError(f"{file} is not a readable, uncompressed tar file ({error}). Restore it from a copy, "
                                 "or unpack a .tar.gz with gunzip.") from None
         samples = [self._whole(sample, end) for sample in found.values()]
