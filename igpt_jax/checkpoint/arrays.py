@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import orbax_s3
-from igpt_jax.checkpoint.metadata import Metadata
+from igpt_jax.checkpoint.metadata import Metadata, read_metadata
 from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.config import PretrainConfig, UserError
 from igpt_jax.parallel import checksums
@@ -138,6 +138,14 @@ def from_process_0(read: Callable[[], Any]) -> Any:
     if "value" not in found:
         raise Damaged(found["damaged"]) if "damaged" in found else UserError(found["refused"])
     return found["value"]
+
+
+def metadata_for_all(folder: Any, step: int) -> Metadata:
+    """A step's metadata as process 0 reads it: a shared disk may not show the step to the others yet.
+
+    Raises Damaged or UserError on all processes.
+    """
+    return Metadata.from_json(from_process_0(lambda: read_metadata(folder, step).to_json()))
 
 
 def of_process_0(value: Any) -> Any:

@@ -18,8 +18,8 @@ from igpt_jax.checkpoint import step_folders
 from igpt_jax.checkpoint.arrays import (
     AbstractOf,
     barrier,
-    from_process_0,
     load_state,
+    metadata_for_all,
     of_process_0,
     save_context,
     split_state,
@@ -198,7 +198,7 @@ class Checkpoints:
         """Raises the UserError of `restore` where another run wrote the newest good step; reads no arrays."""
         for step in reversed(of_process_0(self.steps)):
             with contextlib.suppress(Damaged):  # `restore` reports it
-                self._metadata_of(step).check_resumable(metadata, self._workdir)
+                metadata_for_all(self._folder, step).check_resumable(metadata, self._workdir)
                 return
 
     def restore(self, abstract_of: AbstractOf, metadata: Metadata, at: int | None = None
@@ -221,7 +221,7 @@ class Checkpoints:
         for step in reversed(steps):
             # Damage is raised on all processes or on none, so all of them try the same older step next.
             with self._quarantined_if_damaged(step):
-                stored = self._metadata_of(step)
+                stored = metadata_for_all(self._folder, step)
                 changes = stored.check_resumable(metadata, self._workdir)
                 if stored.versions and stored.versions != metadata.versions:
                     log.warning("The checkpoint was written with other versions. The run resumes, but results may "
@@ -235,13 +235,6 @@ class Checkpoints:
             raise UserError(f"all checkpoints of {self._workdir} are damaged: see {quarantine}. Copy a good one to "
                             f"{self._folder}, or remove {quarantine} to train from the start.")
         return None
-
-    def _metadata_of(self, step: int) -> Metadata:
-        """The metadata of a step, as process 0 reads it: a shared disk may not show the step to the others yet.
-
-        Raises Damaged or UserError on all processes.
-        """
-        return Metadata.from_json(from_process_0(lambda: read_metadata(self._folder, step).to_json()))
 
     @contextlib.contextmanager
     def _quarantined_if_damaged(self, step: int) -> Iterator[None]:

@@ -21,6 +21,7 @@ from igpt_jax.checkpoint.arrays import (
     from_process_0,
     load_arrays,
     load_state,
+    metadata_for_all,
     partial_load_context,
 )
 from igpt_jax.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_parameters
@@ -127,7 +128,7 @@ def load_model(checkpoint: str, mesh: Mesh, precision: str, attention: str = "au
       UserError: there is no checkpoint, it is damaged, its weights are not finite, or it holds no moving average.
     """
     def load(folder: str, step: int) -> tuple[Model, dict[str, Any], Metadata]:
-        metadata = _metadata_for_all(folder, step)
+        metadata = metadata_for_all(folder, step)
         require_parameters(metadata, parameters, checkpoint)
 
         def model_for(precision: str) -> Model:
@@ -170,7 +171,7 @@ def branch(checkpoint: str, abstract_of: AbstractOf, metadata: Metadata) -> tupl
       UserError: there is no good checkpoint; or the runs differ in more than their schedules after that step.
     """
     def load(folder: str, step: int) -> tuple[dict[str, Any], Metadata]:
-        stored, ours = _metadata_for_all(folder, step), metadata.config
+        stored, ours = metadata_for_all(folder, step), metadata.config
         if stored.config.job != ours.job:
             raise UserError(f"branch_from={checkpoint} is a checkpoint of the job {stored.config.job}, not {ours.job}. "
                             f"Branch from one of {ours.job}; to fine-tune, set checkpoint.")
@@ -180,11 +181,6 @@ def branch(checkpoint: str, abstract_of: AbstractOf, metadata: Metadata) -> tupl
                 dataclasses.replace(stored, changes=(*stored.changes, *changes)))
 
     return _newest_good(checkpoint, load, for_all=True)
-
-
-def _metadata_for_all(folder: str, step: int) -> Metadata:
-    """A step's metadata as process 0 reads it: a shared disk may show each process other files."""
-    return Metadata.from_json(from_process_0(lambda: read_metadata(folder, step).to_json()))
 
 
 def _newest_good(checkpoint: str, read: Callable[[str, int], T], for_all: bool = False) -> T:

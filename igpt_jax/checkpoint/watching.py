@@ -6,10 +6,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from igpt_jax import storage
-from igpt_jax.checkpoint.arrays import of_process_0
+from igpt_jax.checkpoint.arrays import from_process_0
 from igpt_jax.checkpoint.reading import is_checkpoint, locate, steps_of
 from igpt_jax.config import UserError
 from igpt_jax.storage import side_files
@@ -81,28 +79,10 @@ def in_slice(step: str, i: int, n: int) -> bool:
 
 def on_all_processes(steps: Iterator[str | None]) -> Iterator[str]:
     """Yields the steps of process 0's `steps` on all processes; a shared disk may show the others older files."""
-    if jax.process_count() == 1:
-        yield from filter(None, steps)
-        return
-    while True:
-        # Each None is sent too, since a collective fails if it waits for long.
-        found: dict[str, str | None] = {}
-        if jax.process_index() == 0:
-            try:
-                found = {"step": next(steps)}
-            except StopIteration:
-                pass
-            except UserError as error:
-                if storage.unreachable(error):
-                    raise
-                found = {"error": str(error)}
-        found = of_process_0(found)
-        if "error" in found:
-            raise UserError(found["error"])
-        if not found:
-            return
-        if found["step"]:
-            yield found["step"]
+    # Each None is sent too, since a collective fails if it waits for long.
+    while (step := from_process_0(lambda: next(steps, ""))) != "":
+        if step:
+            yield step
 
 
 def run_of(step: str) -> storage.Path:

@@ -47,26 +47,36 @@ class Labeled:
                         [self.labels_E[0][rows], *self.labels_E[1:]])
 
 
-def open_store(path: str) -> Store:
-    """The store to probe. Raises UserError where it is missing, or is not one pixel store."""
+def _opened(path: str, config: ProbingConfig, image_size: int = 0) -> tuple[Store, list[Split]]:
+    """The store to probe and its splits (train, held-out, test). image_size=0: images of any size.
+
+    Raises UserError where it is missing, not one pixel store or of another image size, where a split is missing, or
+    fitted and measured on, and where `limit` cuts off classes.
+    """
     if len(storage.patterns(path)) > 1 or path.startswith("tfds:"):
         raise UserError(f"probes read one pixel store, not {path}. Name a labeled one in data.store; in evaluate and "
                         "scaling, in probing.data.store.")
-    return Store.open(path)
+    store, data = Store.open(path), config.data
+    if store.image_size != (image_size or store.image_size):
+        raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
+                        f"{image_size}. Prepare a store with image_size={image_size}.")
+    for name, value in (("test", data.test), ("held_out", data.held_out)):
+        if both := common_splits(data.train, value):
+            raise UserError(f"data.{name}={value}: {both} is also fitted on (data.train={data.train}). Name another "
+                            "split.")
+    splits = [store.split(name) for name in data.splits]
+    train, limit = splits[0], config.limit
+    if 0 < limit < train.count and (held := len(np.unique(train.labels(np.arange(limit))))) < store.classes:
+        raise UserError(f"limit={limit}: the first {limit:,} examples of split {train.name!r} have {held} of "
+                        f"{store.classes} classes. Raise limit, or leave it out.")
+    return store, splits
 
 
 def check_store(path: str, config: ProbingConfig, image_size: int = 0) -> list[str]:
-    """The fingerprints of the splits to probe.
-
-    Raises UserError where the store or a split is missing or has no labels, or `limit` cuts off classes. image_size=0:
-    images of any size.
-    """
-    store = open_store(path)
-    _check_size(store, image_size or store.image_size)
-    splits = _splits(store, config.data)
+    """The fingerprints of the splits to probe. Raises UserError where they could not be; 0: images of any size."""
+    _, splits = _opened(path, config, image_size)
     for split in splits:
         split.labels(np.arange(1))
-    _check_limit(store, splits[0], config.limit)
     return [split.fingerprint for split in splits]
 
 
@@ -74,28 +84,6 @@ def say_if_optimistic(data: ProbeDataConfig) -> None:
     """Says so where the images that accuracies are measured on also select."""
     if (both := common_splits(data.test, data.held_out)) and jax.process_index() == 0:
         say(f"accuracies are optimistic: the images of {both!r} also choose the layer and the penalty")
-
-
-def _splits(store: Store, data: ProbeDataConfig) -> list[Split]:
-    """The splits to probe. Raises UserError where one is missing, or fitted and measured on."""
-    for name, value in (("test", data.test), ("held_out", data.held_out)):
-        if both := common_splits(data.train, value):
-            raise UserError(f"data.{name}={value}: {both} is also fitted on (data.train={data.train}). Name another "
-                            "split.")
-    return [store.split(name) for name in data.splits]
-
-
-def _check_limit(store: Store, train: Split, limit: int) -> None:
-    """Raises UserError where the first `limit` training examples lack classes of the store."""
-    if 0 < limit < train.count and (held := len(np.unique(train.labels(np.arange(limit))))) < store.classes:
-        raise UserError(f"limit={limit}: the first {limit:,} examples of split {train.name!r} have {held} of "
-                        f"{store.classes} classes. Raise limit, or leave it out.")
-
-
-def _check_size(store: Store, image_size: int) -> None:
-    if store.image_size != image_size:
-        raise UserError(f"the store {store.path} holds images of {store.image_size} pixels, the model takes "
-                        f"{image_size}. Prepare a store with image_size={image_size}.")
 
 
 class Prober:
@@ -114,10 +102,7 @@ class Prober:
 
     def __init__(self, config: ProbingConfig, record: Metadata, labels_per_class: int = 1):
         self.config, data = config, config.data
-        store = open_store(store_of(record, data.store))
-        _check_size(store, record.image_size)
-        self.splits = _splits(store, data)
-        _check_limit(store, self.splits[0], config.limit)
+        store, self.splits = _opened(store_of(record, data.store), config, record.image_size)
         for split in self.splits:
             split.count = min(split.count, config.limit or split.count)
         self.labels = [split.labels(np.arange(split.count)) for split in self.splits]

@@ -216,12 +216,11 @@ def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     if any((path / name).exists() for name in (store.MANIFEST, store.SLICE, store.PROGRESS)):
         raise UserError(f"{path} holds a pixel store, which keeps its palette. Give the new palette another --workdir.")
     opened = store.Store.open(config.source.removeprefix("store:"))
-    split, (chosen, count) = opened.split("train"), _palette_for(config.palette, config.source)
-    if chosen is None:
-        chosen = palette.fit(color_sample.sample_pixels(split, config.seed), count, config.seed)
+    split = opened.split("train")
+    chosen = _imported_or_fit(split, *_palette_for(config.palette, config.source), config.seed)
     if (path / store.PALETTE).exists() and not np.array_equal(palette.load(str(path / store.PALETTE)), chosen):
         raise UserError(f"{path} holds another palette. Give the new one another --workdir.")
-    _choose(split, chosen, count, config.seed, path)  # its report and figures
+    _report(split, chosen, config.seed, path)
     palette.save(path / store.PALETTE, chosen)
     say(f"the palette is ready: --config.palette={path / store.PALETTE}")
     return _metrics(opened.manifest, seconds=None)
@@ -268,17 +267,26 @@ def _palette_for(text: str, source: str) -> tuple[np.ndarray | None, int]:
 
 
 def _choose(split: Split, imported: np.ndarray | None, count: int, seed: int, path: epath.Path) -> np.ndarray:
-    """The palette [V, 3], imported or fit to a split. Writes palette.json and figures, which show its quality."""
-    palette_VC = imported
-    if palette_VC is None:
-        say(f"fitting a palette of {count} colors")
-        palette_VC = palette.fit(color_sample.sample_pixels(split, seed), count, seed)
+    """The palette [V, 3] of a split, with its report."""
+    palette_VC = _imported_or_fit(split, imported, count, seed)
+    _report(split, palette_VC, seed, path)
+    return palette_VC
+
+
+def _imported_or_fit(split: Split, imported: np.ndarray | None, count: int, seed: int) -> np.ndarray:
+    if imported is not None:
+        return imported
+    say(f"fitting a palette of {count} colors")
+    return palette.fit(color_sample.sample_pixels(split, seed), count, seed)
+
+
+def _report(split: Split, palette_VC: np.ndarray, seed: int, path: epath.Path) -> None:
+    """Writes palette.json and figures, which show a palette's quality on a split."""
     report = color_sample.report(split, palette_VC, seed)
     storage.publish(path / "palette.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
     quality = "exact" if report.psnr_db is None else f"{report.psnr_db:.2f} dB PSNR"
     say(f"palette: {report.used} of {report.colours} colors used, {quality} on {report.images:,} images")
     _draw(path / "figures", palette_VC, split.read(color_sample.sample_ids(split, seed, SHOWN)))
-    return palette_VC
 
 
 def _draw(folder: epath.Path, palette_VC: np.ndarray, images_BYXC: np.ndarray) -> None:

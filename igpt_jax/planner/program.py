@@ -174,10 +174,8 @@ def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
     groups = devices[None]
     if listed := re.search(r"replica_groups=\{(\{[\d,{} ]+\})\}", attributes):
         groups = [list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])][:1]
-    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        dims = list(map(int, iota[3].split(",")))
-        order = list(map(int, iota[4].split(","))) if iota[4] else range(len(dims))
-        groups = devices.reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
+    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        groups = _ordered(devices, iota[3]).reshape(int(iota[1]), int(iota[2]))
     elif named := re.search(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? *\{([^}]*)\}",
                             attributes):
         used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])
@@ -199,7 +197,7 @@ def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
 
 
 def _ordered(devices: np.ndarray, text: str | None) -> np.ndarray:
-    """The devices in the order of `device_ids`: a shape and its transposition, as in [32,8]T(1,0), or a list."""
+    """The devices in the order of a text: a shape and its transposition, as in [32,8]T(1,0), or a list; None: as is."""
     if not text:
         return devices
     if found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
