@@ -283,6 +283,7 @@ BAD = {
     "no store, while it waits": (["--config.checkpoints={folder}/nothing", "--config.watch=True",
                                  "--config.data.store={folder}/missing"], "missing"),
     "no store to probe": (["--config.checkpoints={folder}/run", "--config.probe=True",
+                           "--config.probing.data.test=held_out",  # has a note, which must not stand before an error
                            "--config.probing.data.store={folder}/missing"], "missing"),
     "no slice": (["--config.shard=2/2"], "slices are 0/n to n-1/n"),
     "no such features": (["--config.checkpoints={folder}/run", "--config.completions=1",

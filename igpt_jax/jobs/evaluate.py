@@ -69,17 +69,17 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         rows = _joined(folder)
         _publish(folder, rows)
         return _metrics(rows)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch_size, mesh)
+    _check_stores(config)
+    options = {"compiler_options": compiler_options.resolve(mesh, config.compiler_options)}
+    scorer = CompletionScorer(config, mesh, config.batch_size) if config.completions else None
     if not config.probe and config.probing != ProbingConfig():
         say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
     if config.probe:
         probing.say_if_optimistic(config.probing.data)
     if config.without_effect:
         say("igpt_jax evaluate: completion_* has no effect without --config.completions=K.")
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch_size, mesh)
-    _check_stores(config)
-    options = {"compiler_options": compiler_options.resolve(mesh, config.compiler_options)}
-    scorer = CompletionScorer(config, mesh, config.batch_size) if config.completions else None
     asked = _asked(config)
     known = tables.load(folder, NAME)
     rows = [row for row in known if row.get("asked") == asked]

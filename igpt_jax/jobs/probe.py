@@ -38,7 +38,6 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
       UserError: the checkpoint is missing or has another objective; or the data does not fit it, or has no labels or
         too few per class.
     """
-    say_if_optimistic(config.data)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention,
@@ -46,6 +45,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     checkpoint.require_objective(metadata, config.objective, config.checkpoint)
     prober = Prober(config, metadata, max(config.labels_per_class, default=1))
     layers = prober.layers_of(model)
+    say_if_optimistic(config.data)
 
     features_EPD = prober.features(model, params, mesh, config.batch_size, "features")
     by_layer, best, best_probe = prober.by_layer(features_EPD, layers, "layer")

@@ -135,6 +135,10 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
     for each in mine:
         _check(each, data, mesh)
         _check_folder(each, folder / each.name)
+    if config.probe:
+        probing.say_if_optimistic(config.probing.data)
+    if config.without_effect:
+        say("igpt_jax scaling: completion_* has no effect without --config.completions=K.")
     for number, each in enumerate(mine, 1):
         say(f"run {number} of {len(mine)}: {each.name}, {each.parameters['all']:,} parameters, {each.tokens:,} tokens, "
             f"{each.config.steps:,} steps of {each.config.batch_size} images, {each.budget:.3g} FLOPs")
@@ -150,15 +154,12 @@ def _check_probes(config: ScalingConfig, runs: Sequence[Planned], data: _Data) -
         if not all(0 <= layer <= each.config.model.layers for layer in config.probing.layers):
             raise UserError(f"probing.layers={config.probing.layers}: {each.name} has layers 0 (the embedding) to "
                             f"{each.config.model.layers}. Leave it empty to probe all.")
-    probing.say_if_optimistic(config.probing.data)
     store = config.probing.data.store or config.pretrain.data.store
     return probing.check_store(store, config.probing, data.image_size)
 
 
 def _scorer(config: ScalingConfig, mesh: Mesh) -> CompletionScorer | None:
     """Scores the runs' completions; None without `completions`. Raises UserError if the runs cannot draw."""
-    if config.without_effect:
-        say("igpt_jax scaling: completion_* has no effect without --config.completions=K.")
     if not config.completions:
         return None
     if not objective_of(config.pretrain).causal:
