@@ -1,14 +1,14 @@
 """Compares training settings by real runs, one after the other; the same command resumes where it stopped.
 
     python benchmarks/training_settings.py STUDY --store=runs/cifar16 --workdir=runs/settings [--steps=3000] [--runs=N]
-        [--precision=bfloat16] [--table]
+        [--precision=bfloat16] [--only=TEXT] [--table]
 
 schedules: cosine, WSD as branches of one constant trunk, and the trunk itself with averaged parameters; at two lengths.
 optimizers: Adam and Muon at several learning rates; steps in which Muon reaches the final loss of the best Adam.
 transfer: learning rates over widths and depths, standard and completep: does the best one stay?
 
 Each run is a `pretrain` in WORKDIR/STUDY/NAME. After each, WORKDIR/STUDY.json and WORKDIR/STUDY.md hold the table of
-all finished ones. --runs stops after so many runs, --table runs none.
+all finished ones. --runs stops after so many runs, --only takes just those whose name holds TEXT, --table runs none.
 """
 
 import argparse
@@ -130,10 +130,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10**6)
     parser.add_argument("--model", default="igpt_tiny")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--only", default="")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     make, verdict = STUDIES[arguments.study]
     planned, left = make(arguments.steps), 0 if arguments.table else arguments.runs
+    if not any(arguments.only in name for name in planned):
+        parser.error(f"--only={arguments.only!r} is in no run's name. They are: {', '.join(planned)}.")
     folder = arguments.workdir / arguments.study
     folder.mkdir(parents=True, exist_ok=True)
     common = {"data.store": arguments.store, "model.name": arguments.model, "batch_size": arguments.batch,
@@ -141,7 +144,8 @@ def main() -> None:
               "keep_newest": 1}
     for name, settings in planned.items():
         settings = {key: str(value).format(study=folder) for key, value in (common | settings).items()}
-        if left and not job_runs.finished(folder / name, job_runs.words("pretrain", folder / name, settings)):
+        wanted = left and arguments.only in name
+        if wanted and not job_runs.finished(folder / name, job_runs.words("pretrain", folder / name, settings)):
             left -= 1
             job_runs.run("pretrain", folder / name, settings)
             publish(arguments.study, arguments.workdir, planned, verdict)

@@ -274,16 +274,17 @@ def test_another_run_s_step_under_the_same_path_is_evaluated(folder, logs):
     assert measured == 1 and len(second) == 1 and second[0]["nats_per_pixel"] != first[0]["nats_per_pixel"]
 
 
+OPTIMISTIC = ("--config.probe=True", "--config.probing.data.test=held_out")  # has a note, not to stand before an error
 BAD = {
     "no checkpoints, while it waits": (["--config.watch=True"], "checkpoints is empty"),
-    "empty glob": (["--config.checkpoints={folder}/nothing*"], "matches nothing"),
+    "empty glob": (["--config.checkpoints={folder}/nothing*", *OPTIMISTIC], "matches nothing"),
+    "no such layer": (["--config.checkpoints={folder}/run", *OPTIMISTIC, "--config.probing.layers=(99,)"], "layers="),
     "nothing ever came": (["--config.checkpoints={folder}/nothing", "--config.watch=True", "--config.idle_seconds=0.1",
                            "--config.poll_seconds=0.1"], "names no finished checkpoint"),
     "being written": (["--config.checkpoints={folder}/unfinished/checkpoints/12"], "holds no checkpoint"),
     "no store, while it waits": (["--config.checkpoints={folder}/nothing", "--config.watch=True",
                                  "--config.data.store={folder}/missing"], "missing"),
-    "no store to probe": (["--config.checkpoints={folder}/run", "--config.probe=True",
-                           "--config.probing.data.test=held_out",  # has a note, which must not stand before an error
+    "no store to probe": (["--config.checkpoints={folder}/run", *OPTIMISTIC,
                            "--config.probing.data.store={folder}/missing"], "missing"),
     "no slice": (["--config.shard=2/2"], "slices are 0/n to n-1/n"),
     "no such features": (["--config.checkpoints={folder}/run", "--config.completions=1",

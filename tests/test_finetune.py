@@ -104,6 +104,7 @@ def test_other_ways_to_fine_tune(folder, name, more):
     by_step = {row["steps"]: row["accuracy"] for row in json.loads(rows.read_text())}
     best = metrics["best_step"] or metrics["steps"]
     assert metrics["test_accuracy"] == pytest.approx(by_step[best]) and len(by_step) > 1
+    assert bool(metrics["best_step"]) == (name != "all")  # which evaluates on nothing
 
 
 @pytest.mark.parametrize("objective", [pytest.param("denoising", marks=pytest.mark.slow), "diffusion"])

@@ -13,6 +13,7 @@ import jax
 import pytest
 from conftest import ROOT, SCRIPTS, patience, run_job_command
 
+from igpt_jax import storage
 from igpt_jax.config import UserError
 from igpt_jax.runtime import launchers, missing_peers, startup
 
@@ -158,8 +159,8 @@ def test_a_missing_coordinator_is_named(tmp_path):
 
 @pytest.mark.parametrize("error, says", [
     (AssertionError(), "JAX cannot use this machine's devices: no such platform. Unset JAX_PLATFORMS, which is 'cpu'"),
-    (RuntimeError("Unable to initialize backend 'tpu': INTERNAL: no\nlibtpu.so (set JAX_PLATFORMS='' to choose)"),
-     "devices: Unable to initialize backend 'tpu': INTERNAL: no libtpu.so. Unset JAX_PLATFORMS, which is 'cpu'"),
+    (RuntimeError("Unable to initialize backend 'tpu': ABORTED: no\nlibtpu.so (set JAX_PLATFORMS='' to choose)"),
+     "devices: Unable to initialize backend 'tpu': ABORTED: no libtpu.so. Unset JAX_PLATFORMS, which is 'cpu'"),
 ])
 def test_an_unavailable_platform_is_reported_with_its_fix(monkeypatch, error, says):
     """JAX raises AssertionError for JAX_PLATFORMS=cuda without its plugin. Seen to fail without it caught."""
@@ -170,6 +171,7 @@ def test_an_unavailable_platform_is_reported_with_its_fix(monkeypatch, error, sa
     with pytest.raises(UserError) as raised:
         startup.find_devices()
     assert says in str(raised.value) and "pip install -e '.[cuda]'" in str(raised.value)
+    assert not storage.unreachable(raised.value)  # which would restart the job
 
 
 @pytest.mark.parametrize("files, says", [

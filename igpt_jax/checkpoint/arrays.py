@@ -132,7 +132,7 @@ def from_process_0(read: Callable[[], Any]) -> Any:
             found = {"damaged": str(damage)}
         except UserError as error:
             if storage.unreachable(error):
-                raise (error.__cause__ or error) from None  # this process ends, and the others with it
+                raise error.__cause__ from None  # this process ends, and the others with it
             found = {"refused": str(error)}
     found = of_process_0(found)
     if "value" not in found:

@@ -60,14 +60,16 @@ class Checkpoints:
             step_folders.sweep(self._folder)
         barrier("leftovers of killed runs are removed")
         # A resumed run must still know which of the earlier steps is the best, or it would remove it.
-        for step in self.steps:
+        split = config.data.held_out
+        for step in reversed(self.steps):
             with contextlib.suppress(Damaged, UserError):  # reported when the step is restored
                 stored = read_metadata(self._folder, step)
                 if math.isfinite(_score(stored.metrics)):
                     self._evaluated.add(step)
-                # Losses of other images do not compare. A run that evaluates no more keeps its best step.
-                if config.data.held_out in ("", stored.config.data.held_out):
-                    self.note(step, stored.metrics)
+                    # Losses of other images do not compare. A run that evaluates no more keeps its newest split's best.
+                    split = split or stored.config.data.held_out
+                    if stored.config.data.held_out == split:
+                        self.note(step, stored.metrics)
 
     @property
     def steps(self) -> list[int]:
@@ -82,7 +84,7 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The best evaluated step: by held-out accuracy, or by loss without classes. None if no step was evaluated."""
-        return max(self._scores, key=self._scores.__getitem__, default=None)
+        return max(sorted(self._scores), key=self._scores.__getitem__, default=None)
 
     @property
     def best_saved_step(self) -> int | None:

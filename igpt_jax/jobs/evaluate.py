@@ -74,17 +74,11 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     _check_stores(config)
     options = {"compiler_options": compiler_options.resolve(mesh, config.compiler_options)}
     scorer = CompletionScorer(config, mesh, config.batch_size) if config.completions else None
-    if not config.probe and config.probing != ProbingConfig():
-        say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
-    if config.probe:
-        probing.say_if_optimistic(config.probing.data)
-    if config.without_effect:
-        say("igpt_jax evaluate: completion_* has no effect without --config.completions=K.")
     asked = _asked(config)
     known = tables.load(folder, NAME)
     rows = [row for row in known if row.get("asked") == asked]
     former = len(rows) < len(known)  # rows of other settings, whose checkpoints may be gone
-    damaged = []
+    damaged, measured = [], 0
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
             identity, *loaded = _loaded(config, step, mesh)
@@ -103,6 +97,9 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
             side_files.set_aside(folder / f"{NAME}.json", side_files.FORMER, "was measured with other settings")
         former = False
         _publish(folder, rows)
+        if not measured:  # only now is it sure that no error refuses the job
+            _say_notes(config)
+        measured += 1
         say(f"{step}: {_summary(row)}")
     if not former:
         _publish(folder, rows)
@@ -110,6 +107,16 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         raise Ended(f"damaged, not readable or not finite, and not in the table: {', '.join(damaged)}.",
                     _metrics(rows) | options)
     return _metrics(rows) | options
+
+
+def _say_notes(config: EvaluateConfig) -> None:
+    """What the user of these keys should know."""
+    if config.probe:
+        probing.say_if_optimistic(config.probing.data)
+    elif config.probing != ProbingConfig():
+        say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
+    if config.without_effect:
+        say("igpt_jax evaluate: completion_* has no effect without --config.completions=K.")
 
 
 def _loaded(config: EvaluateConfig, step: str, mesh: Mesh) -> tuple[str, Model, Any, checkpoint.Metadata]:

@@ -30,8 +30,6 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
     if both := common_splits(config.data.split, config.data.test):
         raise UserError(f"data.test={config.data.test}: {both} is also trained on (data.split={config.data.split}). "
                         "Test on another split, or on none with --config.data.test=")
-    if common_splits(config.data.held_out, config.data.test):
-        say(f"the accuracy is optimistic: the images of {config.data.held_out!r} also choose the best step")
     test = open_data(config.data, config.image_size).split(config.data.test) if config.data.test else None
     if test:
         test.labels(np.arange(1))  # raises UserError now, not after training, if the split has no labels
@@ -48,4 +46,6 @@ def run(config: FinetuneConfig, workdir: str) -> dict[str, Any]:
     except UserError as error:  # damage found after the training, whose files stay as they are
         raise Failed(str(error), metrics) from None
     say(f"step {step:,}: {accuracy:.2%} of {test.count:,} test images")
+    if common_splits(config.data.held_out, config.data.test):
+        say(f"the accuracy is optimistic: the images of {config.data.held_out!r} also choose the best step")
     return {**metrics, "test_accuracy": accuracy}

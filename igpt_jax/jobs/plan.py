@@ -44,8 +44,6 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     """
     check_second_moment(config.optimizer)
     target = _target(config)
-    if config.data != DataConfig():
-        say("igpt_jax plan: data.* has no effect: a plan reads no data.")
     speed = _speed(config, target)
     lines = []
     if config.search:
@@ -58,6 +56,8 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     if result.fits is False and config.step == "train":
         plan["what_would_fit"] = _remedy(result, speed)
         rows.append(("what would fit", plan["what_would_fit"], Evidence.COMPILER))
+    if config.data != DataConfig():
+        say("igpt_jax plan: data.* has no effect: a plan reads no data.")
     text = "\n".join([*lines, table(rows)])
     process.say(text)
     folder = storage.path(workdir)

@@ -268,6 +268,8 @@ def _palette_for(text: str, source: str) -> tuple[np.ndarray | None, int]:
 
 def _choose(split: Split, imported: np.ndarray | None, count: int, seed: int, path: epath.Path) -> np.ndarray:
     """The palette [V, 3] of a split, with its report."""
+    if imported is None:
+        say(f"fitting a palette of {count} colors")
     palette_VC = _imported_or_fit(split, imported, count, seed)
     _report(split, palette_VC, seed, path)
     return palette_VC
@@ -276,7 +278,6 @@ def _choose(split: Split, imported: np.ndarray | None, count: int, seed: int, pa
 def _imported_or_fit(split: Split, imported: np.ndarray | None, count: int, seed: int) -> np.ndarray:
     if imported is not None:
         return imported
-    say(f"fitting a palette of {count} colors")
     return palette.fit(color_sample.sample_pixels(split, seed), count, seed)
 
 

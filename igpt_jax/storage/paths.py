@@ -222,6 +222,6 @@ def encoded(text: str) -> bytes:
 
 def unreachable(error: Exception) -> bool:
     """Whether a bucket or a shared disk did not answer, or refused the credentials: its files may be whole."""
-    cause = error.__cause__  # of a UserError
-    return (getattr(error, "errno", None) in UNREACHABLE or bool(NO_ANSWER.search(str(error)))
-            or isinstance(cause, Exception) and unreachable(cause))
+    if isinstance(error, UserError):  # its own words may be a path's, or those of devices
+        return isinstance(error.__cause__, Exception) and unreachable(error.__cause__)
+    return getattr(error, "errno", None) in UNREACHABLE or bool(NO_ANSWER.search(str(error)))

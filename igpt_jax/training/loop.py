@@ -355,8 +355,9 @@ class Run:
 
     def summarize(self) -> dict[str, float]:
         """The metrics for result.json; draws the loss curve once more."""
-        figures = {"parameters": count_parameters(self.abstract["params"]), "steps": self.end,
-                   "best_step": checkpoint.of_process_0(self.checkpoints.best_saved_step),
+        evaluates = bool(self.config.data.held_out)  # if not, a best step is that of an earlier config
+        best = checkpoint.of_process_0(self.checkpoints.best_saved_step) if evaluates else None
+        figures = {"parameters": count_parameters(self.abstract["params"]), "steps": self.end, "best_step": best,
                    "compiler_options": self.model.compiler_options, **self.evaluated, **self.throughput.overall()}
         if jax.process_index() == 0:
             lines = self._lines()
