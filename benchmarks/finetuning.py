@@ -18,12 +18,12 @@ import sys
 
 import job_runs
 
+from igpt_jax.config.model import OF_CHECKPOINT
 from igpt_jax.data.store import Store
 from igpt_jax.evaluation.linear_probe import wilson
 from igpt_jax.metrics import figures
 from igpt_jax.metrics.charts import Chart, Series
 from igpt_jax.metrics.logging import load_metrics
-from igpt_jax.training import transfer
 
 RATES = ("3e-4", "1e-3", "3e-3")
 
@@ -40,7 +40,7 @@ def main() -> None:
     shape = pretrained["model"]
     loaded = {"checkpoint": given.checkpoint, "parameters": given.parameters}
     scratch = {"codec": pretrained.get("codec", "palette")}
-    scratch |= {f"model.{name}": shape[name] for name in transfer.SIZES if name in shape}
+    scratch |= {f"model.{name}": shape[name] for name in ("name", *OF_CHECKPOINT) if name in shape}
     ways = {
         "pretrained, L_GEN + L_CLF": loaded,
         "pretrained, L_CLF alone": {**loaded, "generative_weight": 0},

@@ -1,5 +1,6 @@
 """Several processes of one job, started by launch/local.sh, compute the same as one process."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -98,6 +99,22 @@ def one(tmp_path_factory):
         done = run_job_command(*command)
         assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_a_study_on_two_processes_stops_in_its_second_run_and_resumes(one):
+    """Seen to fail with JAX's preemption service still that of the first run."""
+    arguments = ["scaling", f"--workdir={one / 'study'}", f"--config.pretrain.data.store={one / 'store'}",
+                 "--config.sizes=('1x8','1x16')", "--config.batch_size=32", "--config.budgets=(2e9,)",
+                 "--config.fewest_steps=1", "--config.pretrain.log_every_steps=1", "--config.pretrain.mesh.fsdp=2"]
+    with local(2, arguments, devices=1) as job:
+        lines = itertools.dropwhile(lambda line: not line.startswith("[0] run 2 of 2"), job.stderr)
+        next(line for line in lines if line.startswith("[0] step 3/"))
+        os.kill(job.pid, signal.SIGTERM)
+        rest = job.stderr.read()
+    assert job.returncode == 75, rest
+    with local(2, arguments, devices=1) as job:
+        rest = job.stderr.read()
+    assert job.returncode == 0 and "resuming from step" in rest, rest
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -10,7 +10,7 @@ import pytest
 from conftest import run_all, run_job_command
 
 from igpt_jax import storage
-from igpt_jax.config import PretrainConfig, ScalingConfig, UserError
+from igpt_jax.config import ModelConfig, OptimizerConfig, PretrainConfig, ScalingConfig, UserError
 from igpt_jax.data import palette
 from igpt_jax.data.store import Store
 from igpt_jax.jobs import scaling
@@ -150,6 +150,7 @@ def test_the_probes_error_has_a_law_of_its_own():
     unprobed = [{**row, "probe_accuracy": None} for row in rows]
     assert not {"probe_law", "probe_not_fitted"} & analysis.analyze(unprobed, (), (), {}).keys()
     assert "do not determine" in analysis.analyze(rows[:3], (), (), {})["probe_not_fitted"]
+    assert "7 runs are too few" in analysis.Fit.of(rows[::3], "all").unidentified
 
 
 def config(**keys):
@@ -181,10 +182,23 @@ def test_runs_take_the_budget_by_the_exact_count():
     ({"sizes": ("0x64",)}, "'0x64' is not a size"),  # 0 would be the model table's
     ({"budgets": (1.2341e12, 1.2342e12)}, "two budgets have the run 1.23e12-2x32"),
     ({"pretrain": PretrainConfig(batch_size=64)}, "pretrain.batch_size has no effect: .* or set batch_size"),
+    ({"pretrain": PretrainConfig(model=ModelConfig(mlp=64))}, "pretrain.model.mlp has no effect"),
+    ({"pretrain": PretrainConfig(optimizer=OptimizerConfig(ema=0.9))}, "pretrain.optimizer.ema has no effect"),
+    ({"pretrain": PretrainConfig(optimizer=OptimizerConfig(warmup_steps=10**6))}, "exceeds the .* steps of 1e11-2x32"),
 ])
 def test_wrong_studies_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         study.planned(config(**keys), 16, 512)
+
+
+def test_added_budgets_and_sizes_leave_all_runs_in_their_slices():
+    """And the slices of a study are about equally long. Seen to fail with slices cut from the list of runs."""
+    few = study.planned(config(budgets=(1e13, 3e13), sizes=("2x32", "2x48", "4x64")), 16, 512)
+    more = study.planned(config(budgets=(1e12, 3e12, 1e13, 3e13), sizes=("2x32", "2x48", "4x64", "6x96")), 16, 512)
+    turns = {run.name: run.turn for run in more}
+    assert all(turns[run.name] == run.turn for run in few)
+    for count in (2, 4):
+        assert set(np.bincount([turn % count for turn in turns.values()])) == {16 // count}
 
 
 def test_defaults_of_runs_are_pretrains():
@@ -233,6 +247,8 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     assert [code for code, _ in run_all(*parts, command("many", "--config.shard=merge"))] == [0, 0, 0]
     for i in range(2):
         assert len(json.loads((folder / "many" / f"slice-{i}" / "scaling.json").read_text())) == 3
+    code, log = run_all(command("many", "--config.shard=merge", "--config.held_out_budgets=(1e9,)"))[0]
+    assert code == 2 and "are not those of the slices" in log
     merged = json.loads((folder / "many" / "scaling.json").read_text())
     assert merged == rows
     assert json.loads((folder / "many" / "result.json").read_text())["metrics"] == result

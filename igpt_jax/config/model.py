@@ -76,6 +76,10 @@ class ModelConfig(Keys):
                 f"model.embed={self.embed} is not a multiple of model.heads={self.heads}. Choose heads that divide it.")
 
 
+# What a checkpoint decides of the model that is fine-tuned.
+OF_CHECKPOINT = ("layers", "embed", "heads", "mlp", "init", "parametrization", "base_embed", "base_layers", "positions")
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuneModelConfig(ModelConfig):
     """Pretrain's keys of the model. A checkpoint has its own sizes, so they are given only to train from scratch."""
@@ -89,6 +93,6 @@ class FinetuneModelConfig(ModelConfig):
             super().__post_init__()
             require(-1 <= self.class_layer <= self.layers, f"model.class_layer={self.class_layer} must be from 0 "
                     f"(the embedding) to {self.layers}, or -1 for the last layer.")
-        elif given := [name for name in ("layers", "embed", "heads", "mlp") if getattr(self, name)]:
+        elif given := [name for name in OF_CHECKPOINT if getattr(self, name) != getattr(ModelConfig, name)]:
             raise UserError(f"model.{given[0]} is set without model.name. To train from scratch, set model.name to a "
-                            "row of the model table; a checkpoint has its own sizes.")
+                            f"row of the model table; a checkpoint has its own {given[0]}.")

@@ -18,7 +18,7 @@ class ScalingConfig(CompletionKeys):
                                  resume="free")
     batch_size: int = key(0, "images per step of every run; 0: grows with a run's tokens (docs/scaling-studies.md)",
                           resume="free", rule=at_least(0))
-    fewest_steps: int = key(300, "steps below which a run is shown but not fitted, since warm-up takes much of it",
+    fewest_steps: int = key(300, "steps below which a run is shown but not fitted: its descent is still steep",
                             resume="free", rule=at_least(1))
     predict: tuple[float, ...] = key((), "further budgets to predict, training FLOPs", resume="free",
                                      rule=each(positive))

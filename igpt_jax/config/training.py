@@ -288,6 +288,7 @@ class FinetuneConfig(PretrainConfig):
 
     def __post_init__(self):
         if not self.checkpoint:
+            require(self.parameters == "raw", f"parameters={self.parameters} has no effect without a checkpoint.")
             object.__setattr__(self, "codec", self.codec or "palette")
         super().__post_init__()
         require(self.class_weight > 0,

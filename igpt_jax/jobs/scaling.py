@@ -23,6 +23,7 @@ from igpt_jax import checkpoint, storage
 from igpt_jax.config import (
     PlanConfig,
     PretrainConfig,
+    ProbingConfig,
     ScalingConfig,
     UserError,
     key_attributes,
@@ -72,14 +73,22 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
     precision = precision_on(config.pretrain.precision, jax.devices()[0].platform)
     config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, precision=precision))
     data = _open(config.pretrain)
-    rows = (slices.joined(folder, config.job, NAME, STUDY)[1] if config.shard == "merge" else
-            tables.load(folder, NAME))
+    if config.shard == "merge":
+        given, rows = slices.joined(folder, config.job, NAME, STUDY)
+        if config.held_out_budgets != parse(config.job, given).held_out_budgets:
+            raise UserError(f"held_out_budgets={config.held_out_budgets} are not those of the slices. Give the same.")
+    else:
+        rows = tables.load(folder, NAME)
     if other := [row["run"] for row in rows if row.get("data") != data.fingerprint]:
         raise UserError(f"{folder}: {other[0]} has other images, held-out images or another palette than "
                         f"data.store={config.pretrain.data.store}. Name its store, or give another --workdir.")
+    if other := {row["precision"] for row in rows if row.get("precision", precision) != precision}:
+        raise UserError(f"{folder} has runs in {', '.join(sorted(other))} (now {precision}). Set "
+                        "--config.pretrain.precision, or give another --workdir.")
     if config.shard != "merge":
         rows = _trained(config, planned(config, data.image_size, data.vocabulary), data, folder)
     rows.sort(key=lambda row: (row["budget"], row["parameters_all"]))  # however they were shared, one fit
+    rows = [row | {"short": row["steps"] < config.fewest_steps} for row in rows]
     if jax.process_index() == 0:
         tables.publish(folder, NAME, rows)
     if config.slice[1] > 1:
@@ -127,7 +136,7 @@ def _open(config: PretrainConfig) -> _Data:
 def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder: storage.Path) -> list[Row]:
     """Trains and measures the runs of this slice. Returns their rows."""
     index, count = config.slice
-    mine, rows = runs[index::count], []
+    mine, rows = [run for run in runs if run.turn % count == index], []
     mesh = sharding.make_mesh(config.pretrain.mesh)
     # Everything is checked before any time is spent.
     probed = _check_probes(config, mine, data) if config.probe else []
@@ -137,6 +146,8 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
         _check_folder(each, folder / each.name)
     if config.probe:
         probing.say_if_optimistic(config.probing.data)
+    elif config.probing != ProbingConfig():
+        say("igpt_jax scaling: probing.* has no effect without --config.probe=True.")
     if config.without_effect:
         say("igpt_jax scaling: completion_* has no effect without --config.completions=K.")
     for number, each in enumerate(mine, 1):
@@ -199,7 +210,7 @@ def _check_folder(planned: Planned, folder: storage.Path) -> None:
 def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.Path, probed: list[str],
          scorer: CompletionScorer | None) -> Row:
     """Trains one run, unless it is done, and measures it. `probed` are the fingerprints of the splits to probe."""
-    result = side_files.look(folder / "result.json") or {}
+    result = checkpoint.from_process_0(lambda: side_files.look(folder / "result.json") or {})
     metrics, status = result.get("metrics", {}), result.get("status")
     if status not in ("done", "diverged"):
         try:
@@ -210,7 +221,7 @@ def _row(config: ScalingConfig, planned: Planned, data: _Data, folder: storage.P
     row = {"run": planned.name, "budget": planned.budget, "flops": planned.flops, "tokens": planned.tokens,
            **_columns(planned.parameters), "tokens_per_parameter": planned.tokens / planned.parameters["all"],
            "layers": planned.config.model.layers, "embed": planned.config.model.embed, "steps": planned.config.steps,
-           "batch_size": planned.config.batch_size, "short": planned.config.steps < config.fewest_steps,
+           "batch_size": planned.config.batch_size, "precision": planned.config.precision,
            "epochs": planned.config.steps * planned.config.batch_size / data.examples, "status": status,
            "nats_per_pixel": metrics.get("eval/nats_per_pixel"), "data": data.fingerprint}
     if status == "done":
@@ -250,7 +261,7 @@ def _scored(config: ScalingConfig, data: _Data, folder: storage.Path, scorer: Co
 def _kept(file: storage.Path, settings: Any, measure: Callable[[], Row]) -> Row:
     """The figures that a file keeps, if they are of the same settings; otherwise `measure`s them, and keeps them."""
     # Older versions measured in the precision of the runs, and had no such mark.
-    known, asked = side_files.load(file) or {}, json_digest(["float32", settings])
+    known, asked = checkpoint.from_process_0(lambda: side_files.load(file) or {}), json_digest(["float32", settings])
     if known.pop("asked", "") == asked:
         return known
     set_precision("float32")  # a run before may have left its own

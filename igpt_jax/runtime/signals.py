@@ -113,6 +113,9 @@ class StopSignal:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         self._left.set()
+        if self._asked:  # a later context, such as that of a study's next run, starts the service anew
+            jax_distributed.global_state.preemption_sync_manager.shutdown()
+            jax_distributed.global_state.preemption_sync_manager = None
         signal.set_wakeup_fd(self._former_pipe)
         os.close(self._pipe)
         for number, handler in self._former.items():

@@ -43,6 +43,8 @@ class Fit:
     @functools.cached_property
     def unidentified(self) -> str:
         """Why the runs do not determine the law; empty if they do."""
+        if self.n < law.FEWEST_RUNS:
+            return f"{self.n} runs are too few for intervals: use at least {law.FEWEST_RUNS}"
         for name, excess in (("alpha", self.law.a), ("beta", self.law.b)):
             low, high = self.interval(getattr(self.refits, name))
             if excess <= 0 or low <= law.RANGE[0] * 1.01 or high >= law.RANGE[1] * 0.99:

@@ -21,6 +21,7 @@ FIELDS = ("E", "a", "alpha", "b", "beta")
 RANGE = (0.02, 2.0)  # of the exponents
 HUBER = 0.03  # residuals of log loss above this count linearly, not squared
 REFITS = 1000
+FEWEST_RUNS = 8  # with 6 or 7 an interval ends at the extremes of the refits, far from 95 % (docs/scaling-studies.md)
 _GRID, _REFINEMENTS = 24, 6  # the search over exponents: points per axis, and how often it zooms in
 
 

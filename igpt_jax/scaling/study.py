@@ -32,6 +32,7 @@ class Planned:
     flops: float  # that its whole number of steps takes
     tokens: int
     parameters: Mapping[str, int]  # by the names of COUNTS
+    turn: int  # modulo n, the run's slice of n: neighbors differ, and added budgets and sizes change no other's
 
 
 def parameter_counts(dims: Dims) -> dict[str, int]:
@@ -82,9 +83,14 @@ def planned(config: ScalingConfig, image_size: int, vocabulary: int) -> list[Pla
         require(getattr(config.pretrain, name) == getattr(PretrainConfig, name),
                 f"pretrain.{name} has no effect: budgets and sizes decide the steps. Leave it out"
                 f"{', or set batch_size' if name == 'batch_size' else ''}.")
+    for name in ("layers", "embed", "heads", "mlp"):
+        require(getattr(config.pretrain.model, name) == getattr(ModelConfig(config.pretrain.model.name), name),
+                f"pretrain.model.{name} has no effect: sizes decide it. Leave it out.")
+    require(not config.pretrain.optimizer.ema, "pretrain.optimizer.ema has no effect: losses, probes and completions "
+            "are those of the raw parameters. Leave it out, or set pretrain.optimizer.schedule=wsd.")
     causal = objective_of(config.pretrain).causal
     runs = []
-    for budget, size in itertools.product(sorted(config.all_budgets), config.sizes):
+    for budget, (place, size) in itertools.product(sorted(config.all_budgets), enumerate(config.sizes)):
         model = model_of(size, config.pretrain.model)
         dims = Dims.of(model, vocabulary, image_size, channels=config.pretrain.channels)
         per_image = train_flops_per_image(dims.L, dims.D, dims.F, dims.V, dims.T, causal)
@@ -93,10 +99,13 @@ def planned(config: ScalingConfig, image_size: int, vocabulary: int) -> list[Pla
         if steps < 1:
             raise UserError(f"a budget of {budget:.3g} FLOPs is less than one step of {size} with {batch} images "
                             f"({per_image * batch:.3g} FLOPs). Raise budgets, or set a smaller batch_size.")
+        name, warmup = f"{label(budget)}-{size}", config.pretrain.optimizer.warmup_steps
+        require(warmup <= steps, f"pretrain.optimizer.warmup_steps={warmup} exceeds the {steps:,} steps of {name}. "
+                "Leave it out: each run then warms up for a twentieth of its steps.")
         pretrain = dataclasses.replace(config.pretrain, model=model, steps=steps, batch_size=batch, keep_steps=(),
                                        optimizer=_with_warmup(config.pretrain, steps))
-        runs.append(Planned(f"{label(budget)}-{size}", pretrain, budget, steps * batch * per_image,
-                            steps * batch * dims.T, parameter_counts(dims)))
+        runs.append(Planned(name, pretrain, budget, steps * batch * per_image, steps * batch * dims.T,
+                            parameter_counts(dims), round(2 * math.log10(budget)) + place))
     names = [run.name for run in runs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two budgets have the run {twice}: they agree to three digits. Name one of them.")

@@ -29,7 +29,8 @@ def advice(checkpoints: checkpoint.Checkpoints, accepted: int) -> str:
     """
     saved, lower = checkpoints.steps, "with a lower optimizer.learning_rate or with optimizer.clip_norm"
     if not saved:
-        return f"No checkpoint was saved before. Start in a new --workdir, {lower}."
+        return ("No checkpoint was saved before. Start past these examples (--config.skip_divergence=True), or in a "
+                f"new --workdir {lower}.")
     newest, good = saved[-1], [step for step in saved if step < accepted or checkpoints.is_evaluated(step)]
     how = f"resume past these examples (--config.skip_divergence=True), or {lower}, named in --config.accept_changes"
     if newest in good:
@@ -60,10 +61,9 @@ def offset_after(config: PretrainConfig, workdir: str, start: int, offset: int) 
       offset: offset in the checkpoint of `start`.
     """
     file = storage.path(workdir) / DIVERGENCE
-    read = side_files.load if jax.process_index() == 0 else side_files.look
-    noted = config.skip_divergence and read(file) or {}
-    # Later checkpoints hold the offset themselves.
-    if noted.get("newest_checkpoint") == start and isinstance(noted.get("position"), int):
+    noted = config.skip_divergence and checkpoint.from_process_0(lambda: side_files.load(file)) or {}
+    # Later checkpoints hold the offset themselves. The newest one then may have been removed as bad.
+    if start <= noted.get("newest_checkpoint", -1) and isinstance(noted.get("position"), int):
         return noted["position"] - start
     return offset
 

@@ -332,7 +332,7 @@ class Run:
             raise
 
     def _note_divergence(self, step: int) -> None:
-        divergence.note(self.workdir, self.checkpoints.latest_step or 0, step + self.offset)
+        divergence.note(self.workdir, self.checkpoints.latest_step or self.start, step + self.offset)
 
     def _evaluate_and_save(self, step: int, now: Due, stopping: bool, skipped: int) -> bool:
         """Evaluates and saves what is due. Returns whether the run is complete. Raises Preempted, Unsaved."""

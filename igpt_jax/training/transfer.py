@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 
 from igpt_jax import checkpoint
 from igpt_jax.config import FinetuneConfig, UserError
+from igpt_jax.config.model import OF_CHECKPOINT
 from igpt_jax.model.dims import Dims
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.model.parametrization import position_tables
-
-SIZES = ("name", "layers", "embed", "heads", "mlp", "init", "parametrization", "base_embed", "base_layers", "positions")
 
 
 def adopted(config: FinetuneConfig) -> FinetuneConfig:
@@ -38,7 +37,7 @@ def adopted(config: FinetuneConfig) -> FinetuneConfig:
                             "to train a new model.")
     metadata = checkpoint.load_metadata(config.checkpoint)
     checkpoint.require_objective(metadata, config.objective, config.checkpoint)
-    sizes = {name: getattr(metadata.config.model, name) for name in SIZES}
+    sizes = {name: getattr(metadata.config.model, name) for name in ("name", *OF_CHECKPOINT)}
     data = dataclasses.replace(config.data, store=checkpoint.store_of(metadata, config.data.store))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes), data=data,
                                codec=metadata.config.codec)
