@@ -18,6 +18,7 @@ import sys
 
 import job_runs
 
+from igpt_jax import checkpoint
 from igpt_jax.config.model import OF_CHECKPOINT
 from igpt_jax.data.store import Store
 from igpt_jax.evaluation.linear_probe import wilson
@@ -38,7 +39,9 @@ def main() -> None:
     folder = pathlib.Path(given.workdir)
     pretrained = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())
     shape = pretrained["model"]
-    loaded = {"checkpoint": given.checkpoint, "parameters": given.parameters}
+    folder_of_steps, steps = checkpoint.steps_of(given.checkpoint)
+    # Named by its step: the runs of an older one must not count as finished.
+    loaded = {"checkpoint": f"{folder_of_steps}/{steps[-1]}", "parameters": given.parameters}
     scratch = {"codec": pretrained.get("codec", "palette")}
     scratch |= {f"model.{name}": shape[name] for name in ("name", *OF_CHECKPOINT) if name in shape}
     ways = {

@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any
 
+import gpu
 import pack
 
 from igpt_jax import storage
@@ -49,18 +50,21 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     options = parser.parse_args()
     start, data = time.monotonic(), pathlib.Path(os.environ["DATA"])
-    folder = options.folder / hashlib.sha256(data.read_bytes()).hexdigest()[:8]  # only a run on the same images resumes
+    # Only the same run on the same images by the same code resumes.
+    asked = repr((gpu.code(), options.model, options.steps, options.batch)).encode()
+    folder = options.folder / hashlib.sha256(asked + data.read_bytes()).hexdigest()[:8]
     images = folder / "images"
     pack.unpack(str(data), str(images))
     left = int(os.environ["SECONDS_LEFT"]) - MARGIN - round(time.monotonic() - start)
     settings = {"SOURCE": f"npz:{images}/train.npz", "TEST_SOURCE": f"npz:{images}/test.npz",
-                "PALETTE": f"{images}/palette.npy", "SLICE_SECONDS": str(left), "MODEL": options.model,
-                "STEPS": str(options.steps), "WARMUP": str(options.steps // 16), "BATCH": str(options.batch)}
+                "PALETTE": f"{images}/palette.npy", "SLICE_SECONDS": str(left), "REST_SECONDS": "90",
+                "MODEL": options.model, "STEPS": str(options.steps), "WARMUP": str(options.steps // 16),
+                "BATCH": str(options.batch)}
     code = subprocess.run([ROOT / "launch/reproduce_10m.sh", sys.executable, folder], cwd=ROOT,
                           env={**os.environ, **settings}).returncode
     found = results(folder)
     print(f"{found['steps']} steps, {found['nats_per_pixel']} nats per pixel on the test images")
-    if options.json and found["steps"]:
+    if options.json and found["jobs"].keys() - {"store"}:
         storage.publish(storage.path(options.json), json.dumps(found, indent=1) + "\n")
         samples = folder / "sample/figures/samples.png"
         if samples.exists():

@@ -88,6 +88,8 @@ def plan(settings: str, choose: bool, python: str) -> dict:
     if choose and not result.fits and (tries := search.remedies(config, result.verdict, target)):
         config = tries[0].config
         result = answer(config, target, verdict_for(config))
+    if result.verdict.status == "failed":
+        raise UserError(result.verdict.message)
     return {"wall_seconds": round(time.time() - start, 1), **record(result)}
 
 

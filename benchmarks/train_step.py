@@ -142,7 +142,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--attention", default="auto", help="our back-end")
     parser.add_argument("--remat", default="attention", help="our remat policy")
-    parser.add_argument("--unroll", type=int, default=1, help="blocks per iteration of our loop; all: no loop")
+    parser.add_argument("--unroll", type=int, default=1, help="blocks per iteration of our loop")
     parser.add_argument("--axis", default="data", choices=("data", "fsdp", "tensor"),
                         help="mesh axis that ours is split over if it has several devices")
     parser.add_argument("--rounds", type=int, default=7)
@@ -159,6 +159,8 @@ def main() -> int:
 
     makers = candidates(shape, arguments.side, arguments.batch, arguments.axis)
     chosen = {name: make for name, make in makers.items() if re.search(arguments.only, name)}
+    if not chosen:
+        parser.error(f"--only={arguments.only!r} matches no candidate. They are: {'; '.join(makers)}.")
     seconds, facts = take_turns(chosen, arguments.rounds)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     limits = {name: 2 * PRODUCT**3 / median for name, median in medians.items() if "product" in name}

@@ -131,6 +131,10 @@ def test_a_failed_candidate_loses_no_figures(queue, tmp_path):
     failures, lines = queue({"half": (100.0, f"{WRITE}; raise SystemExit('plain GPT failed')")})
     assert failures == 1 and lines[-1].endswith("plain GPT failed")
     assert (tmp_path / "out/half.json").exists() and (tmp_path / "out/half.log").exists()
+    assert queue({"half": (100.0, WRITE)})[1] == ["half: half.py --size=1"]  # failed steps are run again
+    good = (tmp_path / "out/half.json").read_text()
+    assert queue({"half": (100.0, f"{WRITE}; raise SystemExit(1)")}, code="c")[0] == 1
+    assert (tmp_path / "out/half.json").read_text() == good and (tmp_path / "out/half.partial.json").exists()
     assert queue({"half": (100.0, f"{WRITE}; raise SystemExit(75)")}, code="b")[0] == 0
     assert queue({"half": (100.0, WRITE)}, code="b")[1] == ["half: half.py --size=1"]  # continues what had stopped
     failures, lines = queue({"endless": (0.1, "import time; time.sleep(1e6)")})
@@ -142,7 +146,8 @@ def test_the_summary_has_a_line_per_goal(tmp_path):
     rows = [{"name": "ours, bfloat16, 1 device", "seconds": 1.0, "mfu": 0.4, "peak_bytes": 8, "planned_bytes": 10},
             {"name": "plain GPT, compiled", "seconds": 1.2}]
     identity = {"code": "a", "device": "d"}
-    (tmp_path / "step_igpt_s.json").write_text(json.dumps({"rows": rows, "queue": identity}))
+    for name in ("step_igpt_s", "step_igpt_s_peers"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows, "queue": identity}))
     (tmp_path / "reproduce_10m.json").write_text(json.dumps(
         {"nats_per_pixel": 2.0, "jobs": {"pretrain": {"status": "preempted"}}, "queue": identity}))
     lines = {line[:56].strip(): line[56:].strip() for line in gpu.summary(tmp_path, identity)}

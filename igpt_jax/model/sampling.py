@@ -178,10 +178,11 @@ def prefill(gpt: ImageGPT, given_BP: jax.Array, cache_dtype: Any, last: jax.Arra
     # The back-end may need a multiple of several tokens. The causal mask hides the padding from position P.
     # P + 1 positions, because the input is shifted: position 0 sees the start vector, and position P sees pixel P - 1.
     tokens = min(-(-(P + 1) // granule) * granule, gpt.dims.T)
+    backend = gpt.config.attention if tokens > 1 else "reference"  # cuDNN may refuse a single key
 
     def block(block: Block, x_BTD: jax.Array, _):
         q_BTNH, k_BTNH, v_BTNH = block.qkv(x_BTD)
-        o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, causal=True, backend=gpt.config.attention)
+        o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, causal=True, backend=backend)
         keys_and_values = tuple(x[:, :P + 1].transpose(0, 2, 1, 3).astype(cache_dtype) for x in (k_BTNH, v_BTNH))
         return block.after_attention(x_BTD, o_BTNH), keys_and_values
 
