@@ -11,6 +11,7 @@ from igpt_jax.jobs import plan
 from igpt_jax.parallel import topology
 from igpt_jax.planner import compilation, search, targets, verdicts
 from igpt_jax.planner.answer import answer
+from igpt_jax.planner.estimate import estimate
 from igpt_jax.planner.evidence import Evidence
 from igpt_jax.runtime import job as runtime
 
@@ -177,6 +178,18 @@ def test_a_step_that_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
     assert "no: 30.02 GiB of 15.75 GiB per device, 14.27 GiB too much" in printed
     assert "--config.accumulate=4 --config.model.remat=full takes 8.00 GiB" in printed
     assert asked[0].model.remat == "none" and len(asked) > 1
+
+
+def test_no_time_is_predicted_for_float32():
+    """The fit is of bfloat16 steps. Seen to fail with the speed of bfloat16 taken, and its bytes."""
+    found, guessed = [], []
+    for precision in ("bfloat16", "float32"):
+        config = config_for(f"model=igpt_s,topology=v5e:4x4,batch_size=128,mesh.fsdp=16,precision={precision}")
+        verdict = compilation.Verdict("compiled", required_bytes=2**30, devices=16, flops=1e15, mesh=config.mesh.sizes)
+        found.append(answer(config, topology.parse("v5e:4x4"), verdict))
+        guessed.append(estimate(config).required_bytes)
+    assert found[0].forecast and not found[1].forecast and "unknown" in str(found[1].rows())
+    assert 1.2 < guessed[1] / guessed[0] < 2
 
 
 def test_the_search_ranks_what_it_compiled(monkeypatch, tmp_path, capsys):

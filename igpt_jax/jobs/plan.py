@@ -52,6 +52,9 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     else:
         config = _with_mesh(config, target, speed)
         result = answer(config, target, verdict_for(config), speed)
+    if result.fits is None:  # its parameters and bytes are unknown, so there is no table
+        raise Ended(f"no plan for {config.topology}: {result.verdict.message.rstrip('.')}. Try another "
+                    "model.attention, mesh or version of jaxlib.", {"fits": None})
     rows, plan = result.rows(), result.to_dict()
     if result.fits is False and config.step == "train":
         plan["what_would_fit"] = _remedy(result, speed)
@@ -63,9 +66,6 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     folder = storage.path(workdir)
     storage.publish(folder / "plan.txt", text + "\n")
     storage.publish(folder / "plan.json", to_json(plan))
-    if result.fits is None:
-        raise Ended(f"no plan for {config.topology}: {result.verdict.message.rstrip('.')}. Try another "
-                            "model.attention, mesh or version of jaxlib.", result.metrics)
     if result.forecast and config.step == "train":
         _draw(result, speed, folder / "figures" / "plan.png")
     return result.metrics
@@ -84,6 +84,8 @@ def _with_mesh(config: PlanConfig, target: Target, speed: Speed) -> PlanConfig:
     if config.mesh.sizes != MeshConfig().sizes:
         mesh = config.mesh.resolve(target.devices)
         return dataclasses.replace(config, mesh=mesh).with_microbatches(mesh.data * mesh.fsdp)
+    if config.step == "sample" and config.batch_size % target.devices == 0:  # the sample job's own default
+        return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=target.devices, fsdp=1))
     return _candidates(config, target, speed, vary=False)[0].config
 
 
@@ -132,7 +134,7 @@ def _scale_of(config: PlanConfig, target: Target, workdir: str) -> float:
             if field.name not in ("job", "mesh", "image_size")}
     ran = dataclasses.replace(config, **same, mesh=metadata.config.mesh.resolve(device["count"]), topology=ran_on.name,
                               step="train", image_size=metadata.image_size, palette_size=metadata.codec.vocabulary)
-    planned = answer(ran, ran_on, verdict_for(ran))
+    planned = answer(ran, ran_on, verdict_for(ran), dataclasses.replace(PUBLIC, evidence=Evidence.CALIBRATED))
     if not planned.forecast:
         raise UserError(f"calibration={workdir}: its step does not compile here: {planned.verdict.message}")
     return ran.batch_size / speed / planned.forecast.step_seconds
@@ -154,8 +156,8 @@ def _search(config: PlanConfig, target: Target, speed: Speed) -> list[Answer]:
             refusal = error
     if refusal and not found:
         raise refusal
-    return sorted(found, key=lambda each: (each.fits is None, not each.fits, each.forecast.step_seconds if each.fits
-                                           else each.verdict.required_bytes))
+    return sorted(found, key=lambda each: (each.fits is None, not each.fits, each.forecast.step_seconds
+                                           if each.fits and each.forecast else each.verdict.required_bytes))
 
 
 def _ranking(found: list[Answer]) -> list[str]:
@@ -171,7 +173,7 @@ def _ranking(found: list[Answer]) -> list[str]:
 
 def _remedy(result: Answer, speed: Speed) -> str:
     """The smallest change of settings with which the step fits, found by compiling."""
-    tried = search.remedies(result.config, result.verdict, result.target, speed)[:REMEDY_COMPILES]
+    tried = search.remedies(result.config, result.verdict, result.target, speed, result.usable_bytes)[:REMEDY_COMPILES]
     for candidate in tqdm(tried, unit="compile", desc="looking for settings that fit", disable=None):
         try:
             other = answer(candidate.config, result.target, verdict_for(candidate.config), speed)

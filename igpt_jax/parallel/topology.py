@@ -4,7 +4,7 @@ Sources, read in 2026:
 - TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} ("peak compute per chip (bf16)", "HBM capacity", "HBM bandwidth");
   the table of jax-ml.github.io/scaling-book for links (one direction of one torus axis) and the network between slices.
 - NVIDIA: the data sheets of A100, H100 and H200 (dense bf16 without sparsity; NVLink, one direction); one network card
-  per GPU (200 Gbit/s for an A100, 400 for an H100 or H200).
+  per GPU (200 Gbit/s for an A100, 400 for an H100 or H200). An H200's memory is what nvidia-smi shows, 143,771 MiB.
 - Prices: on-demand list prices, US regions, 2025. They change, so `plan` takes the user's own.
 """
 
@@ -55,7 +55,7 @@ CHIPS = (
     _gpu("A100 40GB", 312e12, 40 * GIB, 1555e9, "NVIDIA A100-SXM4-40GB", 300e9, 25e9, 2.9),
     _gpu("A100 80GB", 312e12, 80 * GIB, 2039e9, "NVIDIA A100-SXM4-80GB", 300e9, 25e9, 3.7),
     _gpu("H100 SXM", 989e12, 80 * GIB, 3350e9, "NVIDIA H100 80GB HBM3", 450e9, 50e9, 8.0),
-    _gpu("H200 SXM", 989e12, 141_000_000_000, 4800e9, "NVIDIA H200", 450e9, 50e9, 9.0),
+    _gpu("H200 SXM", 989e12, 143_771 * 2**20, 4800e9, "NVIDIA H200", 450e9, 50e9, 9.0),
 )
 # Round numbers, so that `plan` can be tried without accelerators. Times planned for CPUs are not predictions.
 CPU = Chip("CPU", 1e11, 2**63 - 1, 2e10, ("cpu",), 2**63 - 1, 1e10, 1e9, 0.0)
@@ -65,6 +65,8 @@ TPUS: Mapping[str, tuple[str, int]] = types.MappingProxyType({
     "v4": ("TPU v4", 3), "v5e": ("TPU v5e", 2), "v5p": ("TPU v5p", 3), "v6e": ("TPU v6e", 2)})
 GPUS: Mapping[str, str] = types.MappingProxyType({
     "a100": "A100 80GB", "h100": "H100 SXM", "h200": "H200 SXM"})
+# Chips of the largest slice whose number is a power of two, by its number of dims.
+LARGEST_SLICE: Mapping[int, int] = types.MappingProxyType({2: 256, 3: 4096})
 EXAMPLES = ("v4:4x4x4", "v5e:16x16", "v5e:16x16*4", "v5p:4x4x8", "v6e:16x16", "a100:8", "h100:8", "h100:8x4", "h200:8",
             "cpu:8", "attached")
 
@@ -147,8 +149,13 @@ def resized(target: Target, devices: int) -> Target | None:
     """The same kind of target with another number of devices, in the most square shape; None where none exists."""
     kind = target.name.partition(":")[0]
     if target.platform == "tpu":
-        shape = max(_factors(devices, len(target.shape)), key=min, default=None)
-        return shape and parse(f"{kind}:{'x'.join(map(str, sorted(shape)))}")
+        largest = math.prod(target.shape) if target.groups > 1 else LARGEST_SLICE[len(target.shape)]
+        slices, rest = divmod(devices, largest) if devices > largest else (1, 0)
+        shape = max(_factors(devices // slices, len(target.shape)), key=sorted, default=None)
+        if rest or not shape:
+            return None
+        sides = sorted(shape, key=lambda side: (side == 1, side))  # 4x4x8, but 2x2x1
+        return parse(f"{kind}:{'x'.join(map(str, sides))}{f'*{slices}' if slices > 1 else ''}")
     if target.platform == "gpu" and devices > 8:
         nodes, rest = divmod(devices, 8)
         return None if rest else dataclasses.replace(target, name=f"{kind}:8x{nodes}", shape=(8,), groups=nodes)

@@ -14,7 +14,7 @@ from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel.topology import GIB, Target
 from igpt_jax.planner.compilation import Verdict
 from igpt_jax.planner.cost import RunCost, run_cost
-from igpt_jax.planner.estimate import estimate
+from igpt_jax.planner.estimate import WIDTHS, estimate
 from igpt_jax.planner.evidence import Evidence
 from igpt_jax.planner.roofline import PUBLIC, Forecast, Speed, forecast
 
@@ -138,7 +138,7 @@ class Answer:
 
     def _time_rows(self) -> list[tuple[str, str, Evidence]]:
         if not self.forecast:
-            return []
+            return [("step time", f"unknown: public runs are in bfloat16, not {self.config.precision}", ESTIMATE)]
         f, evidence = self.forecast, self.forecast.evidence
         rows = [("at peak", f"compute {f.compute_seconds:.3g} s, memory {f.memory_seconds:.3g} s; network "
                             f"{f.exposed_seconds:.3g} s exposed, {f.overlapped_seconds:.3g} s overlapped", ESTIMATE),
@@ -157,7 +157,8 @@ class Answer:
                      ("  save", f"{s.save_seconds:,.1f} s; best every {s.save_every_seconds / 60:,.0f} minutes, "
                                 f"{s.save_every_seconds / f.step_seconds:,.0f} steps", ESTIMATE)]
         else:
-            rows.append(("images per second", f"{self.config.batch_size / f.step_seconds:,.1f}", evidence))
+            rows += [("images per second", f"{self.config.batch_size / f.step_seconds:,.1f}", evidence),
+                     ("note", "the speed was fitted to training steps", ESTIMATE)]
         return rows
 
 
@@ -172,6 +173,8 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, speed: Speed = 
     plain = Answer(config, target, verdict, usable, flops)
     if verdict.status != "compiled":
         return plain
+    if target.platform != "cpu" and config.precision in WIDTHS and speed.evidence == Evidence.UNCALIBRATED:
+        return plain  # public runs say nothing of other precisions
     train = config.step == "train"
     busy = estimate(config).busy_flops(config, target.chip, verdict.flops) if train else verdict.flops
     time = forecast(target, verdict.mesh, busy, verdict.memory_bytes, verdict.collective_bytes, speed)

@@ -12,7 +12,8 @@ from igpt_jax.model.dims import Dims
 from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel.topology import Chip
 
-HALF, WHOLE = 2, 4  # bytes of bfloat16 and float32
+WHOLE = 4  # bytes of float32, in which parameters and their sums are kept
+WIDTHS = {"float32": 4, "float64": 8}  # bytes of activations and products; bfloat16: 2
 TPU_TILE = 128  # v6e's units are 256 wide, but the measurements of heads of 128 dims (`roofline`) are not slower there
 SECOND_MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "factored": 0.0}
 
@@ -44,7 +45,7 @@ def estimate(config: PlanConfig) -> Estimate:
     microbatches, remat, plain = config.accumulate, config.model.remat, config.model.attention == "reference"
     shards = mesh.fsdp * mesh.context  # of a parameter's dim D
     b, t = config.batch_size / (mesh.data * mesh.fsdp * microbatches), d.T / mesh.context
-    D, F = d.D, d.F
+    D, F, width = d.D, d.F, WIDTHS.get(config.precision, 2)
     blocks, tables = d.L * (4 * D * D + 2 * D * F), (2 * d.V + d.positions) * D
     own = (blocks / mesh.tensor + tables) / shards  # parameters stored on one device
 
@@ -59,10 +60,10 @@ def estimate(config: PlanConfig) -> Estimate:
     # which are q, k, v and up, split, and out and down, whole.
     saved_by_remat = {"full": D, "offload": D, "attention": D + D / mesh.tensor,
                       "dots": 3 * D + (4 * D + F) / mesh.tensor, "none": 8 * D + (8 * D + 3 * F) / mesh.tensor}
-    saved_bytes = saved_by_remat[remat] * HALF  # of one token in one layer
+    saved_bytes = saved_by_remat[remat] * width  # of one token in one layer
     scores = 3 * WHOLE * b * d.N / mesh.tensor * t * d.T if plain else 0.0
-    block = b * t * (12 * D + (8 * D + 4 * F) / mesh.tensor) * HALF + 4 * HALF * b * d.T * D / mesh.tensor + scores
-    whole_weights = 3 * HALF * blocks / d.L / mesh.tensor + 2 * WHOLE * (d.V + d.positions) * D
+    block = b * t * (12 * D + (8 * D + 4 * F) / mesh.tensor) * width + 4 * width * b * d.T * D / mesh.tensor + scores
+    whole_weights = 3 * width * blocks / d.L / mesh.tensor + 2 * WHOLE * (d.V + d.positions) * D
     logits = 3 * WHOLE * b * t * d.V
     saved = d.L * (b * t * saved_bytes + (scores if remat == "none" else 0.0))
     required = state + gradients + saved + max(block, logits) + whole_weights
@@ -79,20 +80,20 @@ def estimate(config: PlanConfig) -> Estimate:
 
     # Memory traffic: weights and activations of each pass (forward, backward twice, remat), and the optimizer.
     passes = 3 if remat in ("none", "dots") else 4
-    activations = passes * d.L * b * t * (8 * D + (4 * D + 3 * F) / mesh.tensor) * HALF
-    moved = microbatches * (passes * HALF * blocks / mesh.tensor + activations + 3 * d.L * scores) + 8 * WHOLE * own
+    activations = passes * d.L * b * t * (8 * D + (4 * D + 3 * F) / mesh.tensor) * width
+    moved = microbatches * (passes * width * blocks / mesh.tensor + activations + 3 * d.L * scores) + 8 * WHOLE * own
 
     # Collectives: weights are gathered forward and backward, and gradients scattered. Tensor parallelism sums
     # activations twice per layer and pass, and context parallelism gathers keys and values.
-    reduced = HALF if mesh.reduce_dtype == config.precision == "bfloat16" else WHOLE
+    reduced = width if mesh.reduce_dtype == config.precision == "bfloat16" else WHOLE
     summed = reduced * (blocks / mesh.tensor + d.V * D) + WHOLE * (d.V + d.positions) * D  # embeddings are never cast
     sent = {
         "data": 2 * microbatches * summed / shards * (mesh.data - 1) / mesh.data,
         "fsdp" if mesh.context == 1 else "fsdp+context":
-            (2 * HALF + reduced) * microbatches * blocks / mesh.tensor * (shards - 1) / shards
+            (2 * width + reduced) * microbatches * blocks / mesh.tensor * (shards - 1) / shards
             + 3 * WHOLE * tables * (shards > 1),
-        "tensor": (2 * passes - 2) * microbatches * d.L * 2 * b * t * D * HALF * (mesh.tensor - 1) / mesh.tensor,
-        "context": (passes + 1) * microbatches * d.L * 2 * b * d.T * D / mesh.tensor * HALF
+        "tensor": (2 * passes - 2) * microbatches * d.L * 2 * b * t * D * width * (mesh.tensor - 1) / mesh.tensor,
+        "context": (passes + 1) * microbatches * d.L * 2 * b * d.T * D / mesh.tensor * width
                    * (mesh.context - 1) / mesh.context}
     return Estimate(required, flops, attention, moved, {axes: size for axes, size in sent.items() if size})
 

@@ -77,7 +77,7 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
     for mesh in meshes(config, target):
         shards = mesh.data * mesh.fsdp
         for split, remat, attention in choices:
-            if attention == "reference" and mesh.context > 1:
+            if attention in ("reference", "cudnn") and mesh.context > 1:
                 continue
             model = dataclasses.replace(config.model, remat=remat, attention=attention)
             changed = dataclasses.replace(config, mesh=mesh, model=model, **split).with_microbatches(shards)
@@ -94,7 +94,10 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
         time = candidate.forecast
         # The formula cannot tell times within 2 % apart. Among those, prefer few microbatches and little communication.
         about = round(50 * math.log(time.step_seconds)) if fits else 0
-        return not fits, about, candidate.config.accumulate, time.overlapped_seconds, candidate.estimate.required_bytes
+        # On a GPU only attention without cuDNN's kernel splits a sequence.
+        slow = target.platform == "gpu" and candidate.config.mesh.context > 1
+        return (not fits, slow, about, candidate.config.accumulate, time.overlapped_seconds,
+                candidate.estimate.required_bytes)
     return sorted(found, key=order)
 
 
@@ -109,20 +112,21 @@ def distinct(ranked: list[Candidate]) -> list[Candidate]:
     return list(first.values())
 
 
-def remedies(config: PlanConfig, verdict: Verdict, target: topology.Target, speed: Speed = PUBLIC
-             ) -> list[Candidate]:
+def remedies(config: PlanConfig, verdict: Verdict, target: topology.Target, speed: Speed = PUBLIC,
+             usable_bytes: int = 0) -> list[Candidate]:
     """Settings that should fit where `config` did not, the smallest change first.
 
-    Estimates are scaled by the error of the estimate for `config`.
+    Estimates are scaled by the error of the estimate for `config`. `usable_bytes` of a device: by default the chip's.
     """
     # The estimate is off by a similar factor for neighboring settings. Its error is known for this one, whose step was
     # compiled. 5 % of the memory stay in reserve.
     error = verdict.required_bytes / estimate(config).required_bytes if verdict.required_bytes else 1.0
-    room = 0.95 * target.chip.usable_bytes / max(error, 1.0)
+    room = 0.95 * (usable_bytes or target.chip.usable_bytes) / max(error, 1.0)
 
     def changes(candidate: Candidate) -> int:
         new = candidate.config
         return ((new.mesh != config.mesh) * 2 + (new.accumulate != config.accumulate)
                 + (new.model.remat != config.model.remat) + (new.model.attention != config.model.attention))
-    fitting = [each for each in candidates(config, target, speed) if each.estimate.required_bytes < room]
+    fitting = [each for each in candidates(config, target, speed)
+               if each.estimate.required_bytes < room and changes(each)]
     return sorted(fitting, key=lambda each: (changes(each), each.forecast.step_seconds))

@@ -22,9 +22,10 @@ from igpt_jax.storage.hashes import json_digest
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 # The code that decides a verdict: the step, and how its program is read. The training loop and the jobs are not in it.
-CODE = ("parallel", "model", "training/optimizer.py", "training/steps.py", "evaluation/steps.py", "planner/flops.py",
+CODE = ("parallel", "model", "training/optimizer.py", "training/steps.py", "evaluation/steps.py",
+        "evaluation/exact_loss.py", "runtime/precision.py", "planner/flops.py",
         "planner/hlo.py", "planner/program.py", "planner/targets.py", "planner/compilation.py")
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda13-plugin")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cublas")
 FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}  # the variable with a compiler's flags, by platform
 TIMEOUT_SECONDS = 1800
 
@@ -63,7 +64,7 @@ def _ask(config: PlanConfig) -> Verdict:
         try:
             done = subprocess.run([python, "-m", "igpt_jax.planner.compilation", str(out)], text=True,
                                   input=json.dumps(to_dict(config)), capture_output=True, timeout=TIMEOUT_SECONDS,
-                                  env=_environment(topology.parse(config.topology)))
+                                  env=_environment(topology.parse(config.topology), own=not config.python))
         except subprocess.TimeoutExpired:
             return Verdict("failed", f"the compiler took more than {TIMEOUT_SECONDS / 60:.0f} minutes.")
         if out.exists() and done.returncode == 0:
@@ -82,8 +83,11 @@ def _end(code: int) -> str:
     return f"was killed by {name}" + (" (perhaps this machine ran out of memory)" if name == "SIGKILL" else "")
 
 
-def _environment(target: topology.Target) -> dict[str, str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(PACKAGE.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
+def _environment(target: topology.Target, own: bool) -> dict[str, str]:
+    """The variables of the compiler's process. `own`: it runs this interpreter, which may need PYTHONPATH."""
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH") if own else None])]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths),
+                   "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # cached programs lack parts of their text
     if target.platform == "tpu":
         # Do not look for this machine's own TPUs, nor wait for a program that holds them.
