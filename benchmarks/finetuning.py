@@ -29,6 +29,12 @@ from igpt_jax.metrics.logging import load_metrics
 RATES = ("3e-4", "1e-3", "3e-3")
 
 
+def newest_step(workdir: str) -> str:
+    """Its path names the step, so that runs of an older one do not count as finished."""
+    folder, steps = checkpoint.steps_of(workdir)
+    return f"{folder}/{steps[-1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("store", "runs/cifar16"), ("checkpoint", "runs/cifar16_tiny"), ("steps", 1500),
@@ -39,9 +45,7 @@ def main() -> None:
     folder = pathlib.Path(given.workdir)
     pretrained = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())
     shape = pretrained["model"]
-    folder_of_steps, steps = checkpoint.steps_of(given.checkpoint)
-    # Named by its step: the runs of an older one must not count as finished.
-    loaded = {"checkpoint": f"{folder_of_steps}/{steps[-1]}", "parameters": given.parameters}
+    loaded = {"checkpoint": newest_step(given.checkpoint), "parameters": given.parameters}
     scratch = {"codec": pretrained.get("codec", "palette")}
     scratch |= {f"model.{name}": shape[name] for name in ("name", *OF_CHECKPOINT) if name in shape}
     ways = {

@@ -94,7 +94,7 @@ def load(path: Path, step: int | None = None, *, device: jax.Device | str | None
             source = path if storage.path(path).name == str(done) else f"{path} step {done}"
             identity = checkpoint.identity(str(checkpoint.step_path(folder, done)), parameters)
             with contextlib.suppress(UserError, OSError):  # not readable; the probe is optional
-                beside = storage.children(storage.path(folder).parent.parent)
+                beside = storage.children(storage.absolute(storage.path(folder)).parent.parent)
     saved = _given_probe(os.fspath(probe), model, identity) if probe else _probe_of(identity, beside)
     return ImageModel(model, params, metadata, on, source, precision, batch_size or default_batch_size(on), saved)
 
@@ -255,6 +255,7 @@ class ImageModel:
                 raise UserError("per_pixel=True: only an autoregressive model predicts each pixel from those before. "
                                 "Leave per_pixel out.")
             return self._compute("nats", "", self._tokens(images))["nats_per_pixel"]
+        self._require_pixel_head()
         nats_NT = self._compute("loss maps", "", self._tokens(images))
         nats_NYX = nats_NT.reshape(-1, self.image_size, self.image_size, self._model.dims.C).sum(axis=-1)
         return nats_NYX if per_pixel else nats_NYX.mean(axis=(1, 2))
@@ -376,8 +377,14 @@ class ImageModel:
     def _make_drawing(self, top_k: int, top_p: float) -> Drawing:
         return Drawing(self._model, self._params, self._mesh, self.source, top_k, top_p)
 
+    def _require_pixel_head(self) -> None:
+        """Raises UserError for a classifier of other frameworks, whose missing head for pixels is zero here."""
+        if self.source.startswith(("huggingface:", "openai:")) and not self._params["head_VD"].any():
+            raise UserError(f"{self.source} holds no head for pixels, so that it predicts none. Take features from it.")
+
     def _draw(self, kind: str, given_BP: np.ndarray, index_B2: np.ndarray, top_k: int, top_p: float,
               temperature: float, seed: int) -> np.ndarray:
+        self._require_pixel_head()
         with in_precision(self._precision):
             return self._drawing(top_k, top_p)(kind, given_BP, index_B2, temperature=temperature, seed=seed,
                                                batch_size=self._batch(len(given_BP)))

@@ -194,6 +194,9 @@ class CompletionScorer:
             model, params, metadata = checkpoint.load_model(given, self._mesh, "float32")
         except UserError as error:
             raise UserError(f"completion_features={given!r}: {error} Or use random, or MODULE:FUNCTION.") from None
+        if model.objective.random:
+            raise UserError(f"completion_features={given}: its features depend on random masks. Name a checkpoint with "
+                            "objective=autoregressive.")
         step = exact_loss.jit_over_batches(make_feature_step(model, "normalized"), model, self._mesh)
 
         def features(images_BYXC: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def run(config: ConvertConfig, workdir: str) -> dict[str, Any]:
         elif target_kind == "huggingface":
             huggingface.write(source, folder, head, palette_VC, ours.dropout_of(source))
         else:
-            identity = checkpoint.identity(source_path, config.parameters) if source_kind == "orbax" else ""
+            identity = checkpoint.identity(str(source.path), config.parameters) if source_kind == "orbax" else ""
             _export(source, folder, palette_VC, config.export, identity)
 
     if target_kind == "export":
@@ -102,6 +102,8 @@ def _refuse_unsupported(config: ConvertConfig, source: Weights, target: str) -> 
     if target == "export" and masked(source):
         raise UserError(f"{given} is a masked (BERT) model, which cannot draw one pixel after the other, as an "
                         "exported sampler does. Convert it to openai:PREFIX or orbax:DIR.")
+    if target == "export" and "head_VD" not in source.names:
+        raise UserError(f"{given} holds no head for pixels, which an exported sampler needs. Convert it to orbax:DIR.")
     if target not in ("huggingface", "openai"):
         return
     with_classes = config.head == "classes" if target == "huggingface" else "class_head_KD" in source.names

@@ -183,6 +183,10 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
 def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh,
              folder: storage.Path, scorer: CompletionScorer | None) -> Row:
     """Measures one checkpoint and writes its loss maps. Returns its columns of the table."""
+    for key in ("samples", "completions"):  # before anything is measured
+        if getattr(config, key):
+            require_causal(model.causal, metadata.config, f"{key}={getattr(config, key)}: {step}", f"Set {key}=0.")
+    prober = _prober(config, model, metadata) if config.probe else None
     if not config.tokens:
         checkpoint.store_of(metadata, config.data.store)  # raises UserError where it has moved
     split = _examples(config, *_needed(metadata))
@@ -204,8 +208,8 @@ def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, meta
     if own and (both := common_splits(config.data.split, trained.split)):
         say(f"{step} was trained on {both}: its figures are of images that it has seen")
         row["trained_on"] = both
-    if config.probe:
-        row |= _probed(config, model, params, metadata, mesh)
+    if prober:
+        row |= prober.columns(model, params, mesh, config.batch_size)
     if scorer:
         row |= scorer.columns(step, model, params, metadata, split)
     if config.loss_maps:
@@ -239,11 +243,7 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
     """Draws samples and completions of the first examples' upper halves, as the sample job does by default.
 
     Writes samples/STEP-DIGEST.npz with all tokens.
-
-    Raises:
-      UserError: the model cannot sample.
     """
-    require_causal(model.causal, metadata.config, f"samples={count}: {step}", "Set samples=0.")
     draw = Drawing(model, params, mesh, f"checkpoint {step}")
     ids = np.arange(min(count, split.count))
     originals_BT = tokens_of(split, metadata.codec, ids)
@@ -286,12 +286,13 @@ def _fingerprint(config: EvaluateConfig, split: Split | TokenFile, store: str, *
     return json_digest(found)
 
 
-def _probed(config: EvaluateConfig, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh) -> Row:
-    """Probes every layer of one checkpoint. Returns `Prober.columns`."""
+def _prober(config: EvaluateConfig, model: Model, metadata: checkpoint.Metadata) -> Prober:
+    """Raises UserError if the checkpoint could not be probed."""
     data = config.probing.data
     data = dataclasses.replace(data, store=data.store or config.data.store)
     prober = Prober(dataclasses.replace(config.probing, data=data), metadata)
-    return prober.columns(model, params, mesh, config.batch_size)
+    prober.layers_of(model)
+    return prober
 
 
 def _publish(folder: storage.Path, rows: list[Row]) -> None:

@@ -43,6 +43,9 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision, config.attention,
                                                     config.parameters, config.compiler_options)
     checkpoint.require_objective(metadata, config.objective, config.checkpoint)
+    step = checkpoint.step_path(checkpoint.locate(config.checkpoint)[0], metadata.steps_done)
+    # Now, since its run may remove the step meanwhile.
+    identity = checkpoint.from_process_0(lambda: checkpoint.identity(str(step), config.parameters))
     prober = Prober(config, metadata, max(config.labels_per_class, default=1))
     layers = prober.layers_of(model)
     say_if_optimistic(config.data)
@@ -80,9 +83,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
             say(f"{row['features']:{width}} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
         tables.publish(folder, "probe", rows)
-        step = checkpoint.step_path(checkpoint.locate(config.checkpoint)[0], metadata.steps_done)
-        save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features,
-                                              checkpoint.identity(str(step), config.parameters), prober.class_names))
+        save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features, identity, prober.class_names))
         figures.save(folder / "figures" / "accuracy_by_layer.png",
                      charts.accuracy_by_layer(curves, baselines, prober.test_count))
     return metrics
@@ -126,7 +127,7 @@ def _of_kind(config: ProbeConfig, prober: Prober, model: Model, params: Any, mes
     if config.kind == "knn":
         return prober.by_layer(features_EPD, prober.layers_of(model), what, "knn")[0]
     if config.kind == "attention":
-        layer = best["layer"]
+        layer = checkpoint.of_process_0(best["layer"])  # the other processes' fits may differ in the last bit
         found = prober.attention(model, params, mesh, config.batch_size, layer, config.attention_rates)
         return [{"features": f"{what} {layer}", "layer": layer, **found}]
     return []

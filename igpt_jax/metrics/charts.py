@@ -181,7 +181,8 @@ def evaluation(rows: Sequence[Row]) -> list[Chart]:
         return [loss]
     curves = [(run, f"{run}, step {row['steps']:,}", row["accuracy_by_layer"])
               for run, found in named.items() for row in found]
-    count = rows[0]["probe_examples"]
+    counts = {row["probe_examples"] for row in rows}
+    count = counts.pop() if len(counts) == 1 else 0
     return [loss, accuracy_by_layer(curves, {}, count), accuracy_over_loss(named, count)]
 
 
@@ -190,14 +191,14 @@ def accuracy_over_loss(runs: Mapping[str, Sequence[Row]], test_count: int) -> Ch
 
     Args:
       runs: rows with `nats_per_pixel`, `steps`, `probe_accuracy` and its interval, by name of the run.
-      test_count: test images that each accuracy is measured on.
+      test_count: test images that each accuracy is measured on; 0: unknown, or not the same.
     """
     some, note = _some([(name, [row for row in rows if finite(row["nats_per_pixel"]) and finite(row["probe_accuracy"])])
                         for name, rows in runs.items()], "runs")
     series = [Series(name, points_of(rows, "nats_per_pixel", "probe_accuracy", 100), _spread(rows, "probe_interval"),
                      hue, notes=[f"{row['steps']:,}" for row in rows]) for hue, (name, rows) in enumerate(some)]
     return Chart("accuracy over loss", "nats per pixel, falling; numbers are steps",
-                 f"accuracy on {test_count:,} test images, %", series, note=note, falling=True, value=".1f")
+                 _accuracy_on(test_count), series, note=note, falling=True, value=".1f")
 
 
 def accuracy_by_layer(curves: Sequence[tuple[str, str, Sequence[Row]]], others: Mapping[str, float],
@@ -208,7 +209,7 @@ def accuracy_by_layer(curves: Sequence[tuple[str, str, Sequence[Row]]], others: 
       curves: (run, label, rows with `layer`, `test_accuracy` and its interval). A run has one hue, and a deeper shade
         for each of its curves.
       others: accuracy of each baseline, by name.
-      test_count: test images that each accuracy is measured on; 0: unknown.
+      test_count: as in `accuracy_over_loss`.
     """
     some, note = _some(curves, "checkpoints")
     hues = {run: hue for hue, run in enumerate(dict.fromkeys(run for run, _, _ in some))}
@@ -216,9 +217,13 @@ def accuracy_by_layer(curves: Sequence[tuple[str, str, Sequence[Row]]], others: 
     series = [Series(label, points_of(rows, "layer", "test_accuracy", 100), _spread(rows, "interval"), hues[run],
                      (of_run[run].index(label) + 1) / len(of_run[run])) for run, label, rows in some]
     return Chart("accuracy by layer", "layer (0: the embedding)",
-                 f"accuracy on {test_count:,} test images, %" if test_count else "test accuracy, %", series,
+                 _accuracy_on(test_count), series,
                  {f"{name}: {100 * accuracy:.1f} %": 100 * accuracy for name, accuracy in others.items()}, note,
                  value=".1f")
+
+
+def _accuracy_on(test_count: int) -> str:
+    return f"accuracy on {test_count:,} test images, %" if test_count else "test accuracy, %"
 
 
 def _spread(rows: Sequence[Row], interval: str) -> Points:

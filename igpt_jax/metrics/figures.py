@@ -110,10 +110,11 @@ def _save(path: storage.Path, figure: Any) -> None:
 
 @drawn
 def save(path: storage.Path, *charts: Chart, title: str = "") -> None:
-    """Draws charts side by side as one PNG. Those with a lone dot are left out; without any other, so is the file."""
+    """Draws charts side by side as one PNG. Those with a lone dot are left out; without any other, so is the file, and
+    a former one is removed."""
     charts = [chart for chart in charts if chart.drawable]
     if not charts:
-        return
+        return path.unlink(missing_ok=True)
     width = 6.4 if len(charts) == 1 else 4.8
     figure = _new(width * len(charts), 3.4 + LINE * max(_legend(chart, width)[1] for chart in charts))
     if title:

@@ -99,11 +99,14 @@ def _bits(metrics: Row) -> str:
 
 
 def _loss(runs: Sequence[Run]) -> list[Tile]:
-    metric = "eval/nats_per_pixel"
+    """One of each objective and codec, since losses of others do not compare."""
+    metric, kinds = "eval/nats_per_pixel", {}
+    for run in runs:
+        kinds.setdefault((run.values.get("objective"), run.values.get("codec")), []).append(run)
     return [Tile("Held-out loss", f"{run.metrics[metric]:.3f}",
                  f"nats per pixel{_bits(run.metrics)}: {run.title}, step {shown(run.metrics.get('steps'))}, "
                  f"{shown(run.metrics.get('parameters'))} parameters")
-            for run in _best(runs, "pretrain", metric, min)]
+            for same in kinds.values() for run in _best(same, "pretrain", metric, min)]
 
 
 def _probe(runs: Sequence[Run]) -> list[Tile]:
@@ -113,7 +116,7 @@ def _probe(runs: Sequence[Run]) -> list[Tile]:
                   (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "untrained model"))
                   if run.metrics.get(key) is not None]
         found.append(Tile("Linear probe", shown(run.metrics["test_accuracy"], "accuracy"), "; ".join(
-            [f"test accuracy of layer {run.metrics.get('best_layer')}", *others])))
+            [f"test accuracy of layer {run.metrics.get('best_layer')}: {run.title}", *others])))
     return found
 
 

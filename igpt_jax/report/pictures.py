@@ -117,7 +117,8 @@ def _drawn(run: Run, file: storage.Path) -> _Drawn:
     is_step = given.name.isdigit() and given.parent.name == "checkpoints"
     step = int(arrays.get("step") or run.metrics.get("step") or (given.name if is_step else 0))
     names = tuple(arrays["names"][:SHOWN["completions"]]) if "names" in arrays else ()
-    settings = tuple(run.values.get(name) for name in ("rows", "temperature", "top_k", "top_p", "seed"))
+    settings = [run.values.get(name) for name in ("parameters", "rows", "temperature", "top_k", "top_p", "seed")]
+    settings.append(arrays["originals"][:SHOWN["completions"]].tobytes() if "originals" in arrays else b"")
     return _Drawn(str(given.parent.parent if is_step else given), step, f"step {step:,}" if step else "newest step",
                   (run.title if run.job == "evaluate" else "", names, *settings), shown)
 

@@ -35,12 +35,12 @@ class OurWeights:
     framework = "igpt_jax"
 
     def __init__(self, path: str, parameters: str = "raw"):
-        self._given, self._path, self._parameters = path, step_path(*checkpoint.locate(path)), parameters
-        self.record = checkpoint.load_metadata(path)
+        self.path, self._parameters = step_path(*checkpoint.locate(path)), parameters  # a run may save a newer one
+        self.record = checkpoint.load_metadata(str(self.path))
         checkpoint.require_parameters(self.record, parameters, path)
         self._tree = {"raw": ("params",), "ema": ("training", "ema")}[parameters]
         checkpoint.prepare_orbax()
-        tree = ocp.checkpointables_metadata(self._path).metadata
+        tree = ocp.checkpointables_metadata(self.path).metadata
         for name in self._tree:
             tree = tree[name]
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -67,7 +67,7 @@ class OurWeights:
 
     def outputs(self, tokens_BT: np.ndarray, hidden_BT: np.ndarray | None) -> dict[str, np.ndarray]:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-        model, params, _ = checkpoint.load_model(self._given, mesh, "float32", parameters=self._parameters)
+        model, params, _ = checkpoint.load_model(str(self.path), mesh, "float32", parameters=self._parameters)
         pixels_BTV, classes_BK = jax.jit(model.outputs)(params, tokens_BT.astype(np.int32), None, hidden_BT)
         found = {"pixels": pixels_BTV} | ({} if classes_BK is None else {"classes": classes_BK})
         return jax.tree.map(np.asarray, found)
@@ -77,10 +77,10 @@ class OurWeights:
         finite."""
         folder, *path = (*self._tree, name) if name in OUTSIDE_BLOCKS else (*self._tree, "blocks", name)
         full_name = "/".join(path if folder == "training" else (folder, *path))  # as in the metadata's checksums
-        damaged = UserError(f"checkpoint {self._path} is damaged: the array {full_name} is not what was saved. Name "
+        damaged = UserError(f"checkpoint {self.path} is damaged: the array {full_name} is not what was saved. Name "
                             "another step.")
         try:
-            array = _read(self._path / folder, ".".join(path))
+            array = _read(self.path / folder, ".".join(path))
         except ValueError as error:  # of TensorStore
             raise error if storage.unreachable(error) else damaged from None
         expected = self.record.checksums.get(full_name)
@@ -88,7 +88,7 @@ class OurWeights:
         if expected is not None and exact and checksums.of_host_array(array) != expected:
             raise damaged
         factor = folded(self.record.config.model, name)
-        return names.finite(f"checkpoint {self._path}", full_name, array if factor == 1 else np.float32(factor) * array)
+        return names.finite(f"checkpoint {self.path}", full_name, array if factor == 1 else np.float32(factor) * array)
 
 
 def _read(folder: storage.Path, name: str) -> np.ndarray:
