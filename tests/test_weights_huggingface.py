@@ -11,12 +11,13 @@ from conftest import run_job_command
 from safetensors.numpy import load_file
 from weights_files import SIZES, change, float32, make_huggingface, make_palette, run  # noqa: F401 (a fixture)
 
+import igpt_jax
 from igpt_jax import checkpoint
 from igpt_jax.config import FinetuneConfig, FinetuneModelConfig, UserError
+from igpt_jax.config.model import OF_CHECKPOINT
 from igpt_jax.data.codecs import Palette
 from igpt_jax.data.store import Store
 from igpt_jax.data.token_file import tokens_of
-from igpt_jax.training import transfer
 from igpt_jax.weights import certificate, huggingface, open_weights, ours
 
 
@@ -79,11 +80,15 @@ def test_a_classifier_comes_back_whole_with_its_logits(tmp_path):
     outputs = open_weights("orbax", f"{tmp_path}/a").outputs(np.zeros((1, 25), np.int64), None)
     np.testing.assert_array_equal(outputs["pixels"], 0)  # an untrained head for pixels
     assert np.abs(outputs["classes"]).max() > 0.1 and across["logits"]["compared"]
+    for target in ("openai", "export"):
+        with pytest.raises(UserError, match="holds no head for pixels"):
+            run(tmp_path / "d", f"huggingface:{tmp_path}/hf", f"{target}:{tmp_path}/none")
     with pytest.raises(UserError, match="holds no head for pixels"):
-        run(tmp_path / "d", f"huggingface:{tmp_path}/hf", f"openai:{tmp_path}/none")
+        igpt_jax.load(f"huggingface:{tmp_path}/hf").sample(1)
 
     record = checkpoint.load_metadata(f"{tmp_path}/a")
-    model = FinetuneModelConfig(class_layer=1, **{name: getattr(record.config.model, name) for name in transfer.SIZES})
+    sizes = {name: getattr(record.config.model, name) for name in ("name", *OF_CHECKPOINT)}
+    model = FinetuneModelConfig(class_layer=1, **sizes)
     params = ours.parameters(open_weights("orbax", f"{tmp_path}/a"), lambda shape, name: np.empty(shape, np.float32))
     ours.save(f"{tmp_path}/middle", params, dataclasses.replace(record, config=FinetuneConfig(model=model)))
     with pytest.raises(UserError, match="its class head reads layer 1"):
