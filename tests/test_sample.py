@@ -109,6 +109,8 @@ def test_nothing_to_complete_is_one_line(folder, images, message):
     with pytest.raises(UserError, match=message) as caught:
         sample.run(config, str(folder / "bad"))
     assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UserError, match="only one is completed"):
+        SampleConfig(images="pictures", examples=4)
 
 
 def test_a_checkpoint_without_data_gives_samples_alone(folder):

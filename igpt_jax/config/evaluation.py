@@ -192,3 +192,5 @@ class SampleConfig(Keys):
         for name, least in (("count", -1), ("examples", -1), ("batch_size", 0)):
             require(getattr(self, name) >= least, f"{name}={getattr(self, name)} must be {least} or more.")
         require(self.rows >= -1, f"rows={self.rows} must be -1 (the upper half) or more.")
+        require(not (self.images and self.examples > 0),
+                f"images and examples={self.examples} are both given, and only one is completed. Leave one out.")

@@ -15,6 +15,7 @@ import numpy as np
 
 from igpt_jax import api
 from igpt_jax.config import DemoConfig, UserError
+from igpt_jax.config.data import SplitConfig
 from igpt_jax.data import open_split
 from igpt_jax.demo.server import Server
 from igpt_jax.metrics.logging import say
@@ -54,7 +55,7 @@ def _examples(config: DemoConfig, model: api.ImageModel) -> Callable[[int], np.n
     try:
         split = open_split(store, config.data.split, model.image_size)
     except (UserError, OSError):
-        if config.data.store:
+        if config.data != SplitConfig():  # asked for
             raise
         return None
     return lambda number: split.read(np.array([number % split.count]))[0]
