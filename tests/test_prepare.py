@@ -43,6 +43,17 @@ def test_digits(tmp_path):
         assert np.asarray(Image.open(tmp_path / "figures" / figure)).std() > 0
 
 
+def test_a_palette_that_cannot_be_fitted_costs_no_second_reading(tmp_path, capsys):
+    """Seen to fail with the palette compared, and without the progress saved at the end."""
+    source = save(tmp_path / "a.npz", images=random_images(9, 4, 4, 3) // 128 * 255)  # eight colors
+    with pytest.raises(UserError, match="only 8 distinct colors"):
+        run(tmp_path / "store", source=source, palette="fit:512")
+    run(tmp_path / "store", source=source, palette="fit:8")
+    assert "resuming after 9 train images" in capsys.readouterr().err
+    with pytest.raises(UserError, match="image_size has no effect on source=store:"):
+        run(tmp_path / "palette", source=f"store:{tmp_path / 'store'}", image_size=2)
+
+
 def test_held_out_rule(tmp_path):
     """The manifest's rule, and every image in exactly one split with its own label. Seen to fail with `<=` for `<` in
     prepare.run."""

@@ -18,6 +18,7 @@ from igpt_jax.checkpoint import step_folders
 from igpt_jax.checkpoint.arrays import (
     AbstractOf,
     barrier,
+    from_process_0,
     load_state,
     metadata_for_all,
     of_process_0,
@@ -59,17 +60,23 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             step_folders.sweep(self._folder)
         barrier("leftovers of killed runs are removed")
-        # A resumed run must still know which of the earlier steps is the best, or it would remove it.
-        split = config.data.held_out
-        for step in reversed(self.steps):
+        # A resumed run must still know which of the earlier steps is the best, or it would remove it. All processes
+        # agree on it, since it decides when to stop early.
+        evaluated = from_process_0(self._evaluated_before)
+        self._evaluated.update(step for step, _, _ in evaluated)
+        # Losses of other images do not compare. A run that evaluates no more keeps the best of its newest split.
+        split = config.data.held_out or next((held_out for _, held_out, _ in reversed(evaluated)), "")
+        self._scores.update((step, score) for step, held_out, score in evaluated if held_out == split)
+
+    def _evaluated_before(self) -> list[tuple[int, str, float]]:
+        """(step, held-out split, score) of the evaluated steps on disk, ascending."""
+        found = []
+        for step in self.steps:
             with contextlib.suppress(Damaged, UserError):  # reported when the step is restored
                 stored = read_metadata(self._folder, step)
-                if math.isfinite(_score(stored.metrics)):
-                    self._evaluated.add(step)
-                    # Losses of other images do not compare. A run that evaluates no more keeps its newest split's best.
-                    split = split or stored.config.data.held_out
-                    if stored.config.data.held_out == split:
-                        self.note(step, stored.metrics)
+                if math.isfinite(score := _score(stored.metrics)):
+                    found.append((step, stored.config.data.held_out, score))
+        return found
 
     @property
     def steps(self) -> list[int]:
@@ -136,7 +143,8 @@ class Checkpoints:
         metadata = dataclasses.replace(metadata, checksums=checksums.of_tree(state))
         try:
             if self._problem and jax.process_index() == 0:  # the failed save may have left files
-                step_folders.sweep(self._folder)
+                with contextlib.suppress(Exception):  # then this one fails too, or they do not matter
+                    step_folders.sweep(self._folder)
             with save_context():
                 response = ocp.save_checkpointables_async(
                     self._folder / str(metadata.steps_done), {"params": params, "training": training},
@@ -156,11 +164,14 @@ class Checkpoints:
                 # Read back from the disk, so that the hashes are of the files as they were written.
                 hashes.write_hashes(self._folder / str(metadata.steps_done))
                 self.note(metadata.steps_done, metadata.metrics)
-                if supersedes:
-                    self._remove_superseded()
             self._problem, self._pause = "", 1.0
         except Exception as error:
-            self._failed(metadata.steps_done, error)
+            return self._failed(metadata.steps_done, error)
+        try:
+            if jax.process_index() == 0 and supersedes:
+                self._remove_superseded()
+        except Exception as error:  # the step is saved all the same; the next save tries again
+            log.warning("Steps before %s could not be removed: %s", f"{metadata.steps_done:,}", error)
 
     def _failed(self, step: int, error: Exception) -> None:
         """Counts and logs a failed save, and sets the time of the next attempt."""

@@ -115,6 +115,7 @@ def ingest(sources: Mapping[str, Source], writer: Writer, quarantine: Quarantine
         if done[split] != source.count:
             raise UserError(f"the source of {split} gave {done[split]:,} of {source.count:,} images: it is damaged, or "
                             "changed in the meantime. Restore it and run the same command again.")
+    save()  # what follows may fail, for example where there are fewer colors than the palette should have
     return True
 
 

@@ -72,9 +72,11 @@ def _prepare(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     notes = {"config": asked, "inputs": {split: source.count for split, source in given.items()},
              "contents": {split: dict(source.contents) for split, source in given.items()}}
     resumed = writer.resume()
-    if resumed and resumed["config"] == asked:
+    # No stored pixel depends on the palette.
+    same = resumed and {**resumed["config"], "palette": config.palette} == asked
+    if same:
         _check_contents(resumed, notes, path)
-    if resumed and any(resumed[name] != notes[name] for name in ("config", "inputs")):
+    if resumed and not (same and resumed["inputs"] == notes["inputs"]):
         say(f"{path} has an interrupted job of another config or source: starting over")
         writer, resumed = Writer(path, size, writer.chunk), None
     done, bad = (resumed["done"], resumed["quarantined"]) if resumed else ({}, [])
@@ -186,6 +188,8 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     fields |= {"splits": splits, "quarantined": quarantined, "skipped": skipped,
                "classes": max(manifest["classes"] for manifest in slices.values()),
                "config": {**first["config"], "shard": "merge", "palette": config.palette}}
+    if quarantined:
+        storage.publish(path / "quarantined.json", json.dumps(quarantined, indent=1) + "\n")
     if "train" not in splits:
         ingest.Quarantine(0, 1, quarantined).check_some_left("train", 0)
     train = store.split_of(path, "train", splits, fields["image_size"], fields["chunk"])
@@ -215,6 +219,10 @@ def _palette_alone(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     """Makes a palette for an existing store: palette.npy in the workdir, for the key `palette` of other jobs."""
     if any((path / name).exists() for name in (store.MANIFEST, store.SLICE, store.PROGRESS)):
         raise UserError(f"{path} holds a pixel store, which keeps its palette. Give the new palette another --workdir.")
+    for name in ("image_size", "test_source", "chunk", "shard"):
+        if getattr(config, name) != getattr(PrepareConfig, name):
+            raise UserError(f"{name} has no effect on source={config.source}, of which only a palette is made. Leave it"
+                            " out, or prepare the images again from their source.")
     opened = store.Store.open(config.source.removeprefix("store:"))
     split = opened.split("train")
     chosen = _imported_or_fit(split, *_palette_for(config.palette, config.source), config.seed)

@@ -141,8 +141,13 @@ def run_in_workdir(run: Callable[[Any, str], dict[str, Any]], config: Any, workd
             message = f"{end} The same command resumes from there." if isinstance(end, Preempted) else end
             where = ""
             if folder:
-                storage.publish(folder / "result.json", to_json(result))
-                where = f" [{next(folder / file for file in OPENED_FIRST if (folder / file).exists())}]"
+                try:
+                    storage.publish(folder / "result.json", to_json(result))
+                except OSError as error:
+                    if not end:
+                        raise
+                    say(f"igpt_jax {config.job}: result.json could not be written: {error}")
+                where = f" [{next((folder / file for file in OPENED_FIRST if (folder / file).exists()), folder)}]"
             say(f"igpt_jax {config.job}: {message or _summary(metrics)}{where}")
         if end:
             raise end

@@ -44,8 +44,11 @@ def advice(checkpoints: checkpoint.Checkpoints, accepted: int) -> str:
 def note(workdir: str, newest_checkpoint: int, position: int) -> None:
     """Records for `skip_divergence` that the run diverged, `position` steps into the data order."""
     if jax.process_index() == 0:
-        storage.publish(storage.path(workdir) / DIVERGENCE,
-                        json.dumps({"newest_checkpoint": newest_checkpoint, "position": position}))
+        try:
+            storage.publish(storage.path(workdir) / DIVERGENCE,
+                            json.dumps({"newest_checkpoint": newest_checkpoint, "position": position}))
+        except OSError as error:  # the run ends with the divergence, not with the full disk
+            say(f"{DIVERGENCE} could not be written, so skip_divergence will skip nothing: {error}")
 
 
 def offset_after(config: PretrainConfig, workdir: str, start: int, offset: int) -> int:

@@ -271,7 +271,7 @@ class Run:
             unread, stopping = (step, measured), self.stop.should_stop()
             now = due(step, self.config, owed, stopping, self.checkpoints.retry_due)
             if now.compare_replicas:
-                self._compare_replicas(step)
+                divergence.compare_replicas(step, self.state, self.mesh)
             if not now.save:
                 continue
             skipped, unread = self._report(step, measured), None
@@ -319,20 +319,10 @@ class Run:
         if skipped >= self.config.max_skipped_updates:
             self.checkpoints.wait()
             advice = divergence.advice(self.checkpoints, step - skipped)
-            self._note_divergence(step)
+            divergence.note(self.workdir, self.checkpoints.latest_step or self.start, step + self.offset)
             raise Diverged(f"{skipped} updates in a row up to step {step:,} were not finite or spiked, and were "
                            f"skipped. {advice}")
         return skipped
-
-    def _compare_replicas(self, step: int) -> None:
-        try:
-            divergence.compare_replicas(step, self.state, self.mesh)
-        except Diverged:
-            self._note_divergence(step)
-            raise
-
-    def _note_divergence(self, step: int) -> None:
-        divergence.note(self.workdir, self.checkpoints.latest_step or self.start, step + self.offset)
 
     def _evaluate_and_save(self, step: int, now: Due, stopping: bool, skipped: int) -> bool:
         """Evaluates and saves what is due. Returns whether the run is complete. Raises Preempted, Unsaved."""

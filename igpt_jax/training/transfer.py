@@ -37,6 +37,7 @@ def adopted(config: FinetuneConfig) -> FinetuneConfig:
                             "to train a new model.")
     metadata = checkpoint.load_metadata(config.checkpoint)
     checkpoint.require_objective(metadata, config.objective, config.checkpoint)
+    checkpoint.require_parameters(metadata, config.parameters, config.checkpoint)
     sizes = {name: getattr(metadata.config.model, name) for name in ("name", *OF_CHECKPOINT)}
     data = dataclasses.replace(config.data, store=checkpoint.store_of(metadata, config.data.store))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes), data=data,

@@ -47,6 +47,8 @@ class Tfds(Source):
     def _read(self, mine: range) -> Iterator[dict[str, Any]]:
         import tensorflow_datasets as tfds
 
+        if not mine:  # a resumed job has read them all; TFDS refuses to read none
+            return
         decoders = {self._image: tfds.decode.SkipDecoding()}
         if _random_access(self._builder):
             source = self._builder.as_data_source(split=self._split, decoders=decoders)
