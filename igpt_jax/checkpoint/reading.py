@@ -196,4 +196,8 @@ def _newest_good(checkpoint: str, read: Callable[[str, int], T], for_all: bool =
             problem = f"checkpoint {step_path(folder, step)} is damaged: {damage}"
             if step != steps[0]:
                 log.error("%s. An older one is used.", problem)
+        except FileNotFoundError:
+            if for_all and jax.process_count() > 1:  # perhaps on this process alone, which must not wait for the others
+                raise
+            problem = f"checkpoint {step_path(folder, step)} was removed by its run while it was read"
     raise NoGoodCheckpoint(f"{problem}. Name another step.")

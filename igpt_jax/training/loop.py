@@ -196,6 +196,8 @@ class Run:
                 say(advice)
             if self.start >= config.steps:
                 say(f"already finished: the newest checkpoint is of step {self.start:,}; steps={config.steps:,}")
+            elif enough(self.start, best := self.checkpoints.best_step, config):
+                say(f"already finished: no evaluation since step {best:,} was better (patience={config.patience})")
             elif self.start:
                 skipping = f", {self.offset:,} steps of examples further on" if self.offset else ""
                 origin = f" of {config.branch_from}" if self.branches else ""
