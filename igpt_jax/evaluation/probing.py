@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from igpt_jax import storage
 from igpt_jax.checkpoint import Metadata, store_of
-from igpt_jax.config import ProbingConfig, UserError
+from igpt_jax.config import EvaluateConfig, ProbingConfig, ScalingConfig, UserError
 from igpt_jax.config.data import ProbeDataConfig, common_splits
 from igpt_jax.data import count_classes, order
 from igpt_jax.data.store import Split, Store
@@ -84,6 +84,16 @@ def say_if_optimistic(data: ProbeDataConfig) -> None:
     """Says so where the images that accuracies are measured on also select."""
     if (both := common_splits(data.test, data.held_out)) and jax.process_index() == 0:
         say(f"accuracies are optimistic: the images of {both!r} also choose the layer and the penalty")
+
+
+def say_notes(config: EvaluateConfig | ScalingConfig) -> None:
+    """What users of `probe`, `probing.*` and `completion*` should know, once no check can refuse the job any more."""
+    if config.probe:
+        say_if_optimistic(config.probing.data)
+    elif config.probing != ProbingConfig():
+        say(f"igpt_jax {config.job}: probing.* has no effect without --config.probe=True.")
+    if config.without_effect:
+        say(f"igpt_jax {config.job}: completion_* has no effect without --config.completions=K.")
 
 
 class Prober:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
-from igpt_jax.config import DataConfig, EvaluateConfig, ProbingConfig, UserError, values_with
+from igpt_jax.config import DataConfig, EvaluateConfig, UserError, values_with
 from igpt_jax.config.data import common_splits
 from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.data import open_data, open_split
@@ -98,7 +98,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         former = False
         _publish(folder, rows)
         if not measured:  # only now is it sure that no error refuses the job
-            _say_notes(config)
+            probing.say_notes(config)
         measured += 1
         say(f"{step}: {_summary(row)}")
     if not former:
@@ -107,16 +107,6 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         raise Ended(f"damaged, not readable or not finite, and not in the table: {', '.join(damaged)}.",
                     _metrics(rows) | options)
     return _metrics(rows) | options
-
-
-def _say_notes(config: EvaluateConfig) -> None:
-    """What the user of these keys should know."""
-    if config.probe:
-        probing.say_if_optimistic(config.probing.data)
-    elif config.probing != ProbingConfig():
-        say("igpt_jax evaluate: probing.* has no effect without --config.probe=True.")
-    if config.without_effect:
-        say("igpt_jax evaluate: completion_* has no effect without --config.completions=K.")
 
 
 def _loaded(config: EvaluateConfig, step: str, mesh: Mesh) -> tuple[str, Model, Any, checkpoint.Metadata]:

@@ -23,7 +23,6 @@ from igpt_jax import checkpoint, storage
 from igpt_jax.config import (
     PlanConfig,
     PretrainConfig,
-    ProbingConfig,
     ScalingConfig,
     UserError,
     key_attributes,
@@ -144,12 +143,7 @@ def _trained(config: ScalingConfig, runs: Sequence[Planned], data: _Data, folder
     for each in mine:
         _check(each, data, mesh)
         _check_folder(each, folder / each.name)
-    if config.probe:
-        probing.say_if_optimistic(config.probing.data)
-    elif config.probing != ProbingConfig():
-        say("igpt_jax scaling: probing.* has no effect without --config.probe=True.")
-    if config.without_effect:
-        say("igpt_jax scaling: completion_* has no effect without --config.completions=K.")
+    probing.say_notes(config)
     for number, each in enumerate(mine, 1):
         say(f"run {number} of {len(mine)}: {each.name}, {each.parameters['all']:,} parameters, {each.tokens:,} tokens, "
             f"{each.config.steps:,} steps of {each.config.batch_size} images, {each.budget:.3g} FLOPs")
