@@ -133,7 +133,7 @@ def test_lines_of_one_step_are_merged_and_later_ones_win(tmp_path):
 def test_chips_are_found_by_jax_names():
     assert topology.chip_for("TPU v5 lite").peak_bf16_flops == 197e12
     assert topology.chip_for("TPU v5p") is topology.chip_for("TPU v5")
-    assert topology.chip_for("NVIDIA H200").hbm_bytes == 141e9
+    assert topology.chip_for("NVIDIA H200").hbm_bytes == 143_771 * 2**20
     assert topology.chip_for("NVIDIA H100 PCIe") is None and topology.chip_for("cpu") is None
     kinds = [kind for chip in topology.CHIPS for kind in chip.device_kinds]
     assert len(kinds) == len(set(kinds))
