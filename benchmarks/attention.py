@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--shape 4,1024,8,32 ...] [--dtype float32] [--rounds 15] [--json FILE]
 
-Each round runs every candidate once, so that a noisy machine is noisy for all. Prints medians, the ratio to XLA's
-attention, and the error of the results: |result - reference| / |reference|, where the reference computes in float32.
-The row `reference` shows the error that the dtype alone causes.
+Each round runs every candidate once, on GPUs 20 times, so that a noisy machine is noisy for all. Prints medians, the
+ratio to XLA's attention, and the error of the results: |result - reference| / |reference|, where the reference computes
+in float32. The row `reference` shows the error that the dtype alone causes.
 """
 
 import argparse

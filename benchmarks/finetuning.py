@@ -29,12 +29,6 @@ from igpt_jax.metrics.logging import load_metrics
 RATES = ("3e-4", "1e-3", "3e-3")
 
 
-def newest_step(workdir: str) -> str:
-    """Its path names the step, so that runs of an older one do not count as finished."""
-    folder, steps = checkpoint.steps_of(workdir)
-    return f"{folder}/{steps[-1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("store", "runs/cifar16"), ("checkpoint", "runs/cifar16_tiny"), ("steps", 1500),
@@ -45,7 +39,8 @@ def main() -> None:
     folder = pathlib.Path(given.workdir)
     pretrained = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())
     shape = pretrained["model"]
-    loaded = {"checkpoint": newest_step(given.checkpoint), "parameters": given.parameters}
+    # The newest step by its name: runs of an older one do not count as finished.
+    loaded = {"checkpoint": checkpoint.step_path(*checkpoint.locate(given.checkpoint)), "parameters": given.parameters}
     scratch = {"codec": pretrained.get("codec", "palette")}
     scratch |= {f"model.{name}": shape[name] for name in ("name", *OF_CHECKPOINT) if name in shape}
     ways = {
@@ -79,8 +74,7 @@ def main() -> None:
             sys.exit(f"{way} diverges at {rate}, the best of {given.search} steps: {folder}/way{index}")
         rows.append({"way": way, "learning_rate": rate, "test_accuracy": metrics["test_accuracy"],
                      "interval": wilson(metrics["test_accuracy"], test_images), "best_step": metrics["best_step"],
-                     "held_out_nats": metrics["eval/nats_per_pixel"],
-                     "search": searched})
+                     "held_out_nats": metrics["eval/nats_per_pixel"], "search": searched})
         curves[way] = [(line["step"], 100 * line["eval/accuracy"]) for line in load_metrics(str(folder / f"way{index}"))
                        if "eval/accuracy" in line]
 

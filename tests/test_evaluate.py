@@ -294,7 +294,7 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def refused(folder):
+def refused(folder, logs):
     """{case: (exit code, standard error)}."""
     (folder / "unfinished" / "checkpoints" / "12").mkdir(parents=True)
     commands = [["evaluate", f"--workdir={folder}/bad {case}", *(each.format(folder=folder) for each in more)]

@@ -91,7 +91,7 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The best evaluated step: by held-out accuracy, or by loss without classes. None if no step was evaluated."""
-        return max(sorted(self._scores), key=self._scores.__getitem__, default=None)
+        return max(self._scores, key=self._scores.__getitem__, default=None)
 
     @property
     def best_saved_step(self) -> int | None:

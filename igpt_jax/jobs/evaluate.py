@@ -78,7 +78,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     known = tables.load(folder, NAME)
     rows = [row for row in known if row.get("asked") == asked]
     former = len(rows) < len(known)  # rows of other settings, whose checkpoints may be gone
-    damaged, measured = [], 0
+    damaged, told = [], False
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
             identity, *loaded = _loaded(config, step, mesh)
@@ -97,9 +97,9 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
             side_files.set_aside(folder / f"{NAME}.json", side_files.FORMER, "was measured with other settings")
         former = False
         _publish(folder, rows)
-        if not measured:  # only now is it sure that no error refuses the job
+        if not told:  # only now is it sure that no error refuses the job
             probing.say_notes(config)
-        measured += 1
+        told = True
         say(f"{step}: {_summary(row)}")
     if not former:
         _publish(folder, rows)

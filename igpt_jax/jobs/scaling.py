@@ -81,8 +81,10 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
     if other := [row["run"] for row in rows if row.get("data") != data.fingerprint]:
         raise UserError(f"{folder}: {other[0]} has other images, held-out images or another palette than "
                         f"data.store={config.pretrain.data.store}. Name its store, or give another --workdir.")
-    if other := {row["precision"] for row in rows if row.get("precision", precision) != precision}:
-        raise UserError(f"{folder} has runs in {', '.join(sorted(other))} (now {precision}). Set "
+    # The machine that merges may have another precision than those that trained.
+    precisions = {row["precision"] for row in rows if "precision" in row}
+    if len(precisions if config.shard == "merge" else precisions | {precision}) > 1:
+        raise UserError(f"{folder} has runs in {' and '.join(sorted(precisions))} (now {precision}). Set "
                         "--config.pretrain.precision, or give another --workdir.")
     if config.shard != "merge":
         rows = _trained(config, planned(config, data.image_size, data.vocabulary), data, folder)

@@ -85,9 +85,8 @@ def _end(code: int) -> str:
 
 def _environment(target: topology.Target, own: bool) -> dict[str, str]:
     """The variables of the compiler's process. `own`: it runs this interpreter, which may need PYTHONPATH."""
-    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH") if own else None])]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths),
-                   "TF_CPP_MIN_LOG_LEVEL": "3"}
+    paths = os.pathsep.join(filter(None, (str(PACKAGE.parent), own and os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # cached programs lack parts of their text
     if target.platform == "tpu":
         # Do not look for this machine's own TPUs, nor wait for a program that holds them.
