@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 
+import exits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,20 +88,22 @@ def measure(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", default=["4,1024,8,32"], help="B,T,N,H")
+    parser.add_argument("--shape", nargs="+", type=exits.counts, default=[(4, 1024, 8, 32)], help="B,T,N,H")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=exits.count, default=15)
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
+    if any(len(shape) != 4 for shape in arguments.shape):
+        parser.error("--shape must be B,T,N,H, such as 4,1024,8,32")
     kind = jax.devices()[0].device_kind
     print(f"{kind}, {arguments.dtype}, jax {jax.__version__}, median of {arguments.rounds}")
     rows = []
     for shape in arguments.shape:
-        rows += measure(tuple(map(int, shape.split(","))), arguments.dtype, arguments.rounds)
+        rows += measure(shape, arguments.dtype, arguments.rounds)
         if arguments.json:  # after each shape, since a queue may end it
             storage.publish(storage.path(arguments.json), json.dumps(
                 {"device": kind, "jax": jax.__version__, "dtype": arguments.dtype, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -7,21 +7,18 @@ are a better measure than the time that passed.
 
 import argparse
 import dataclasses
-import pathlib
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import exits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=exits.count, default=3)
     given = parser.parse_args()
     import jax
     import numpy as np
@@ -76,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

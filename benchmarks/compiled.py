@@ -14,12 +14,12 @@ import math
 import os
 import pathlib
 import re
-import sys
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu looks for the machine that it is not on
 
+import exits
 import jax
 
 from igpt_jax import storage
@@ -116,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

@@ -17,6 +17,7 @@ import json
 import pathlib
 from typing import Any
 
+import exits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,14 +99,14 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--widths", type=exits.count, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--depths", type=exits.count, nargs="+", default=[2, 4, 8])
     parser.add_argument("--parametrizations", nargs="+", default=["standard", "completep"])
     parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--init", default="paper")
     parser.add_argument("--rate", type=float, default=0.002, help="learning rate, constant")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--steps", type=exits.count, default=8)
+    parser.add_argument("--seeds", type=exits.count, default=4)
     parser.add_argument("--cross", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--figure", type=pathlib.Path)
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

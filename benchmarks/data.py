@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import exits
 import jax
 import numpy as np
 import tensorflow as tf
@@ -172,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import exits
 import jax
 import jax.numpy as jnp
 
@@ -32,8 +33,8 @@ def seconds(run: Callable, *arrays: jax.Array, rounds: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=8192, help="of the matrices")
-    parser.add_argument("--mib", type=int, default=4096, help="size of the array that is copied, MiB")
+    parser.add_argument("--side", type=exits.count, default=8192, help="of the matrices")
+    parser.add_argument("--mib", type=exits.count, default=4096, help="size of the array that is copied, MiB")
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     one, other = (jax.random.normal(jax.random.key(i), (options.side, options.side), jnp.bfloat16) for i in range(2))
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -81,7 +81,8 @@ def interpreter(version: str) -> str:
     for python in filter(None, [shutil.which(f"python{version}"), *pyenv]):
         if subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0:
             return python
-    sys.exit(f"environments.py: Python {version} was not found. Install it, or name other environments.")
+    print(f"environments.py: Python {version} was not found. Install it, or name other environments.", file=sys.stderr)
+    sys.exit(2)
 
 
 def megabytes(folder: pathlib.Path) -> float:

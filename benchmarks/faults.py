@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 
+import exits
 import fault_files as files
 import fault_processes as processes
 from fault_runs import ROOT, Run
@@ -40,7 +41,7 @@ FAULTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", default=[], metavar="FAULT", help=f"of {', '.join(FAULTS)}; none: all")
-    parser.add_argument("--tries", type=int, help="number of tries of each fault")
+    parser.add_argument("--tries", type=exits.count, help="number of tries of each fault")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places of faults")
     parser.add_argument("--json", help="file for the table")
     parser.add_argument("--keep", metavar="DIR", help="folder for the runs, which stays")
@@ -80,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

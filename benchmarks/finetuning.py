@@ -16,6 +16,7 @@ import json
 import pathlib
 import sys
 
+import exits
 import job_runs
 
 from igpt_jax import checkpoint
@@ -37,12 +38,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
-    pretrained = json.loads((pathlib.Path(given.checkpoint) / "config.json").read_text())
-    shape = pretrained["model"]
+    pretrained = checkpoint.load_metadata(given.checkpoint).config
     # The newest step by its name: runs of an older one do not count as finished.
     loaded = {"checkpoint": checkpoint.step_path(*checkpoint.locate(given.checkpoint)), "parameters": given.parameters}
-    scratch = {"codec": pretrained.get("codec", "palette")}
-    scratch |= {f"model.{name}": shape[name] for name in ("name", *OF_CHECKPOINT) if name in shape}
+    scratch = {"codec": pretrained.codec}
+    scratch |= {f"model.{name}": getattr(pretrained.model, name) for name in ("name", *OF_CHECKPOINT)}
     ways = {
         "pretrained, L_GEN + L_CLF": loaded,
         "pretrained, L_CLF alone": {**loaded, "generative_weight": 0},
@@ -55,7 +55,7 @@ def main() -> None:
     def run(name: str, steps: int, evaluations: int, rate: str, way: dict, **more: str) -> dict:
         """The metrics of a run in the workdir's folder `name`."""
         return job_runs.run("finetune", folder / name, {
-            "data.store": given.store, "objective": pretrained["objective"], "data.augment": given.augment,
+            "data.store": given.store, "objective": pretrained.objective, "data.augment": given.augment,
             "steps": steps, "batch_size": given.batch, "precision": given.precision,
             "eval_every_steps": -(-steps // evaluations), "mesh.data": -1, "mesh.fsdp": 1,
             "optimizer.schedule": "cosine", "optimizer.warmup_steps": steps // 10, "optimizer.learning_rate": rate,
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

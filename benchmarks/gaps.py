@@ -15,6 +15,7 @@ import pathlib
 import re
 import sys
 
+import exits
 import pages
 from scaling import DOCS, IMAGE_SIZES, SLICES, cells
 from tqdm import tqdm
@@ -79,9 +80,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=len(TITLES), help="number of cells to compile")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS / "gaps.json")
     options = parser.parse_args()
-    chosen = json.loads((DOCS / "scaling.json").read_text())
+    chosen = exits.read_json(DOCS / "scaling.json")
     known = {title: {"settings": chosen[title]["settings"]} for title in TITLES if title in chosen}
-    known |= json.loads(options.out.read_text()) if options.out.exists() else {}
+    known |= exits.read_json(options.out) if options.out.exists() else {}
     todo = [title for title in TITLES if title in known and options.only in title
             and (options.python or topology.parse(title.split()[-1]).platform == "tpu")]
     todo.sort(key=lambda title: ("now" in known[title], title not in FIRST))
@@ -92,7 +93,7 @@ def main() -> None:
             print(f"{title}: {error}", file=sys.stderr)
             continue
         if options.out.exists():
-            known |= json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
+            known |= exits.read_json(options.out)  # another process may have finished a cell meanwhile
         known[title]["now"] = found
         storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
         print(row(title, known[title]), flush=True)
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -54,7 +54,7 @@ QUEUE = (
     Step("device", 10, "device.py"),
     Step("step_igpt_s", 45, f"{S} --only='product|ours, bfloat16, 1 '"),
     Step("step_igpt_l", 50, f"{L} --batch=32"),
-    Step("step_igpt_s_peers", 100, f"{S} --only='ours, bfloat16, 1 |compiled'"),
+    Step("step_igpt_s_peers", 100, f"{S} --only='ours, bfloat16, 1 |autocast, compiled'"),
     Step("kernels", 30, "attention.py --dtype=bfloat16 --shape 32,1024,8,64 16,1024,16,96 8,1024,24,128 8,4096,8,64"),
     Step("reproduce_10m", 270, "reproduction.py"),
     Step("step_igpt_m", 50, f"{M} --batch=64"),

@@ -1,12 +1,13 @@
 """Runs jobs for a comparison; a run that the same command has finished is not repeated."""
 
-import json
 import pathlib
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+import exits
 
 from igpt_jax.runtime.exits import DIVERGED, DONE
 
@@ -19,7 +20,7 @@ def words(job: str, workdir: pathlib.Path, settings: Mapping[str, Any]) -> list[
 def result(workdir: pathlib.Path) -> dict[str, Any]:
     """A run's result.json; empty if there is none."""
     file = workdir / "result.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return exits.read_json(file) if file.exists() else {}
 
 
 def finished(workdir: pathlib.Path, command: list[str]) -> bool:

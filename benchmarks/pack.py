@@ -17,9 +17,9 @@ import argparse
 import io
 import lzma
 import pathlib
-import sys
 from collections.abc import Sequence
 
+import exits
 import numpy as np
 from PIL import Image
 
@@ -32,7 +32,7 @@ SPLITS = ("train", "test")
 
 def read(file: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [B, Y, X, 3] and labels [B] of an .npz."""
-    with np.load(file) as arrays:
+    with exits.readable(file, "an .npz of images and labels"), np.load(file) as arrays:
         labels_B = arrays["labels"]
         if "images" in arrays:
             return arrays["images"], labels_B
@@ -71,9 +71,9 @@ def unpack(file: str, folder: str) -> None:
     """Writes SPLIT.npz and palette.npy, which the prepare job reads, into `folder`."""
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with lzma.open(file) as packed:
-        arrays = np.load(io.BytesIO(packed.read()))
-    palette_VC = arrays["palette"]
+    with exits.readable(file, "a file of pack.py"), lzma.open(file) as packed:
+        arrays = dict(np.load(io.BytesIO(packed.read())))
+        palette_VC = arrays["palette"]
     colors_VC = palette.decode(by_luminance(palette_VC), palette_VC)
     np.save(target / "palette.npy", palette_VC)
     for split in SPLITS:
@@ -98,13 +98,10 @@ def main() -> int:
         return 0
     if not (arguments.palette and arguments.train and arguments.test):
         parser.error("--palette, --train and --test are needed to pack; --unpack=FOLDER to unpack")
-    try:
-        pack(arguments.file, palette.load(arguments.palette), {split: getattr(arguments, split) for split in SPLITS})
-    except UserError as error:
-        parser.error(str(error))
+    pack(arguments.file, palette.load(arguments.palette), {split: getattr(arguments, split) for split in SPLITS})
     print(f"{arguments.file}: {pathlib.Path(arguments.file).stat().st_size / 1e6:.1f} MB")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

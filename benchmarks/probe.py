@@ -16,6 +16,7 @@ import json
 import time
 from typing import Any
 
+import exits
 import jax
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -122,7 +123,7 @@ def main() -> None:
         part = parts.add_parser(function.__name__)
         part.set_defaults(function=function)
         for name, default in numbers.items():
-            part.add_argument(f"--{name}", type=int, default=default)
+            part.add_argument(f"--{name}", type=exits.count, default=default)
         part.add_argument("--json", help="file for the figures")
     parts.choices["solver"].add_argument("--l2", type=float, default=1e-3, help="penalty")
     parts.choices["solver"].add_argument("--tolerance", type=float, default=1e-5, help="of scikit-learn's gradient")
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -15,6 +15,7 @@ import functools
 import json
 import pathlib
 
+import exits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,8 @@ DEVICES, DTYPES = (8, 64, 256), ("bfloat16", "float32")
 
 def tokens_of(path: str) -> np.ndarray:
     """Images as int32 [n, 64]: 8x8 means of their grays, 64 levels."""
-    images = np.load(path)["images"].astype(np.float32)
+    with exits.readable(path, "an .npz of images"), np.load(path) as arrays:
+        images = arrays["images"].astype(np.float32)
     n, side = images.shape[:2]
     gray = images.mean(-1).reshape(n, 8, side // 8, 8, side // 8).mean((2, 4))
     return (gray / 4).astype(np.int32).reshape(n, 64)
@@ -75,7 +77,7 @@ def error(gradient, params, tokens_BT):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=exits.count, default=100)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     tokens = tokens_of(options.images)
@@ -106,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any
 
+import exits
 import gpu
 import pack
 
@@ -27,15 +28,12 @@ JOBS = ("store", "pretrain", "evaluate", "probe", "sample")
 MARGIN = 5  # seconds to collect the results
 
 
-def read(file: pathlib.Path) -> Any:
-    return json.loads(file.read_text())
-
-
 def results(folder: pathlib.Path) -> dict[str, Any]:
     """Test loss and steps of the newest checkpoint, and the result.json of each job."""
-    jobs = {job: read(folder / job / "result.json") for job in JOBS if (folder / job / "result.json").exists()}
+    files = {job: folder / job / "result.json" for job in JOBS}
+    jobs = {job: exits.read_json(file) for job, file in files.items() if file.exists()}
     table = folder / "evaluate/evaluation.json"
-    newest = max(read(table), key=lambda row: row["steps"]) if table.exists() else {}
+    newest = max(exits.read_json(table), key=lambda row: row["steps"]) if table.exists() else {}
     return {"nats_per_pixel": newest.get("nats_per_pixel"), "steps": newest.get("steps"), "jobs": {
         job: {name: result[name] for name in ("status", "wall_seconds", "metrics", "device") if name in result}
         for job, result in jobs.items()}}
@@ -45,10 +43,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs/gpu_10m")
     parser.add_argument("--model", default="igpt_10m")
-    parser.add_argument("--steps", type=int, default=5625, help="16 epochs of 45,000 images")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=exits.count, default=5625, help="16 epochs of 45,000 images")
+    parser.add_argument("--batch", type=exits.count, default=128)
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     options = parser.parse_args()
+    if "DATA" not in os.environ or not os.environ.get("SECONDS_LEFT", "").isdecimal():
+        parser.error("set DATA to a file that pack.py wrote, and SECONDS_LEFT to the budget in seconds")
     start, data = time.monotonic(), pathlib.Path(os.environ["DATA"])
     # Only the same run on the same images by the same code resumes.
     asked = repr((gpu.code(), options.model, options.steps, options.batch)).encode()
@@ -73,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

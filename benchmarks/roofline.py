@@ -23,6 +23,7 @@ import pathlib
 import statistics
 from urllib.parse import urlsplit
 
+import exits
 import numpy as np
 import pages
 from tqdm import tqdm
@@ -150,9 +151,9 @@ def main() -> None:
     parser.add_argument("--python", default="", help="interpreter with jax[cuda13], for the GPU rows")
     parser.add_argument("--only", default="", help="compile only rows whose name holds this text")
     options = parser.parse_args()
-    rows = json.loads(DATA.read_text())
+    rows = exits.read_json(DATA)
     plans = {row["plan"] for row in rows}
-    known = json.loads(RESULT.read_text())["compiled"] if RESULT.exists() else {}
+    known = exits.read_json(RESULT)["compiled"] if RESULT.exists() else {}
     known = {plan: figures for plan, figures in known.items() if plan in plans}
     if options.compile:
         known = compiled(rows, known, options.python, options.only)
@@ -163,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

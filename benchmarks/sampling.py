@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import exits
 import jax
 import jax.numpy as jnp
 
@@ -161,7 +162,7 @@ def single_steps(options: argparse.Namespace, cache: str) -> list[dict[str, floa
     """Measures and prints the cost of a step with the cache of each segment."""
     weight_bytes, cache_bytes = (jnp.dtype(dtype).itemsize for dtype in (options.precision, cache))
     rows = []
-    for pixels in map(int, filter(None, options.lengths.split(","))):
+    for pixels in options.lengths:
         model, params = make_model(options.size, round(pixels ** 0.5), options.precision)
         for end in sampling.segments(0, pixels):
             cost = step_cost(model, params, options.lengths_batch, end + 1, cache)
@@ -175,14 +176,16 @@ def single_steps(options: argparse.Namespace, cache: str) -> list[dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="igpt_s", help="row of the model table")
-    parser.add_argument("--side", type=int, default=16, help="height and width, pixels")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--side", type=exits.count, default=16, help="height and width, pixels")
+    parser.add_argument("--batch", type=exits.count, default=8)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--cache", default="", help="dtype of the cache; empty: the precision")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cache", default="", choices=["", "float32", "bfloat16"],
+                        help="dtype of the cache; empty: the precision")
+    parser.add_argument("--rounds", type=exits.count, default=3)
     parser.add_argument("--theirs", type=int, default=32, help="pixels that transformers draws; 0: leave it out")
-    parser.add_argument("--lengths", default="1024,4096", help="pixels of an image, for the cost of a step")
-    parser.add_argument("--lengths_batch", type=int, default=2)
+    parser.add_argument("--lengths", type=exits.counts, default="1024,4096",
+                        help="pixels of an image, for the cost of a step")
+    parser.add_argument("--lengths_batch", type=exits.count, default=2)
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     set_precision(options.precision)
@@ -193,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 
+import exits
 import pages
 from tqdm import tqdm
 
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="only predict times anew, from the compiled figures")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS / "scaling.json")
     options = parser.parse_args()
-    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    known = exits.read_json(options.out) if options.out.exists() else {}
     todo = [(title, *what) for title, what in cells().items()
             if options.only in title and not (options.missing and title in known)]
     if options.predict:
@@ -207,7 +208,7 @@ def main() -> None:
             print(f"{title}: {error}", file=sys.stderr)
             continue
         if options.out.exists():
-            known |= json.loads(options.out.read_text())  # another process may have finished a cell meanwhile
+            known |= exits.read_json(options.out)  # another process may have finished a cell meanwhile
         known[title] = found
         storage.publish(storage.path(os.fspath(options.out)), json.dumps(known, indent=1) + "\n")
         print(row(title, known[title]), flush=True)
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

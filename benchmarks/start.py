@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+import exits
+
 from igpt_jax import storage
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -51,7 +53,7 @@ def python(*arguments: str) -> tuple[float, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=exits.count, default=3)
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     arguments = parser.parse_args()
     rows: dict[str, list[float]] = {}
@@ -80,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

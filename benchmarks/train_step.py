@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import exits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,19 +139,18 @@ def shape_of(text: str, choices: dict[str, Any]) -> ModelConfig | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="6x256x8", help="a size of the model table, or layers x width x heads")
-    parser.add_argument("--side", type=int, default=32, help="height and width, pixels")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--side", type=exits.count, default=32, help="height and width, pixels")
+    parser.add_argument("--batch", type=exits.count, default=4)
     parser.add_argument("--attention", default="auto", help="our back-end")
     parser.add_argument("--remat", default="attention", help="our remat policy")
-    parser.add_argument("--unroll", type=int, default=1, help="blocks per iteration of our loop")
+    parser.add_argument("--unroll", type=exits.count, default=1, help="blocks per iteration of our loop")
     parser.add_argument("--axis", default="data", choices=("data", "fsdp", "tensor"),
                         help="mesh axis that ours is split over if it has several devices")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="", help="regular expression: only candidates whose names match")
+    parser.add_argument("--rounds", type=exits.count, default=7)
+    parser.add_argument("--only", type=exits.pattern, default="",
+                        help="regular expression: only candidates whose names match")
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error("--rounds must be at least 1")
     choices = {"attention": arguments.attention, "remat": arguments.remat, "unroll": arguments.unroll}
     if not (shape := shape_of(arguments.model, choices)):
         parser.error("--model is a row of the model table or LAYERSxWIDTHxHEADS")
@@ -158,9 +158,9 @@ def main() -> int:
     flops = arguments.batch * train_flops_per_image(shape.layers, shape.embed, shape.mlp, COLORS, T)
 
     makers = candidates(shape, arguments.side, arguments.batch, arguments.axis)
-    chosen = {name: make for name, make in makers.items() if re.search(arguments.only, name)}
+    chosen = {name: make for name, make in makers.items() if arguments.only.search(name)}
     if not chosen:
-        parser.error(f"--only={arguments.only!r} matches no candidate. They are: {'; '.join(makers)}.")
+        parser.error(f"--only={arguments.only.pattern!r} matches no candidate. They are: {'; '.join(makers)}.")
     seconds, facts = take_turns(chosen, arguments.rounds)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     limits = {name: 2 * PRODUCT**3 / median for name, median in medians.items() if "product" in name}
@@ -196,4 +196,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

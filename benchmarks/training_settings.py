@@ -16,6 +16,7 @@ import json
 import pathlib
 from typing import Any
 
+import exits
 import job_runs
 
 from igpt_jax.metrics.logging import load_metrics
@@ -58,7 +59,7 @@ def transfer(steps: int) -> dict[str, Settings]:
         "model.parametrization": parametrization,
         **({"model.base_embed": 64, "model.base_layers": 2} if parametrization == "completep" else {})}
         for parametrization in ("standard", "completep") for width, depth in shapes
-        for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
+        for rate in (0.0005, 0.001, 0.002, 0.004, 0.008)}
 
 
 def row(name: str, workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -125,8 +126,8 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--store", required=True)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=exits.count, default=3000)
+    parser.add_argument("--batch", type=exits.count, default=64)
     parser.add_argument("--runs", type=int, default=10**6)
     parser.add_argument("--model", default="igpt_tiny")
     parser.add_argument("--precision", default="auto")
@@ -153,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

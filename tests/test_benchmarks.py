@@ -17,8 +17,12 @@ from igpt_jax.data.store import Store
 from igpt_jax.jobs import prepare
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import exits  # noqa: E402
+import finetuning  # noqa: E402
 import gpu  # noqa: E402
 import pack  # noqa: E402
+
+WITHOUT_PACKAGE = ("compare.py", "environments.py", "gpu.py")  # they run where its requirements may be missing
 
 
 def compare(tmp_path, before, after):
@@ -42,6 +46,24 @@ def test_compare_finds_slower_rows_and_refuses_other_hardware(tmp_path):
     assert code == 2 and output.count("\n") == 1 and "device='b' (before: 'a')" in output
     assert compare(tmp_path, figures(1.0), {"rows": [{"name": "theirs", "seconds": 1.0}]})[0] == 2
     assert compare(tmp_path, figures(1.0), [])[0] == 2
+
+
+def test_bad_input_of_a_benchmark_is_one_line(tmp_path, monkeypatch, capsys):
+    """A missing checkpoint, a file that is not there, and one of another kind: exit code 2. Seen to fail as tracebacks.
+    """
+    (tmp_path / "text.xz").write_text("text")
+    for main, arguments, message in (
+            (finetuning.main, [f"--checkpoint={tmp_path}/none", "--store=/nowhere"], "holds no checkpoint"),
+            (pack.main, [f"{tmp_path}/none.xz", f"--unpack={tmp_path}/out"], "none.xz: No such file or directory"),
+            (pack.main, [f"{tmp_path}/text.xz", f"--unpack={tmp_path}/out"], "text.xz is not a file of pack.py")):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            exits.run(main)
+        line, = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and line.startswith("benchmark.py: ") and message in line
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        if "__name__" in (text := file.read_text()) and file.name not in WITHOUT_PACKAGE:
+            assert text.endswith("    exits.run(main)\n"), f"{file.name}: bad input is a traceback"
 
 
 def sprite(images_BYXC):

@@ -51,6 +51,32 @@ def test_elements_and_infinities_are_refused(job, key, value, message):
         parse(job, {key: value})
 
 
+@pytest.mark.parametrize(("job", "arguments", "message"), [
+    ("probe", "l2=(0.5,),solver=sgd", r"l2=\(0.5,\) has no effect on solver=sgd"),
+    ("probe", "rates=(1.0,)", r"rates=\(1.0,\) has no effect on solver=lbfgs. Set solver=sgd"),
+    ("probe", "steps=30,kind=knn", "steps=30 has no effect on solver=lbfgs"),
+    ("probe", "draws=2", "draws=2 has no effect without labels_per_class"),
+    ("evaluate", "probing.rates=(1.0,)", "has no effect on solver=lbfgs"),
+    ("evaluate", "poll_seconds=1", "poll_seconds=1.0 has no effect without watch"),
+    ("sample", "images=mine,data.split=test", "data.split=test has no effect with images"),
+    ("sample", "examples=0,data.store=s", "data.store=s has no effect with examples=0"),
+    ("convert", "head=classes", "head=classes has no effect unless convert_to=huggingface:DIR"),
+    ("convert", "export.rows=4,convert_to=openai:x", "export.rows=4 has no effect unless convert_to=export:DIR"),
+    ("convert", "certificate=hashes,convert_to=export:x", "certificate=hashes has no effect on convert_to=export:DIR"),
+])
+def test_keys_without_effect_are_refused(job, arguments, message):
+    """Seen to fail without each rule."""
+    with pytest.raises(UserError, match=message):
+        parse(job, base_config(job, arguments))
+
+
+def test_keys_of_a_solver_that_other_probes_use_are_accepted():
+    """Attention pooling takes steps, and low-data probes penalties. Seen to fail without `_used_by_others`."""
+    parse("probe", base_config("probe", "steps=30,kind=attention"))
+    parse("probe", base_config("probe", "l2=(0.5,),solver=sgd,labels_per_class=(4,)"))
+    parse("convert", base_config("convert", "head=classes,certificate=hashes,convert_to=huggingface:x"))
+
+
 @pytest.mark.parametrize("job", JOB_CONFIGS)
 def test_no_key_takes_infinity_or_nan(job):
     for name in (name for name, default, _ in keys(job) if isinstance(default, float)):

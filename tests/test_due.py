@@ -39,10 +39,12 @@ def test_intervals_of_zero_mean_never():
     assert due(100, config) == Due(log=True, evaluate=True, save=True, required=True)
 
 
-@pytest.mark.parametrize(("step", "best", "ends"), [
-    (60, 60, False), (80, 60, False), (90, 60, True), (90, None, False)])
-def test_early_stopping(step, best, ends):
-    """Three evaluations, ten steps apart, without a better one. Seen to fail with one evaluation fewer."""
+@pytest.mark.parametrize(("evaluated", "best", "ends"), [
+    ((60,), 60, False), ((60, 70, 80), 60, False), ((60, 70, 80, 90), 60, True), ((60, 70, 80, 81), 60, True),
+    ((60, 90), 60, False), ((70, 80, 90), None, False)])
+def test_early_stopping(evaluated, best, ends):
+    """Three evaluations without a better one, at intervals that changed. Seen to fail with one evaluation fewer, and
+    with steps counted."""
     config = FinetuneConfig(patience=3, eval_every_steps=10, steps=100)
-    assert enough(step, best, config) is ends
-    assert not enough(step, best, CONFIG)
+    assert enough(evaluated, best, config) is ends
+    assert not enough(evaluated, best, CONFIG)

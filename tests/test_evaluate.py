@@ -13,17 +13,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, patience, run_all, run_job_command
 from PIL import Image
-from test_model import random_parameters
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
-from igpt_jax.config import MeshConfig, ModelConfig, parse
-from igpt_jax.data.codecs import Palette
+from igpt_jax.config import MeshConfig, parse
 from igpt_jax.data.store import Store, Writer
-from igpt_jax.evaluation import exact_loss, loss_maps
+from igpt_jax.evaluation import exact_loss
 from igpt_jax.jobs import evaluate as job
-from igpt_jax.model import objectives
-from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
 
 STEPS = (4, 8, 12, 16, 20)
@@ -315,33 +311,6 @@ def test_every_checkpoint_is_in_one_slice():
     assert all(len(owner) == 1 for owner in owners)
     assert owners[1] == [zlib.crc32(steps[1].encode()) % 4]
     assert min(np.bincount([owner for owner, in owners])) > 30
-
-
-def test_loss_maps_count_each_pixel_once(tmp_path, monkeypatch):
-    """Means by position, class and picture, in batches of 7 of 23 images, equal those over all at once.
-
-    Seen to fail with each image given the mean of its batch.
-    """
-    monkeypatch.setenv("IGPT_CACHE", str(tmp_path / "cache"))
-    random = np.random.default_rng(0)
-    palette_VC = random.uniform(-1, 1, (5, 3)).astype(np.float32)
-    images, labels = random.integers(0, 256, (23, 4, 4, 3), np.uint8), random.integers(0, 3, 23).astype(np.int32)
-    writer = Writer(storage.path(tmp_path), 4)
-    writer.add("test", images, labels)
-    writer.finish(palette_VC, source="", resize="", seed=0, held_out={}, config={})
-    split, codec = Store.open(tmp_path).split("test"), Palette(palette_VC)
-    model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 5, 4, "float32")
-    params = random_parameters(model)
-    tokens = codec.encode(images).astype(np.int32)
-    nats_ET = np.asarray(objectives.nats_per_token(jax.jit(model.logits)(params, tokens), tokens), np.float64)
-
-    found = loss_maps.measure(model, params, split, sharding.make_mesh(MeshConfig()), 7, codec, shown=9)
-    np.testing.assert_allclose(found.by_position_T, nats_ET.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(found.shown_NT, nats_ET[:9], rtol=1e-4, atol=1e-5)
-    for label, (nats, count) in found.by_class.items():
-        np.testing.assert_allclose(nats, nats_ET[labels == label].mean(), rtol=1e-6)
-        assert count == (labels == label).sum()
-    assert list(found.by_class) == [0, 1, 2]
 
 
 def test_samples_are_those_of_the_sample_job(folder, logs):

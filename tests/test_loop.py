@@ -1,16 +1,18 @@
 """The training loop's own faults, in this process: damaged images, replicas that differ, the watchdog."""
 
+import dataclasses
 import errno
 import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 from etils import epath
 
-from igpt_jax import checkpoint, config
+from igpt_jax import checkpoint, config, storage
 from igpt_jax.checkpoint import verification
-from igpt_jax.data.store import reader
+from igpt_jax.data.store import Writer, reader
 from igpt_jax.jobs import evaluate, verify
 from igpt_jax.parallel import checksums
 from igpt_jax.runtime.job import run_job
@@ -38,6 +40,58 @@ def test_a_fault_after_the_start_keeps_the_runs_files(store, tmp_path, monkeypat
     assert code_of_a_run(store, tmp_path, 3) == 2
     given, result = (json.loads((tmp_path / name).read_text()) for name in ("config.json", "result.json"))
     assert (given["steps"], result["status"]) == (3, "failed")
+
+
+def test_figures_are_of_the_images_that_the_command_names(tmp_path, monkeypatch):
+    """A finished run with another split, none, or another store is evaluated anew. Seen to fail with the former figures
+    reported, and with new ones taken for those of the first split."""
+    for seed in (0, 1):
+        random, writer = np.random.default_rng(seed), Writer(storage.path(tmp_path / f"store{seed}"), 4)
+        for split in ("train", "held_out", "test"):
+            writer.add(split, random.integers(0, 256, (8, 4, 4, 3), np.uint8), None)
+        palette_VC = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
+        writer.finish(palette_VC, source="", resize="", seed=0, held_out={}, config={})
+
+    def figures(store, held_out):
+        keys = {"eval_every_steps": 1, "accept_changes": ("data",), "data": {"held_out": held_out}}
+        assert code_of_a_run(tmp_path / store, tmp_path / "run", 2, **keys) == 0
+        metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+        return metrics.get("eval/nats_per_pixel"), metrics["best_step"]
+
+    first = figures("store0", "held_out")
+    monkeypatch.setattr(loop.Run, "compile", lambda run: None)  # no step is left
+    others = [figures(*given) for given in (("store0", "test"), ("store1", "held_out"), ("store1", ""))]
+    assert len({first[0], *(nats for nats, _ in others)}) == 4
+    assert [best for _, best in others] == [2, 2, None] and others[-1][0] is None
+    assert figures("store0", "held_out")[0] == first[0]
+
+
+def test_keys_without_effect_on_the_data_or_the_step_are_refused(store, tmp_path, capsys):
+    """Seen to fail without each rule."""
+    for given, message in (("tfds:nothing", "data.weights=(1, 3) has no effect on tfds:"),
+                           (store, "accumulate=2 has no effect with images_per_pass")):
+        keys = {"accumulate": 2, "images_per_pass": 4} if given is store else {"data": {"weights": (1, 3)}}
+        assert code_of_a_run(given, tmp_path, 2, **keys) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_same_images_in_other_chunks_are_other_data(tmp_path, capsys):
+    """Their order differs. A checkpoint that says nothing of chunks resumes. Seen to fail (resumed) without
+    data_chunks."""
+    for chunk in (1, 4):
+        writer = Writer(storage.path(tmp_path / f"{chunk}"), 4, chunk)
+        writer.add("train", np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8), None)
+        writer.finish(np.eye(3, dtype=np.float32), source="", resize="", seed=0, held_out={}, config={})
+    data = {"held_out": ""}
+    assert code_of_a_run(tmp_path / "1", tmp_path / "run", 1, data=data) == 0
+    capsys.readouterr()
+    assert code_of_a_run(tmp_path / "4", tmp_path / "run", 2, data=data) == 2
+    assert "data='the same images in chunks of 4' (checkpoint: 'the same images in chunks of 1')" in (
+        refusal := capsys.readouterr().err) and refusal.count("\n") == 1
+    assert code_of_a_run(tmp_path / "4", tmp_path / "run", 2, data=data, accept_changes=("data",)) == 0
+    newest = checkpoint.load_metadata(str(tmp_path / "run"))
+    assert newest.data_chunks == "4" and [change["key"] for change in newest.changes] == ["data"]
+    dataclasses.replace(newest, data_chunks="").check_resumable(dataclasses.replace(newest, data_chunks="1"), "here")
 
 
 def test_metrics_that_cannot_be_read_end_no_run(store, tmp_path, monkeypatch, capsys):

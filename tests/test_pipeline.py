@@ -70,6 +70,16 @@ def test_readers_follow_the_order(split, images, codec, reader, start_step):
         np.testing.assert_array_equal(batch.tokens, codec.encode(images[ids]))
 
 
+def test_the_cache_holds_the_window(tmp_path, images, codec, monkeypatch):
+    """Of a store in chunks. Seen to fail without cache_window in train_batches."""
+    writer, windows = store.Writer(storage.path(tmp_path), SIZE, chunk=4), []
+    writer.add("train", images, None)
+    monkeypatch.setattr(store.Split, "cache_window", lambda split, window: windows.append(window))
+    for window in (3, 0):
+        take(writer.split("train"), codec, 1, reader="tfdata", window=window)
+    assert windows == [3, batches.WINDOW]
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_hosts_read_slices_of_the_same_global_batch(split, images, codec, hosts):
     """Seen to fail where each host orders batches of its own size."""

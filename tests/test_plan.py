@@ -84,7 +84,13 @@ def test_from_the_command_line(run_job, tmp_path):
     ("topology=cpu:67,batch_size=7", "batch_size=7 with 4 heads and 64 tokens cannot be split over the 67 devices"),
     ("topology=cpu:4,mesh.data=5", "does not multiply to the 4 devices"),
     ("topology=cpu:4,python=/nowhere", "/nowhere"),
-    ("topology=cpu:4,calibration=nothing/*", "matches nothing"), ("roofline_share=-0.1", "must not be negative")])
+    ("topology=cpu:4,calibration=nothing/*", "matches nothing"), ("roofline_share=-0.1", "must not be negative"),
+    ("search=True,mesh.tensor=2", "mesh.tensor=2 has no effect with search=True"),
+    ("search=True,accumulate=2", "accumulate=2 has no effect with search=True"),
+    ("search_compiles=2", "search_compiles=2 has no effect without search"),
+    ("images_per_pass=2,accumulate=2", "accumulate=2 has no effect with images_per_pass"),
+    ("codec=rgb,palette_size=9", "palette_size=9 has no effect on codec=rgb"),
+    ("calibration=runs/a,roofline_share=0.5", "roofline_share=0.5 has no effect with calibration")])
 def test_mistakes(settings, says, cache, monkeypatch, tmp_path):
     """Each is one line, before anything compiles. Seen to fail with `resolve` left to `make_mesh`."""
     monkeypatch.setattr(verdicts, "_ask", lambda config: pytest.fail("it compiles"))
@@ -129,14 +135,14 @@ def test_verdicts_are_cached_by_content(cache, monkeypatch):
     ("echo out of luck >&2; kill -ABRT $$", "was killed by SIGABRT: out of luck. Try"),
     ("exit 137", "was killed by SIGKILL (perhaps this machine ran out of memory). Try"),
     ("echo a bug >&2; exit 1", "ended with code 1: a bug. Try"),
-    ("kill -SEGV $$,search=True", "SIGSEGV. Try")])
+    ("kill -SEGV $$,search=True,search_compiles=2", "SIGSEGV. Try")])
 def test_a_crash_of_the_compiler_fails_the_job(last_words, says, cache, tmp_path, capsys):
     """Its exit code is 2, the error names the signal, and nothing is cached. Seen to fail with a plan returned."""
     last_words, _, more = last_words.partition(",")
     crashing = tmp_path / "python"
     crashing.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 0\n{last_words}\n')
     crashing.chmod(0o755)
-    config = config_for(f"model=igpt_tiny,topology=cpu:2,batch_size=16,search_compiles=2,python={crashing},{more}")
+    config = config_for(f"model=igpt_tiny,topology=cpu:2,batch_size=16,python={crashing},{more}")
     assert runtime.run_job(plan.run, config, str(tmp_path / "plan")) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert json.loads((tmp_path / "plan/result.json").read_text())["status"] == "failed"

@@ -304,6 +304,18 @@ def test_progress_that_is_damaged_or_of_another_config_is_not_used(tmp_path, mon
     assert "starting over" in capsys.readouterr().err
 
 
+def test_large_pictures_wait_in_bounded_memory(monkeypatch):
+    """Seen to fail with groups of 64 pictures of any size (64 in memory), and with two groups per thread (34)."""
+    monkeypatch.setattr(ingest, "GROUP_BYTES", 2000)
+    monkeypatch.setattr(ingest, "WAITING_BYTES", 5000)
+    read, used = [], 0
+    items = (read.append(i) or sources.Item(f"{i}", None, bytes(1000)) for i in range(64))
+    for group in ingest._decoded(items, 8, workers=8):
+        assert len(read) - used <= 6
+        used += len(group)
+    assert used == 64
+
+
 def test_slices_are_merged(tmp_path):
     """Every image once with its own label, slices verified against their checksums, and the palette fit to all.
     Seen to fail with the slices in the order of names (slice-10 before slice-2)."""

@@ -110,9 +110,9 @@ def test_the_probes_solvers_agree():
     data = probing.Labeled([x_ED[splits[0]], x_ED[splits[1]], x_ED[splits[2]][:, None]],
                            [labels[each] for each in splits])
     found = {}
-    for solver in ("lbfgs", "sgd"):
+    for solver, keys in (("lbfgs", {}), ("sgd", {"steps": 300, "rates": (3.0, 0.3)})):
         prober = object.__new__(probing.Prober)
-        prober.classes, prober.config = 4, ProbingConfig(solver=solver, steps=300, rates=(3.0, 0.3))
+        prober.classes, prober.config = 4, ProbingConfig(solver=solver, **keys)
         found[solver] = prober.row(data)
     assert abs(found["sgd"]["test_accuracy"] - found["lbfgs"]["test_accuracy"]) <= 0.03
     assert found["sgd"]["solver"] == "sgd" and found["sgd"]["chosen"] in (3.0, 0.3)
@@ -188,8 +188,8 @@ def test_other_kinds_add_rows(trained, kind, names):
     """Rows beside the linear ones, the best of them in result.json. Seen to fail with the untrained rows left out."""
     workdir = trained / kind
     done = run_job_command("probe", f"--workdir={workdir}", f"--config.checkpoint={trained / 'run'}",
-                           f"--config.kind={kind}", "--config.layers=(0,2)", "--config.limit=200", "--config.steps=20",
-                           "--config.batch_size=64")
+                           f"--config.kind={kind}", "--config.layers=(0,2)", "--config.limit=200",
+                           "--config.batch_size=64", *(["--config.steps=20"] if kind == "attention" else []))
     assert done.returncode == 0, done.stderr
     rows = json.loads((workdir / "probe.json").read_text())
     assert len(rows) == len(names) and all(row["features"].startswith(name)

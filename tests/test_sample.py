@@ -12,6 +12,7 @@ from igpt_jax.config import PrepareConfig, SampleConfig, SampleMeshConfig, UserE
 from igpt_jax.config.data import SplitConfig
 from igpt_jax.data import palette
 from igpt_jax.jobs import prepare, sample
+from igpt_jax.runtime.job import run_in_workdir, run_job
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,33 @@ def test_pictures_are_completed_below_the_rows_given(folder, capsys):
     _, more = complete(folder, "more", completions=3, count=1)
     np.testing.assert_array_equal(more["completions"][:, :2], made["completions"])
     assert more["samples"].shape == (1, 25)
+
+
+def test_an_interrupted_rerun_leaves_the_former_files(folder, tmp_path, monkeypatch):
+    """Seen to fail with result.json removed at the start, and with samples.png written before the completions."""
+    def command(**more):
+        return SampleConfig(checkpoint=str(folder / "model"), images=str(folder / "pictures"), rows=2, **more)
+
+    def files():
+        return {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"}
+
+    def interrupted(drawing, kind, *given, **more):
+        if kind == "completions":
+            raise KeyboardInterrupt
+        return draw(drawing, kind, *given, **more)
+
+    assert run_job(sample.run, command(count=1, completions=1), str(tmp_path), "former") == 0
+    former, draw = files(), sample.Drawing.__call__
+    monkeypatch.setattr(sample.Drawing, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_workdir(sample.run, command(count=2, completions=2), str(tmp_path), "later")
+    assert files() == former and tmp_path / "result.json" in former
+    monkeypatch.undo()
+    assert run_job(sample.run, command(count=2, completions=2), str(tmp_path), "later") == 0
+    assert all(files()[file] != former[file] for file in former if file.suffix != ".npy")
+    assert (tmp_path / "command.txt").read_text() == "later\n"
+    with pytest.raises(UserError, match="rows=2 has no effect without images to complete"):
+        sample.run(SampleConfig(checkpoint=str(folder / "model"), rows=2), str(tmp_path))
 
 
 @pytest.mark.parametrize("pattern, names", [

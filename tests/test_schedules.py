@@ -92,9 +92,11 @@ def test_a_branch_equals_the_straight_run_bit_for_bit(store, tmp_path, capsys):
     assert f"resuming from step 6 of {trunk}/checkpoints/6 of 12" in capsys.readouterr().err
 
 
-def test_bad_branches_are_refused(store, tmp_path):
-    """Seen to fail with the trunk's settings not compared."""
+def test_bad_branches_are_refused(store, tmp_path, monkeypatch):
+    """Before anything compiles. Seen to fail with the trunk's settings not compared, and with a branch restored last.
+    """
     train(store, tmp_path / "trunk", steps=8, optimizer={"schedule": "constant"})
+    monkeypatch.setattr(loop.Run, "compile", lambda run: pytest.fail("it compiles"))
     for given, message in (({"branch_from": f"{tmp_path}/trunk/checkpoints/8", "optimizer": WSD}, "The first 8 steps"),
                            ({"branch_from": f"{tmp_path}/trunk", "seed": 4, "steps": 20, "optimizer": WSD}, "seed=4"),
                            ({"branch_from": f"{tmp_path}/trunk", "steps": 8, "optimizer": {"schedule": "constant"}},

@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from igpt_jax.config import PrepareConfig, UserError
 from igpt_jax.data import images, sources
+from igpt_jax.data.sources import tfds
 from igpt_jax.jobs import prepare
 
 
@@ -203,6 +206,23 @@ def test_damaged_tar(tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as raised:
         sources.open_source(f"tar:{file}", 8, 0)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("megabytes", "at_once"), [(1, [64, 36]), (16000, [1] * 100), (0, [64, 36])])
+def test_tfds_reads_fewer_large_examples_at_once(monkeypatch, megabytes, at_once):
+    """Of 100 examples. Seen to fail with 64 of any size (10 GB)."""
+    split = types.SimpleNamespace(name="train", num_examples=100, num_bytes=megabytes * 2**20, shard_lengths=[100])
+    info = types.SimpleNamespace(splits={"train": split}, full_name="x", file_format=types.SimpleNamespace(
+        value="array_record"))
+    asked = []
+    data = types.SimpleNamespace(__getitems__=lambda ids: asked.append(len(ids)) or [{"image": b""}] * len(ids))
+    builder = types.SimpleNamespace(info=info, as_data_source=lambda **options: data)
+    decode = types.SimpleNamespace(SkipDecoding=lambda: None)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace(decode=decode))
+    monkeypatch.setattr(tfds, "open_builder", lambda argument: (builder, "train"))
+    monkeypatch.setattr(tfds, "keys_of", lambda builder: ("image", None))
+    assert len(list(tfds.Tfds("x", 8, 0, (0, 1)).items(0))) == 100
+    assert asked == at_once
 
 
 @pytest.mark.parametrize("text", ["digits", "synthetic:2500"])

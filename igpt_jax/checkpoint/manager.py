@@ -47,11 +47,14 @@ class Checkpoints:
     retried by the caller when `retry_due`.
     """
 
-    def __init__(self, workdir: str, config: PretrainConfig):
+    def __init__(self, workdir: str, config: PretrainConfig, held_out_fingerprint: str = ""):
         self._workdir, self._folder = workdir, storage.absolute(storage.path(workdir)) / "checkpoints"
         self._keep_newest, self._keep_steps = config.keep_newest, set(config.keep_steps)
-        self._scores: dict[int, float] = {}  # of the steps evaluated on this run's held-out split
-        self._evaluated: set[int] = set()  # on any split
+        self._held_out = held_out_fingerprint
+        # `Metadata.evaluated_on` of metrics on the images that this run is evaluated on
+        self._same_images = {self._held_out, config.data.held_out} - {""}
+        self._scores: dict[int, float] = {}  # of the steps evaluated on these images
+        self._evaluated: set[int] = set()  # on any images
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish checkpoint")
         self._saving: Future | None = None
         self._problem, self._retry_at, self._pause = "", 0.0, 1.0
@@ -64,18 +67,18 @@ class Checkpoints:
         # agree on it, since it decides when to stop early.
         evaluated = from_process_0(self._evaluated_before)
         self._evaluated.update(step for step, _, _ in evaluated)
-        # Losses of other images do not compare. A run that evaluates no more keeps the best of its newest split.
-        split = config.data.held_out or next((held_out for _, held_out, _ in reversed(evaluated)), "")
-        self._scores.update((step, score) for step, held_out, score in evaluated if held_out == split)
+        # Losses of other images do not compare. A run that evaluates no more keeps the best on its newest images.
+        same = self._same_images or {images for _, images, _ in evaluated[-1:]}
+        self._scores.update((step, score) for step, images, score in evaluated if images in same)
 
     def _evaluated_before(self) -> list[tuple[int, str, float]]:
-        """(step, held-out split, score) of the evaluated steps on disk, ascending."""
+        """(step, `Metadata.evaluated_on`, score) of the evaluated steps on disk, ascending."""
         found = []
         for step in self.steps:
             with contextlib.suppress(Damaged, UserError):  # reported when the step is restored
                 stored = read_metadata(self._folder, step)
                 if math.isfinite(score := _score(stored.metrics)):
-                    found.append((step, stored.config.data.held_out, score))
+                    found.append((step, stored.evaluated_on, score))
         return found
 
     @property
@@ -140,7 +143,8 @@ class Checkpoints:
         """Copies the arrays, starts to write them, and leaves the rest to `_finish` in the thread."""
         params, training = split_state(state)
         # The checksums are of the arrays on the devices, so that they also reveal errors of copying and writing.
-        metadata = dataclasses.replace(metadata, checksums=checksums.of_tree(state))
+        metadata = dataclasses.replace(metadata, checksums=checksums.of_tree(state),
+                                       held_out_fingerprint=self._held_out)
         try:
             if self._problem and jax.process_index() == 0:  # the failed save may have left files
                 with contextlib.suppress(Exception):  # then this one fails too, or they do not matter
@@ -196,7 +200,7 @@ class Checkpoints:
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of a later evaluation to a saved step."""
         if jax.process_index() == 0:
-            sealed = hashes.sealed({"metrics": dict(metrics)})
+            sealed = hashes.sealed({"metrics": dict(metrics), "held_out_fingerprint": self._held_out})
             storage.publish(self._folder / str(step) / EVALUATION, json.dumps(sealed))
         self.note(step, metrics)
 
@@ -224,7 +228,8 @@ class Checkpoints:
           at: the newest step to consider; None: all.
 
         Returns:
-          (state, its metadata), or None if nothing was saved yet. The metadata lists the accepted changes of settings.
+          (state, its metadata), or None if nothing was saved yet. The metadata lists the accepted changes of settings,
+          and has no metrics if they are of other images than this run is evaluated on.
 
         Raises:
           UserError: another run wrote the checkpoint, or all steps are damaged.
@@ -241,8 +246,9 @@ class Checkpoints:
                                 "differ in the last bits: %s",
                                 "; ".join(f"{name} {stored.versions.get(name)}, now {now}" for name, now in
                                           metadata.versions.items() if stored.versions.get(name) != now))
+                metrics = stored.metrics if stored.evaluated_on in self._same_images else {}
                 return (load_state(self._folder, step, abstract_of, metadata, stored),
-                        dataclasses.replace(stored, changes=(*stored.changes, *changes)))
+                        dataclasses.replace(stored, metrics=metrics, changes=(*stored.changes, *changes)))
         quarantine = self._folder.parent / QUARANTINE
         if quarantine.exists() and any(quarantine.iterdir()):
             raise UserError(f"all checkpoints of {self._workdir} are damaged: see {quarantine}. Copy a good one to "

@@ -42,6 +42,8 @@ class Metadata:
     checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by array; `Checkpoints.save` fills it in
     classes: int = 0  # of the class head; 0: no class head
     warmup_steps: int = -1  # of this run; -1: an older version wrote it, and only its config may say
+    held_out_fingerprint: str = ""  # of the images that `metrics` are of; empty: see `evaluated_on`
+    data_chunks: str = ""  # images per chunk of each store, which the order follows; empty: an older version wrote it
 
     @functools.cached_property
     def codec(self) -> Codec:
@@ -53,6 +55,11 @@ class Metadata:
         """What decides the shapes and dtypes of the arrays, besides the keys of the model and the optimizer."""
         float64 = self.config.precision == "float64"
         return self.image_size, self.config.codec, len(self.palette_VC), self.classes, float64
+
+    @property
+    def evaluated_on(self) -> str:
+        """The images that `metrics` are of: their fingerprint, or the split's name where an older version wrote it."""
+        return self.held_out_fingerprint or self.config.data.held_out
 
     def to_json(self) -> dict[str, Any]:
         """The metadata as JSON values."""
@@ -93,6 +100,8 @@ class Metadata:
             changes["palette"] = (_digest(self.palette_VC), _digest(new.palette_VC))
         if self.data_fingerprint != new.data_fingerprint:
             changes["data"] = (self.data_fingerprint, new.data_fingerprint)
+        elif self.data_chunks and self.data_chunks != new.data_chunks:
+            changes["data"] = tuple(f"the same images in chunks of {run.data_chunks}" for run in (self, new))
         refused = [f"{key}={after!r} (checkpoint: {before!r})" for key, (before, after) in changes.items()
                    if key not in new.config.accept_changes]
         if refused:
@@ -141,7 +150,7 @@ def read_metadata(folder: Any, step: int) -> Metadata:
     if metadata.steps_done != step:
         raise Damaged(f"its metadata is that of step {metadata.steps_done}")
     try:
-        return dataclasses.replace(metadata, metrics={**metadata.metrics, **later_metrics(path)})
+        return dataclasses.replace(metadata, **later_evaluation(path))
     except Damaged as damage:  # the arrays do not depend on these metrics
         log.error("%s: %s. Its metrics are not used.", path, damage)
         return metadata
@@ -183,11 +192,15 @@ def store_of(metadata: Metadata, given: str = "") -> str:
     return data.store
 
 
-def later_metrics(path: Any) -> Mapping[str, float]:
-    """Metrics of an evaluation after the step `path` was saved; empty if there was none. Raises Damaged."""
+def later_evaluation(path: Any) -> Mapping[str, Any]:
+    """`metrics` and `held_out_fingerprint` of an evaluation after the step `path` was saved; empty if there was none.
+
+    Raises Damaged.
+    """
     if not (path / EVALUATION).exists():
         return {}
     try:
-        return dict(hashes.unsealed(hashes.read_json(path / EVALUATION), EVALUATION)["metrics"])
+        found = hashes.unsealed(hashes.read_json(path / EVALUATION), EVALUATION)
+        return {"metrics": dict(found["metrics"]), "held_out_fingerprint": found.get("held_out_fingerprint", "")}
     except (TypeError, KeyError, AttributeError, ValueError):
         raise Damaged(f"{EVALUATION} holds no metrics") from None

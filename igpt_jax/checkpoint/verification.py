@@ -9,7 +9,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax import storage
 from igpt_jax.checkpoint.arrays import float64_enabled, load_arrays, prepare_orbax
-from igpt_jax.checkpoint.metadata import later_metrics, read_metadata
+from igpt_jax.checkpoint.metadata import later_evaluation, read_metadata
 from igpt_jax.checkpoint.step_folders import step_path
 from igpt_jax.storage import hashes
 from igpt_jax.storage.hashes import Damaged
@@ -39,7 +39,7 @@ def verify(folder: str, step: int, mesh: Mesh) -> dict[str, Any]:
     prepare_orbax()
     try:
         metadata = read_metadata(folder, step)
-        later_metrics(path)  # raises Damaged; `read_metadata` only logs it
+        later_evaluation(path)  # raises Damaged; `read_metadata` only logs it
         start = time.perf_counter()
         hashes.check_hashes(path)
         found["hash_seconds"] = time.perf_counter() - start

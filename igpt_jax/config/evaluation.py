@@ -51,6 +51,16 @@ class ProbingConfig(Keys):
     seed: int = key(0, "seed of the order of SGD; in the probe job also of the untrained model and low-data labels",
                     resume="same", rule=seed_range)
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, solver in (("l2", "lbfgs"), ("rates", "sgd"), ("steps", "sgd")):
+            if self.solver != solver and name not in self._used_by_others():
+                self.refuse_given(name, why=f"on solver={self.solver}. Set solver={solver}.")
+
+    def _used_by_others(self) -> set[str]:
+        """The solvers' keys that other probes use too."""
+        return set()
+
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(ProbingConfig):
@@ -86,8 +96,14 @@ class ProbeConfig(ProbingConfig):
                 f"labels_per_class={self.labels_per_class} must be positive numbers.")
         require(self.concatenate >= 1 and self.concatenate % 2 == 1,
                 f"concatenate={self.concatenate} must be odd: the best layer and as many on each side. Use 1, 3 or 5.")
-        require(self.kind == "attention" or self.attention_rates == ProbeConfig.attention_rates,
-                f"attention_rates={self.attention_rates} has no effect on kind={self.kind}. Set kind=attention.")
+        if self.kind != "attention":
+            self.refuse_given("attention_rates", why=f"on kind={self.kind}. Set kind=attention.")
+        if not self.labels_per_class:
+            self.refuse_given("draws", why="without labels_per_class. Set labels_per_class, such as (4,25).")
+
+    def _used_by_others(self) -> set[str]:
+        low_data, attention = ("l2", self.labels_per_class), ("steps", self.kind == "attention")
+        return {name for name, used in (low_data, attention) if used}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +167,11 @@ class EvaluateConfig(CompletionKeys):
     attention: str = key("auto", f"attention back-end: {', '.join(ATTENTION_BACKENDS)}", resume="free")
     compiler_options: str = compiler_options_key()
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.watch:
+            self.refuse_given("idle_seconds", "poll_seconds", why="without watch. Set watch=True.")
+
     @property
     def slice(self) -> tuple[int, int]:
         """(i, n) of `shard`; (0, 1) if it is empty or `merge`."""
@@ -194,3 +215,5 @@ class SampleConfig(Keys):
         require(self.rows >= -1, f"rows={self.rows} must be -1 (the upper half) or more.")
         require(not (self.images and self.examples > 0),
                 f"images and examples={self.examples} are both given, and only one is completed. Leave one out.")
+        if self.images or self.examples == 0:
+            self.data.refuse_given(why=f"with {'images' if self.images else 'examples=0'}. Leave it out.")

@@ -131,6 +131,16 @@ class ConvertConfig(Keys):
                                    "memory; hashes: without logits", resume="free", rule=one_of("full", "hashes"))
     export: ExportConfig = section(ExportConfig)
 
+    def __post_init__(self):
+        super().__post_init__()
+        target = self.convert_to.partition(":")[0]
+        if target != "huggingface":
+            self.refuse_given("head", why="unless convert_to=huggingface:DIR. Leave it out.")
+        if target == "export":
+            self.refuse_given("certificate", why="on convert_to=export:DIR. Leave it out.")
+        else:
+            self.export.refuse_given(why="unless convert_to=export:DIR. Leave it out.")
+
 
 JOB_CONFIGS = {"prepare": PrepareConfig, "pretrain": PretrainConfig, "finetune": FinetuneConfig,
                "evaluate": EvaluateConfig, "probe": ProbeConfig, "sample": SampleConfig, "demo": DemoConfig,

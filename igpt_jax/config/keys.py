@@ -141,6 +141,18 @@ class Keys:
             if rule := field.metadata.get("rule"):
                 rule(self.group + field.name, getattr(self, field.name))
 
+    def refuse_given(self, *names: str, why: str) -> None:
+        """Raises UserError if a key that has no effect is not at its default.
+
+        Args:
+          names: of keys in this group; none: all of them.
+          why: ends the sentence "KEY=VALUE has no effect", and says what to do.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(bool(names) and field.name not in names or is_section(field) or value == field.default,
+                    f"{self.group}{field.name}={value} has no effect {why}")
+
 
 COMPILER_WORDS = "none", "sparsecore"  # of a key `compiler_options`: see parallel/compiler_options.py
 

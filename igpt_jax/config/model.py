@@ -68,10 +68,9 @@ class ModelConfig(Keys):
             object.__setattr__(self, name, size or row)
         require(self.mlp >= 0, f"model.mlp={self.mlp} must be positive, or 0 for 4 x model.embed.")
         object.__setattr__(self, "mlp", self.mlp or 4 * self.embed)
-        for name in ("base_embed", "base_layers"):
-            require(self.parametrization == "completep" or getattr(self, name) == getattr(ModelConfig, name),
-                    f"model.{name}={getattr(self, name)} has no effect on model.parametrization="
-                    f"{self.parametrization}. Set model.parametrization=completep.")
+        if self.parametrization != "completep":
+            self.refuse_given("base_embed", "base_layers", why=f"on model.parametrization={self.parametrization}. Set "
+                              "model.parametrization=completep.")
         require(self.embed % self.heads == 0,
                 f"model.embed={self.embed} is not a multiple of model.heads={self.heads}. Choose heads that divide it.")
 

@@ -71,12 +71,10 @@ class OptimizerConfig(Keys):
                 f"optimizer.spike_factor={self.spike_factor} must be above 1, or 0 to skip no updates.")
         require(self.name != "adamw" or self.weight_decay > 0,
                 "optimizer.name=adamw decays weights. Set optimizer.weight_decay, such as 0.1, or optimizer.name=adam.")
-        for name, needed, value in (("decay_share", "schedule", "wsd"), ("decay_shape", "schedule", "wsd"),
-                                    ("muon_beta", "name", "muon")):
-            given = getattr(self, needed)
-            require(given == value or getattr(self, name) == getattr(OptimizerConfig, name),
-                    f"optimizer.{name}={getattr(self, name)} has no effect on optimizer.{needed}={given}. "
-                    f"Set optimizer.{needed}={value}.")
+        for names, needed, value in ((("decay_share", "decay_shape"), "schedule", "wsd"),
+                                     (("muon_beta",), "name", "muon")):
+            if (given := getattr(self, needed)) != value:
+                self.refuse_given(*names, why=f"on optimizer.{needed}={given}. Set optimizer.{needed}={value}.")
 
     def constant_until(self, steps: int) -> float:
         """The last step at the peak learning rate, after warm-up; infinite if the rate never falls."""
@@ -227,11 +225,10 @@ class PretrainConfig(Keys):
         super().__post_init__()
         require(bool(re.fullmatch(r"([^/\s]+/)?[^/\s]+|", self.wandb)),
                 f"wandb={self.wandb!r} must be PROJECT or ENTITY/PROJECT.")
-        require(self.objective in ("masked", "denoising") or self.mask_ratio == PretrainConfig.mask_ratio,
-                f"mask_ratio={self.mask_ratio} has no effect on objective={self.objective}. "
-                "Set objective=masked or denoising.")
-        require(self.codec in ("", "palette") or not self.palette,
-                f"palette={self.palette} has no effect on codec={self.codec}. Leave it out.")
+        if self.objective not in ("masked", "denoising"):
+            self.refuse_given("mask_ratio", why=f"on objective={self.objective}. Set objective=masked or denoising.")
+        if self.codec not in ("", "palette"):
+            self.refuse_given("palette", why=f"on codec={self.codec}. Leave it out.")
 
     @property
     def channels(self) -> int:
@@ -288,7 +285,7 @@ class FinetuneConfig(PretrainConfig):
 
     def __post_init__(self):
         if not self.checkpoint:
-            require(self.parameters == "raw", f"parameters={self.parameters} has no effect without a checkpoint.")
+            self.refuse_given("parameters", why="without a checkpoint. Leave it out.")
             object.__setattr__(self, "codec", self.codec or "palette")
         super().__post_init__()
         require(self.class_weight > 0,

@@ -25,7 +25,7 @@ __all__ = ["Batch", "Batches", "count_classes", "open_data", "open_split", "proc
            "train_batches"]
 
 RESIDENT_BYTES = 256 * 2**20
-WINDOW = 1024  # chunks; with 64 images of 32x32 each they take 192 MiB of the store's cache
+WINDOW = 1024  # chunks; with 64 images of 32x32 each they take 192 MiB
 
 
 def open_data(config: DataConfig, image_size: int = 0):
@@ -212,6 +212,8 @@ def train_batches(split: Split, codec: Codec, *, reader: str, seed: int, batch_s
     else:
         from igpt_jax.data import pipeline  # TensorFlow: 5 seconds and 665 MiB
 
+        if any(component.chunk > 1 for component in split.components):
+            split.cache_window(options["window"])
         read = pipeline.batches(split, codec, prefetch=prefetch, **options)
     placed = _on_devices(read, sharding, batch_size, start_step, _labels_of(split) if labeled else None)
     return Batches(placed, EpochChecker(seed, start_step * batch_size, split.components, options["window"]))

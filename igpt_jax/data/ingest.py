@@ -5,7 +5,6 @@ Dimensions: B images of a group; Y rows, X columns, C channels.
 
 import collections
 import concurrent.futures
-import itertools
 import os
 import sys
 import time
@@ -21,7 +20,8 @@ from igpt_jax.data.sources.base import Item, Source
 from igpt_jax.data.sources.contents import on_one_line
 from igpt_jax.data.store import Writer
 
-GROUP = 64  # images per task of a decoding thread
+GROUP, GROUP_BYTES = 64, 2**23  # images per task of a decoding thread, and bytes that end one with fewer
+WAITING_BYTES = 2**30  # of all tasks
 SAVE_SECONDS = 60.0
 # Every fingerprint covers this text, so not even its spelling may change.
 HELD_OUT_RULE = ("train image i of n, in the source's order (each slice's own), is held out if "
@@ -123,21 +123,34 @@ Decoded = tuple[Item, "np.ndarray | images.Unusable"]
 
 
 def _decoded(items: Iterator[Item], image_size: int, workers: int) -> Iterator[list[Decoded]]:
-    """Yields groups in order. At most two groups per thread, and one more, are in memory."""
+    """Yields groups in order. At most two groups per thread, or WAITING_BYTES, and one group more are in memory."""
     workers = workers or os.cpu_count() or 1
-    groups = iter(lambda: list(itertools.islice(items, GROUP)), [])
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # Pillow releases Python's lock
-        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        waiting: collections.deque[tuple[concurrent.futures.Future, int]] = collections.deque()
         try:
-            for group in groups:
-                waiting.append(pool.submit(_decode, group, image_size))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
+            for group, size in _groups(items):
+                waiting.append((pool.submit(_decode, group, image_size), size))
+                while len(waiting) > 2 * workers or sum(size for _, size in waiting) > WAITING_BYTES:
+                    yield waiting.popleft()[0].result()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
-            for future in waiting:
+            for future, _ in waiting:
                 future.cancel()
+
+
+def _groups(items: Iterator[Item]) -> Iterator[tuple[list[Item], int]]:
+    """Yields groups of at most GROUP items with their bytes in memory; GROUP_BYTES end a group early."""
+    group: list[Item] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += 0 if callable(item.content) else memoryview(item.content).nbytes
+        if len(group) == GROUP or size >= GROUP_BYTES:
+            yield group, size
+            group, size = [], 0
+    if group:
+        yield group, size
 
 
 def _decode(group: list[Item], image_size: int) -> list[Decoded]:

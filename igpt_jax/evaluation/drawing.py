@@ -24,7 +24,7 @@ UNKNOWN = 127  # gray level of pixels that are not given, or not drawn yet
 
 
 def require_causal(causal: bool, trained: PretrainConfig, source: str, fix: str) -> None:
-    """Raises UserError for a model that does not draw one pixel after the other.
+    """Raises UserError for a model that does not predict one pixel after the other.
 
     Args:
       causal: `Objective.causal` of the model.
@@ -33,8 +33,7 @@ def require_causal(causal: bool, trained: PretrainConfig, source: str, fix: str)
       fix: the sentence that ends it.
     """
     if not causal:
-        raise UserError(f"{source} was trained with objective={trained.objective}, which cannot sample pixel by pixel. "
-                        f"{fix}")
+        raise UserError(f"{source} was trained with objective={trained.objective}, which is not autoregressive. {fix}")
 
 
 def default_batch_size(mesh: Mesh) -> int:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax.config import UserError
 from igpt_jax.data.codecs import Codec
 from igpt_jax.data.store import Split
 from igpt_jax.data.token_file import TokenFile
@@ -50,13 +49,7 @@ def measure(model: Model, params: Any, split: Split | TokenFile, mesh: Mesh, bat
       model: autoregressive.
       params, split, mesh, batch_size, codec: those of `exact_loss.over_split`.
       shown: number of examples whose maps are kept.
-
-    Raises:
-      UserError: the model is masked, so that it has no loss per pixel given those before it.
     """
-    if not model.causal:
-        raise UserError(f"loss_maps={shown}: only an autoregressive model predicts each pixel from those before it. "
-                        "Set loss_maps=0.")
     step = exact_loss.jit_over_batches(make_pixel_step(model), model, mesh)
     sum_T, by_example_E, first = np.zeros(model.dims.T), np.empty(split.count), []
     at = 0

@@ -39,6 +39,7 @@ from igpt_jax.evaluation.probing import Prober
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
+from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel import compiler_options, sharding
 from igpt_jax.runtime.exits import Ended, Failed
 from igpt_jax.storage import side_files, slices, tables
@@ -47,6 +48,8 @@ from igpt_jax.storage.hashes import json_digest
 from igpt_jax.storage.json import to_json
 
 NAME = "evaluation"
+CHARTS = ("loss", "accuracy by layer", "accuracy over loss")  # of `charts.evaluation`
+CAUSAL = ("samples", "completions", "loss_maps")  # keys that need an autoregressive model
 
 Row = dict[str, Any]
 
@@ -78,6 +81,7 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
     known = tables.load(folder, NAME)
     rows = [row for row in known if row.get("asked") == asked]
     former = len(rows) < len(known)  # rows of other settings, whose checkpoints may be gone
+    first = not rows
     damaged, told = [], False
     for step in watching.on_all_processes(_without_row(config, rows)):
         try:
@@ -95,7 +99,9 @@ def run(config: EvaluateConfig, workdir: str) -> dict[str, Any]:
         rows = [other for other in rows if other["checkpoint"] != step] + [row]
         if former and jax.process_index() == 0:
             side_files.set_aside(folder / f"{NAME}.json", side_files.FORMER, "was measured with other settings")
-        former = False
+        if first and jax.process_index() == 0:
+            _remove_former_pictures(config, folder, row)
+        former = first = False
         _publish(folder, rows)
         if not told:  # only now is it sure that no error refuses the job
             probing.say_notes(config)
@@ -163,19 +169,33 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
         except UserError:  # removed or damaged; reported when it is loaded
             return False
 
-    steps = (watching.follow(config.checkpoints, config.idle_seconds, config.poll_seconds) if config.watch else
-             watching.listed(config.checkpoints))
-    for step in steps:
-        if step is None or watching.in_slice(step, *config.slice) and not is_known(step):
-            yield step
+    def is_wanted(step: str) -> bool:
+        if not watching.in_slice(step, *config.slice) or is_known(step):
+            return False
+        _check_causal(config, step)
+        return True
+
+    if config.watch:
+        steps = watching.follow(config.checkpoints, config.idle_seconds, config.poll_seconds)
+        yield from (step for step in steps if step is None or is_wanted(step))
+    else:  # all are checked before the first is measured
+        yield from [step for step in watching.listed(config.checkpoints) if is_wanted(step)]
+
+
+def _check_causal(config: EvaluateConfig, step: str) -> None:
+    """Raises UserError where a checkpoint's model cannot give the samples, completions or loss maps asked for."""
+    keys = [key for key in CAUSAL if getattr(config, key)]
+    try:
+        trained = checkpoint.load_metadata(step).config if keys else None
+    except UserError:  # removed or damaged; reported when it is loaded
+        return
+    for key in keys:
+        require_causal(objective_of(trained).causal, trained, f"{key}={getattr(config, key)}: {step}", f"Set {key}=0.")
 
 
 def _measured(config: EvaluateConfig, step: str, model: Model, params: Any, metadata: checkpoint.Metadata, mesh: Mesh,
              folder: storage.Path, scorer: CompletionScorer | None) -> Row:
     """Measures one checkpoint and writes its loss maps. Returns its columns of the table."""
-    for key in ("samples", "completions"):  # before anything is measured
-        if getattr(config, key):
-            require_causal(model.causal, metadata.config, f"{key}={getattr(config, key)}: {step}", f"Set {key}=0.")
     prober = _prober(config, model, metadata) if config.probe else None
     if not config.tokens:
         checkpoint.store_of(metadata, config.data.store)  # raises UserError where it has moved
@@ -246,9 +266,14 @@ def _draw(count: int, step: str, model: Model, params: Any, metadata: checkpoint
               "completions": drawn("completions", originals_BT[:, :given])[:, None],
               "names": [f"example {i}" for i in ids]}
     if jax.process_index() == 0:
-        publish_arrays(folder / "samples" / f"{metadata.steps_done}-{json_digest(step)[:8]}.npz",
+        publish_arrays(folder / "samples" / f"{_samples_name(step, metadata.steps_done)}.npz",
                        palette=metadata.palette_VC, codec=metadata.codec.name, checkpoint=step,
                        step=metadata.steps_done, **arrays)
+
+
+def _samples_name(step: str, steps_done: int) -> str:
+    """NAME of a checkpoint's samples: its step and a digest of its path."""
+    return f"{steps_done}-{json_digest(step)[:8]}"
 
 
 def _class_names(store: str, image_size: int) -> Mapping[int, str]:
@@ -291,8 +316,23 @@ def _publish(folder: storage.Path, rows: list[Row]) -> None:
         return
     rows = sorted(rows, key=lambda row: (str(watching.run_of(row["checkpoint"])), row["steps"]))
     tables.publish(folder, NAME, rows)
-    for chart in charts.evaluation(rows):
-        figures.save(folder / "figures" / f"{chart.name.replace(' ', '_')}.png", chart)
+    drawn = {chart.name: [chart] for chart in charts.evaluation(rows)}
+    for name in CHARTS:  # without a chart, a former one is removed
+        figures.save(folder / "figures" / f"{name.replace(' ', '_')}.png", *drawn.get(name, []))
+
+
+def _remove_former_pictures(config: EvaluateConfig, folder: storage.Path, row: Row) -> None:
+    """Removes loss maps and samples of other settings: all but those of `row`, the first one of these settings."""
+    step, steps_done, kept = row["checkpoint"], row["steps"], set()
+    if config.loss_maps:
+        name = _file_name(folder, step, steps_done)
+        kept |= {f"surprise/{name}.json", f"figures/surprise-{name}.png", f"figures/surprise_means-{name}.png"}
+    if config.samples:
+        kept.add(f"samples/{_samples_name(step, steps_done)}.npz")
+    for place, files in (("surprise", "*.json"), ("figures", "surprise*.png"), ("samples", "*.npz")):
+        for file in (folder / place).glob(files):
+            if f"{place}/{file.name}" not in kept:
+                file.unlink()
 
 
 def _publish_loss_maps(folder: storage.Path, step: str, found: loss_maps.LossMaps, split: Split | TokenFile,

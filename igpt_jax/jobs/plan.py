@@ -15,7 +15,7 @@ import jax
 from tqdm import tqdm
 
 from igpt_jax import checkpoint, process, storage
-from igpt_jax.config import DataConfig, MeshConfig, PlanConfig, UserError
+from igpt_jax.config import DataConfig, MeshConfig, ModelConfig, PlanConfig, UserError
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import topology
@@ -43,6 +43,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
       Ended: the compiler crashed or failed, so there is no answer.
     """
     check_second_moment(config.optimizer)
+    _refuse_without_effect(config)
     target = _target(config)
     speed = _speed(config, target)
     lines = []
@@ -61,14 +62,35 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
         rows.append(("what would fit", plan["what_would_fit"], Evidence.COMPILER))
     if config.data != DataConfig():
         say("igpt_jax plan: data.* has no effect: a plan reads no data.")
+    if config.search and config.model.remat != ModelConfig.remat:  # configs/plan.py sets it for large models
+        say("igpt_jax plan: model.remat has no effect with search=True, which chooses it.")
     text = "\n".join([*lines, table(rows)])
     process.say(text)
     folder = storage.path(workdir)
+    (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
     storage.publish(folder / "plan.txt", text + "\n")
     storage.publish(folder / "plan.json", to_json(plan))
     if result.forecast and config.step == "train":
         _draw(result, speed, folder / "figures" / "plan.png")
     return result.metrics
+
+
+def _refuse_without_effect(config: PlanConfig) -> None:
+    """Raises UserError for keys that other keys leave without effect.
+
+    Not a rule of the config itself: each candidate of a search is a config with a mesh.
+    """
+    if config.search:
+        config.mesh.refuse_given(*config.mesh.sizes, why="with search=True, which chooses the mesh. Leave one out.")
+        config.refuse_given("accumulate", why="with search=True, which chooses it. Leave one out.")
+    else:
+        config.refuse_given("search_compiles", why="without search. Set search=True.")
+    if config.images_per_pass:
+        config.refuse_given("accumulate", why="with images_per_pass, from which it follows. Leave one out.")
+    if config.codec != "palette":
+        config.refuse_given("palette_size", why=f"on codec={config.codec}. Leave it out.")
+    if config.calibration:
+        config.refuse_given("roofline_share", why="with calibration. Leave one out.")
 
 
 def _target(config: PlanConfig) -> Target:

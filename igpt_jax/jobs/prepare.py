@@ -147,8 +147,9 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         store.check_files(path, manifest)
         say(f"{path} is complete already: nothing to do.")
         return _metrics(manifest, seconds=None)
-    slices = {folder.name: manifest for folder in storage.children(path) if folder.is_dir()
-              and (manifest := store.load_manifest(folder, store.SLICE))}
+    folders = storage.children(path)
+    found = storage.concurrently(lambda folder: folder.is_dir() and store.load_manifest(folder, store.SLICE), folders)
+    slices = {folder.name: manifest for folder, manifest in zip(folders, found, strict=True) if manifest}
     if not slices:
         raise UserError(f"shard=merge: no folder in {path} has a finished slice. Prepare shard=i/n there first.")
     first = next(iter(slices.values()))
@@ -166,6 +167,8 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: {len(missing)} of {n} slices are not finished: {', '.join(missing[:5])}. Run prepare "
                         "for them, then merge.")
+    # A field that the fingerprints cover. Stores merged without it keep their order of ids.
+    aligned = {"aligned": True} if first["chunk"] > 1 else {}
     splits, files, quarantined, skipped = {}, {}, [], {}
     for number in range(n):
         name = by_number[number]
@@ -176,7 +179,7 @@ def _merge(config: PrepareConfig, path: epath.Path) -> dict[str, Any]:
         quarantined += [{**entry, "slice": name} for entry in manifest["quarantined"]]
         skipped |= {f"{name}/{split}": kinds for split, kinds in manifest["skipped"].items()}
         for split, content in manifest["splits"].items():
-            joined = splits.setdefault(split, {"count": 0, "parts": []})
+            joined = splits.setdefault(split, {"count": 0, "parts": [], **aligned})
             joined["count"] += content["count"]
             joined["parts"] += [{**part, "folder": f"{name}/{part['folder']}"} for part in content["parts"]]
     for split, content in splits.items():

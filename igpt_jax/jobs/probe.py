@@ -82,6 +82,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
             spread = f"[{low:.2%}, {high:.2%}]" if low is not None else f"+- {row['deviation'] or 0:.2%}"
             say(f"{row['features']:{width}} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
+        (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
         tables.publish(folder, "probe", rows)
         save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features, identity, prober.class_names))
         figures.save(folder / "figures" / "accuracy_by_layer.png",

@@ -44,7 +44,7 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
                    "Give a checkpoint with objective=autoregressive.")
     model, params, metadata = checkpoint.load_model(config.checkpoint, mesh, config.precision,
                                                     parameters=config.parameters, options=config.compiler_options)
-    size, codec = metadata.image_size, metadata.codec
+    size = metadata.image_size
     rows = size // 2 if config.rows < 0 else config.rows
     if rows > size:
         raise UserError(f"rows={rows} exceeds the model's {size} rows. Choose 0 to {size}.")
@@ -52,6 +52,8 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     originals_BT, names = _originals(config, metadata)
     if not (count or len(names)):
         raise UserError("nothing to sample: no images, examples=0 and count=0. Set one of them.")
+    if not len(names):
+        config.refuse_given("rows", "completions", why="without images to complete. Set images or data.store.")
     drawing = Drawing(model, params, mesh, f"checkpoint {config.checkpoint}", config.top_k, config.top_p,
                       config.cache_dtype or None)
 
@@ -60,37 +62,49 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
         return drawing(kind, given_BP, index_B2, temperature=config.temperature, seed=config.seed,
                        batch_size=batch_size, progress=True)
 
-    figures, arrays = storage.path(workdir) / "figures", {}
-    start = time.perf_counter()
-
+    arrays, start = {}, time.perf_counter()
     if count:
         arrays["samples"] = draw("samples", np.zeros((count, 0), np.int32), pairs(count))
-        _save_grid(figures / "samples.png", codec.decode(arrays["samples"]),
-                   math.isqrt(count - 1) + 1)
-
     if len(names):
         index_B2 = pairs(len(names), config.completions)
         given_BP = originals_BT[index_B2[:, 0], :rows * model.dims.row]
         completed_BT = draw("completions", given_BP, index_B2)
         arrays |= {"originals": originals_BT, "names": np.array(names),
                    "completions": completed_BT.reshape(len(names), config.completions, -1)}
-        original_BYXC = codec.decode(originals_BT)
-        known_BYXC = original_BYXC.copy()
-        known_BYXC[:, rows:] = UNKNOWN
-        completions = codec.decode(completed_BT)
-        completions = completions.reshape(len(names), config.completions, size, size, 3)
-        grid = np.concatenate([original_BYXC[:, None], known_BYXC[:, None], completions], axis=1)
-        _save_grid(figures / "completions.png", grid.reshape(-1, size, size, 3), grid.shape[1], HEADINGS)
-
     seconds = time.perf_counter() - start
     if jax.process_index() == 0:
-        publish_arrays(storage.path(workdir) / "samples.npz", palette=metadata.palette_VC, codec=codec.name,
-                       checkpoint=config.checkpoint, step=metadata.steps_done, **arrays)
-        for name in {"samples", "completions"} - arrays.keys():  # a former command's
-            (figures / f"{name}.png").unlink(missing_ok=True)
+        _publish(storage.path(workdir), config, metadata, rows, arrays)
     completions = len(names) * config.completions
     return {"step": metadata.steps_done, "images_per_second": (count + completions) / seconds, "samples": count,
             "completions": completions, "compiler_options": model.compiler_options}
+
+
+def _publish(folder: storage.Path, config: SampleConfig, metadata: Metadata, rows: int, arrays: dict[str, np.ndarray]
+             ) -> None:
+    """Writes the figures and samples.npz. Until then a former command's files stay.
+
+    Args:
+      folder: the workdir.
+      rows: given rows of each completion.
+      arrays: `samples` int32 [B, T]; `originals` [B, T], `names` [B] and `completions` [B, N, T].
+    """
+    codec = metadata.codec
+    (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
+    for name in {"samples", "completions"} - arrays.keys():
+        (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
+    if "samples" in arrays:
+        _save_grid(folder / "figures" / "samples.png", codec.decode(arrays["samples"]),
+                   math.isqrt(len(arrays["samples"]) - 1) + 1)
+    if "completions" in arrays:
+        original_BYXC = codec.decode(arrays["originals"])
+        known_BYXC = original_BYXC.copy()
+        known_BYXC[:, rows:] = UNKNOWN
+        completions_BNYXC = np.stack([codec.decode(each) for each in arrays["completions"]])
+        grid = np.concatenate([original_BYXC[:, None], known_BYXC[:, None], completions_BNYXC], axis=1)
+        _save_grid(folder / "figures" / "completions.png", grid.reshape(-1, *original_BYXC.shape[1:]), grid.shape[1],
+                   HEADINGS)
+    publish_arrays(folder / "samples.npz", palette=metadata.palette_VC, codec=codec.name,
+                   checkpoint=config.checkpoint, step=metadata.steps_done, **arrays)
 
 
 def _originals(config: SampleConfig, metadata: Metadata) -> tuple[np.ndarray, list[str]]:
@@ -155,7 +169,6 @@ def _named(files: Iterable[storage.Path]) -> dict[str, storage.Path]:
 
 
 def _save_grid(path: Any, images_BYXC: np.ndarray, columns: int, headings: Sequence[str] = ()) -> None:
-    """Saves images as a grid, enlarged to about 96 pixels per image. Processes other than 0 save nothing."""
-    if jax.process_index() == 0:
-        scale = max(1, 96 // images_BYXC.shape[1])
-        save_png(path, image_grid(images_BYXC, columns, scale, max(2, scale // 2), headings))
+    """Saves images as a grid, enlarged to about 96 pixels per image."""
+    scale = max(1, 96 // images_BYXC.shape[1])
+    save_png(path, image_grid(images_BYXC, columns, scale, max(2, scale // 2), headings))

@@ -43,8 +43,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     for run in runs:
         if run.job in RESULTS:
             sweep = run.folder.parent if run.folder.parent in swept else None
-            groups.setdefault((run.job, run.values.get("objective"), run.values.get("data.store"), sweep),
-                              []).append(run)
+            groups.setdefault((run.job, run.values.get("objective"), run.data, sweep), []).append(run)
     found = [whole(members[0], "comparison with others", None, _compared, members, swept.get(sweep), sweep)
              for (*_, sweep), members in groups.items() if len(members) > 1]
     return [each for each in found if each]

@@ -15,7 +15,7 @@ from igpt_jax.config.evaluation import COMPLETION_MEASURES
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.charts import Chart
 from igpt_jax.report import comparison, paper, pictures
-from igpt_jax.report.runs import Row, Run, whole
+from igpt_jax.report.runs import Row, Run, most_accurate, whole
 from igpt_jax.scaling import charts as scaling
 
 ROWS_SHOWN = 200  # of a table
@@ -87,31 +87,26 @@ def _template() -> jinja2.Template:
 
 # The card.
 
-def _best(runs: Sequence[Run], job: str, metric: str, better: Any) -> list[Run]:
-    """The run of a job with the best value of a metric, if there is one."""
-    found = [run for run in runs if run.job == job and charts.finite(run.metrics.get(metric))]
-    return [better(found, key=lambda run: run.metrics[metric])] if found else []
-
-
 def _bits(metrics: Row) -> str:
     bits = metrics.get("eval/bits_per_dim")
     return f", {bits:.3f} bits per dimension" if charts.finite(bits) else ""
 
 
 def _loss(runs: Sequence[Run]) -> list[Tile]:
-    """One of each objective and codec, since losses of others do not compare."""
+    """One of each objective and data set, since losses of others do not compare."""
     metric, kinds = "eval/nats_per_pixel", {}
     for run in runs:
-        kinds.setdefault((run.values.get("objective"), run.values.get("codec")), []).append(run)
+        if run.job == "pretrain" and charts.finite(run.metrics.get(metric)):
+            kinds.setdefault((run.values.get("objective"), run.data), []).append(run)
+    best = [min(same, key=lambda run: run.metrics[metric]) for same in kinds.values()]
     return [Tile("Held-out loss", f"{run.metrics[metric]:.3f}",
                  f"nats per pixel{_bits(run.metrics)}: {run.title}, step {shown(run.metrics.get('steps'))}, "
-                 f"{shown(run.metrics.get('parameters'))} parameters")
-            for same in kinds.values() for run in _best(same, "pretrain", metric, min)]
+                 f"{shown(run.metrics.get('parameters'))} parameters") for run in best]
 
 
 def _probe(runs: Sequence[Run]) -> list[Tile]:
     found = []
-    for run in _best(runs, "probe", "test_accuracy", max):
+    for run in most_accurate(runs, "probe"):
         others = [f"{name} {shown(run.metrics[key], key)}" for key, name in
                   (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "untrained model"))
                   if run.metrics.get(key) is not None]
@@ -123,7 +118,7 @@ def _probe(runs: Sequence[Run]) -> list[Tile]:
 def _finetuned(runs: Sequence[Run]) -> list[Tile]:
     return [Tile("Fine-tuned", shown(run.metrics["test_accuracy"], "accuracy"),
                  f"test accuracy: {run.title}, step {shown(run.metrics.get('best_step') or run.metrics.get('steps'))}")
-            for run in _best(runs, "finetune", "test_accuracy", max)]
+            for run in most_accurate(runs, "finetune")]
 
 
 # A run.

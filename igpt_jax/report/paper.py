@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from igpt_jax.metrics import charts
-from igpt_jax.report.runs import Run
+from igpt_jax.report.runs import Run, most_accurate
 
 # Model, what, figure, unit.
 FIGURES = (
@@ -47,16 +47,18 @@ def probing(run: Run) -> list[str]:
     if len(by_layer) < 2:
         return []
     first, last = min(by_layer), max(by_layer)
-    best = max(by_layer, key=by_layer.__getitem__)
-    rise, fall = 100 * (by_layer[best] - by_layer[first]), 100 * (by_layer[best] - by_layer[last])
-    shape = "rises and then falls, as the paper's does" if first < best < last else (
-        "rises to the last layer; the paper's falls after the middle" if best == last else
-        "is highest at the first layer probed; the paper's rises first")
+    best = run.metrics.get("best_layer")
+    if best not in by_layer:  # the result is damaged
+        best = max(by_layer, key=by_layer.__getitem__)
+    rise, fall = 100 * (by_layer[best] - by_layer[first]), 100 * (by_layer[last] - by_layer[best])
     spread = {row["layer"]: row["interval"] for row in run.by_layer}
-    if first < best < last and {best, last} <= set(spread) and spread[best][0] <= spread[last][1]:
-        shape = "rises, and its fall lies within the 95 % intervals"
-    sentences = [f"Accuracy {shape}: by {rise:.1f} points from layer {first} to layer {best}, "
-                 f"{fall:.1f} points lower at layer {last} (paper, iGPT-L on CIFAR-10: 2.4)."]
+    shape = ("does not rise; the paper's rises first" if rise <= 0 else
+             "rises to the last layer; the paper's falls after the middle" if best == last else
+             "rises, and its fall lies within the 95 % intervals"
+             if {best, last} <= set(spread) and spread[best][0] <= spread[last][1] else
+             "rises and then falls, as the paper's does")
+    sentences = [f"Accuracy {shape}: {rise:+.1f} points from layer {first} to layer {best}, {fall:+.1f} points from "
+                 f"there to layer {last} (paper, iGPT-L on CIFAR-10: -2.4)."]
     for name, label in (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "the untrained model")):
         other, mine = run.metrics.get(name), run.metrics.get("test_accuracy")
         if other is not None and mine is not None:
@@ -67,12 +69,11 @@ def probing(run: Run) -> list[str]:
 
 
 def finetuning(run: Run, others: Sequence[Run]) -> list[str]:
-    """Fine-tuning beside the best probe in the report."""
+    """Fine-tuning beside the best probe on its data in the report."""
     mine = run.metrics.get("test_accuracy")
-    probes = [other for other in others if other.job == "probe" and other.metrics.get("test_accuracy") is not None]
-    if mine is None or not probes:
+    best = next((probe for probe in most_accurate(others, "probe") if probe.data == run.data), None)
+    if mine is None or best is None:
         return []
-    best = max(probes, key=lambda other: other.metrics["test_accuracy"])
     difference = 100 * (mine - best.metrics["test_accuracy"])
     return [f"Fine-tuned: {100 * mine:.1f} %, {abs(difference):.1f} points {'above' if difference > 0 else 'below'} "
             f"the best probe, {best.title} (paper, iGPT-L on CIFAR-10: 2.7 above, where both use the same labels)."]

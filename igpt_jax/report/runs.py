@@ -8,9 +8,9 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from igpt_jax import storage
+from igpt_jax import checkpoint, storage
 from igpt_jax.config import JOBS, UserError, flat, keys
-from igpt_jax.metrics import phases
+from igpt_jax.metrics import charts, phases
 from igpt_jax.metrics.logging import load_metrics, metrics_lines, say
 
 Row = Mapping[str, Any]
@@ -19,6 +19,9 @@ TABLES = ("probe.json", "evaluation.json", "verify.json", "scaling.json")  # fil
 CHARTED = ("loss.png", "accuracy_by_layer.png", "accuracy_over_loss.png")  # the page draws them anew
 # Results before data, and data before checks of it.
 ORDER = ("pretrain", "probe", "finetune", "evaluate", "sample", "prepare", "plan", "convert", "verify")
+# Keys that decide, with the store, what a job measures on: losses compare only on the same tokens.
+MEASURED_ON = {"pretrain": ("data.held_out", "image_size", "codec", "palette"), "finetune": ("data.test",),
+               "probe": ("data.test",)}
 DEPTH = 2  # folders between one that is named and a workdir below it
 
 
@@ -52,6 +55,30 @@ class Run:
         """Of result.json."""
         metrics = self.result.get("metrics")
         return metrics if isinstance(metrics, Mapping) else {}
+
+    @functools.cached_property
+    def data(self) -> str:
+        """What the run is measured on, as text. Figures of two runs compare only if it is the same.
+
+        Without a store of its own, a run reads the one that its checkpoint was trained on. A run of unknown data
+        compares with no other.
+        """
+        store, given = self.values.get("data.store"), self.values.get("checkpoint")
+        if not store and given:
+            store = str(given)
+            with contextlib.suppress(UserError):  # the checkpoint has moved: others of the same path compare
+                store = checkpoint.load_metadata(store).config.data.store
+        keys = known_keys(self.job)
+        measured = [self.values.get(name, keys[name][0]) for name in MEASURED_ON.get(self.job, ())]
+        return json.dumps([store or self.title, *measured])
+
+    @property
+    def held_out_accuracy(self) -> float | None:
+        """The held-out accuracy of a probe's best layer, or of a fine-tuning's best step; None if there is none."""
+        rows, place, column = ((self.by_layer, "layer", "held_out_accuracy") if self.job == "probe" else
+                               (self.lines, "step", "eval/accuracy"))
+        best = self.metrics.get(f"best_{place}")
+        return next((row[column] for row in rows if row.get(place) == best and charts.finite(row.get(column))), None)
 
     @property
     def changed(self) -> list[tuple[str, Any, str]]:
@@ -132,6 +159,20 @@ def _json(file: storage.Path, missing: Any) -> Any:
     except (UserError, ValueError):
         return missing
     return value if isinstance(value, type(missing)) else missing
+
+
+def most_accurate(runs: Sequence[Run], job: str) -> list[Run]:
+    """Of each data set, the run of a job with the best held-out accuracy; if none has one, the best test accuracy."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.job == job and charts.finite(run.metrics.get("test_accuracy")):
+            groups.setdefault(run.data, []).append(run)
+
+    def accuracy(run: Run) -> tuple[bool, float]:
+        held_out = run.held_out_accuracy
+        return held_out is not None, run.metrics["test_accuracy"] if held_out is None else held_out
+
+    return [max(same, key=accuracy) for same in groups.values()]
 
 
 def sweeps(runs: Sequence[Run]) -> dict[storage.Path, Row]:

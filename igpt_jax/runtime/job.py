@@ -31,6 +31,8 @@ PEER_GONE = re.compile("gloo|connection|socket|peer", re.IGNORECASE)
 # What a person opens first of what a job left: the first of these that exists.
 OPENED_FIRST = ("report.html", "figures/completions.png", "figures/samples.png", "figures/accuracy_by_layer.png",
                 "figures/loss.png", "figures/before_after.png", "plan.txt", "result.json")
+# Jobs that write all their files at the end. Until then the workdir of a former command stays as it is.
+WRITE_AT_THE_END = ("plan", "probe", "report", "sample", "verify")
 DENIED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")  # of a bucket
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -64,8 +66,8 @@ def run_job(run: Callable[[Any, str], dict[str, Any]], config: Any, workdir: str
     """Runs a job in its workdir and returns the exit code.
 
     Holds the workdir's lock, writes config.json and command.txt first and result.json last. A workdir without
-    result.json holds an unfinished job. Errors that the user can fix become one line on stderr; other errors print a
-    stack trace.
+    result.json holds an unfinished job. The jobs of WRITE_AT_THE_END replace a former command's files only at their
+    end. Errors that the user can fix become one line on stderr; other errors print a stack trace.
 
     Args:
       run: the job: a function of config and workdir that returns metrics.
@@ -142,6 +144,8 @@ def run_in_workdir(run: Callable[[Any, str], dict[str, Any]], config: Any, workd
             where = ""
             if folder:
                 try:
+                    if config.job in WRITE_AT_THE_END:
+                        _publish_config(folder, config, command)
                     storage.publish(folder / "result.json", to_json(result))
                 except OSError as error:
                     if not end:
@@ -219,7 +223,8 @@ def _workdir_for(config: Any, workdir: str, command: str) -> Iterator[storage.Pa
 def _config_and_result(folder: storage.Path, config: Any, command: str) -> Iterator[None]:
     """Writes config.json and command.txt, and removes result.json. If the job raises UserError, all are restored.
 
-    config.json and result.json name the job that the workdir belongs to. A damaged file is set aside.
+    A job of WRITE_AT_THE_END leaves those of a former command as they are. config.json and result.json name the job
+    that the workdir belongs to. A damaged file is set aside.
 
     Raises:
       UserError: the workdir belongs to another job, or its files are not of a job.
@@ -231,13 +236,14 @@ def _config_and_result(folder: storage.Path, config: Any, command: str) -> Itera
         if job != config.job:
             owner = f"the job {job!r} (its {name})" if job else f"something else: its {name} is not a job's"
             raise UserError(f"workdir {folder} belongs to {owner}. Give {config.job!r} a --workdir of its own.")
+    if config.job in WRITE_AT_THE_END and "result.json" in found:
+        yield
+        return
     # A refused config, such as a typing error on a finished run, must leave that run's files as they were.
     files.append(folder / "command.txt")
     former = [storage.read(file) if file.exists() else None for file in files]
-    storage.publish(files[0], to_json(to_dict(config)))
+    _publish_config(folder, config, command)
     files[1].unlink(missing_ok=True)
-    if command:
-        storage.publish(files[2], command + "\n")
     try:
         yield
     except UserError:
@@ -247,6 +253,12 @@ def _config_and_result(folder: storage.Path, config: Any, command: str) -> Itera
             else:
                 storage.publish(file, data)
         raise
+
+
+def _publish_config(folder: storage.Path, config: Any, command: str) -> None:
+    storage.publish(folder / "config.json", to_json(to_dict(config)))
+    if command:
+        storage.publish(folder / "command.txt", command + "\n")
 
 
 def _device() -> dict[str, Any]:

@@ -4,7 +4,7 @@ A bucket has no rename, no append and no locks, and an object appears only when 
 `LineWriter` and `lock` behave the same on both kinds of storage.
 """
 
-from igpt_jax.storage.files import publish, read, sweep
+from igpt_jax.storage.files import concurrently, publish, read, sweep
 from igpt_jax.storage.json import parse_json, to_json
 from igpt_jax.storage.lines import LineWriter, read_lines
 from igpt_jax.storage.locks import LOCK, lock
@@ -24,7 +24,7 @@ from igpt_jax.storage.paths import (
 )
 
 __all__ = [
-    "LOCK", "LineWriter", "Path", "SCHEMES", "absolute", "children", "encoded", "is_local", "listing", "lock",
-    "matching", "parse_json", "path", "patterns", "publish", "read", "read_lines", "sweep", "tensorstore_spec",
+    "LOCK", "LineWriter", "Path", "SCHEMES", "absolute", "children", "concurrently", "encoded", "is_local", "listing",
+    "lock", "matching", "parse_json", "path", "patterns", "publish", "read", "read_lines", "sweep", "tensorstore_spec",
     "to_json", "unreachable",
 ]

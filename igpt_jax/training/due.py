@@ -1,6 +1,7 @@
 """Decides what is due after a training step: log, evaluate, save, compare replicas, stop early."""
 
 import dataclasses
+from collections.abc import Collection
 
 from igpt_jax.config import PretrainConfig
 
@@ -42,8 +43,13 @@ def due(step: int, config: PretrainConfig, owed: Due = NOTHING, stopping: bool =
                required=last or named or stopping)
 
 
-def enough(step: int, best_step: int | None, config: PretrainConfig) -> bool:
-    """Early stopping: whether `patience` evaluations up to this step brought no better one than that of `best_step`."""
+def enough(evaluated: Collection[int], best_step: int | None, config: PretrainConfig) -> bool:
+    """Early stopping: whether `patience` evaluations since `best_step` brought no better one.
+
+    Args:
+      evaluated: the steps that were evaluated so far, at whatever intervals.
+      best_step: the best of them; None: no evaluation counts yet.
+      config: of the run.
+    """
     patience = config.finetuning.patience if config.finetuning else 0
-    waited = step - (best_step or step)
-    return 0 < patience * config.eval_every_steps <= waited
+    return best_step is not None and 0 < patience <= sum(step > best_step for step in evaluated)

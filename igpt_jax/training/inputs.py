@@ -23,6 +23,11 @@ class Inputs:
     classes: int  # number of label classes; 0: the run does not train on labels
     codec: Codec
 
+    @property
+    def chunks(self) -> str:
+        """Images per chunk of each store, such as `64` or `64,1`. The order of the images follows them."""
+        return ",".join(str(component.chunk) for component in self.split.components)
+
     def batches(self, position: int, mesh: Mesh) -> Batches:
         """Batches from `position`, a number of steps in the data order, on."""
         data = self.config.data
@@ -36,8 +41,11 @@ def open_inputs(config: PretrainConfig) -> Inputs:
     """Opens the data that the config names, and checks that all processes see the same.
 
     Raises:
-      UserError: the store, a split or the palette is missing, or processes see different data.
+      UserError: the store, a split or the palette is missing, a key has no effect on such a store, or processes see
+        different data.
     """
+    if config.data.store.startswith("tfds:"):
+        config.data.refuse_given("weights", why="on tfds:, which is no mixture of stores. Leave it out.")
     store = open_data(config.data, config.image_size)
     split = store.split(config.data.split)
     held_out = store.split(config.data.held_out) if config.data.held_out else None

@@ -64,14 +64,20 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
     check_installed(config)
     check_second_moment(config.optimizer)
     mesh = sharding.make_mesh(config.mesh)
+    if config.images_per_pass:
+        config.refuse_given("accumulate", why="with images_per_pass, from which it follows. Leave one out.")
     config = config.with_microbatches(sharding.batch_shards(mesh))
     sharding.check_batch(config.batch_size, mesh, config.accumulate)
     inputs = open_inputs(config)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         run = Run(config, workdir, mesh, inputs, timer, stack)
         run.checkpoints.check_resumable(run.metadata)  # before the minutes that compiling may take
+        branches = config.branch_from and not checkpoint.of_process_0(run.checkpoints.latest_step)
+        if branches:  # also before them, since the trunk's step may not fit
+            run.restore_or_initialize()
         run.compile()
-        run.restore_or_initialize()
+        if not branches:  # `replay_check` repeats compiled steps first
+            run.restore_or_initialize()
         run.open_logs()
         run.evaluate_if_owed()
         run.open_batches()
@@ -91,7 +97,8 @@ class Run:
         self.timer, self._stack = timer, stack
         self.stop = stack.enter_context(StopSignal())
         self.watchdog = stack.enter_context(Watchdog(config.stall_seconds))
-        self.checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config))
+        self.checkpoints = stack.enter_context(checkpoint.Checkpoints(
+            workdir, config, inputs.held_out.fingerprint if inputs.held_out else ""))
         self.model = self._model_of(config)
         self.abstract = abstract_state(self.model, config, mesh)
         self.noise_scale = NoiseScale(self.model, config, mesh) if config.noise_scale_every_steps else None
@@ -101,8 +108,9 @@ class Run:
         self.warmup_steps = warmup_steps_for(config.optimizer, config.steps, inputs.split.count, config.batch_size)
         self.metadata = checkpoint.Metadata(config, inputs.codec.palette_VC, inputs.image_size,
                                             inputs.split.fingerprint, 0, classes=inputs.classes,
-                                            warmup_steps=self.warmup_steps)
+                                            warmup_steps=self.warmup_steps, data_chunks=inputs.chunks)
         self.evaluated: dict[str, float] = {}  # results of the newest evaluation
+        self.evaluated_steps: set[int] = set()  # for early stopping
 
     def _model_of(self, config: PretrainConfig) -> Model:
         return Model.of(config, self.inputs.codec.vocabulary, self.inputs.image_size, self.mesh, self.inputs.classes)
@@ -182,6 +190,9 @@ class Run:
         self._stack.callback(self.metrics.close)
         self.profile = Profile(self.workdir, config.profile)
         self._stack.callback(self.profile.close)
+        if self.start and config.finetuning and config.finetuning.patience:  # most of their checkpoints are removed
+            self.evaluated_steps.update(checkpoint.from_process_0(lambda: [
+                log["step"] for log in self._lines() if log["step"] <= self.start and "eval/nats_per_pixel" in log]))
         if jax.process_index() == 0:
             params = self.abstract["params"]
             storage.publish(storage.path(self.workdir) / "parameters.txt", sharding.table(params, self.mesh) + "\n")
@@ -196,8 +207,9 @@ class Run:
                 say(advice)
             if self.start >= config.steps:
                 say(f"already finished: the newest checkpoint is of step {self.start:,}; steps={config.steps:,}")
-            elif enough(self.start, best := self.checkpoints.best_step, config):
-                say(f"already finished: no evaluation since step {best:,} was better (patience={config.patience})")
+            elif self._enough():
+                say(f"already finished: no evaluation since step {self.checkpoints.best_step:,} was better "
+                    f"(patience={config.patience})")
             elif self.start:
                 skipping = f", {self.offset:,} steps of examples further on" if self.offset else ""
                 origin = f" of {config.branch_from}" if self.branches else ""
@@ -226,6 +238,7 @@ class Run:
             self.metrics.log(step, found)
             self.metrics.flush()
             self.checkpoints.note(step, found)
+            self.evaluated_steps.add(step)
             if jax.process_index() == 0:
                 self._draw(self._lines())
             return found
@@ -240,6 +253,9 @@ class Run:
                 raise self._stopped(step)
             self.checkpoints.add_metrics(step, self.evaluated)
 
+    def _enough(self) -> bool:
+        return enough(self.evaluated_steps, self.checkpoints.best_step, self.config)
+
     def _stopped(self, step: int) -> Preempted:
         self.metrics.log(step, {})
         return Preempted(f"stopped after step {step:,} of {self.config.steps:,}, saved.")
@@ -248,7 +264,7 @@ class Run:
 
     def open_batches(self) -> None:
         """Opens the batches of the remaining steps, if there are any. Raises UserError where they cannot be read."""
-        done = self.start >= self.config.steps or enough(self.start, self.checkpoints.best_step, self.config)
+        done = self.start >= self.config.steps or self._enough()
         self.batches = None if done else self.batches_from(self.start + self.offset)
 
     def run_steps(self) -> None:
@@ -331,7 +347,7 @@ class Run:
         with self.throughput.paused():
             self.evaluated = self.evaluate(step) if now.evaluate else {}
             stopping = stopping or self.stop.should_stop()
-            last = step == self.config.steps or enough(step, self.checkpoints.best_step, self.config)
+            last = step == self.config.steps or self._enough()
             self.metrics.flush()
             self.watchdog.beat(f"saving step {step:,}")
             with self.timer("save"):

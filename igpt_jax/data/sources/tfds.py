@@ -10,7 +10,7 @@ from igpt_jax.config import UserError
 from igpt_jax.data.sources import contents
 from igpt_jax.data.sources.base import Item, Source, slice_of
 
-READ_AT_ONCE = 64
+READ_AT_ONCE, READ_BYTES = 64, 2**26  # examples, and bytes of examples of mean size
 
 
 class Tfds(Source):
@@ -28,6 +28,7 @@ class Tfds(Source):
         split = info.splits[self._split]
         self.contents = contents.summarize([f"{info.full_name}@{split.name}, {split.num_bytes} bytes, shards of "
                                             f"{split.shard_lengths} examples"], self.class_names)
+        self._at_once = min(max(1, READ_BYTES * split.num_examples // max(1, split.num_bytes)), READ_AT_ONCE)
         self._mine = slice_of(split.num_examples, shard)
         self.count, self.sizes = len(self._mine), set()
 
@@ -51,9 +52,9 @@ class Tfds(Source):
             return
         decoders = {self._image: tfds.decode.SkipDecoding()}
         if _random_access(self._builder):
-            source = self._builder.as_data_source(split=self._split, decoders=decoders)
-            for first in range(mine.start, mine.stop, READ_AT_ONCE):
-                yield from source.__getitems__(list(range(first, min(first + READ_AT_ONCE, mine.stop))))
+            source, number = self._builder.as_data_source(split=self._split, decoders=decoders), self._at_once
+            for first in range(mine.start, mine.stop, number):
+                yield from source.__getitems__(list(range(first, min(first + number, mine.stop))))
             return
         # TFRecord files have no index: TFDS reads them in order, without shuffling or interleaving.
         rows = tfds.core.ReadInstruction(self._split, from_=mine.start, to=mine.stop, unit="abs")

@@ -9,7 +9,8 @@ A store is a folder, the workdir of the prepare job:
     progress.npz    only of an interrupted job: its state, and images not yet written
     slice.json      only of a slice that is to be merged: replaces manifest.json and palette.npy
 
-A store merged from slices keeps the slices' folders, and its manifest lists them. No pixel is copied.
+A store merged from slices keeps the slices' folders, and its manifest lists them. No pixel is copied. Where a split is
+`aligned`, the images of whole chunks have the first ids.
 
 Any zarr 3 reader opens the arrays. A shard has about 64 MiB and consists of inner chunks of `chunk` images, each with
 its own crc32c. With chunk=1 an image is one small read. A flipped bit is an error instead of a wrong image.

@@ -71,11 +71,10 @@ def hashed(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, list]:
 def _files_of(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, int]:
     """The files of all arrays: path relative to the store -> bytes. The system's hidden files are left out."""
     folders = sorted({part["folder"] for split in splits.values() for part in split["parts"]})
-    found: dict[str, int] = {}
-    for folder in folders:
-        if (path / folder).exists():
-            found |= {f"{folder}/{name}": size for name, size in storage.listing(path / folder).items()}
-    return found
+    listings = storage.concurrently(
+        lambda folder: storage.listing(path / folder) if (path / folder).exists() else {}, folders)
+    return {f"{folder}/{name}": size for folder, listing in zip(folders, listings, strict=True)
+            for name, size in listing.items()}
 
 
 def load_manifest(path: epath.Path, name: str = MANIFEST) -> dict[str, Any] | None:
@@ -127,5 +126,8 @@ def check_files(path: epath.Path, manifest: Mapping[str, Any]) -> None:
             raise UserError(f"pixel store {path}: {name} is not in its manifest. Move that file out of the store.")
         if found[name] != known[name][0]:
             raise damaged(path, name, f"has {found[name]:,} bytes, not {known[name][0]:,}")
-        if name.endswith("zarr.json") and size_and_hash(storage.read(path / name)) != known[name]:
+    metadata = sorted(name for name in known if name.endswith("zarr.json"))
+    hashes = storage.concurrently(lambda name: size_and_hash(storage.read(path / name)), metadata)
+    for name, stored in zip(metadata, hashes, strict=True):
+        if stored != known[name]:
             raise damaged(path, name, "differs from its SHA-256")

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore
@@ -18,6 +18,7 @@ from igpt_jax.data.store.manifest import AGAIN, MANIFEST, PALETTE, SLICE, SPLITS
 from igpt_jax.storage.hashes import json_digest
 
 CACHE_BYTES = 256 * 2**20  # for the shards' indices (16 bytes per inner chunk) and, where chunk > 1, the chunks
+LARGEST_CACHE_BYTES = 2**31  # for training; a larger window reads its chunks more than once
 
 
 class Store:
@@ -84,7 +85,8 @@ def split_of(path: epath.Path, names: str, known: Mapping[str, Any], image_size:
                 labeled = part["labels_sha256"] is not None
                 parts.append(_Part(path, part["folder"], part["count"], labeled, image_size))
         contents.append(known[name])
-    return Split(names, image_size, json_digest(contents, length=64), parts, chunk)
+    aligned = all(content.get("aligned") for content in contents)
+    return Split(names, image_size, json_digest(contents, length=64), _spans(parts, chunk, aligned), chunk)
 
 
 def _without(name: str, known: list[str]) -> str:
@@ -104,35 +106,43 @@ def _without(name: str, known: list[str]) -> str:
 
 
 class _Part:
-    """The arrays of one folder of a store, opened when they are first read."""
+    """The arrays of one folder of a store, `images` and `labels`, opened when they are first read."""
 
     def __init__(self, path: epath.Path, folder: str, count: int, labeled: bool, image_size: int):
         self.path, self.folder, self.count, self.labeled, self._size = path, folder, count, labeled, image_size
+        self._cache_bytes = CACHE_BYTES
+        self._opening: dict[str, tensorstore.Future] = {}
 
-    @functools.cached_property
-    def images(self) -> tensorstore.TensorStore:
-        return self._open("images", (self.count, self._size, self._size, 3))
+    def set_cache(self, limit: int) -> None:
+        """Caches images in `limit` bytes, which all parts of the process with this limit share."""
+        self._cache_bytes = limit
+        self._opening.pop("images", None)  # an array keeps the cache that it was opened with
 
-    @functools.cached_property
-    def labels(self) -> tensorstore.TensorStore:
-        return self._open("labels", (self.count,))
-
-    def _open(self, kind: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
+    def open(self, kind: str) -> tensorstore.Future:
+        """Starts to open an array, or returns the one that is open."""
+        if opening := self._opening.get(kind):
+            return opening
         spec = {**array_spec(self.path / self.folder / kind), "fill_missing_data_reads": False,
                 "recheck_cached_data": "open", "recheck_cached_metadata": "open"}
+        self._opening[kind] = opening = tensorstore.open(spec, context=_context(self._cache_bytes), read=True)
+        return opening
+
+    def _array(self, kind: str) -> tensorstore.TensorStore:
         try:
-            array = tensorstore.open(spec, context=_context(), read=True).result()
+            array = self.open(kind).result()
         except ValueError as error:
+            self._opening.pop(kind, None)
             if storage.unreachable(error):
                 raise
             raise self._damage(kind, "cannot be opened", error) from None
+        shape = (self.count, self._size, self._size, 3) if kind == "images" else (self.count,)
         if array.shape != shape:
             raise self._damage(kind, f"has shape {list(array.shape)}, not {list(shape)}")
         return array
 
     def start(self, kind: str, ids: np.ndarray) -> tensorstore.Future:
         """Starts to read the images or labels of ids; `finish` waits for them."""
-        return getattr(self, kind)[ids].read()
+        return self._array(kind)[ids].read()
 
     def finish(self, kind: str, ids: np.ndarray, reading: tensorstore.Future) -> np.ndarray:
         """The rows that `start` reads. Errors name the damaged entry; TensorStore's errors name only the file."""
@@ -141,7 +151,7 @@ class _Part:
         except ValueError as error:
             if storage.unreachable(error):
                 raise
-            entry = _first_bad(getattr(self, kind), ids)
+            entry = _first_bad(self._array(kind), ids)
             raise self._damage(kind, f"entry {entry} cannot be read", error) from None
 
     def _damage(self, kind: str, what: str, error: Exception | str = "") -> UserError:
@@ -150,9 +160,9 @@ class _Part:
 
 
 @functools.cache
-def _context() -> tensorstore.Context:
-    """One cache shared by all arrays of the process."""
-    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+def _context(cache_bytes: int) -> tensorstore.Context:
+    """One cache of this size, shared by all arrays of the process that use it."""
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
 
 
 def _first_bad(array: tensorstore.TensorStore, ids: np.ndarray) -> int:
@@ -163,6 +173,25 @@ def _first_bad(array: tensorstore.TensorStore, ids: np.ndarray) -> int:
         except ValueError:
             return int(i)
     return int(ids[0])
+
+
+class _Span(NamedTuple):
+    """Neighboring rows of a part, which have neighboring ids."""
+    part: _Part
+    first: int
+    count: int
+
+
+def _spans(parts: Sequence[_Part], chunk: int, aligned: bool) -> list[_Span]:
+    """The rows of all parts in the order of their ids: part by part, or, if `aligned`, all whole chunks first.
+
+    If chunks of ids are chunks of the files, reading one touches one. Part by part they are shifted behind each part
+    that ends within a chunk, and reading one touches two.
+    """
+    whole = [part.count // chunk * chunk if aligned else part.count for part in parts]
+    spans = [_Span(part, 0, count) for part, count in zip(parts, whole, strict=True)]
+    spans += [_Span(part, count, part.count - count) for part, count in zip(parts, whole, strict=True)]
+    return [span for span in spans if span.count]
 
 
 class Split:
@@ -176,11 +205,15 @@ class Split:
       components: for `order`: one component with the count and the images per chunk; several in a mixture.
     """
 
-    def __init__(self, name: str, image_size: int, fingerprint: str, parts: Sequence[_Part], chunk: int = 1):
-        self.name, self.image_size, self.fingerprint, self._parts = name, image_size, fingerprint, list(parts)
-        self._starts = np.cumsum([0, *(part.count for part in parts)])
+    def __init__(self, name: str, image_size: int, fingerprint: str, spans: Sequence[_Span], chunk: int = 1):
+        self.name, self.image_size, self.fingerprint, self._spans = name, image_size, fingerprint, list(spans)
+        self._starts = np.cumsum([0, *(span.count for span in spans)])
         self.count = int(self._starts[-1])
         self.components: tuple[Component, ...] = (Component(self.count, chunk=chunk),)
+        shifted = sum(span.count for start, span in zip(self._starts, spans, strict=False)
+                      if (start - span.first) % chunk)  # each of their chunks of ids touches two of a file
+        chunk_bytes = 3 * image_size**2 * chunk
+        self._slot_bytes = 0 if chunk == 1 else chunk_bytes * (self.count + shifted) // self.count
 
     @classmethod
     def mixed(cls, splits: Sequence["Split"], weights: Sequence[int]) -> "Split":
@@ -188,15 +221,26 @@ class Split:
         first = splits[0]
         contents = [[split.fingerprint for split in splits], list(weights)]
         joined = cls(first.name, first.image_size, json_digest(contents, length=64),
-                     [part for split in splits for part in split._parts])
+                     [span for split in splits for span in split._spans])
         joined.components = tuple(Component(split.count, weight, split.components[0].chunk)
                                   for split, weight in zip(splits, weights, strict=True))
+        joined._slot_bytes = sum(split._slot_bytes for split in splits)
         return joined
+
+    def cache_window(self, window: int) -> None:
+        """Enlarges the cache so that it holds a window of the order, and a third more for indices and the next window.
+
+        Args:
+          window: as of `order.batch`.
+        """
+        limit = min(max(CACHE_BYTES, window * self._slot_bytes * 4 // 3), LARGEST_CACHE_BYTES)
+        for span in self._spans:
+            span.part.set_cache(limit)
 
     @property
     def labeled(self) -> bool:
         """Whether all images have labels."""
-        return all(part.labeled for part in self._parts)
+        return all(span.part.labeled for span in self._spans)
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Images uint8 [B, Y, X, 3] of ids [B].
@@ -213,7 +257,7 @@ class Split:
         Raises:
           UserError: the split has no labels, or one is damaged on disk.
         """
-        for part in self._parts:
+        for part, *_ in self._spans:
             if not part.labeled:
                 raise UserError(f"split {part.folder!r} of {part.path} has no labels. Prepare it from a labeled "
                                 "source.")
@@ -224,11 +268,13 @@ class Split:
         if ids.size and not (0 <= ids.min() and ids.max() < self.count):
             raise IndexError(f"ids must lie in [0, {self.count})")
         owner = np.searchsorted(self._starts, ids, side="right") - 1
-        reading = []
-        for i in np.unique(owner):  # start all reads before waiting for any: in a bucket each has a latency
-            mine = np.flatnonzero(owner == i)
-            local_ids = ids[mine] - self._starts[i]
-            reading.append((self._parts[i], mine, local_ids, self._parts[i].start(kind, local_ids)))
+        owners, reading = np.unique(owner), []
+        for i in owners:  # all are opened, and then all are read, before any is waited for: a bucket has a latency
+            self._spans[i].part.open(kind)
+        for i in owners:
+            mine, span = np.flatnonzero(owner == i), self._spans[i]
+            local_ids = ids[mine] - self._starts[i] + span.first
+            reading.append((span.part, mine, local_ids, span.part.start(kind, local_ids)))
         for part, mine, local_ids, future in reading:
             rows[mine] = part.finish(kind, local_ids, future)
         return rows
