@@ -70,14 +70,15 @@ def pack(file: str, palette_VC: np.ndarray, splits: dict[str, Sequence[str]]) ->
 def unpack(file: str, folder: str) -> None:
     """Writes SPLIT.npz and palette.npy, which the prepare job reads, into `folder`."""
     target = pathlib.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     with exits.readable(file, "a file of pack.py"), lzma.open(file) as packed:
-        arrays = dict(np.load(io.BytesIO(packed.read())))
+        arrays = np.load(io.BytesIO(packed.read()))
         palette_VC = arrays["palette"]
+        found = {split: (arrays[f"{split}_ranks"], arrays[f"{split}_labels"]) for split in SPLITS}
+    target.mkdir(parents=True, exist_ok=True)
     colors_VC = palette.decode(by_luminance(palette_VC), palette_VC)
     np.save(target / "palette.npy", palette_VC)
-    for split in SPLITS:
-        np.savez(target / f"{split}.npz", images=colors_VC[arrays[f"{split}_ranks"]], labels=arrays[f"{split}_labels"])
+    for split, (ranks_BYX, labels_B) in found.items():
+        np.savez(target / f"{split}.npz", images=colors_VC[ranks_BYX], labels=labels_B)
 
 
 def by_luminance(palette_VC: np.ndarray) -> np.ndarray:

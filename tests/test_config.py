@@ -53,10 +53,10 @@ def test_elements_and_infinities_are_refused(job, key, value, message):
 
 @pytest.mark.parametrize(("job", "arguments", "message"), [
     ("probe", "l2=(0.5,),solver=sgd", r"l2=\(0.5,\) has no effect on solver=sgd"),
-    ("probe", "rates=(1.0,)", r"rates=\(1.0,\) has no effect on solver=lbfgs. Set solver=sgd"),
+    ("probe", "rates=(1.0,)", r"rates=\(1.0,\) has no effect on solver=lbfgs. .* set solver=sgd"),
     ("probe", "steps=30,kind=knn", "steps=30 has no effect on solver=lbfgs"),
     ("probe", "draws=2", "draws=2 has no effect without labels_per_class"),
-    ("evaluate", "probing.rates=(1.0,)", "has no effect on solver=lbfgs"),
+    ("evaluate", "probing.rates=(1.0,)", "has no effect on probing.solver=lbfgs"),
     ("evaluate", "poll_seconds=1", "poll_seconds=1.0 has no effect without watch"),
     ("sample", "images=mine,data.split=test", "data.split=test has no effect with images"),
     ("sample", "examples=0,data.store=s", "data.store=s has no effect with examples=0"),

@@ -43,8 +43,8 @@ def test_a_fault_after_the_start_keeps_the_runs_files(store, tmp_path, monkeypat
 
 
 def test_figures_are_of_the_images_that_the_command_names(tmp_path, monkeypatch):
-    """A finished run with another split, none, or another store is evaluated anew. Seen to fail with the former figures
-    reported, and with new ones taken for those of the first split."""
+    """A finished run with another split or store is evaluated anew; without a split it reports none. Seen to fail with
+    the former figures reported, and with new ones taken for those of the first split."""
     for seed in (0, 1):
         random, writer = np.random.default_rng(seed), Writer(storage.path(tmp_path / f"store{seed}"), 4)
         for split in ("train", "held_out", "test"):

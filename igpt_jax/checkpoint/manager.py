@@ -50,7 +50,7 @@ class Checkpoints:
     def __init__(self, workdir: str, config: PretrainConfig, held_out_fingerprint: str = ""):
         self._workdir, self._folder = workdir, storage.absolute(storage.path(workdir)) / "checkpoints"
         self._keep_newest, self._keep_steps = config.keep_newest, set(config.keep_steps)
-        self._held_out = held_out_fingerprint
+        self._held_out = held_out_fingerprint  # of the images that this run is evaluated on; empty: none
         # `Metadata.evaluated_on` of metrics on the images that this run is evaluated on
         self._same_images = {self._held_out, config.data.held_out} - {""}
         self._scores: dict[int, float] = {}  # of the steps evaluated on these images

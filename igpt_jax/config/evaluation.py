@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import ClassVar
 
 from igpt_jax.config.data import ProbeDataConfig, SplitConfig
 from igpt_jax.config.keys import (
@@ -33,7 +34,8 @@ def all_positive(name: str, values: tuple[float, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ProbingConfig(Keys):
-    """Keys of fitting a probe: those of the probe job, and `probing` of evaluate."""
+    """Keys of fitting a probe: those of the probe job, and `probing` of other jobs."""
+    group: ClassVar[str] = "probing."
     data: ProbeDataConfig = section(ProbeDataConfig)
     limit: int = key(0, "number of examples of each split, from the first; 0: all", resume="same", rule=at_least(0))
     features: str = key("normalized", "normalized: means over the tokens after the next norm, as in the paper; "
@@ -55,7 +57,8 @@ class ProbingConfig(Keys):
         super().__post_init__()
         for name, solver in (("l2", "lbfgs"), ("rates", "sgd"), ("steps", "sgd")):
             if self.solver != solver and name not in self._used_by_others():
-                self.refuse_given(name, why=f"on solver={self.solver}. Set solver={solver}.")
+                self.refuse_given(name, why=f"on {self.group}solver={self.solver}. Leave it out, or set "
+                                            f"{self.group}solver={solver}.")
 
     def _used_by_others(self) -> set[str]:
         """The solvers' keys that other probes use too."""
@@ -64,6 +67,7 @@ class ProbingConfig(Keys):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(ProbingConfig):
+    group: ClassVar[str] = ""
     job: str = key("probe", "the job that this configuration is for", resume="same")
     checkpoint: str = key("", "a workdir of pretrain, or one step of it (DIR/checkpoints/STEP)", resume="same")
     parameters: str = key("raw", "parameters of the checkpoint: raw, or ema (their moving average)", resume="same",

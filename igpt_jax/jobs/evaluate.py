@@ -178,8 +178,12 @@ def _without_row(config: EvaluateConfig, rows: list[Row]) -> Iterator[str | None
     if config.watch:
         steps = watching.follow(config.checkpoints, config.idle_seconds, config.poll_seconds)
         yield from (step for step in steps if step is None or is_wanted(step))
-    else:  # all are checked before the first is measured
-        yield from [step for step in watching.listed(config.checkpoints) if is_wanted(step)]
+        return
+    wanted = []
+    for step in watching.listed(config.checkpoints):  # all are checked before the first is measured
+        yield None
+        wanted += [step] if is_wanted(step) else []
+    yield from wanted
 
 
 def _check_causal(config: EvaluateConfig, step: str) -> None:
@@ -323,15 +327,12 @@ def _publish(folder: storage.Path, rows: list[Row]) -> None:
 
 def _remove_former_pictures(config: EvaluateConfig, folder: storage.Path, row: Row) -> None:
     """Removes loss maps and samples of other settings: all but those of `row`, the first one of these settings."""
-    step, steps_done, kept = row["checkpoint"], row["steps"], set()
-    if config.loss_maps:
-        name = _file_name(folder, step, steps_done)
-        kept |= {f"surprise/{name}.json", f"figures/surprise-{name}.png", f"figures/surprise_means-{name}.png"}
-    if config.samples:
-        kept.add(f"samples/{_samples_name(step, steps_done)}.npz")
+    step, steps_done = row["checkpoint"], row["steps"]
+    names = (config.loss_maps and _file_name(folder, step, steps_done),
+             config.samples and _samples_name(step, steps_done))
     for place, files in (("surprise", "*.json"), ("figures", "surprise*.png"), ("samples", "*.npz")):
         for file in (folder / place).glob(files):
-            if f"{place}/{file.name}" not in kept:
+            if not file.stem.endswith(tuple(filter(None, names))):
                 file.unlink()
 
 

@@ -15,7 +15,7 @@ import jax
 from tqdm import tqdm
 
 from igpt_jax import checkpoint, process, storage
-from igpt_jax.config import DataConfig, MeshConfig, ModelConfig, PlanConfig, UserError
+from igpt_jax.config import DataConfig, MeshConfig, PlanConfig, UserError
 from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import topology
@@ -62,8 +62,6 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
         rows.append(("what would fit", plan["what_would_fit"], Evidence.COMPILER))
     if config.data != DataConfig():
         say("igpt_jax plan: data.* has no effect: a plan reads no data.")
-    if config.search and config.model.remat != ModelConfig.remat:  # configs/plan.py sets it for large models
-        say("igpt_jax plan: model.remat has no effect with search=True, which chooses it.")
     text = "\n".join([*lines, table(rows)])
     process.say(text)
     folder = storage.path(workdir)

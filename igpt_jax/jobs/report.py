@@ -25,6 +25,7 @@ def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
     page, charts = report.render(found)
     folder = storage.path(workdir)
     if jax.process_index() == 0:
+        (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
         for name, svg in charts.items():
             storage.publish(folder / "figures" / name, svg)
         storage.publish(folder / "report.html", page)

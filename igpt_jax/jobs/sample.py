@@ -53,7 +53,8 @@ def run(config: SampleConfig, workdir: str) -> dict[str, Any]:
     if not (count or len(names)):
         raise UserError("nothing to sample: no images, examples=0 and count=0. Set one of them.")
     if not len(names):
-        config.refuse_given("rows", "completions", why="without images to complete. Set images or data.store.")
+        config.refuse_given("rows", "completions", why="without images to complete. Leave it out, or set images or "
+                                                       "examples.")
     drawing = Drawing(model, params, mesh, f"checkpoint {config.checkpoint}", config.top_k, config.top_p,
                       config.cache_dtype or None)
 

@@ -74,7 +74,7 @@ def run(config: ScalingConfig, workdir: str) -> dict[str, Any]:
     data = _open(config.pretrain)
     if config.shard == "merge":
         given, rows = slices.joined(folder, config.job, NAME, STUDY)
-        if config.held_out_budgets != parse(config.job, given).held_out_budgets:
+        if config.held_out_budgets != tuple(given.get("held_out_budgets", ())):
             raise UserError(f"held_out_budgets={config.held_out_budgets} are not those of the slices. Give the same.")
     else:
         rows = tables.load(folder, NAME)

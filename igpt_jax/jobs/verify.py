@@ -43,6 +43,7 @@ def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
     for row in rows:
         say(f"{row['path']}: {row['problem'] or 'undamaged'}")
     if jax.process_index() == 0:
+        (storage.path(workdir) / "result.json").unlink(missing_ok=True)  # a former command's
         storage.publish(storage.path(workdir) / "verify.json", to_json(rows))
     damaged = [row["path"] for row in rows if row["problem"]]
     size = sum(row.get("bytes") or 0 for row in rows)

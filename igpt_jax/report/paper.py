@@ -53,7 +53,7 @@ def probing(run: Run) -> list[str]:
     rise, fall = 100 * (by_layer[best] - by_layer[first]), 100 * (by_layer[last] - by_layer[best])
     spread = {row["layer"]: row["interval"] for row in run.by_layer}
     shape = ("does not rise; the paper's rises first" if rise <= 0 else
-             "rises to the last layer; the paper's falls after the middle" if best == last else
+             "rises to the last layer; the paper's falls after the middle" if best == last or fall >= 0 else
              "rises, and its fall lies within the 95 % intervals"
              if {best, last} <= set(spread) and spread[best][0] <= spread[last][1] else
              "rises and then falls, as the paper's does")

@@ -20,8 +20,8 @@ CHARTED = ("loss.png", "accuracy_by_layer.png", "accuracy_over_loss.png")  # the
 # Results before data, and data before checks of it.
 ORDER = ("pretrain", "probe", "finetune", "evaluate", "sample", "prepare", "plan", "convert", "verify")
 # Keys that decide, with the store, what a job measures on: losses compare only on the same tokens.
-MEASURED_ON = {"pretrain": ("data.held_out", "image_size", "codec", "palette"), "finetune": ("data.test",),
-               "probe": ("data.test",)}
+MEASURED_ON = {"pretrain": ("data.held_out", "codec", "palette"), "finetune": ("data.test", "data.held_out", "limit"),
+               "probe": ("data.test", "data.held_out", "limit")}
 DEPTH = 2  # folders between one that is named and a workdir below it
 
 
@@ -66,10 +66,13 @@ class Run:
         store, given = self.values.get("data.store"), self.values.get("checkpoint")
         if not store and given:
             store = str(given)
-            with contextlib.suppress(UserError):  # the checkpoint has moved: others of the same path compare
+            # It has moved, or its bucket is out of reach: others of the same path compare.
+            with contextlib.suppress(UserError, OSError, ImportError):
                 store = checkpoint.load_metadata(store).config.data.store
         keys = known_keys(self.job)
-        measured = [self.values.get(name, keys[name][0]) for name in MEASURED_ON.get(self.job, ())]
+        measured = [self.values.get(name, keys.get(name, [0])[0]) for name in MEASURED_ON.get(self.job, ())]
+        if str(store).startswith("tfds:"):  # a store on disk has one size
+            measured.append(self.values.get("image_size", 0))
         return json.dumps([store or self.title, *measured])
 
     @property

@@ -17,11 +17,13 @@ def joined(folder: Path, job: str, table: str, same: Collection[str] = ()
     """
     slices: dict[str, list[dict[str, Any]]] = {}
     config: dict[str, Any] = {}
+    defaults = flat(to_dict(parse(job, {"job": job})))
     for child in children(folder):
         given = child.is_dir() and side_files.look(child / "config.json")
         if given and given.get("job") == job and (
                 side_files.look(child / "result.json") or {}).get("status") == "done":
-            mine, other = (flat(to_dict(parse(job, each))) for each in (given, config or given))
+            # Not parsed, since a later version may refuse what an earlier one has written.
+            mine, other = (defaults | flat(each) for each in (given, config or given))
             if differs := sorted(name for name in same if mine[name] != other[name]):
                 raise UserError(f"shard=merge: {folder}: the slices differ in {', '.join(differs[:5])}. Run all with "
                                 "the same settings.")

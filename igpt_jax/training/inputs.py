@@ -28,6 +28,11 @@ class Inputs:
         """Images per chunk of each store, such as `64` or `64,1`. The order of the images follows them."""
         return ",".join(str(component.chunk) for component in self.split.components)
 
+    @property
+    def held_out_fingerprint(self) -> str:
+        """Of the held-out images; empty if there are none."""
+        return self.held_out.fingerprint if self.held_out else ""
+
     def batches(self, position: int, mesh: Mesh) -> Batches:
         """Batches from `position`, a number of steps in the data order, on."""
         data = self.config.data
@@ -45,15 +50,18 @@ def open_inputs(config: PretrainConfig) -> Inputs:
         different data.
     """
     if config.data.store.startswith("tfds:"):
-        config.data.refuse_given("weights", why="on tfds:, which is no mixture of stores. Leave it out.")
+        config.data.refuse_given("weights", why="on tfds:, which is no mixture of stores. Leave it out; to resume "
+                                 "a run that had it, with accept_changes=data.weights.")
     store = open_data(config.data, config.image_size)
     split = store.split(config.data.split)
     held_out = store.split(config.data.held_out) if config.data.held_out else None
     finetuning = config.finetuning
     classes = count_classes(store, split) if finetuning else 0
     codec = _codec_for(config, store)
-    agree(palette=palette.digest(codec.palette_VC), data=split.fingerprint)
-    return Inputs(config, split, held_out, store.image_size, classes, codec)
+    inputs = Inputs(config, split, held_out, store.image_size, classes, codec)
+    agree(palette=palette.digest(codec.palette_VC), data=split.fingerprint, chunks=inputs.chunks,
+          held_out=inputs.held_out_fingerprint)
+    return inputs
 
 
 def _codec_for(config: PretrainConfig, store) -> Codec:

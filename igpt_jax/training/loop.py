@@ -73,10 +73,10 @@ def train(config: PretrainConfig, workdir: str) -> dict[str, float]:
         run = Run(config, workdir, mesh, inputs, timer, stack)
         run.checkpoints.check_resumable(run.metadata)  # before the minutes that compiling may take
         branches = config.branch_from and not checkpoint.of_process_0(run.checkpoints.latest_step)
-        if branches:  # also before them, since the trunk's step may not fit
+        if branches:  # a trunk that does not fit is refused before compiling too
             run.restore_or_initialize()
         run.compile()
-        if not branches:  # `replay_check` repeats compiled steps first
+        if not branches:  # `replay_check` needs the compiled step
             run.restore_or_initialize()
         run.open_logs()
         run.evaluate_if_owed()
@@ -97,8 +97,8 @@ class Run:
         self.timer, self._stack = timer, stack
         self.stop = stack.enter_context(StopSignal())
         self.watchdog = stack.enter_context(Watchdog(config.stall_seconds))
-        self.checkpoints = stack.enter_context(checkpoint.Checkpoints(
-            workdir, config, inputs.held_out.fingerprint if inputs.held_out else ""))
+        self.checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(workdir, config, inputs.held_out_fingerprint))
         self.model = self._model_of(config)
         self.abstract = abstract_state(self.model, config, mesh)
         self.noise_scale = NoiseScale(self.model, config, mesh) if config.noise_scale_every_steps else None

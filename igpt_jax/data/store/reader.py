@@ -269,7 +269,7 @@ class Split:
             raise IndexError(f"ids must lie in [0, {self.count})")
         owner = np.searchsorted(self._starts, ids, side="right") - 1
         owners, reading = np.unique(owner), []
-        for i in owners:  # all are opened, and then all are read, before any is waited for: a bucket has a latency
+        for i in owners:  # all start to open before the first is waited for, since a bucket has a latency
             self._spans[i].part.open(kind)
         for i in owners:
             mine, span = np.flatnonzero(owner == i), self._spans[i]
