@@ -1,7 +1,7 @@
 """Compares training settings by real runs, one after the other; the same command resumes where it stopped.
 
     python benchmarks/training_settings.py STUDY --store=runs/cifar16 --workdir=runs/settings [--steps=3000] [--runs=N]
-        [--precision=bfloat16] [--only=TEXT] [--table]
+        [--precision=bfloat16] [--optimizer=muon] [--only=TEXT] [--table]
 
 schedules: cosine, WSD as branches of one constant trunk, and the trunk itself with averaged parameters; at two lengths.
 optimizers: Adam and Muon at several learning rates; steps in which Muon reaches the final loss of the best Adam.
@@ -14,6 +14,7 @@ all finished ones. --runs stops after so many runs, --only takes just those whos
 import argparse
 import json
 import pathlib
+import statistics
 from typing import Any
 
 import exits
@@ -23,6 +24,7 @@ from igpt_jax.metrics.logging import load_metrics
 
 Settings = dict[str, Any]  # config keys of pretrain
 NATS = "eval/nats_per_pixel"
+RATES = {"adam": (0.0005, 0.001, 0.002, 0.004, 0.008), "muon": (0.002, 0.004, 0.008, 0.016, 0.032)}  # of `transfer`
 
 
 def schedules(steps: int) -> dict[str, Settings]:
@@ -50,16 +52,17 @@ def optimizers(steps: int) -> dict[str, Settings]:
             for name in ("adam", "muon") for rate in (0.001, 0.002, 0.004, 0.008)}
 
 
-def transfer(steps: int) -> dict[str, Settings]:
+def transfer(steps: int, optimizer: str) -> dict[str, Settings]:
     """Widths at 4 layers, depths at a width of 128; the base of completep is 64 wide and 2 deep."""
     shapes = [(64, 4), (128, 4), (256, 4), (128, 2), (128, 8)]
     return {f"{parametrization}-{width}x{depth}-{rate}": {
-        "steps": steps, "optimizer.learning_rate": rate, "optimizer.warmup_steps": steps // 20, "model.embed": width,
+        "steps": steps, "optimizer.name": optimizer, "optimizer.learning_rate": rate,
+        "optimizer.warmup_steps": steps // 20, "model.embed": width,
         "model.heads": width // 32, "model.layers": depth, "model.init": "paper",
         "model.parametrization": parametrization,
         **({"model.base_embed": 64, "model.base_layers": 2} if parametrization == "completep" else {})}
         for parametrization in ("standard", "completep") for width, depth in shapes
-        for rate in (0.0005, 0.001, 0.002, 0.004, 0.008)}
+        for rate in RATES[optimizer]}
 
 
 def row(name: str, workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -86,10 +89,10 @@ def optimizer_verdict(rows: list[dict[str, Any]]) -> list[str]:
     adam, muon = best(by_name["adam"]), best(by_name["muon"])
     reached = next((step for step, nats, _ in muon["curve"] if nats <= adam["nats"]), None)
     share = f"after step {reached:,}, {reached / adam['steps']:.0%} of them" if reached else "in no evaluation"
-    slower = adam["images_per_second"] / muon["images_per_second"]
+    adams, muons = (statistics.median(each["images_per_second"] for each in found) for found in by_name.values())
     return [f"Best Adam: {adam['name']}, {adam['nats']:.4f} nats per pixel after {adam['steps']:,} steps. Best Muon: "
-            f"{muon['name']}, {muon['nats']:.4f}; it reaches Adam's loss {share}, at {slower:.2f} times the time per "
-            "step."]
+            f"{muon['name']}, {muon['nats']:.4f}; it reaches Adam's loss {share}. A step of Muon takes "
+            f"{adams / muons:.2f} times as long, by the medians of all runs."]
 
 
 def transfer_verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -130,12 +133,14 @@ def main() -> None:
     parser.add_argument("--batch", type=exits.count, default=64)
     parser.add_argument("--runs", type=int, default=10**6)
     parser.add_argument("--model", default="igpt_tiny")
+    parser.add_argument("--optimizer", choices=RATES, default="adam", help="of transfer")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--only", default="")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     make, verdict = STUDIES[arguments.study]
-    planned, left = make(arguments.steps), 0 if arguments.table else arguments.runs
+    planned = make(arguments.steps, *([arguments.optimizer] if make is transfer else []))
+    left = 0 if arguments.table else arguments.runs
     if not any(arguments.only in name for name in planned):
         parser.error(f"--only={arguments.only!r} is in no run's name. They are: {', '.join(planned)}.")
     folder = arguments.workdir / arguments.study

@@ -184,6 +184,7 @@ def test_the_best_run_is_chosen_by_held_out_accuracy(tmp_path):
             json.dumps({"step": step, "time": step, "eval/accuracy": accuracy}) + "\n"
             for step, accuracy in ((3, held_out), (6, 0.1))))
     found = runs.load(f"{tmp_path}/*")
+    assert [tile.name for tile in page._probe(found)] == ["Linear probe, x", "Linear probe, y"]
     tiles = [(tile.value, tile.sentence) for make in (page._probe, page._finetuned) for tile in make(found)]
     assert tiles == [("52.0 %", "test accuracy of layer 2: probe-b"), ("91.0 %", "test accuracy of layer 2: probe-c"),
                      ("53.0 %", "test accuracy: tuned-b, step 3"), ("92.0 %", "test accuracy: tuned-c, step 3")]

@@ -87,6 +87,11 @@ def _template() -> jinja2.Template:
 
 # The card.
 
+def _on(what: str, run: Run, tiles: Sequence[Run]) -> str:
+    """The name of a tile; of several with the data set, the last part of the store's path."""
+    return f"{what}, {run.store.rstrip('/').rpartition('/')[2]}" if len(tiles) > 1 else what
+
+
 def _bits(metrics: Row) -> str:
     bits = metrics.get("eval/bits_per_dim")
     return f", {bits:.3f} bits per dimension" if charts.finite(bits) else ""
@@ -99,26 +104,27 @@ def _loss(runs: Sequence[Run]) -> list[Tile]:
         if run.job == "pretrain" and charts.finite(run.metrics.get(metric)):
             kinds.setdefault((run.values.get("objective"), run.data), []).append(run)
     best = [min(same, key=lambda run: run.metrics[metric]) for same in kinds.values()]
-    return [Tile("Held-out loss", f"{run.metrics[metric]:.3f}",
+    return [Tile(_on("Held-out loss", run, best), f"{run.metrics[metric]:.3f}",
                  f"nats per pixel{_bits(run.metrics)}: {run.title}, step {shown(run.metrics.get('steps'))}, "
                  f"{shown(run.metrics.get('parameters'))} parameters") for run in best]
 
 
 def _probe(runs: Sequence[Run]) -> list[Tile]:
-    found = []
-    for run in most_accurate(runs, "probe"):
+    found, best = [], most_accurate(runs, "probe")
+    for run in best:
         others = [f"{name} {shown(run.metrics[key], key)}" for key, name in
                   (("raw_pixel_accuracy", "raw pixels"), ("untrained_accuracy", "untrained model"))
                   if run.metrics.get(key) is not None]
-        found.append(Tile("Linear probe", shown(run.metrics["test_accuracy"], "accuracy"), "; ".join(
+        found.append(Tile(_on("Linear probe", run, best), shown(run.metrics["test_accuracy"], "accuracy"), "; ".join(
             [f"test accuracy of layer {run.metrics.get('best_layer')}: {run.title}", *others])))
     return found
 
 
 def _finetuned(runs: Sequence[Run]) -> list[Tile]:
-    return [Tile("Fine-tuned", shown(run.metrics["test_accuracy"], "accuracy"),
+    best = most_accurate(runs, "finetune")
+    return [Tile(_on("Fine-tuned", run, best), shown(run.metrics["test_accuracy"], "accuracy"),
                  f"test accuracy: {run.title}, step {shown(run.metrics.get('best_step') or run.metrics.get('steps'))}")
-            for run in most_accurate(runs, "finetune")]
+            for run in best]
 
 
 # A run.

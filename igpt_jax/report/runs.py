@@ -57,23 +57,24 @@ class Run:
         return metrics if isinstance(metrics, Mapping) else {}
 
     @functools.cached_property
-    def data(self) -> str:
-        """What the run is measured on, as text. Figures of two runs compare only if it is the same.
-
-        Without a store of its own, a run reads the one that its checkpoint was trained on. A run of unknown data
-        compares with no other.
-        """
+    def store(self) -> str:
+        """Its data.store, or that of its checkpoint's training; the run's own title where neither is known."""
         store, given = self.values.get("data.store"), self.values.get("checkpoint")
         if not store and given:
-            store = str(given)
+            store = given
             # It has moved, or its bucket is out of reach: others of the same path compare.
             with contextlib.suppress(UserError, OSError, ImportError):
-                store = checkpoint.load_metadata(store).config.data.store
+                store = checkpoint.load_metadata(str(given)).config.data.store
+        return str(store or self.title)
+
+    @property
+    def data(self) -> tuple[Any, ...]:
+        """What the run is measured on. Figures of two runs compare only if it is the same."""
         keys = known_keys(self.job)
-        measured = [self.values.get(name, keys.get(name, [0])[0]) for name in MEASURED_ON.get(self.job, ())]
-        if str(store).startswith("tfds:"):  # a store on disk has one size
-            measured.append(self.values.get("image_size", 0))
-        return json.dumps([store or self.title, *measured])
+        names = MEASURED_ON.get(self.job, ())
+        if self.store.startswith("tfds:"):  # a store on disk has one size
+            names += ("image_size",)
+        return self.store, *(str(self.values.get(name, keys.get(name, [0])[0])) for name in names)
 
     @property
     def held_out_accuracy(self) -> float | None:
@@ -166,7 +167,7 @@ def _json(file: storage.Path, missing: Any) -> Any:
 
 def most_accurate(runs: Sequence[Run], job: str) -> list[Run]:
     """Of each data set, the run of a job with the best held-out accuracy; if none has one, the best test accuracy."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if run.job == job and charts.finite(run.metrics.get("test_accuracy")):
             groups.setdefault(run.data, []).append(run)
