@@ -27,8 +27,9 @@ NATS = "eval/nats_per_pixel"
 RATES = {"adam": (0.0005, 0.001, 0.002, 0.004, 0.008), "muon": (0.002, 0.004, 0.008, 0.016, 0.032)}  # of `transfer`
 
 
-def schedules(steps: int) -> dict[str, Settings]:
+def schedules(given: argparse.Namespace) -> dict[str, Settings]:
     """Runs of `steps` and of twice as many. The trunk covers both lengths."""
+    steps = given.steps
     found: dict[str, Settings] = {}
     for rate in (0.001, 0.003):
         trunk = {"optimizer.schedule": "constant", "optimizer.ema": 0.99, "optimizer.learning_rate": rate,
@@ -45,24 +46,25 @@ def schedules(steps: int) -> dict[str, Settings]:
     return found
 
 
-def optimizers(steps: int) -> dict[str, Settings]:
+def optimizers(given: argparse.Namespace) -> dict[str, Settings]:
     """Learning rates a factor of 2 apart; held-out losses twenty times per run."""
+    steps = given.steps
     return {f"{name}-{rate}": {"steps": steps, "optimizer.name": name, "optimizer.learning_rate": rate,
                                "optimizer.warmup_steps": steps // 20, "eval_every_steps": steps // 20}
             for name in ("adam", "muon") for rate in (0.001, 0.002, 0.004, 0.008)}
 
 
-def transfer(steps: int, optimizer: str) -> dict[str, Settings]:
+def transfer(given: argparse.Namespace) -> dict[str, Settings]:
     """Widths at 4 layers, depths at a width of 128; the base of completep is 64 wide and 2 deep."""
     shapes = [(64, 4), (128, 4), (256, 4), (128, 2), (128, 8)]
     return {f"{parametrization}-{width}x{depth}-{rate}": {
-        "steps": steps, "optimizer.name": optimizer, "optimizer.learning_rate": rate,
-        "optimizer.warmup_steps": steps // 20, "model.embed": width,
+        "steps": given.steps, "optimizer.name": given.optimizer, "optimizer.learning_rate": rate,
+        "optimizer.warmup_steps": given.steps // 20, "model.embed": width,
         "model.heads": width // 32, "model.layers": depth, "model.init": "paper",
         "model.parametrization": parametrization,
         **({"model.base_embed": 64, "model.base_layers": 2} if parametrization == "completep" else {})}
         for parametrization in ("standard", "completep") for width, depth in shapes
-        for rate in RATES[optimizer]}
+        for rate in RATES[given.optimizer]}
 
 
 def row(name: str, workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -139,8 +141,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     make, verdict = STUDIES[arguments.study]
-    planned = make(arguments.steps, *([arguments.optimizer] if make is transfer else []))
-    left = 0 if arguments.table else arguments.runs
+    planned, left = make(arguments), 0 if arguments.table else arguments.runs
     if not any(arguments.only in name for name in planned):
         parser.error(f"--only={arguments.only!r} is in no run's name. They are: {', '.join(planned)}.")
     folder = arguments.workdir / arguments.study

@@ -1,6 +1,5 @@
 """Copies a pixel store to a local disk, once, and verifies every byte."""
 
-import concurrent.futures
 import fcntl
 import os
 
@@ -51,8 +50,6 @@ def _copy(where: epath.Path, target: epath.Path, manifest: dict) -> None:
             raise store.damaged(where, name, "differs from its SHA-256")
         storage.publish(target / name, data)
 
-    with concurrent.futures.ThreadPoolExecutor(COPIERS) as pool:
-        for _ in pool.map(copy, store.files_in(manifest)):
-            pass
+    storage.concurrently(copy, store.files_in(manifest), COPIERS)
     for name in (store.PALETTE, store.MANIFEST):  # the manifest last: it marks a complete copy
         storage.publish(target / name, storage.read(where / name))

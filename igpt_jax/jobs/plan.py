@@ -65,7 +65,7 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
     text = "\n".join([*lines, table(rows)])
     process.say(text)
     folder = storage.path(workdir)
-    (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
+    side_files.no_longer_done(folder)
     storage.publish(folder / "plan.txt", text + "\n")
     storage.publish(folder / "plan.json", to_json(plan))
     if result.forecast and config.step == "train":

@@ -21,7 +21,7 @@ from igpt_jax.metrics import charts, figures
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.parallel import sharding
-from igpt_jax.storage import tables
+from igpt_jax.storage import side_files, tables
 
 Row = dict[str, Any]
 
@@ -82,7 +82,7 @@ def run(config: ProbeConfig, workdir: str) -> dict[str, Any]:
             spread = f"[{low:.2%}, {high:.2%}]" if low is not None else f"+- {row['deviation'] or 0:.2%}"
             say(f"{row['features']:{width}} {row['test_accuracy']:7.2%} {spread}")
         folder = storage.path(workdir)
-        (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
+        side_files.no_longer_done(folder)
         tables.publish(folder, "probe", rows)
         save_probe(folder / PROBE, SavedProbe(best_probe, layers[best], config.features, identity, prober.class_names))
         figures.save(folder / "figures" / "accuracy_by_layer.png",

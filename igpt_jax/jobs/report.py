@@ -11,6 +11,7 @@ from igpt_jax import report, storage
 from igpt_jax.config import ReportConfig, UserError
 from igpt_jax.metrics.logging import say
 from igpt_jax.report.runs import load
+from igpt_jax.storage import side_files
 
 
 def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run(config: ReportConfig, workdir: str) -> dict[str, Any]:
     page, charts = report.render(found)
     folder = storage.path(workdir)
     if jax.process_index() == 0:
-        (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
+        side_files.no_longer_done(folder)
         for name, svg in charts.items():
             storage.publish(folder / "figures" / name, svg)
         storage.publish(folder / "report.html", page)

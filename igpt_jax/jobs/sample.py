@@ -24,6 +24,7 @@ from igpt_jax.metrics.figures import image_grid, save_png
 from igpt_jax.metrics.logging import say
 from igpt_jax.model.objectives import objective_of
 from igpt_jax.parallel import sharding
+from igpt_jax.storage import side_files
 from igpt_jax.storage.arrays import publish_arrays
 
 HEADINGS = ("original", "given", "completions")  # of the columns of completions.png
@@ -90,7 +91,7 @@ def _publish(folder: storage.Path, config: SampleConfig, metadata: Metadata, row
       arrays: `samples` int32 [B, T]; `originals` [B, T], `names` [B] and `completions` [B, N, T].
     """
     codec = metadata.codec
-    (folder / "result.json").unlink(missing_ok=True)  # a former command's, whose files are replaced now
+    side_files.no_longer_done(folder)
     for name in {"samples", "completions"} - arrays.keys():
         (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
     if "samples" in arrays:

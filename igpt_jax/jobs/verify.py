@@ -17,7 +17,7 @@ from igpt_jax.data import store
 from igpt_jax.metrics.logging import say
 from igpt_jax.parallel import sharding
 from igpt_jax.runtime.exits import Ended
-from igpt_jax.storage import to_json
+from igpt_jax.storage import side_files, to_json
 
 
 def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def run(config: VerifyConfig, workdir: str) -> dict[str, Any]:
     for row in rows:
         say(f"{row['path']}: {row['problem'] or 'undamaged'}")
     if jax.process_index() == 0:
-        (storage.path(workdir) / "result.json").unlink(missing_ok=True)  # a former command's
+        side_files.no_longer_done(storage.path(workdir))
         storage.publish(storage.path(workdir) / "verify.json", to_json(rows))
     damaged = [row["path"] for row in rows if row["problem"]]
     size = sum(row.get("bytes") or 0 for row in rows)

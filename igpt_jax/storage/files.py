@@ -25,9 +25,9 @@ def read(path: epath.Path) -> bytes:
         return path.read_bytes()
 
 
-def concurrently(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """`function` of each item, in order, computed by REQUESTS threads. For listings and small files."""
-    with ThreadPoolExecutor(REQUESTS) as pool:
+def concurrently(function: Callable[[Any], Any], items: Iterable[Any], threads: int = REQUESTS) -> list[Any]:
+    """`function` of each item, in order, computed by threads: fewer than REQUESTS where each holds a large file."""
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
 
 

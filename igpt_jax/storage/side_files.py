@@ -37,6 +37,11 @@ def load(file: Path, kind: type = dict) -> Any:
     return value
 
 
+def no_longer_done(folder: Path) -> None:
+    """Removes a former command's result.json from a workdir whose other files are about to be replaced."""
+    (folder / "result.json").unlink(missing_ok=True)
+
+
 def set_aside(file: Path, suffix: str = DAMAGED, why: str = "is damaged", then: str = "the job continues without it"
               ) -> None:
     """Renames a file to NAME.damaged (or NAME.damaged-2, ... if that exists). Logs `why`, and what happens `then`."""

@@ -5,7 +5,6 @@ names, the number of files, the SHA-256 of their names and sizes in order, and *
 file, with that file's name. Marks locate the first difference.
 """
 
-import concurrent.futures
 import hashlib
 import os
 import unicodedata
@@ -14,8 +13,9 @@ from typing import Any
 
 from etils import epath
 
+from igpt_jax import storage
+
 MARKS = 512  # the most marks of a summary; a source of fewer files has one for each file
-STATS = 32  # threads; in a bucket each file's size takes a request
 
 
 def nfc(name: str) -> str:
@@ -57,10 +57,9 @@ def of_files(files: Sequence[epath.Path], more: Sequence[Any] = ()) -> dict[str,
     """
     names = [os.fspath(file) for file in files]
     above = len(os.path.commonprefix(names).rpartition("/")[0])
-    with concurrent.futures.ThreadPoolExecutor(STATS) as pool:
-        sizes = pool.map(lambda file: file.stat().length, files)
-        return summarize(", ".join([name[above:].lstrip("/"), f"{size:,} bytes", *map(str, rest)])
-                         for name, size, *rest in zip(names, sizes, *([more] if more else []), strict=True))
+    sizes = storage.concurrently(lambda file: file.stat().length, files)
+    return summarize(", ".join([name[above:].lstrip("/"), f"{size:,} bytes", *map(str, rest)])
+                     for name, size, *rest in zip(names, sizes, *([more] if more else []), strict=True))
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any], owners: tuple[str, str]) -> str:

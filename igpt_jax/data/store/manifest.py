@@ -1,6 +1,5 @@
 """Writes, reads and checks the manifest of a pixel store: its fields, its fingerprint, and the hashes of its files."""
 
-import concurrent.futures
 import hashlib
 import json
 from collections.abc import Mapping
@@ -64,8 +63,8 @@ def size_and_hash(data: bytes) -> list:
 def hashed(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, list]:
     """The arrays' files of a store, read from disk: name -> [bytes, SHA-256]."""
     names = sorted(_files_of(path, splits))
-    with concurrent.futures.ThreadPoolExecutor(HASHERS) as pool:
-        return dict(zip(names, pool.map(lambda name: size_and_hash(storage.read(path / name)), names), strict=True))
+    hashes = storage.concurrently(lambda name: size_and_hash(storage.read(path / name)), names, HASHERS)
+    return dict(zip(names, hashes, strict=True))
 
 
 def _files_of(path: epath.Path, splits: Mapping[str, Any]) -> dict[str, int]:
