@@ -47,7 +47,7 @@ quickstart: $(INSTALLED)
 	launch/quickstart.sh $(VENV)/bin/python runs/quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not buckets and not slurm and not browser"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not buckets and not slurm and not browser"
 
 slow: setup
 	$(VENV)/bin/python -m pytest -m slow

@@ -21,11 +21,15 @@ ENVIRONMENT = {
     "EPATH_USE_TF": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # many jobs run the same small steps
+    "TF_USE_LEGACY_KERAS": "1",  # TensorFlow then imports no Keras, a third of its import
     "IGPT_CACHE": str(ROOT / ".cache" / "igpt_jax"),
     "PYTHONPATH": str(ROOT),
 }
 LARGE = {"torch": "pip install '.[huggingface]'", "transformers": "pip install '.[huggingface]'",
          "tensorflow": "pip install ."}  # packages whose tests are skipped without them
+# Files of few but long tests go first, so that none is left for one worker at the end.
+LONG = ("test_processes", "test_faults", "test_finetune", "test_sharding", "test_scaling", "test_probe")
 for name, value in ENVIRONMENT.items():  # before any test imports JAX
     os.environ.setdefault(name, value)
 for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # jobs inherit what the caller ignores, such as nohup's
@@ -60,6 +64,10 @@ def _skip_without_large():
         if error.name in LARGE and here[-1].parent == ROOT / "tests":
             pytest.skip(f"needs {error.name}: {LARGE[error.name]}")
         raise
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 pytest_runtest_setup = pytest.hookimpl(wrapper=True)(lambda item: (yield from _skip_without_large()))

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_job_command
+from conftest import ROOT, run_all, run_job_command
 from test_jobs import losses, pretrain_arguments, result
 
 from igpt_jax.config import PretrainConfig
@@ -50,8 +50,8 @@ def test_a_folder_that_becomes_read_only(folder, store):
     assert code == 2 and len(log.splitlines()) == 1 and "cannot be written" in log, log
     for path, _, _ in os.walk(folder / "read_only"):
         os.chmod(path, 0o755)
-    for workdir in ("read_only", "writable"):
-        assert (done := run_job_command(*arguments(workdir))).returncode == 0, done.stderr
+    for code, log in run_all(arguments("read_only"), arguments("writable")):
+        assert code == 0, log
     assert losses(folder / "read_only") == losses(folder / "writable")
 
 

@@ -140,14 +140,14 @@ def trained(tmp_path_factory):
     images = np.repeat((digits.images * 255 / 16).astype(np.uint8)[..., None], 3, -1)
     for name, part in (("train", slice(0, 797)), ("test", slice(797, 1797))):
         np.savez(folder / f"{name}.npz", images=images[part], labels=digits.target[part])
-    done = run_job_command("prepare", f"--workdir={folder / 'store'}", f"--config.source=npz:{folder / 'train.npz'}",
-                           f"--config.test_source=npz:{folder / 'test.npz'}", "--config.palette=fit:17")
-    assert done.returncode == 0, done.stderr
-    done = run_job_command("pretrain", f"--workdir={folder / 'run'}", f"--config.data.store={folder / 'store'}",
-                           "--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=32",
-                           "--config.steps=30", "--config.batch_size=32", "--config.precision=float32",
-                           "--config.optimizer.warmup_steps=5", "--config.eval_every_steps=0")
-    assert done.returncode == 0, done.stderr
+    prepare = ["prepare", f"--workdir={folder / 'store'}", f"--config.source=npz:{folder / 'train.npz'}",
+               f"--config.test_source=npz:{folder / 'test.npz'}", "--config.palette=fit:17"]
+    pretrain = ["pretrain", f"--workdir={folder / 'run'}", f"--config.data.store={folder / 'store'}",
+                "--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=32",
+                "--config.steps=30", "--config.batch_size=32", "--config.precision=float32",
+                "--config.optimizer.warmup_steps=5", "--config.eval_every_steps=0"]
+    for code, log in run_all(prepare, pretrain):
+        assert code == 0, log
     return folder
 
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, fake_devices, run_job_command
+from conftest import ROOT, fake_devices, run_all
 from test_jobs import losses, pretrain_arguments, result
 
 
@@ -16,52 +16,6 @@ def local(processes, arguments, devices, **options):
     environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": fake_devices(devices)}
     return subprocess.Popen(["launch/local.sh", str(processes), *arguments], cwd=ROOT, env=environment, text=True,
                             stderr=subprocess.PIPE, start_new_session=True, **options)
-
-
-def test_two_processes_equal_one_and_stop_together(tmp_path):
-    """In float64, 2 processes x 4 devices over gloo (fsdp x tensor x context) have the losses of 1 device to 1e-8.
-
-    Each process reads its own rows by tf.data. One SIGTERM stops both at the same step. One process and two processes
-    then evaluate the finished run with watch=True.
-
-    Seen to fail with every process reading the first rows.
-    """
-    store = tmp_path / "store"
-    assert run_job_command("prepare", f"--workdir={store}").returncode == 0
-    more = ["--config.precision=float64", "--config.data.reader=tfdata"]
-    one = run_job_command(*pretrain_arguments(store, tmp_path / "one", *more))
-    assert one.returncode == 0, one.stderr
-
-    with local(2, ["prepare", f"--workdir={tmp_path / 'other'}"], devices=1) as job:
-        assert "prepare runs as one process" in job.stderr.read()
-    assert job.returncode == 2
-
-    arguments = pretrain_arguments(store, tmp_path / "two", *more, "--config.mesh.fsdp=2",
-                                   "--config.mesh.tensor=2", "--config.mesh.context=2")
-    with local(2, arguments, devices=4) as job:
-        for line in job.stderr:
-            if line.startswith("[0] step 3/"):
-                os.kill(job.pid, signal.SIGTERM)
-                break
-        rest = job.stderr.read()
-    assert job.returncode == 75, rest
-    with local(2, arguments, devices=4) as job:
-        log = job.stderr.read()
-    assert job.returncode == 0, log
-    assert "resuming from step" in log and result(tmp_path / "two")["device"]["processes"] == 2
-
-    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert expected.keys() == found.keys()
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-8, atol=1e-12)
-
-    for processes in (1, 2):
-        workdir = tmp_path / f"evaluate{processes}"
-        with local(processes, ["evaluate", f"--workdir={workdir}", f"--config.checkpoints={tmp_path / 'two'}",
-                               "--config.watch=True", "--config.precision=float64"], devices=4) as job:
-            log = job.stderr.read()
-        assert job.returncode == 0, log
-        nats = result(workdir)["metrics"]["nats_per_pixel"][f"{tmp_path / 'two'}/checkpoints/12"]
-        np.testing.assert_allclose(nats, expected[12, "eval/nats_per_pixel"], rtol=1e-8)
 
 
 def trained(folder, store, name, *more):
@@ -95,10 +49,47 @@ def one(tmp_path_factory):
     commands = [["prepare", f"--workdir={store}", "--config.source=digits:train", "--config.test_source=digits:test"],
                 trained(folder, store, "one")]
     commands += [[job, f"--workdir={folder / '1' / job}", *arguments] for job, arguments in on_one(folder).items()]
-    for command in commands:
-        done = run_job_command(*command)
-        assert done.returncode == 0, done.stderr
+    for code, log in run_all(*commands):
+        assert code == 0, log
     return folder
+
+
+def test_two_processes_equal_one_and_stop_together(one):
+    """In float64, 2 processes x 4 devices over gloo (fsdp x tensor x context) have the losses of 1 device to 1e-8.
+
+    Each process reads its own rows by tf.data. One SIGTERM stops both at the same step. Both then evaluate the finished
+    run with watch=True.
+
+    Seen to fail with every process reading the first rows.
+    """
+    with local(2, ["prepare", f"--workdir={one / 'other'}"], devices=1) as job:
+        assert "prepare runs as one process" in job.stderr.read()
+    assert job.returncode == 2
+
+    arguments = trained(one, one / "store", "two", "--config.data.reader=tfdata", "--config.mesh.fsdp=2",
+                        "--config.mesh.tensor=2", "--config.mesh.context=2")
+    with local(2, arguments, devices=4) as job:
+        for line in job.stderr:
+            if line.startswith("[0] step 3/"):
+                os.kill(job.pid, signal.SIGTERM)
+                break
+        rest = job.stderr.read()
+    assert job.returncode == 75, rest
+    with local(2, arguments, devices=4) as job:
+        log = job.stderr.read()
+    assert job.returncode == 0, log
+    assert "resuming from step" in log and result(one / "two")["device"]["processes"] == 2
+
+    expected, found = losses(one / "one"), losses(one / "two")
+    assert expected.keys() == found.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-8, atol=1e-12)
+
+    with local(2, ["evaluate", f"--workdir={one / 'followed'}", f"--config.checkpoints={one / 'two'}",
+                   "--config.watch=True", "--config.precision=float64"], devices=4) as job:
+        log = job.stderr.read()
+    assert job.returncode == 0, log
+    nats = result(one / "followed")["metrics"]["nats_per_pixel"][f"{one / 'two'}/checkpoints/12"]
+    np.testing.assert_allclose(nats, expected[12, "eval/nats_per_pixel"], rtol=1e-8)
 
 
 def test_a_study_on_two_processes_stops_in_its_second_run(one):

@@ -130,9 +130,11 @@ def _collectives(program: dict[str, Computation], computation: Computation, inst
     """Yields the collective that an instruction is, or those inside a fusion or a call of a SparseCore: computation,
     collective, kind."""
     # Between TPU slices libtpu lowers a collective to send and recv through its own transfer layer, megascale.
-    between_slices = instruction.opcode == "send" and "_xla_megascale" in instruction.attributes
-    if instruction.base in COLLECTIVES or between_slices:
+    between_slices = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if instruction.base in COLLECTIVES:
         yield computation, instruction, instruction.base
+    elif instruction.opcode == "send" and between_slices:
+        yield computation, instruction, between_slices[1].lower().replace("_", "-")
     elif instruction.opcode == "fusion":
         inside = program[instruction.called("calls")]
         sliced = any(each.opcode == "dynamic-slice" for each in inside.values())
@@ -159,8 +161,9 @@ def _group(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
     - `replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}`, names of mesh axes. `, device_ids=([2,2]T(1,0))` after
       the mesh gives its devices where they are not in order, and `'axis_0':(1)2` a part of an axis: 2 after 1.
     """
-    if "_xla_megascale" in attributes:  # between TPU slices, which are split along the first mesh axis larger than 1
-        return next((axis for axis, size in mesh_shape.items() if size > 1), ""), 2
+    if slices := re.search(r'_xla_megascale_target="\{([\d,]+)\}', attributes):
+        # TPU slices are split along the first mesh axis larger than 1.
+        return next((axis for axis, size in mesh_shape.items() if size > 1), ""), len(slices[1].split(","))
     sizes = tuple(mesh_shape.values())
     devices = np.arange(math.prod(sizes))
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
@@ -216,10 +219,9 @@ def _sent(instruction: Instruction, computation: Computation, kind: str, size: i
     # With n devices, in an all-gather a device sends its own shard and those that it passes on, n - 1 in all. In a
     # reduce-scatter it sends n - 1 parts of 1/n of its operand. An all-reduce is a reduce-scatter followed by an
     # all-gather of the result. In an all-to-all a device keeps 1/n of its operand and sends the rest.
-    operands = instruction.operands[:1] if kind == "send" else instruction.operands
-    given = sum(bytes_of(computation[name].type) for name in operands if name in computation)
+    given = sum(bytes_of(computation[name].type) for name in instruction.operands if name in computation)
     return given * {"all-gather": size - 1, "all-reduce": 2 * (size - 1) / size, "reduce-scatter": (size - 1) / size,
-                    "all-to-all": (size - 1) / size, "collective-permute": 1, "send": 1}[kind]
+                    "all-to-all": (size - 1) / size}.get(kind, 1)
 
 
 def _elements(kind: str) -> list[str]:
@@ -250,13 +252,17 @@ def memory_bytes_of(program: dict[str, Computation], computation: Computation, i
     written = _elements(instruction.type)
     # An asynchronous instruction counts at its start. Its -done was skipped above, or the bytes would count twice.
     if opcode.endswith("-start"):
-        # The result is a tuple of operands, results and semaphores; copy-start alone puts its result first.
-        written = written[:1] if opcode == "copy-start" else written[len(types):2 * len(types)]
-    # These touch a part of a large array: what they read is as large as what they write.
-    if opcode in ("dynamic-slice", "slice", "gather"):
-        return sum(2 * bytes_of(kind, memory_only=True) for kind in written)
+        # The result is a tuple of operands, results and semaphores, but copy-start's has its result first, and
+        # all-reduce-start's is the result alone.
+        first = {"copy-start": 0, "all-reduce-start": 0}.get(opcode, len(types))
+        written = written[first:first + len(types)]
+    # These touch a part of a large array: they move as much of it as of the small one on the other side.
+    if instruction.base in ("dynamic-slice", "slice", "gather"):
+        part = sum(map(bytes_of, written))
+        return part * _in_memory(types[0]) + sum(bytes_of(kind, memory_only=True) for kind in written)
     if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * bytes_of(types[1 if opcode == "dynamic-update-slice" else -1], memory_only=_in_memory(types[0]))
+        update = types[1 if opcode == "dynamic-update-slice" else -1]
+        return bytes_of(update, memory_only=True) + bytes_of(update) * _in_memory(types[0])
     return sum(bytes_of(kind, memory_only=True) for kind in (*types, *written))
 
 

@@ -89,16 +89,14 @@ def stages():
         compare(mesh, 1e-8, one, run(mesh, 8, "float64"))
 
 
-def memory_levers():
-    """Remat policies, no loop over blocks, gradient accumulation."""
+def memory_levers(*levers):
+    """Settings of the model or of accumulation, each as `key=value,key=value`, against one device without any."""
     jax.config.update("jax_enable_x64", True)
-    mesh = MeshConfig(1, 2, 2, 2)
     one = run(MeshConfig(), 1, "float64")
-    for remat in ("none", "dots", "offload", "full"):
-        compare(remat, 1e-8, one, run(mesh, 8, "float64", remat=remat))
-    compare("no loop", 1e-8, one, run(mesh, 8, "float64", remat="dots", unroll=2))
-    for accumulate in (2, 4):
-        compare(accumulate, 1e-8, one, run(mesh, 8, "float64", accumulate=accumulate))
+    for lever in levers:
+        settings = {key: int(value) if value.isdigit() else value
+                    for key, value in (each.split("=") for each in lever.split(","))}
+        compare(lever, 1e-8, one, run(MeshConfig(1, 2, 2, 2), 8, "float64", **settings))
 
 
 def muon():
@@ -137,18 +135,27 @@ def all_meshes():
 def bytes_per_device():
     """Parameters and moments take 1/8 of the bytes under meshes without data, and moments lie as their parameters."""
     def bytes_on_a_device(tree):
-        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        return sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                   for leaf in jax.tree.leaves(tree))
 
     # Factored columns have no embed dim left to split; at this tiny size they still weigh.
-    for steps, setting, slack in ((1, "second_moment=float32", 0.05), (0, "second_moment=bfloat16", 0.05),
-                                  (0, "second_moment=factored", 0.3), (0, "name=muon,optimizer.ema=0.9", 0.05)):
-        _, replicated = run(MeshConfig(), 1, "float32", steps, optimizer=f"optimizer.{setting}")
+    for setting, slack in (("second_moment=float32", 0.05), ("second_moment=bfloat16", 0.05),
+                           ("second_moment=factored", 0.3), ("name=muon,optimizer.ema=0.9", 0.05)):
+        def state_on(mesh_config, devices, setting=setting):
+            config, mesh, model = setup(mesh_config, devices, "float32", optimizer=f"optimizer.{setting}")
+            return abstract_state(model, config, mesh)
+
+        replicated = state_on(MeshConfig(), 1)
         for mesh in (MeshConfig(1, 8), MeshConfig(1, 4, 1, 2)):
-            _, sharded = run(mesh, 8, "float32", steps, optimizer=f"optimizer.{setting}")
+            sharded = state_on(mesh, 8)
             for name in {"params", "optimizer", "ema"} & set(replicated):
                 ratio = bytes_on_a_device(sharded[name]) / bytes_on_a_device(replicated[name])
                 assert abs(ratio * 8 - 1) < slack, (setting, name, ratio)
-    _, state = run(MeshConfig(2, 2, 2, 1), 8, "float32", 1)
+    _, state = run(MeshConfig(1, 4, 1, 2), 8, "float32", 1)
+    config, mesh, model = setup(MeshConfig(1, 4, 1, 2), 8, "float32")
+    planned = abstract_state(model, config, mesh)
+    for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(planned), strict=True):
+        assert found.sharding.is_equivalent_to(expected.sharding, found.ndim), (found, expected)
     adam = state["optimizer"][0]
     for moments in (adam.mu, adam.nu):
         for param, moment in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(moments), strict=True):
