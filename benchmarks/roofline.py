@@ -9,9 +9,8 @@ square, so 2,048 tokens are 48x48 and 8,192 are 96x96. A gated MLP or shared key
 MFU counts as everywhere here (`model/flops.py`): 6 x weights of matrices + 6 x layers x tokens x width FLOPs per token,
 which is half of attention, over the bf16 peak in `parallel/topology.py`.
 
-A stand-in's FLOPs and bytes come from the search's formula, or, once --compile has added all of them to
-docs/roofline.json, from its compiled program. Until then the compiled ones are a check of the fit. The fit, each row's
-prediction by a fit without it, and the table of docs/scaling.md follow.
+A stand-in's FLOPs and bytes are those of its compiled program, as `plan` counts them. --compile adds missing ones to
+docs/roofline.json. The fit, each row's prediction by a fit without it, and the table of docs/scaling.md follow.
 """
 
 import argparse
@@ -29,7 +28,7 @@ import pages
 from tqdm import tqdm
 
 from igpt_jax import storage
-from igpt_jax.config import PlanConfig, base_config, parse
+from igpt_jax.config import PlanConfig, UserError, base_config, parse
 from igpt_jax.model.flops import train_flops_per_image
 from igpt_jax.parallel import topology
 from igpt_jax.planner.estimate import estimate
@@ -56,12 +55,11 @@ def measured_mfu(row: dict) -> float:
     return row["tokens_per_second_per_device"] * flops / topology.parse(config_of(row).topology).chip.peak_bf16_flops
 
 
-def parts(row: dict, figures: dict | None) -> tuple[Forecast, float]:
+def parts(row: dict, found: dict) -> tuple[Forecast, float]:
     """The stand-in's seconds at peak, by part, and the seconds that it takes at the measured MFU."""
     config = config_of(row)
     target, model = topology.parse(config.topology), config.model
     guess = estimate(config)
-    found = figures or {name: getattr(guess, name) for name in FIGURES}
     at_peak = forecast(target, config.mesh.sizes, guess.busy_flops(config, target.chip, found["flops"]),
                        found["memory_bytes"], found["collective_bytes"])
     flops = config.batch_size * train_flops_per_image(model.layers, model.embed, model.mlp, config.palette_size,
@@ -95,24 +93,23 @@ def median_error(ratios: list[float]) -> float:
 
 def result_of(rows: list[dict], known: dict[str, dict]) -> dict:
     """The fit, its errors and every row's prediction. `known` holds compiled figures by stand-in."""
-    complete = all(row["plan"] in known for row in rows)
-    cases = [parts(row, known[row["plan"]] if complete else None) for row in rows]
+    if missing := [row["name"] for row in rows if row["plan"] not in known]:
+        raise UserError(f"not compiled yet: {', '.join(missing)}. Use --compile, with --python for the GPU rows.")
+    cases = [parts(row, known[row["plan"]]) for row in rows]
     speeds = left_out(cases, list(range(len(rows))))
     ratios = errors(cases, speeds)
     sources = ["/".join(urlsplit(row["source"]).path.split("/")[:3]) for row in rows]
     low = np.quantile(ratios, (1 - WITHIN) / 2, method="lower")
     high = np.quantile(ratios, (1 + WITHIN) / 2, method="higher")
     speed = dataclasses.replace(fit(cases), low=math.floor(100 * low) / 100, high=math.ceil(100 * high) / 100)
-    compiled_rows = [(row, without) for row, without in zip(rows, speeds, strict=True) if row["plan"] in known]
-    check = errors([parts(row, known[row["plan"]]) for row, _ in compiled_rows], [each for _, each in compiled_rows])
+    formula = [estimate(config_of(row)) for row in rows]
+    searched = errors([parts(row, vars(guess)) for row, guess in zip(rows, formula, strict=True)], speeds)
     return {
         "speed": {name: round(getattr(speed, name), 3) for name in ("compute", "memory", "overlapped", "low", "high")},
-        "figures": "compiled" if complete else "formula",
         "median_error": median_error(ratios),
         "median_error_without_the_source": median_error(errors(cases, left_out(cases, sources))),
-        "check_of_compiled": {"rows": len(check), "median_error": median_error(check) if check else None,
-                              "median_ratio": statistics.median(check) if check else None,
-                              "in_interval": sum(speed.low <= ratio <= speed.high for ratio in check)},
+        "in_interval": sum(speed.low <= ratio <= speed.high for ratio in ratios),
+        "by_formula": {"median_error": median_error(searched), "median_ratio": statistics.median(searched)},
         "rows": [{"name": row["name"], "measured_mfu": measured_mfu(row), "predicted_mfu": measured_mfu(row) * ratio}
                  for row, ratio in zip(rows, ratios, strict=True)],
         "compiled": known,

@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 
 import exits
 import pages
@@ -84,14 +83,13 @@ def plan(settings: str, choose: bool, python: str) -> dict:
         config = dataclasses.replace(config, python=python)
     if choose:
         config = search.candidates(config, target)[0].config
-    start = time.time()
     result = answer(config, target, verdict_for(config))
     if choose and not result.fits and (tries := search.remedies(config, result.verdict, target)):
         config = tries[0].config
         result = answer(config, target, verdict_for(config))
     if result.verdict.status == "failed":
         raise UserError(result.verdict.message)
-    return {"wall_seconds": round(time.time() - start, 1), **record(result)}
+    return record(result)
 
 
 def predict(settings: str, cell: dict) -> dict:

