@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from igpt_jax import storage
-from igpt_jax.config import base_config, parse
+from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.model.image_gpt import Model
 from igpt_jax.training.steps import make_loss
 
@@ -35,6 +35,8 @@ def tokens_of(path: str, side: int) -> np.ndarray:
     with exits.readable(path, "an .npz of images"), np.load(path) as arrays:
         images = arrays["images"].astype(np.float32)
     n, size = images.shape[:2]
+    if size % side:
+        raise UserError(f"--side={side} does not divide the images' {size} pixels.")
     gray = images.mean(-1).reshape(n, side, size // side, side, size // side).mean((2, 4))
     return (gray / 4).astype(np.int32).reshape(n, side * side)
 
@@ -85,7 +87,9 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     tokens, shape = tokens_of(options.images, options.side), (options.devices, options.each)
-    T = tokens.shape[1]
+    count, T = tokens.shape
+    if count < (needed := max(DEVICES) * options.each):
+        raise UserError(f"{options.images} has {count} images. --each={options.each} needs {needed}.")
     settings = "model=igpt_tiny,model.layers=2,precision=float32,model.remat=none"
     config = parse("pretrain", base_config("pretrain", settings))
     model = Model(config.model, 64, options.side, "float32")
