@@ -266,3 +266,4 @@ def test_a_study_resumes_merges_and_reports(store, folder):
     assert all(old["probe_interval"] != new["probe_interval"] for old, new in zip(before, slice_rows(), strict=True))
     with pytest.raises(UserError, match="the slices differ in probing.limit"):
         slices.joined(storage.path(folder / "many"), "scaling", scaling.NAME, scaling.STUDY)
+    assert job("many/slice-0", "--config.shard=0/2").returncode == 0 and slice_rows() == before

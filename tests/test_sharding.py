@@ -65,7 +65,7 @@ def test_all_twenty_meshes_of_eight_devices(python):
 def test_moments_are_sharded_like_their_parameters(python):
     """Bytes per device of parameters and moments fall to 1/8 within 5 % under fsdp=8, and in any mesh without data.
 
-    Seen to fail without the optimizer's out_shardings.
+    Seen to fail with the moments left out of `state_shardings`, and with a step that replicates its state.
     """
     python("meshes.py", "bytes_per_device")
 

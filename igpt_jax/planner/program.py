@@ -129,12 +129,12 @@ def _collectives(program: dict[str, Computation], computation: Computation, inst
                  ) -> Iterator[tuple[Computation, Instruction, str]]:
     """Yields the collective that an instruction is, or those inside a fusion or a call of a SparseCore: computation,
     collective, kind."""
-    # Between TPU slices libtpu lowers a collective to send and recv through its own transfer layer, megascale.
-    between_slices = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
     if instruction.base in COLLECTIVES:
         yield computation, instruction, instruction.base
-    elif instruction.opcode == "send" and between_slices:
-        yield computation, instruction, between_slices[1].lower().replace("_", "-")
+    elif instruction.opcode == "send":
+        # Between TPU slices libtpu lowers a collective to send and recv through its own transfer layer, megascale.
+        if kind := re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes):
+            yield computation, instruction, kind[1].lower().replace("_", "-")
     elif instruction.opcode == "fusion":
         inside = program[instruction.called("calls")]
         sliced = any(each.opcode == "dynamic-slice" for each in inside.values())

@@ -151,8 +151,8 @@ def bytes_per_device():
             for name in {"params", "optimizer", "ema"} & set(replicated):
                 ratio = bytes_on_a_device(sharded[name]) / bytes_on_a_device(replicated[name])
                 assert abs(ratio * 8 - 1) < slack, (setting, name, ratio)
-    _, state = run(MeshConfig(1, 4, 1, 2), 8, "float32", 1)
-    config, mesh, model = setup(MeshConfig(1, 4, 1, 2), 8, "float32")
+    _, state = run(MeshConfig(2, 2, 2, 1), 8, "float32", 1)
+    config, mesh, model = setup(MeshConfig(2, 2, 2, 1), 8, "float32")
     planned = abstract_state(model, config, mesh)
     for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(planned), strict=True):
         assert found.sharding.is_equivalent_to(expected.sharding, found.ndim), (found, expected)
