@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 
+import forked
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,6 +29,9 @@ ENVIRONMENT = {
 }
 LARGE = {"torch": "pip install '.[huggingface]'", "transformers": "pip install '.[huggingface]'",
          "tensorflow": "pip install ."}  # packages whose tests are skipped without them
+# Scripts whose process must not have imported anything before: they hide packages or measure memory.
+STARTS_PYTHON = ("conversion_memory.py", "readers_agree.py", "resident_memory.py", "run_exported.py",
+                 "without_tensorflow.py")
 # Files of few but long tests go first, so that none is left for one worker at the end.
 LONG = ("test_processes", "test_faults", "test_finetune", "test_sharding", "test_scaling", "test_probe")
 for name, value in ENVIRONMENT.items():  # before any test imports JAX
@@ -75,9 +79,14 @@ pytest_runtest_call = pytest.hookimpl(wrapper=True)(lambda item: (yield from _sk
 
 
 def _run(command, devices, env):
+    """Forks a job or script, unless it says how Python or JAX start, or asks what they import or hold."""
     environment = {**os.environ, "XLA_FLAGS": fake_devices(devices), **(env or {})}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=patience())
+    command = [str(word) for word in command]
+    asks = command[0] == "-c" or pathlib.Path(command[0]).name in STARTS_PYTHON
+    if asks or any(name.startswith(("JAX_", "TF_", "PYTHON", "MPL")) for name in env or {}):
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True,
+                              timeout=patience())
+    return forked.run(command, environment, ROOT, patience())
 
 
 def script_command(script):

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_all
+from conftest import run_all, run_job_command
 from sklearn.datasets import load_digits
 from test_jobs import TINY, arrays, losses, result, stopped_at_step_4
 
@@ -48,10 +47,10 @@ def tuned(folder):
 def test_a_stopped_run_resumes_bit_for_bit(folder, tuned):
     """SIGTERM in the middle, then the same command: parameters, moments, logged losses and accuracies of the
     undisturbed run, the class head's among them."""
-    command = [sys.executable, "-m", "igpt_jax", *finetune(folder, "stopped", "--config.data.reader=tfdata")]
-    code, rest = stopped_at_step_4(command)
+    command = finetune(folder, "stopped", "--config.data.reader=tfdata")
+    code, rest = stopped_at_step_4([sys.executable, "-m", "igpt_jax", *command])
     assert code == 75 and re.search(r"stopped after step \d+ of", rest), rest
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = run_job_command(*command)
     assert again.returncode == 0 and "resuming from step" in again.stderr, again.stderr
     one, other = arrays(tuned), arrays(folder / "stopped")
     assert one.keys() == other.keys() and np.abs(one["[0]['class_head_KD']"]).max() > 0

@@ -84,14 +84,14 @@ def test_a_stopped_run_resumes_bit_for_bit(folder, store, trained):
     Through tf.data. Seen to fail with the data order starting at 0 after the restart.
     """
     workdir = folder / "stopped"
-    command = [sys.executable, "-m", "igpt_jax", *pretrain_arguments(store, workdir, "--config.data.reader=tfdata")]
-    code, rest = stopped_at_step_4(command)
+    command = pretrain_arguments(store, workdir, "--config.data.reader=tfdata")
+    code, rest = stopped_at_step_4([sys.executable, "-m", "igpt_jax", *command])
     assert code == 75, rest
     assert "The same command resumes from there" in rest.splitlines()[-1]
     stopped_at = int(re.search(r"stopped after step (\d+) of", rest)[1])
     assert 4 <= stopped_at < STEPS
     assert result(workdir)["status"] == "preempted"
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = run_job_command(*command)
     assert again.returncode == 0, again.stderr
     assert f"resuming from step {stopped_at}" in again.stderr
 

@@ -6,12 +6,12 @@ B batch, T tokens, D embed, N heads, H head dim, F mlp hidden; M rows, K and N c
 import dataclasses
 import functools
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from igpt_jax.parallel import sharding, topology
 from igpt_jax.parallel.sharding import gather_weight
@@ -25,19 +25,26 @@ class Product:
       multiply: (x, w, contracted) -> y. The last `contracted` dims of x [B, T, ...] meet the first ones of w.
       gradient: (x, d, dtype) -> the gradient of w from that of y, summed over B and T, in `dtype`.
       reduce_dtype: in which gradients are summed over devices, unless the computation's is wider.
-      gathered, scattered: the most devices over which the compiler gathers a weight and scatters a sum at once.
+      gathers_at_once, scatters_at_once: whether the compiler gathers a weight over so many devices, and scatters a sum
+        over them, in one stage.
+      row_major: a result [B, T, K] is laid out row by row; otherwise the compiler chooses its layout.
     """
     multiply: Callable[[jax.Array, jax.Array, int], jax.Array]
     gradient: Callable[[jax.Array, jax.Array, Any], jax.Array]
     reduce_dtype: Any
-    gathered: int = sys.maxsize
-    scattered: int = sys.maxsize
+    gathers_at_once: Callable[[int], bool] = lambda devices: True
+    scatters_at_once: Callable[[int], bool] = lambda devices: True
+    row_major: bool = False
 
 
-# The most devices that gather and scatter at once. More of them sum whole arrays instead (all-reduce), also where a
-# shard_map asks for a reduce-scatter (libtpu 0.0.51). That sends twice as much: iGPT-L on v5p:2x4x4 9.84 GiB for each
-# chip and step instead of 7.4. In two stages they gather and scatter.
-AT_ONCE = {"TPU v4": (32, 4), "TPU v5e": (sys.maxsize, 32), "TPU v5p": (32, 4), "TPU v6e": (sys.maxsize, 32)}
+# How many devices gather and scatter at once. Others sum whole arrays instead (all-reduce), also where a shard_map asks
+# for a reduce-scatter (libtpu 0.0.51). That sends twice as much: iGPT-L on v5p:2x4x4 9.84 GiB for each chip and step
+# instead of 7.4, and iGPT-M on v6e:4x4 a third more. In two stages they gather and scatter.
+AT_ONCE: Mapping[str, tuple[Callable[[int], bool], Callable[[int], bool]]] = {
+    "TPU v4": (lambda devices: devices <= 32, lambda devices: devices <= 2),
+    "TPU v5e": (lambda devices: devices <= 32, lambda devices: devices <= 32 and devices != 16),
+    "TPU v5p": (lambda devices: devices <= 32, lambda devices: devices <= 2),
+    "TPU v6e": (lambda devices: True, lambda devices: devices <= 32 and devices != 16)}
 
 
 def product_for(device: jax.Device, precision: str, reduce_dtype: str) -> Product:
@@ -47,7 +54,10 @@ def product_for(device: jax.Device, precision: str, reduce_dtype: str) -> Produc
     # gradient in float32 and column-major, and copies it to row-major: 24 to 38 GiB of a step's memory traffic.
     if device.platform != "cpu":
         chip = topology.chip_for(device.device_kind)
-        return Product(jnp.tensordot, _gradient, dtype, *AT_ONCE.get(chip.name if chip else "", ()))
+        # Left to itself, libtpu often lays out the saved activations with a row's tokens together, and copies each to
+        # the other layout when the backward pass reads it. Rows take iGPT-M at 64x64 on v6e:4x4 from 266 to 205 GiB.
+        return Product(jnp.tensordot, _gradient, dtype, *AT_ONCE.get(chip.name if chip else "", ()),
+                       row_major=device.platform == "tpu")
     matrices = _product_rounded_late if precision == "bfloat16" else jnp.matmul
     return Product(functools.partial(_flat, matrices), _flat_gradient, dtype)
 
@@ -57,9 +67,11 @@ def project(x: jax.Array, weight: jax.Array, name: str, contracted: int, product
     # XLA's partitioner sums gradients over devices in the products' dtype. What it cannot do is done here. Its own way
     # is better where a backward pass repeats products: it gathers a weight once for both, and `_project` twice.
     wider = jnp.promote_types(x.dtype, product.reduce_dtype) != x.dtype and sharding.gradient_shards() > 1
-    if wider or sharding.weight_shards() > product.scattered:
-        return _project(x, weight, name, contracted, product)
-    return product.multiply(x, gather_weight(weight, name, x.dtype), contracted)
+    if wider or not product.scatters_at_once(sharding.weight_shards()):
+        y = _project(x, weight, name, contracted, product)
+    else:
+        y = product.multiply(x, gather_weight(weight, name, x.dtype), contracted)
+    return with_layout_constraint(y, Layout((0, 1, 2))) if product.row_major and y.ndim == 3 else y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -71,18 +83,18 @@ def _project_forward(x, weight, name, contracted, product):
     # The cast weight is saved, so that a backward pass that repeats the forward one gathers it once for both. It is not
     # gathered yet; XLA gathers it where a product needs it.
     cast = gather_weight(weight, name, x.dtype)
-    y = product.multiply(x, sharding.gathered(cast, name, product.gathered), contracted)
+    y = product.multiply(x, sharding.gathered(cast, name, product.gathers_at_once), contracted)
     return y, (x, cast, jnp.zeros(0, weight.dtype))
 
 
 def _project_backward(name, contracted, product, saved, d):
     x, cast, like = saved
-    whole = sharding.gathered(cast, name, product.gathered)
+    whole = sharding.gathered(cast, name, product.gathers_at_once)
     _, back = jax.vjp(lambda x: product.multiply(x, whole, contracted), x)
     letters = name.rsplit("_", 1)[-1]
     local = functools.partial(product.gradient, dtype=jnp.promote_types(x.dtype, product.reduce_dtype))
     gradient = sharding.summed_gradient(local, x, "BT" + letters[:contracted], d, "BT" + letters[contracted:], name,
-                                        cast.shape, product.scattered)
+                                        cast.shape, product.scatters_at_once)
     return *back(d), gradient.astype(like.dtype)
 
 

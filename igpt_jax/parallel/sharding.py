@@ -202,11 +202,11 @@ def gather_weight(weight: jax.Array, name: str, dtype: Any) -> jax.Array:
     return constrain(weight.astype(dtype), letters_for(name, weight.ndim), PARAMETER_RULES)
 
 
-def gathered(weight: jax.Array, name: str, at_once: int) -> jax.Array:
-    """A parameter from `gather_weight`. XLA gathers it where a product needs it. If more than `at_once` devices of an
-    axis share it, it is gathered here, in two stages."""
+def gathered(weight: jax.Array, name: str, at_once: Callable[[int], bool]) -> jax.Array:
+    """A parameter from `gather_weight`. XLA gathers it where a product needs it. If it is shared by a number of devices
+    for which `at_once` is false, it is gathered here, in two stages."""
     mesh = jax.sharding.get_abstract_mesh()
-    if weight_shards() <= at_once:
+    if at_once(weight_shards()):
         return weight
     spec = parameter_spec(name, weight.shape, mesh)
     if PARAMETER_RULES["D"] not in spec:  # its dim does not divide and is replicated
@@ -236,7 +236,7 @@ def gradient_shards() -> int:
 
 
 def summed_gradient(gradient: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, x_letters: str, d: jax.Array,
-                    d_letters: str, name: str, shape: tuple[int, ...], at_once: int) -> jax.Array:
+                    d_letters: str, name: str, shape: tuple[int, ...], at_once: Callable[[int], bool]) -> jax.Array:
     """The sum over devices of `gradient(x, d)` of their parts of x and d, in the sharding of the parameter `name`.
 
     Each device receives the sum of its own part alone (reduce-scatter), in the dtype that `gradient` returns.
@@ -244,7 +244,7 @@ def summed_gradient(gradient: Callable[[jax.Array, jax.Array], jax.Array], x: ja
     Args:
       gradient: of the activation x and the gradient d, whose dims the letters name.
       shape: of the parameter.
-      at_once: the most devices of a reduce-scatter. More of them scatter in two stages.
+      at_once: whether so many devices scatter in one stage; otherwise they do in two.
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = parameter_spec(name, shape, mesh)
@@ -264,13 +264,13 @@ def summed_gradient(gradient: Callable[[jax.Array, jax.Array], jax.Array], x: ja
     return jax.shard_map(on_each_device, in_specs=parts, out_specs=spec, check_vma=False)(x, d)
 
 
-def _stages(devices: int, at_once: int) -> list[list[list[int]] | None]:
+def _stages(devices: int, at_once: Callable[[int], bool]) -> list[list[list[int]] | None]:
     """Groups of devices for each stage of a reduce-scatter over one axis; None is all of them at once.
 
     With 8 devices in two stages, groups 0 2 4 6 and 1 3 5 7 scatter quarters, and then 0 1, 2 3, 4 5 and 6 7 the halves
     of these. So device i ends with eighth i.
     """
-    if devices <= at_once:
+    if at_once(devices):
         return [None]
     inner = max(n for n in range(1, math.isqrt(devices) + 1) if devices % n == 0)
     return [[list(range(first, devices, inner)) for first in range(inner)],

@@ -68,7 +68,7 @@ class Speed:
 
 
 # The result of benchmarks/roofline.py, in docs/roofline.json.
-PUBLIC = Speed(compute=1.659, memory=0.77, overlapped=0.51, low=0.8, high=1.37)
+PUBLIC = Speed(compute=1.661, memory=0.769, overlapped=0.512, low=0.8, high=1.38)
 
 
 def flat(share: float) -> Speed:
