@@ -81,10 +81,10 @@ def test_the_step_compiled_for_tpu(python):
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiling for TPUs needs libtpu (extra: plan)")
 @pytest.mark.parametrize(("where", "devices", "memory_bytes"), [
-    ("v5e:2x2", 4, 94e6), ("v6e:2x4", 8, 177e6), ("v5p:2x2x2", 8, 632e6)])
+    ("v5e:2x2", 4, 94e6), ("v6e:2x4", 8, 136e6), ("v5p:2x2x2", 8, 620e6)])
 def test_steps_for_tpus_move_what_the_formula_says(tmp_path, monkeypatch, where, devices, memory_bytes):
     """Two layers of iGPT-S: at most 1.1 times the formula's bytes sent, and 1.1 times the recorded memory traffic
-    (libtpu 0.0.51, jax 0.10.2)."""
+    (libtpu 0.0.51, jax 0.10.2). Seen to fail where libtpu chooses the layout of products' results: 177 MB on v6e."""
     monkeypatch.setenv("IGPT_CACHE", str(tmp_path))
     config = parse("plan", base_config("plan", f"model=igpt_s,model.layers=2,batch_size={2 * devices},topology={where},"
                                                f"mesh.fsdp={devices},model.remat=dots"))
