@@ -82,8 +82,8 @@ def _run(command, devices, env):
     """Forks a job or script, unless it says how Python or JAX start, or asks what they import or hold."""
     environment = {**os.environ, "XLA_FLAGS": fake_devices(devices), **(env or {})}
     command = [str(word) for word in command]
-    asks = command[0] == "-c" or pathlib.Path(command[0]).name in STARTS_PYTHON
-    if asks or any(name.startswith(("JAX_", "TF_", "PYTHON", "MPL")) for name in env or {}):
+    starts_python = command[0] == "-c" or pathlib.Path(command[0]).name in STARTS_PYTHON
+    if starts_python or any(name.startswith(("JAX_", "TF_", "PYTHON", "MPL")) for name in env or {}):
         return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True,
                               timeout=patience())
     return forked.run(command, environment, ROOT, patience())

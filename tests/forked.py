@@ -1,8 +1,8 @@
 """Runs a module or script in a process forked from one that has imported JAX, TensorFlow and the jobs.
 
 These imports take 5 to 7 s of CPU, which is most of a short job's time, and the tests start some 200 of them. A fork is
-a process of its own: it has its own arguments, environment, streams, devices and exit code. Tests of imports and of
-start-up start Python itself.
+a process of its own: it has its own arguments, environment, streams, devices and exit code. Tests of imports,
+start-up and memory start Python itself.
 """
 
 import atexit
