@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, patience
 
 from igpt_jax import storage
 from igpt_jax.config import UserError, base_config, parse
@@ -16,11 +16,20 @@ from igpt_jax.runtime.job import run_job
 from igpt_jax.storage import files, lines, locks, paths
 
 
+def put(path, text):
+    """Writes a file as a bucket does: a reader sees the old content or the new one."""
+    new = path.with_name("put")
+    new.write_text(text)
+    os.replace(new, path)
+
+
 @pytest.fixture
 def as_bucket(monkeypatch):
-    """A local folder under a bucket's rules: no rename, no append, no flock."""
+    """A local folder under a bucket's rules: no rename, no append, no flock. The lock's thread and the test see each
+    other's writes whole, as in a bucket."""
     for module in (storage, files, lines, locks, paths):
         monkeypatch.setattr(module, "is_local", lambda path: False)
+    monkeypatch.setattr(locks, "publish", put)
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.02)
 
 
@@ -258,6 +267,10 @@ def test_a_job_that_loses_its_bucket_lock_ends(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}) as job:
         assert job.stdout.readline() == "held\n"
-        (tmp_path / locks.LOCK).write_text(json.dumps({"host": "other", "pid": 7, "start": "now"}))
+        deadline = time.monotonic() + patience()
+        while job.poll() is None:  # a heartbeat that read the lock just before overwrites the other one
+            assert time.monotonic() < deadline
+            put(tmp_path / locks.LOCK, json.dumps({"host": "other", "pid": 7, "start": "now"}))
+            time.sleep(0.1)
         assert "in use by host other, process 7" in job.stderr.read()
     assert job.returncode == 2
