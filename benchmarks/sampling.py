@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--batch", type=exits.count, default=8)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cache", default="", choices=["", "float32", "bfloat16"],
-                        help="dtype of the cache; empty: the precision")
+                        help="dtype of the cache; empty: as `sample` chooses it")
     parser.add_argument("--rounds", type=exits.count, default=3)
     parser.add_argument("--theirs", type=int, default=32, help="pixels that transformers draws; 0: leave it out")
     parser.add_argument("--lengths", type=exits.counts, default="1024,4096",
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     set_precision(options.precision)
-    cache = options.cache or options.precision
+    cache = options.cache or jnp.dtype(make_model("igpt_tiny", 4, options.precision)[0].cache_dtype).name
     figures = {**whole_images(options, cache), "steps": single_steps(options, cache)}
     if options.json:
         storage.publish(storage.path(options.json), json.dumps(figures, indent=1))

@@ -86,6 +86,18 @@ def test_a_narrow_cache_costs_little(model):
     assert 0 < difference < 0.05 * np.abs(stepped["float32"]).max()
 
 
+def test_a_bfloat16_sampler_caches_float32_on_a_cpu():
+    """Unless asked for bfloat16: XLA's CPU compiler would convert the whole cache for each pixel.
+
+    Seen to fail with the cache in the dtype of the computation.
+    """
+    model = Model(ModelConfig("igpt_tiny", layers=1, embed=16, heads=2), 13, 4, "bfloat16")
+    arguments = model, random_parameters(model), jnp.zeros((3, 0), jnp.int32), keys_for(3), Sampling()
+    for dtype, held, unheld in ((None, "f32", "bf16"), ("bfloat16", "bf16", None)):
+        text = jax.jit(generate, static_argnums=(0, 4, 5)).lower(*arguments, dtype).compile().as_text()
+        assert f" {held}[3,2,16,8]" in text and f" {unheld}[3,2,16,8]" not in text
+
+
 def test_draws_follow_the_distribution():
     """Frequencies of 20,000 draws against softmax, with and without top-k and top-p.
 

@@ -208,7 +208,8 @@ class SampleConfig(Keys):
                     resume="free", rule=seed_range)
     precision: str = key("float32", "dtype of activations and matrix products: bfloat16 or float32", resume="free",
                          rule=one_of(*PRECISIONS))
-    cache_dtype: str = key("", "dtype of cached keys and values: bfloat16 or float32; empty: precision", resume="free",
+    cache_dtype: str = key("", "dtype of cached keys and values: bfloat16 or float32; empty: precision, but "
+                               "float32 in place of bfloat16 on CPUs", resume="free",
                            rule=one_of("", *PRECISIONS))
     compiler_options: str = compiler_options_key()
 

@@ -57,7 +57,7 @@ class Drawing:
       mesh: of the parameters.
       source: of the parameters, for messages.
       top_k, top_p: see `Sampling`.
-      cache_dtype: of cached keys and values; None: that of the computation.
+      cache_dtype: of cached keys and values; None: that of `products.Product`.
     """
 
     def __init__(self, model: Model, params: Any, mesh: Mesh, source: str, top_k: int = 0, top_p: float = 1.0,

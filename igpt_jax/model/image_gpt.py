@@ -245,6 +245,7 @@ class Model:
                               mesh.shape[sharding.CONTEXT], getattr(device, "compute_capability", ""))
         self.compiler_options = compiler_options.resolve(mesh, options)
         self._product = product_for(device, precision, reduce_dtype)
+        self.cache_dtype = self._product.cache_dtype or self.precision.compute
         self.config = dataclasses.replace(config, attention=backend)
         self._graph = nnx.split(jax.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 

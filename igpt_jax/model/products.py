@@ -19,7 +19,8 @@ from igpt_jax.parallel.sharding import gather_weight
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """How a platform multiplies activations with weights, forward and for the weights' gradients.
+    """How a platform multiplies activations with weights, forward and for the weights' gradients, and what its sampler
+    caches.
 
     Attributes:
       multiply: (x, w, contracted) -> y. The last `contracted` dims of x [B, T, ...] meet the first ones of w.
@@ -28,6 +29,7 @@ class Product:
       gathers_at_once, scatters_at_once: whether the compiler gathers a weight over so many devices, and scatters a sum
         over them, in one stage.
       row_major: a result [B, T, K] is laid out row by row; otherwise the compiler chooses its layout.
+      cache_dtype: of cached keys and values; None: that of the computation.
     """
     multiply: Callable[[jax.Array, jax.Array, int], jax.Array]
     gradient: Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -35,6 +37,7 @@ class Product:
     gathers_at_once: Callable[[int], bool] = lambda devices: True
     scatters_at_once: Callable[[int], bool] = lambda devices: True
     row_major: bool = False
+    cache_dtype: Any = None
 
 
 # How many devices gather and scatter at once. Others sum whole arrays instead (all-reduce), also where a shard_map asks
@@ -58,8 +61,10 @@ def product_for(device: jax.Device, precision: str, reduce_dtype: str) -> Produc
         # row-major when the backward pass reads it. Row-major, iGPT-M at 64x64 on v6e:4x4 moves 205 GiB, not 266.
         return Product(jnp.tensordot, _gradient, dtype, *AT_ONCE.get(chip.name if chip else "", ()),
                        row_major=device.platform == "tpu")
-    matrices = _product_rounded_late if precision == "bfloat16" else jnp.matmul
-    return Product(functools.partial(_flat, matrices), _flat_gradient, dtype)
+    if precision != "bfloat16":
+        return Product(functools.partial(_flat, jnp.matmul), _flat_gradient, dtype)
+    # XLA's CPU compiler converts a whole bfloat16 cache to float32 for each pixel, which takes longer than the weights.
+    return Product(functools.partial(_flat, _product_rounded_late), _flat_gradient, dtype, cache_dtype=jnp.float32)
 
 
 def project(x: jax.Array, weight: jax.Array, name: str, contracted: int, product: Product) -> jax.Array:

@@ -69,7 +69,7 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
       given_BP: the first P tokens, int32, 0 <= P <= T; P = 0 samples from nothing.
       keys_B: one PRNG key per image. An image depends on its own key only, not on the other images of the batch.
       sampling: how to draw colors.
-      cache_dtype: dtype of the cached keys and values; None: that of the computation.
+      cache_dtype: dtype of the cached keys and values; None: that of `products.Product`.
 
     Returns:
       int32 [B, T]: the given pixels, then the drawn ones. They are NOT_FINITE where the logits are not finite.
@@ -85,7 +85,7 @@ def generate(model: Model, params: dict[str, Any], given_BP: jax.Array, keys_B: 
         return pair[:1]
     gpt = model.bind(params)
     ends = segments(P, T)
-    logits_BV, cache = prefill(gpt, given_BP, cache_dtype or model.precision.compute)
+    logits_BV, cache = prefill(gpt, given_BP, cache_dtype or model.cache_dtype)
     draw, step = _draw_and_step(gpt, keys_B, sampling)
     tokens_BT = jnp.pad(given_BP, ((0, 0), (0, T - P)))
     # With P = 2 and T = 6, `prefill` gives the logits of pixel 2. Steps 2, 3 and 4 draw one pixel each and give the
@@ -107,7 +107,7 @@ def begin(model: Model, params: dict[str, Any], tokens_BT: jax.Array, given: jax
     `given`, less than T, is an array: one compiled program serves any number of given pixels. It reads all T pixels,
     and the causal mask hides those from `given` on. B must be at least 2 (see `generate`).
     """
-    logits_BV, cache = prefill(model.bind(params), tokens_BT[:, :-1], model.precision.compute, given)
+    logits_BV, cache = prefill(model.bind(params), tokens_BT[:, :-1], model.cache_dtype, given)
     return tokens_BT, logits_BV, cache
 
 
@@ -211,13 +211,17 @@ def _written(x_BNSH: jax.Array, new_B1NH: jax.Array, position: jax.Array) -> jax
 
 
 def _attend(q_B1NH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, position: jax.Array) -> jax.Array:
-    """Attention [B, 1, N, H] of the query at `position` over the cache up to there, softmax in float32 or wider."""
+    """Attention [B, 1, N, H] of the query at `position` over the cache up to there, softmax in float32 or wider.
+
+    Products are those of the wider dtype of query and cache.
+    """
     # The whole segment is read and later positions are masked. Their number changes with each step, and a slice of
     # changing length would be another program.
-    q_BNH, dtype = q_B1NH[:, 0], q_B1NH.dtype
+    dtype = jnp.promote_types(q_B1NH.dtype, k_BNSH.dtype)
+    q_BNH = q_B1NH[:, 0].astype(dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
     scores_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH.astype(dtype), preferred_element_type=wide)
     seen_S = jnp.arange(k_BNSH.shape[2]) <= position
     scores_BNS = jnp.where(seen_S, scores_BNS * q_BNH.shape[-1] ** -0.5, jnp.finfo(wide).min)
     weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(dtype)
-    return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH.astype(dtype))[:, None]
+    return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH.astype(dtype)).astype(q_B1NH.dtype)[:, None]
