@@ -27,7 +27,7 @@ XLA = "jax.nn.dot_product_attention"
 
 def candidates(platform: str, dtype: str, tokens: int, head_dim: int) -> dict:
     """Causal attention(q, k, v) by name: XLA's, and those of our back-ends that run here."""
-    found = {XLA: functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")}
+    found = {XLA: functools.partial(jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="xla")}
     for name in ATTENTION_BACKENDS[1:]:
         if name == "blocked" and platform != "cpu":  # made for CPUs; GPUs compile it for minutes
             continue
@@ -55,7 +55,8 @@ def error(found, expected) -> float:
 
 def measure(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dict]:
     """Prints and returns the rows of one shape (B, T, N, H)."""
-    *qkv, weight = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(4))
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
+    *qkv, weight = (x.astype(dtype) for x in (q * shape[3] ** -0.5, k, v, weight))
     found = candidates(jax.default_backend(), dtype, shape[1], shape[3])
     whats = {"forward": (lambda attend: attend, qkv), "forward + backward": (forward_backward, [*qkv, weight])}
     runs, errors = {}, {}

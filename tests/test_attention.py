@@ -104,7 +104,7 @@ def test_offloading_leaves_row_sums_on_the_device():
 def test_splash_equals_the_reference(python):
     """The TPU kernel in interpret mode: float32 to 1e-5, bfloat16 to 2e-2, with and without split sequences and heads.
 
-    Seen to fail with queries not scaled, and with the mask of queries before the exchange under a context axis.
+    Seen to fail with the mask of queries before the exchange under a context axis.
     """
     python("attention_on_devices.py", "splash_kernel")
 

@@ -57,8 +57,9 @@ class ModelConfig(Keys):
                                   "matrix products and attention; attention: all but attention; offload: the same, "
                                   "with the saved ones in host memory; full: all",
                      resume="free", rule=one_of(*REMAT_POLICIES))
-    unroll: int = key(1, "blocks per iteration of the loop over blocks; model.layers: no loop, slower to compile",
-                      resume="free", rule=at_least(1))
+    unroll: int = key(0, "blocks per iteration of the loop over blocks; model.layers: no loop, slower to compile; "
+                         "0: no loop on TPU v5p and v6e, 1 elsewhere",
+                      resume="free", rule=at_least(0))
 
     def __post_init__(self):
         super().__post_init__()

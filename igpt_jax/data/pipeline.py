@@ -84,9 +84,10 @@ def batches(split, codec: Codec, *, seed: int, batch_size: int, start_step: int,
     def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with tf.device("cpu"):
             dataset = tf.data.Dataset.range(start_step, tf.int64.max)
-            # NumPy's lookup takes a third of the time of TensorFlow's gather, and releases Python's lock.
-            dataset = dataset.map(lambda step: tf.numpy_function(read, [step], tf.int32),
-                                  num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            # NumPy's lookup takes a third of the time of TensorFlow's gather, and releases Python's lock. There is no
+            # Python code to convert to TensorFlow, which would leave a file in /tmp where a process is killed.
+            call = tf.autograph.experimental.do_not_convert(lambda step: tf.numpy_function(read, [step], tf.int32))
+            dataset = dataset.map(call, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
             iterator = dataset.prefetch(prefetch).as_numpy_iterator()
         try:
             for step, tokens_RT in enumerate(iterator, start_step):

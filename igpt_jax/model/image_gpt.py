@@ -80,6 +80,7 @@ class ImageGPT(nnx.Module):
         if dims.K:
             self.class_head_KD = nnx.Param(make("class_head_KD"))
         self.config, self.dims, self.causal, self.dtype, self.class_layer = config, dims, causal, dtype, class_layer
+        self.unroll = config.unroll or (dims.L if product.unrolled else 1)
 
     def embed(self, tokens_BT: jax.Array, hidden_BT: jax.Array | None = None) -> jax.Array:
         """The input of the first block, [B, T, D]: at each position a color plus the position's own embedding.
@@ -127,19 +128,19 @@ class ImageGPT(nnx.Module):
     def scan_blocks(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, extra: Any = None,
                     count: int | None = None) -> Any:
         """Runs `body(block, carry, extra of that layer) -> (carry, out)` over the first `count` of the stacked blocks
-        (None: all)."""
+        (None: all). Their queries are scaled."""
         graph, stacked = nnx.split(self.blocks)
         if count is not None:
             stacked, extra = jax.tree.map(lambda x: x[:count], (stacked, extra))
 
         def step(carry, layer):
-            return body(nnx.merge(graph, layer[0]), carry, layer[1])
+            return body(nnx.merge(graph, layer[0]).scaled(), carry, layer[1])
 
         if self.config.remat != "none":
             # With one block per turn of the loop, XLA cannot merge the recomputation with the forward pass. With
             # several blocks it could, and would then save the activations after all: `prevent_cse` forbids it.
-            step = jax.checkpoint(step, prevent_cse=self.config.unroll > 1, policy=REMAT_POLICIES[self.config.remat])
-        return jax.lax.scan(step, carry, (stacked, extra), unroll=self.config.unroll)
+            step = jax.checkpoint(step, prevent_cse=self.unroll > 1, policy=REMAT_POLICIES[self.config.remat])
+        return jax.lax.scan(step, carry, (stacked, extra), unroll=self.unroll)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 or wider: the final norm and the untied head."""

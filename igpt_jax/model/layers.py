@@ -101,6 +101,13 @@ class Block(nnx.Module):
         self.down_FD = nnx.Param(make("down_FD"))
         self.rate, self.product, self.branch_multiplier = rate, product, branch_multiplier
 
+    def scaled(self) -> "Block":
+        """This block, whose queries are divided by sqrt(H) from now on, as `attention` takes them."""
+        # The weights are scaled, before they are rounded. If the queries were, XLA would do so for TPUs in a pass over
+        # memory of its own, in the forward pass and again in the backward one.
+        self.query_DNH = nnx.Param(self.query_DNH[...] * self.query_DNH.shape[-1] ** -0.5)
+        return self
+
     def _project(self, x: jax.Array, name: str, contracted: int = 1) -> jax.Array:
         return project(x, getattr(self, name)[...], name, contracted, self.product)
 

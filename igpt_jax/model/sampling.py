@@ -159,10 +159,11 @@ def unstacked(gpt: ImageGPT) -> list[Block]:
     """The blocks one by one, their matrices in the compute dtype."""
     graph, stacked = nnx.split(gpt.blocks)
 
-    def layer(index: int) -> Any:
-        return jax.tree.map(lambda w: w[index].astype(gpt.dtype) if w.ndim > 2 else w[index], stacked)
+    def layer(index: int) -> Block:
+        block = nnx.merge(graph, jax.tree.map(lambda w: w[index], stacked)).scaled()
+        return jax.tree.map(lambda w: w.astype(gpt.dtype) if w.ndim > 1 else w, block)
 
-    return [nnx.merge(graph, layer(index)) for index in range(gpt.dims.L)]
+    return [layer(index) for index in range(gpt.dims.L)]
 
 
 def _with_room(x_BNSH: jax.Array, positions: int) -> jax.Array:
@@ -222,6 +223,6 @@ def _attend(q_B1NH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, position: j
     wide = jnp.promote_types(dtype, jnp.float32)
     scores_BNS = jnp.einsum("BNH,BNSH->BNS", q_BNH, k_BNSH.astype(dtype), preferred_element_type=wide)
     seen_S = jnp.arange(k_BNSH.shape[2]) <= position
-    scores_BNS = jnp.where(seen_S, scores_BNS * q_BNH.shape[-1] ** -0.5, jnp.finfo(wide).min)
+    scores_BNS = jnp.where(seen_S, scores_BNS, jnp.finfo(wide).min)
     weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(dtype)
     return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH.astype(dtype)).astype(q_B1NH.dtype)[:, None]

@@ -18,7 +18,8 @@ from igpt_jax.parallel import sharding
 
 def compare(run, mesh_config, B, T, N, H, dtype, causal, tolerance):
     """Values and gradients against the reference in float32 on the same inputs, on one device."""
-    q, k, v, weight = (jax.random.normal(jax.random.key(i), (B, T, N, H)).astype(dtype) for i in range(4))
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), (B, T, N, H)) for i in range(4))
+    q, k, v, weight = (x.astype(dtype) for x in (q * H ** -0.5, k, v, weight))
 
     def loss(attend):
         def f(q, k, v):

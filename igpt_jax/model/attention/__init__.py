@@ -28,10 +28,10 @@ PLATFORMS = {"reference": ("cpu", "gpu", "tpu"), "blocked": ("cpu", "gpu", "tpu"
 
 
 def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal: bool, backend: str) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, the softmax in float32 or wider; sequences may be split over the context axis.
+    """softmax(q k^T) v, the softmax in float32 or wider; sequences may be split over the context axis.
 
     Args:
-      q_BTNH, k_BTNH, v_BTNH: queries, keys and values of one dtype.
+      q_BTNH, k_BTNH, v_BTNH: queries, keys and values of one dtype. The queries are scaled already (`Block.scaled`).
       causal: query t sees keys 0..t only.
       backend: a name from `ATTENTION_BACKENDS`, resolved by `backend_for`.
 
@@ -58,7 +58,7 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal
 
 
 def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, causal: bool) -> jax.Array:
-    out = jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, is_causal=causal, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, scale=1.0, is_causal=causal, implementation="cudnn")
     return checkpoint_name(out, CUDNN)
 
 

@@ -79,7 +79,7 @@ def _add_to_first(total_SH, part_SH):
 def _scores(k_SH, q_HT, start, end, causal):
     """Scores [S, end - start] of queries `start` to `end` over the S keys that they may see, float32 or wider."""
     S = end if causal else len(k_SH)
-    scores_ST = _product(k_SH[:S], q_HT[:, start:end]) * k_SH.shape[1] ** -0.5
+    scores_ST = _product(k_SH[:S], q_HT[:, start:end])
     if causal:
         hidden_ST = jnp.arange(S)[:, None] > jnp.arange(start, end)
         scores_ST = jnp.where(hidden_ST, jnp.finfo(scores_ST.dtype).min, scores_ST)
@@ -123,7 +123,7 @@ def _blocked_backward(causal, saved, dout_BTNH):
             weights_ST = jnp.exp(_scores(k_SH, q_HT, start, end, causal) - log_sums_T[start:end])
             S = len(weights_ST)
             dweights_ST = _product(v_SH[:S], dout_HT[:, start:end])
-            dscores_ST = weights_ST * (dweights_ST - inner_T[start:end]) * k_SH.shape[1] ** -0.5
+            dscores_ST = weights_ST * (dweights_ST - inner_T[start:end])
             dscores_ST, weights_ST = dscores_ST.astype(q_TH.dtype), weights_ST.astype(q_TH.dtype)
             # A block of queries is complete after its turn. Keys meet several blocks, so their gradients add up over
             # the loop.

@@ -83,7 +83,7 @@ def _schedule(tokens: int, shards: int) -> tuple[int, np.ndarray]:
 def _scores(q_BNtH, k_BNsH, query, key, wide):
     """Scores [B, N, t, s] of the blocks at positions `query` and `key`, masked where a key lies after its query."""
     t = q_BNtH.shape[2]
-    scores = jnp.einsum("BNtH,BNsH->BNts", q_BNtH, k_BNsH, preferred_element_type=wide) * q_BNtH.shape[3] ** -0.5
+    scores = jnp.einsum("BNtH,BNsH->BNts", q_BNtH, k_BNsH, preferred_element_type=wide)
     seen_ts = (query * t + jnp.arange(t))[:, None] >= key * t + jnp.arange(t)
     return jnp.where(seen_ts, scores, jnp.finfo(wide).min)
 
@@ -156,7 +156,7 @@ def _flash_backward(saved, d_out):
         row, query, key = pair
         weights = jnp.exp(_scores(q[row], k[key], query, key, wide) - log_sums[row])
         d_weights = einsum("BNtH,BNsH->BNts", d_out[row], v[key])
-        d_scores = (weights * (d_weights - inner[row]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        d_scores = (weights * (d_weights - inner[row])).astype(q.dtype)
         # A query block meets several key blocks and a key block several query blocks, so all three gradients are sums.
         return (dq.at[row].add(einsum("BNts,BNsH->BNtH", d_scores, k[key])),
                 dk.at[key].add(einsum("BNts,BNtH->BNsH", d_scores, q[row])),

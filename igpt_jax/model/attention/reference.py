@@ -9,7 +9,7 @@ SAVED = "attention"  # the name by which remat policies recognize the output of 
 def reference(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, causal: bool) -> jax.Array:
     """Softmax attention for any platform; holds all scores [B, N, T, S] at once."""
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=wide) * q_BTNH.shape[-1] ** -0.5
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=wide)
     if causal:
         T, S = scores_BNTS.shape[-2:]
         scores_BNTS = jnp.where(jnp.tri(T, S, S - T, dtype=bool), scores_BNTS, jnp.finfo(wide).min)

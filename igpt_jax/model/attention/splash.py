@@ -60,7 +60,7 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal
     Args:
       interpret: run the kernel's program on any platform, slowly, for tests.
     """
-    _, T, N, H = q_BTNH.shape
+    _, T, N, _ = q_BTNH.shape
     mesh = jax.sharding.get_abstract_mesh()
     shards = sharding.context_shards()
     exchanged = causal and shards > 1
@@ -68,8 +68,7 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, causal
     def on_each_device(kernel, q_BTNH, k_BTNH, v_BTNH):
         k_BSNH, v_BSNH = context.gather(k_BTNH, v_BTNH)
         q_BTNH = context.zigzag_exchange(q_BTNH) if exchanged else q_BTNH
-        # The kernel does not scale the scores, so the queries are scaled before it.
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * H ** -0.5, k_BSNH, v_BSNH))
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH, k_BSNH, v_BSNH))
         out_BTNH = jax.vmap(kernel)(q, k, v).transpose(0, 2, 1, 3)
         return context.zigzag_exchange(out_BTNH) if exchanged else out_BTNH
 
