@@ -81,15 +81,16 @@ def test_the_step_compiled_for_tpu(python):
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiling for TPUs needs libtpu (extra: plan)")
 @pytest.mark.parametrize(("where", "devices", "memory_bytes"), [
-    ("v5e:2x2", 4, 94e6), ("v6e:2x4", 8, 136e6), ("v5p:2x2x2", 8, 620e6)])
+    ("v4:2x2x2", 8, 34e6), ("v5e:2x2", 4, 93e6), ("v6e:2x4", 8, 64e6), ("v5p:2x2x2", 8, 454e6)])
 def test_steps_for_tpus_move_what_the_formula_says(tmp_path, monkeypatch, where, devices, memory_bytes):
-    """Two layers of iGPT-S: at most 1.1 times the formula's bytes sent, and 1.1 times the recorded memory traffic
-    (libtpu 0.0.51, jax 0.10.2). Seen to fail where libtpu chooses the layout of products' results: 177 MB on v6e."""
+    """Two layers of iGPT-S: at most 1.06 times the formula's bytes sent, and 1.1 times the recorded memory traffic
+    (libtpu 0.0.51, jax 0.10.2). Seen to fail with gradients scattered by their own dims, 1.098 on v4, with a loop over
+    blocks, 136 MB on v6e, and where libtpu chooses the layout of products' results, 177 MB."""
     monkeypatch.setenv("IGPT_CACHE", str(tmp_path))
     config = parse("plan", base_config("plan", f"model=igpt_s,model.layers=2,batch_size={2 * devices},topology={where},"
                                                f"mesh.fsdp={devices},model.remat=dots"))
     found = verdict_for(config)
-    assert sum(found.collective_bytes.values()) <= 1.1 * sum(estimate(config).collective_bytes.values())
+    assert sum(found.collective_bytes.values()) <= 1.06 * sum(estimate(config).collective_bytes.values())
     assert found.memory_bytes <= 1.1 * memory_bytes
 
 

@@ -255,14 +255,13 @@ def summed_gradient(gradient: Callable[[jax.Array, jax.Array], jax.Array], x: ja
         axes = [axis for axis in (*BATCH_AXES, CONTEXT) if mesh.shape[axis] > 1]
         scattered = [axis for axis in axes if axis in PARAMETER_RULES["D"] and PARAMETER_RULES["D"] in spec]
         if scattered:
-            # A matrix whose rows are scattered: libtpu sums other arrays whole (all-reduce), which sends twice as much.
+            # Along the first dim: along others, libtpu sums arrays whole (all-reduce), which sends twice as much.
             dim = spec.index(PARAMETER_RULES["D"])
-            rows = jnp.moveaxis(part, dim, 0)
-            matrix = rows.reshape(len(rows), -1)
+            part = jnp.moveaxis(part, dim, 0)
             for axis in scattered:
                 for groups in _stages(mesh.shape[axis], at_once):
-                    matrix = jax.lax.psum_scatter(matrix, axis, axis_index_groups=groups, tiled=True)
-            part = jnp.moveaxis(matrix.reshape(-1, *rows.shape[1:]), 0, dim)
+                    part = jax.lax.psum_scatter(part, axis, axis_index_groups=groups, tiled=True)
+            part = jnp.moveaxis(part, 0, dim)
         rest = [axis for axis in axes if axis not in scattered]
         return jax.lax.psum(part, rest) if rest else part
 
