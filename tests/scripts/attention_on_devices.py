@@ -18,12 +18,11 @@ from igpt_jax.parallel import sharding
 
 def compare(run, mesh_config, B, T, N, H, dtype, causal, tolerance):
     """Values and gradients against the reference in float32 on the same inputs, on one device."""
-    q, k, v, weight = (jax.random.normal(jax.random.key(i), (B, T, N, H)) for i in range(4))
-    q, k, v, weight = (x.astype(dtype) for x in (q * H ** -0.5, k, v, weight))
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), (B, T, N, H)).astype(dtype) for i in range(4))
 
     def loss(attend):
         def f(q, k, v):
-            out = attend(q, k, v)
+            out = attend(q * H ** -0.5, k, v)
             return (out.astype(jnp.float32) * weight).sum(), out
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
 
