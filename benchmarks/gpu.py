@@ -32,6 +32,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS, TRIALS = ROOT / "benchmarks/results/gpu", ROOT / "runs/gpu_tiny"
 LOG_BYTES = 20_000
 STOPPED = 75  # exit code of a step that the next run continues
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cublas", "flax", "optax", "torch",
+            "transformers")
 PATIENCE = 3  # a step is ended after so many times its estimate, so that a hanging one leaves time for the others
 
 Figures = dict[str, Any]
@@ -169,7 +171,7 @@ def heading(step: Step, identity: Mapping[str, str]) -> str:
 
 def has_failed(step: Step, folder: pathlib.Path, identity: Mapping[str, str]) -> bool:
     with contextlib.suppress(OSError):
-        return (folder / f"{step.name}.log").read_text().startswith(heading(step, identity))
+        return (folder / f"{step.name}.log").read_text(errors="replace").startswith(heading(step, identity))
     return False
 
 
@@ -187,7 +189,8 @@ def known(figures: pathlib.Path) -> dict[str, Any]:
 def code() -> str:
     """A digest of the package and of the programs. Unlike a commit it stays when figures are committed, and needs no
     Git."""
-    files = [*ROOT.glob("igpt_jax/**/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "launch/reproduce_10m.sh"]
+    files = [*ROOT.glob("igpt_jax/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("configs/*.py"),
+             ROOT / "launch/reproduce_10m.sh"]
     contents = [file.read_bytes() for file in sorted(files) if file != pathlib.Path(__file__)]
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:12]
 
@@ -203,7 +206,7 @@ def commit() -> str:
 def surroundings() -> dict[str, str]:
     """What else decides the figures: versions of packages, and XLA's flags."""
     versions = {}
-    for name in ("jax", "torch", "transformers"):
+    for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {**versions, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
@@ -290,9 +293,12 @@ def main() -> int:
     folder = (options.folder or (TRIALS if options.tiny else RESULTS)).resolve()
     if options.tiny and folder == RESULTS:
         parser.error(f"{folder} is for real figures. Leave --folder out, or name another one.")
+    queue = [tiny(step) if options.tiny else step for step in QUEUE if options.data or step.name != "reproduce_10m"]
     if options.data:
         os.environ["DATA"] = os.path.abspath(options.data)
-    queue = [tiny(step) if options.tiny else step for step in QUEUE if options.data or step.name != "reproduce_10m"]
+        digest = hashlib.sha256(pathlib.Path(options.data).read_bytes()).hexdigest()[:12]
+        queue = [dataclasses.replace(step, command=f"DATA_SHA256={digest} {step.command}")  # so that other data counts
+                 if step.name == "reproduce_10m" else step for step in queue]
     identity = {"code": code(), "device": DEVICE, **surroundings()}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # `measure` then ends its step
     try:

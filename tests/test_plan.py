@@ -4,7 +4,10 @@ import importlib.util
 import json
 import os
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from igpt_jax.config import UserError, base_config, parse
 from igpt_jax.jobs import plan
@@ -13,6 +16,7 @@ from igpt_jax.planner import compilation, search, targets, verdicts
 from igpt_jax.planner.answer import answer
 from igpt_jax.planner.estimate import estimate
 from igpt_jax.planner.evidence import Evidence
+from igpt_jax.planner.roofline import flat
 from igpt_jax.runtime import job as runtime
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install libtpu (extra plan)")
@@ -84,7 +88,8 @@ def test_from_the_command_line(run_job, tmp_path):
     ("topology=cpu:67,batch_size=7", "batch_size=7 with 4 heads and 64 tokens cannot be split over the 67 devices"),
     ("topology=cpu:4,mesh.data=5", "does not multiply to the 4 devices"),
     ("topology=cpu:4,python=/nowhere", "/nowhere"),
-    ("topology=cpu:4,calibration=nothing/*", "matches nothing"), ("roofline_share=-0.1", "must not be negative"),
+    ("topology=cpu:4,calibration=nothing/*", "matches nothing"), ("roofline_share=40", "must lie in [0, 1]"),
+    ("dollars_per_device_hour=-2.0", "must be -1 or not negative"),
     ("search=True,mesh.tensor=2", "mesh.tensor=2 has no effect with search=True"),
     ("search=True,accumulate=2", "accumulate=2 has no effect with search=True"),
     ("search_compiles=2", "search_compiles=2 has no effect without search"),
@@ -130,6 +135,30 @@ def test_verdicts_are_cached_by_content(cache, monkeypatch):
     assert len(asked) == 6
 
 
+def test_the_compilers_process_has_none_of_jaxs_variables(monkeypatch):
+    """Some change the program, and the cache of verdicts does not know them. Seen to fail with all handed on."""
+    monkeypatch.setenv("JAX_MEMORY_FITTING_LEVEL", "O3")
+    found = verdicts._environment(topology.parse("v5e:2x2"), own=True)
+    assert {name: value for name, value in found.items() if name.startswith("JAX_")} == {"JAX_PLATFORMS": "cpu"}
+
+
+def test_a_program_with_text_is_compiled_anew(tmp_path):
+    """A cached program lacks parts of its text. Seen to fail with JAX's cache."""
+    one, other = (jax.jit(lambda x, n=n: x @ x + n).lower(jnp.ones((8, 8))) for n in (1, 2))
+    cached = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in cached}
+    try:
+        for name, value in cached.items():
+            jax.config.update(name, value)
+        assert "dot" in compilation.compile_with_text(one, "cpu")[1] and not list(tmp_path.iterdir())
+        other.compile()
+        assert list(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 @pytest.mark.parametrize(("last_words", "says"), [
     ("kill -SEGV $$", "the compiler's process was killed by SIGSEGV. Try"),
     ("echo out of luck >&2; kill -ABRT $$", "was killed by SIGABRT: out of luck. Try"),
@@ -140,7 +169,7 @@ def test_a_crash_of_the_compiler_fails_the_job(last_words, says, cache, tmp_path
     """Its exit code is 2, the error names the signal, and nothing is cached. Seen to fail with a plan returned."""
     last_words, _, more = last_words.partition(",")
     crashing = tmp_path / "python"
-    crashing.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 0\n{last_words}\n')
+    crashing.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec echo a line of three words\n{last_words}\n')
     crashing.chmod(0o755)
     config = config_for(f"model=igpt_tiny,topology=cpu:2,batch_size=16,python={crashing},{more}")
     assert runtime.run_job(plan.run, config, str(tmp_path / "plan")) == 2
@@ -165,6 +194,13 @@ def test_images_per_pass_gives_the_microbatches():
         assert {each.config.images_per_pass for each in found} == ({1, 2, 4} if vary else {4})
 
 
+def test_a_step_without_gradients_varies_in_mesh_and_attention():
+    """Seen to fail with candidates that are the same program."""
+    found = search.candidates(config_for("model=igpt_s,batch_size=8,step=sample"), topology.parse("v5e:2x4"))
+    assert {(each.config.accumulate, each.config.model.remat) for each in found} == {(1, "attention")}
+    assert len({(tuple(each.config.mesh.sizes.values()), each.config.model.attention) for each in found}) == len(found)
+
+
 def test_a_step_that_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
     """It says by how much, and the smallest change that fits. Seen to fail with a remedy that was not compiled."""
     def compiled(config):
@@ -186,6 +222,16 @@ def test_a_step_that_does_not_fit_is_a_result(monkeypatch, tmp_path, capsys):
     assert asked[0].model.remat == "none" and len(asked) > 1
 
 
+def test_one_process_writes(monkeypatch, tmp_path, capsys):
+    """Others could remove its result.json. Seen to fail with files of every process."""
+    config = config_for("model=igpt_s,topology=v5e:4x4,batch_size=128,mesh.fsdp=16")
+    verdict = compilation.Verdict("compiled", required_bytes=2**30, devices=16, flops=1e15, mesh=config.mesh.sizes)
+    monkeypatch.setattr(plan, "verdict_for", lambda config: verdict)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert plan.run(config, str(tmp_path))["fits"]
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
 def test_no_time_is_predicted_for_float32():
     """The fit is of bfloat16 steps. Seen to fail with the speed of bfloat16 taken, and its bytes."""
     found, guessed = [], []
@@ -195,6 +241,7 @@ def test_no_time_is_predicted_for_float32():
         found.append(answer(config, topology.parse("v5e:4x4"), verdict))
         guessed.append(estimate(config).required_bytes)
     assert found[0].forecast and not found[1].forecast and "unknown" in str(found[1].rows())
+    assert answer(config, topology.parse("v5e:4x4"), verdict, flat(0.5)).forecast
     assert 1.2 < guessed[1] / guessed[0] < 2
 
 

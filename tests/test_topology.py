@@ -48,7 +48,7 @@ def test_resized_targets_are_as_square_as_possible():
 def test_the_slowest_link_decides():
     """Between slices or nodes the network; within them the links.
 
-    Seen to fail with the span of an axis taken to be its own size.
+    Seen to fail with the span of an axis taken to be its own size, and with groups over the end of a node overlooked.
     """
     slices = topology.parse("v5e:4x4*2")
     mesh = {"data": 2, "fsdp": 16, "tensor": 1, "context": 1}
@@ -58,6 +58,8 @@ def test_the_slowest_link_decides():
     mesh = {"data": 1, "fsdp": 16, "tensor": 2, "context": 1}
     assert topology.bandwidth(nodes, mesh, ("fsdp",)) == nodes.chip.network_bandwidth
     assert topology.bandwidth(nodes, mesh, ("tensor",)) == nodes.chip.link_bandwidth
+    mesh = {"data": 4, "fsdp": 6, "tensor": 1, "context": 1}  # devices 6 to 11 are in two nodes
+    assert topology.bandwidth(topology.parse("h100:8x3"), mesh, ("fsdp",)) == nodes.chip.network_bandwidth
 
 
 @pytest.mark.parametrize("name, axis, size, rings", [

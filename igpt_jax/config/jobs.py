@@ -79,11 +79,13 @@ class PlanConfig(PretrainConfig):
     python: str = key("", "Python interpreter with jax[cuda13], for GPU topologies; empty: this one",
                       resume="free", compiled=False)
     roofline_share: float = key(0.0, "assumed fraction of the roofline's speed; 0: fitted to public runs "
-                                     "(docs/scaling.md)", resume="free", rule=at_least(0), compiled=False)
+                                     "(docs/scaling.md)", resume="free", rule=within(0, 1), compiled=False)
     calibration: str = key("", "finished pretrain workdirs on the same kind of device, whose speed replaces that of "
                                "public runs: comma list or glob; empty: none", resume="free", compiled=False)
     dollars_per_device_hour: float = key(-1.0, "price of one device, dollars per hour; -1: the list price in "
-                                               "parallel/topology.py", resume="free", compiled=False)
+                                               "parallel/topology.py", resume="free", compiled=False,
+                                         rule=lambda name, value: require(
+                                             value == -1 or value >= 0, f"{name}={value} must be -1 or not negative."))
     save_gigabytes_per_second: float = key(5.0, "write bandwidth of storage over all hosts, GB/s", resume="free",
                                            rule=positive, compiled=False)
     failures_per_1000_device_days: float = key(0.5, "interruptions per 1000 device days (Llama 3 on 16,384 GPUs: 0.47)",

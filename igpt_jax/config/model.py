@@ -58,7 +58,7 @@ class ModelConfig(Keys):
                                   "with the saved ones in host memory; full: all",
                      resume="free", rule=one_of(*REMAT_POLICIES))
     unroll: int = key(0, "blocks per iteration of the loop over blocks; model.layers: no loop, slower to compile; "
-                         "0: no loop on TPU v5p and v6e, 1 elsewhere",
+                         "0: no loop on TPU v4 up to 36 blocks, v5p and v6e up to 60; otherwise 1",
                       resume="free", rule=at_least(0))
 
     def __post_init__(self):

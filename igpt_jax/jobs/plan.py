@@ -62,14 +62,15 @@ def run(config: PlanConfig, workdir: str) -> dict[str, Any]:
         rows.append(("what would fit", plan["what_would_fit"], Evidence.COMPILER))
     if config.data != DataConfig():
         say("igpt_jax plan: data.* has no effect: a plan reads no data.")
-    text = "\n".join([*lines, table(rows)])
-    process.say(text)
-    folder = storage.path(workdir)
-    side_files.no_longer_done(folder)
-    storage.publish(folder / "plan.txt", text + "\n")
-    storage.publish(folder / "plan.json", to_json(plan))
-    if result.forecast and config.step == "train":
-        _draw(result, speed, folder / "figures" / "plan.png")
+    if jax.process_index() == 0:
+        text = "\n".join([*lines, table(rows)])
+        process.say(text)
+        folder = storage.path(workdir)
+        side_files.no_longer_done(folder)
+        storage.publish(folder / "plan.txt", text + "\n")
+        storage.publish(folder / "plan.json", to_json(plan))
+        if result.forecast and config.step == "train":
+            _draw(result, speed, folder / "figures" / "plan.png")
     return result.metrics
 
 

@@ -80,7 +80,7 @@ class ImageGPT(nnx.Module):
         if dims.K:
             self.class_head_KD = nnx.Param(make("class_head_KD"))
         self.config, self.dims, self.causal, self.dtype, self.class_layer = config, dims, causal, dtype, class_layer
-        self.unroll = config.unroll or (dims.L if product.unrolled else 1)
+        self.unroll = config.unroll or (dims.L if dims.L <= product.unrolled else 1)
 
     def embed(self, tokens_BT: jax.Array, hidden_BT: jax.Array | None = None) -> jax.Array:
         """The input of the first block, [B, T, D]: at each position a color plus the position's own embedding.

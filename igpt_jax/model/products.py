@@ -29,7 +29,7 @@ class Product:
       gathers_at_once, scatters_at_once: whether the compiler gathers a weight over so many devices, and scatters a sum
         over them, in one stage.
       row_major: a result [B, T, K] is laid out row by row; otherwise the compiler chooses its layout.
-      unrolled: the blocks run without a loop, unless the config says how many per iteration.
+      unrolled: at most so many blocks run without a loop, unless the config says how many per iteration.
       cache_dtype: of cached keys and values; None: that of the computation.
     """
     multiply: Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -38,7 +38,7 @@ class Product:
     gathers_at_once: Callable[[int], bool] = lambda devices: True
     scatters_at_once: Callable[[int], bool] = lambda devices: True
     row_major: bool = False
-    unrolled: bool = False
+    unrolled: int = 0
     cache_dtype: Any = None
 
 
@@ -51,10 +51,10 @@ AT_ONCE: Mapping[str, tuple[Callable[[int], bool], Callable[[int], bool]]] = {
     "TPU v5p": (lambda devices: devices <= 32, lambda devices: devices <= 2),
     "TPU v6e": (lambda devices: True, lambda devices: devices <= 32 and devices != 16)}
 
-# Chips that run the blocks without a loop. A loop writes what it saves for the backward pass twice: to its place in the
+# The most blocks that run without a loop. A loop writes what it saves for the backward pass twice: to its place in the
 # stack of all layers, and once more for the next product. Without one, iGPT-L at 32x32 on v5p:2x4x4 moves 56 GiB, not
-# 69. Steps for a v4 then take too much memory to compile, and a v5e has none to spare.
-UNROLLED = ("TPU v5p", "TPU v6e")
+# 69. Compiling more blocks takes too long, and for a v4 more than 20 GB of the host's memory. A v5e gains nothing.
+UNROLLED: Mapping[str, int] = {"TPU v4": 36, "TPU v5p": 60, "TPU v6e": 60}
 
 
 def product_for(device: jax.Device, precision: str, reduce_dtype: str) -> Product:
@@ -68,7 +68,7 @@ def product_for(device: jax.Device, precision: str, reduce_dtype: str) -> Produc
         # row-major when the backward pass reads it. Row-major, iGPT-M at 64x64 on v6e:4x4 moves 205 GiB, not 266.
         name = chip.name if chip else ""
         return Product(jnp.tensordot, _gradient, dtype, *AT_ONCE.get(name, ()), row_major=device.platform == "tpu",
-                       unrolled=name in UNROLLED)
+                       unrolled=UNROLLED.get(name, 0))
     if precision != "bfloat16":
         return Product(functools.partial(_flat, jnp.matmul), _flat_gradient, dtype)
     # XLA's CPU compiler converts a whole bfloat16 cache to float32 for each pixel, which takes longer than the weights.

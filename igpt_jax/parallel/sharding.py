@@ -8,7 +8,7 @@ fsdp and context, and N over tensor, and have no entry for L and H. So its shard
 PartitionSpec(None, ("fsdp", "context"), ("tensor",), None). A new parameter needs no sharding of its own: a name with
 the right letters is enough. The optimizer's moments have their parameter's name, and so its sharding.
 
-No other file but config/training.py names mesh axes.
+The specs of all parameters and activations come from this file.
 """
 
 import functools

@@ -195,10 +195,10 @@ def bandwidth(target: Target, mesh_shape: Mapping[str, int], axes: tuple[str, ..
     chip, inside = target.chip, target.devices // target.groups
     order = list(mesh_shape)
     # The last mesh axis is innermost, so neighbors along an axis are as many devices apart as all later axes multiply
-    # to. A collective over `axes` spans that many devices times its own, and crosses the network if a slice or node
-    # has fewer.
+    # to. A collective over `axes` spans that many devices times its own. It stays inside slices or nodes if these hold
+    # a whole number of spans, and crosses the network otherwise.
     span = math.prod(mesh_shape[axis] for axis in order[min(order.index(axis) for axis in axes):])
-    if target.groups > 1 and span > inside:
+    if target.groups > 1 and inside % span:
         return chip.network_bandwidth
     if target.platform != "tpu":
         return chip.link_bandwidth

@@ -173,7 +173,8 @@ def answer(config: PlanConfig, target: Target, verdict: Verdict, speed: Speed = 
     plain = Answer(config, target, verdict, usable, flops)
     if verdict.status != "compiled":
         return plain
-    if target.platform != "cpu" and config.precision in WIDTHS and speed.evidence == Evidence.UNCALIBRATED:
+    fitted = speed.evidence == Evidence.UNCALIBRATED and not speed.share
+    if target.platform != "cpu" and config.precision in WIDTHS and fitted:
         return plain  # public runs say nothing of other precisions
     train = config.step == "train"
     busy = estimate(config).busy_flops(config, target.chip, verdict.flops) if train else verdict.flops

@@ -14,11 +14,12 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from igpt_jax.config import PlanConfig, UserError, parse
@@ -105,7 +106,7 @@ def compile_step(config: PlanConfig) -> Verdict:
         lowered = traced.lower()
     start = time.perf_counter()
     try:
-        compiled, text = compile_with_text(lowered, target.platform)
+        compiled, text = compile_with_text(lowered, mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
         return _compile_error(str(error), known)
     seconds = time.perf_counter() - start
@@ -122,10 +123,23 @@ def compile_step(config: PlanConfig) -> Verdict:
 
 def compile_with_text(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
     """Compiles a program. Returns it and its optimized text, for TPUs from a dump, since `as_text` fails on some."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_cache():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
         compiled = lowered.compile(dump)
         return compiled, _dumped(folder) if dump else compiled.as_text()
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Without JAX's compilation cache: its programs lack parts of their text, and leave no dump."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def step_for(config: PlanConfig, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], Model]:

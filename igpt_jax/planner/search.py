@@ -67,8 +67,10 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
         attention back-ends.
     """
     attentions = ATTENTIONS if config.model.attention == "auto" else (config.model.attention,)
-    choices = [({}, config.model.remat, config.model.attention)]
-    if vary:
+    choices, train = [({}, config.model.remat, config.model.attention)], config.step == "train"
+    if vary and not train:  # no gradients: neither microbatches nor remat
+        choices = [({}, config.model.remat, attention) for attention in attentions]
+    elif vary:
         most = config.images_per_pass
         splits = ([{"images_per_pass": most >> halvings} for halvings in range(most.bit_length())] or
                   [{"accumulate": count} for count in ACCUMULATES])
@@ -81,7 +83,7 @@ def candidates(config: PlanConfig, target: topology.Target, speed: Speed = PUBLI
                 continue
             model = dataclasses.replace(config.model, remat=remat, attention=attention)
             changed = dataclasses.replace(config, mesh=mesh, model=model, **split).with_microbatches(shards)
-            if config.batch_size % (shards * changed.accumulate):
+            if train and config.batch_size % (shards * changed.accumulate):
                 continue
             guess = estimate(changed)
             busy = guess.busy_flops(changed, target.chip, guess.flops)

@@ -86,8 +86,9 @@ def _end(code: int) -> str:
 def _environment(target: topology.Target, own: bool) -> dict[str, str]:
     """The variables of the compiler's process. `own`: it runs this interpreter, which may need PYTHONPATH."""
     paths = os.pathsep.join(filter(None, (str(PACKAGE.parent), own and os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # cached programs lack parts of their text
+    # JAX's own variables are left out: some change the program, and the cache does not know them.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
     if target.platform == "tpu":
         # Do not look for this machine's own TPUs, nor wait for a program that holds them.
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
@@ -127,7 +128,7 @@ def _versions(python: str) -> dict[str, str]:
                                    check=True).stdout.splitlines()
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f"python={python!r} does not run: {error}. Set it to a Python interpreter.") from None
-        have = dict(line.split() for line in lines)
+        have = dict(words for line in lines if len(words := line.split()) == 2)  # wrappers may print more
     else:
         have = {each.name: each.version for each in importlib.metadata.distributions()}
     return {name: have.get(name, "") for name in PACKAGES}
