@@ -4,7 +4,7 @@
 
 Compiles cells of docs/scaling.md (S, M, L at 32, 48 and 64 pixels, XL at 64), those that the JSON file lacks first, and
 runs nothing. Each finished cell is written to docs/gaps.json, so that rerunning resumes. `before` in that file are the
-figures of the first version of this table, as compiled then.
+figures of the first version of this table, as compiled then. A cell keeps its first settings, so that they compare.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MARKS = "<!-- gaps: made by benchmarks/gaps.py -->", "<!-- end of the gaps -->"
 FIRST = ("igpt_l 32x32 on v5p:2x4x4", "igpt_s 48x48 on v6e:2x4", "igpt_s 48x48 on v5e:4x4")
 TITLES = [f"{model} {size}x{size} on {where}" for model in SLICES for size in IMAGE_SIZES for where in SLICES[model]
           if model != "igpt_xl" or size == 64] + [title for title in cells() if " rgb " in title]
-HEADER = ("| cell | setting | memory / formula | sent / formula | sent during computation | executed / model FLOPs | "
+HEADER = ("| cell | setting | memory / formula | sent / formula | overlapped communication | executed / model FLOPs | "
           "GiB of memory traffic |\n|---|---|---|---|---|---|---|")
 
 
@@ -61,7 +61,7 @@ def row(title: str, cell: dict) -> str:
 
     def shown(of, digits: str) -> str:
         both = [of(cell[when]) for when in ("before", "now") if cell.get(when)]
-        return " → ".join("?" if value is None else f"{value:{digits}}" for value in both)
+        return " → ".join(f"{value:{digits}}" for value in both if value is not None)
 
     columns = [shown(lambda figures, name=name: figures[name] / formulas[name] if formulas[name] else None, ".2f")
                for name in formulas]

@@ -215,6 +215,17 @@ def test_openais_weights_come_with_a_palette_of_the_user(tmp_path):
     np.testing.assert_array_equal(ours.nats(images, per_pixel=True), theirs.nats(images, per_pixel=True))
 
 
+def test_a_damaged_probe_is_one_line(tmp_path):
+    """So that `load` can pass over it. Seen to fail with the error of zlib."""
+    np.savez_compressed(tmp_path / probing.PROBE, mean_D=np.zeros(99))
+    content = bytearray((tmp_path / probing.PROBE).read_bytes())
+    start = 30 + sum(int.from_bytes(content[at:at + 2], "little") for at in (26, 28))  # of the compressed bytes
+    content[start:start + 4] = b"\xff" * 4
+    (tmp_path / probing.PROBE).write_bytes(content)
+    with pytest.raises(igpt_jax.UserError, match="is not a probe written by the probe job"):
+        probing.load_probe(str(tmp_path))
+
+
 def test_the_best_layer_and_the_classes_come_from_the_probe_of_this_step(folder, model, images, tmp_path):
     """A probe beside the run counts for the step that it was fit on, and no other.
     """

@@ -16,11 +16,12 @@ from PIL import Image
 
 from igpt_jax import checkpoint, storage
 from igpt_jax.checkpoint import watching
-from igpt_jax.config import MeshConfig, parse
+from igpt_jax.config import MeshConfig, UserError, parse
 from igpt_jax.data.store import Store, Writer
 from igpt_jax.evaluation import exact_loss
 from igpt_jax.jobs import evaluate as job
 from igpt_jax.parallel import sharding
+from igpt_jax.storage import slices
 
 STEPS = (4, 8, 12, 16, 20)
 SHAPE = ("--config.model.name=igpt_tiny", "--config.model.layers=2", "--config.model.embed=16",
@@ -109,6 +110,25 @@ def test_slices_join_to_the_table_of_one_job(folder, logs):
     joined, whole = rows_of(folder / "array"), rows_of(folder / "watch")
     assert [row["checkpoint"] for row in joined] == [row["checkpoint"] for row in whole]
     assert [row["nats_per_pixel"] for row in joined] == [row["nats_per_pixel"] for row in whole]
+
+
+def test_a_merge_takes_each_slice_once(tmp_path):
+    """A finished job beside the slices is none of them; two folders of one slice are refused.
+
+    Seen to fail with rows of the whole job twice, and with those of one of the two folders lost.
+    """
+    def finished(name, shard):
+        for file, content in (("config", {"job": "evaluate", "shard": shard}), ("result", {"status": "done"}),
+                              ("evaluation", [{"from": name}])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+
+    for name, shard in (("a", "0/2"), ("b", "1/2"), ("whole", "")):
+        finished(name, shard)
+    assert [row["from"] for row in slices.joined(tmp_path, "evaluate", "evaluation")[1]] == ["a", "b"]
+    finished("c", "0/2")
+    with pytest.raises(UserError, match="two folders are both slice 0/2"):
+        slices.joined(tmp_path, "evaluate", "evaluation")
 
 
 def test_damaged_steps_are_reported_and_the_others_measured(folder, logs):

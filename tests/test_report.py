@@ -263,7 +263,7 @@ def test_nothing_to_report_is_said_in_one_line(workdirs, typed, tmp_path):
                     ' "eval/nats_per_pixel": "x", "test_accuracy": [1]}}'),
     ("probe.json", '[{"features": "layer 0", "layer": 0, "test_accuracy": null, "interval": [null, null]},'
                    ' {"features": "layer 1", "layer": 1, "test_accuracy": 0.5, "interval": 5}]'),
-    ("evaluation.json", '[{"steps": 1, "nats_per_pixel": 2}]'), ("samples.npz", "PK"),
+    ("evaluation.json", '[{"steps": 1, "nats_per_pixel": 2}]'), ("samples.npz", "PK"), ("result.json", "[" * 10**5),
     ("metrics.jsonl", '5\n{"step": 1, "seconds/step": "a"}\n'), ("../sweep.json", '{"rows": 5, "verdict": [1]}'),
     ("config.json", '{"job": "probe", "batch_size": null}'), ("config.json", '{"job": "sample", "rows": "x"}'),
 ])

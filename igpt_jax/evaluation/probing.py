@@ -9,6 +9,7 @@ model is masked), K classes.
 import dataclasses
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -302,5 +303,5 @@ def load_probe(workdir: str) -> SavedProbe:
             return SavedProbe(probe, int(given["layer"]), str(given["kind"]),
                               str(given["checkpoint"]) if "checkpoint" in given else "",
                               tuple(given["class_names"].tolist()) if "class_names" in given else ())
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{file} is not a probe written by the probe job: {error}. Give a workdir of probe.") from None

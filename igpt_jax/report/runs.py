@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -160,7 +161,7 @@ def _json(file: storage.Path, missing: Any) -> Any:
     """The content of a JSON file; `missing` where it is not there, half-written, or of another kind."""
     try:
         value = json.loads(storage.read(file)) if file.exists() else missing
-    except (UserError, ValueError):
+    except (UserError, ValueError, RecursionError):
         return missing
     return value if isinstance(value, type(missing)) else missing
 
@@ -189,7 +190,7 @@ def whole(run: Run, what: str, otherwise: Any, make: Callable, *arguments: Any) 
     """`make(*arguments)`, which reads a run's files; `otherwise`, and a line, if they are not what a job writes."""
     try:
         return make(*arguments)
-    except (UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError, EOFError,
-            zipfile.BadZipFile) as error:
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError, EOFError, RuntimeError,
+            zipfile.BadZipFile, zlib.error) as error:
         say(f"{run.folder}: its {what} is left out, because a file is damaged: {' '.join(str(error).split())}")
         return otherwise

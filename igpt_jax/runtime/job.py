@@ -183,6 +183,8 @@ def _failure(error: Exception) -> tuple[int, str]:
         return code, f"the storage is out of reach: {str(error).splitlines()[0].rstrip('.')}. The same command resumes."
     if isinstance(error, ModuleNotFoundError) and (missing := process.missing_package(error)):
         return INPUT, missing
+    if isinstance(error, ImportError) and isinstance(error.__cause__, ModuleNotFoundError):  # of a bucket's client
+        return INPUT, f"{' '.join(str(error).split())}."
     if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and PEER_GONE.search(str(error)):
         if another_stops():  # the other process did not die: it was asked to stop, and so is this one
             leave(PREEMPTED)

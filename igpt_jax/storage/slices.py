@@ -13,22 +13,24 @@ def joined(folder: Path, job: str, table: str, same: Collection[str] = ()
     """The config of one slice, and the rows of TABLE.json of all n slices in `folder`.
 
     Raises:
-      UserError: a slice is missing or not done; or the slices differ in one of the keys `same`.
+      UserError: a slice is missing or not done, or there twice; or the slices differ in one of the keys `same`.
     """
     slices: dict[str, list[dict[str, Any]]] = {}
     config: dict[str, Any] = {}
     defaults = flat(to_dict(parse(job, {"job": job})))
     for child in children(folder):
         given = child.is_dir() and side_files.look(child / "config.json")
-        if given and given.get("job") == job and (
+        if given and given.get("job") == job and "/" in given.get("shard", "") and (
                 side_files.look(child / "result.json") or {}).get("status") == "done":
             # Not parsed, since a later version may refuse what an earlier one has written.
             mine, other = (defaults | flat(each) for each in (given, config or given))
             if differs := sorted(name for name in same if mine[name] != other[name]):
                 raise UserError(f"shard=merge: {folder}: the slices differ in {', '.join(differs[:5])}. Run all with "
                                 "the same settings.")
+            if given["shard"] in slices:
+                raise UserError(f"shard=merge: {folder}: two folders are both slice {given['shard']}. Remove one.")
             config, slices[given["shard"]] = given, side_files.look(child / f"{table}.json", list) or []
-    counts = {shard.partition("/")[2] for shard in slices} - {""}
+    counts = {shard.partition("/")[2] for shard in slices}
     if len(counts) != 1:
         raise UserError(f"shard=merge: the folders in {folder} hold finished slices of {len(counts)} array jobs, "
                         f"not of one. Run {job} with shard=i/n there first.")

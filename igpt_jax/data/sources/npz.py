@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -105,8 +106,8 @@ def _archive_errors(file: epath.Path) -> Iterator[None]:
     """Turns the errors of damaged archives into a UserError."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, ImportError,
-            MemoryError) as error:
+    except (zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, TypeError, ValueError, RuntimeError,
+            EOFError, OSError, ImportError, MemoryError) as error:
         if storage.unreachable(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
