@@ -81,7 +81,7 @@ def test_the_step_compiled_for_tpu(python):
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiling for TPUs needs libtpu (extra: plan)")
 @pytest.mark.parametrize(("where", "devices", "memory_bytes"), [
-    ("v4:2x2x2", 8, 34e6), ("v5e:2x2", 4, 93e6), ("v6e:2x4", 8, 64e6), ("v5p:2x2x2", 8, 454e6)])
+    ("v4:2x2x2", 8, 30e6), ("v5e:2x2", 4, 93e6), ("v6e:2x4", 8, 64e6), ("v5p:2x2x2", 8, 454e6)])
 def test_steps_for_tpus_move_what_the_formula_says(tmp_path, monkeypatch, where, devices, memory_bytes):
     """Two layers of iGPT-S: at most 1.06 times the formula's bytes sent, and 1.1 times the recorded memory traffic
     (libtpu 0.0.51, jax 0.10.2). Seen to fail with gradients scattered by their own dims, 1.098 on v4, with a loop over
