@@ -160,8 +160,8 @@ def _load(folder: storage.Path, config: Row, title: str) -> Run:
 def _json(file: storage.Path, missing: Any) -> Any:
     """The content of a JSON file; `missing` where it is not there, half-written, or of another kind."""
     try:
-        value = json.loads(storage.read(file)) if file.exists() else missing
-    except (UserError, ValueError, RecursionError):
+        value = storage.parse_json(storage.read(file)) if file.exists() else missing
+    except (UserError, ValueError):
         return missing
     return value if isinstance(value, type(missing)) else missing
 
